@@ -1,0 +1,54 @@
+"""Early exits for Vision Transformers, as an extension of Hugging Face transformers.
+
+Importing this package registers the model types `vit_highway`, `deit_highway` and `swin_highway` with transformers' Auto
+classes and does nothing else; every public name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from . import auto
+
+if TYPE_CHECKING:
+    from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
+    from .engine import run_all, run_early
+    from .heads import HEADS, register_head
+    from .modeling_deit import DeiTHighway
+    from .modeling_highway import HighwayOutput
+    from .modeling_swin import SwinHighway
+    from .modeling_vit import ViTHighway
+    from .policies import POLICIES, ExitPolicy, build_policy, register_policy
+    from .segments import Segment, State, Tokens
+    from .training.arguments import HighwayTrainingArguments
+    from .training.trainer import DistillationTrainer, HighwayTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
+    "engine": ("run_all", "run_early"),
+    "heads": ("HEADS", "register_head"),
+    "modeling_vit": ("ViTHighway",),
+    "modeling_deit": ("DeiTHighway",),
+    "modeling_swin": ("SwinHighway",),
+    "modeling_highway": ("HighwayOutput",),
+    "policies": ("POLICIES", "ExitPolicy", "build_policy", "register_policy"),
+    "segments": ("Segment", "State", "Tokens"),
+    "training.arguments": ("HighwayTrainingArguments",),
+    "training.trainer": ("HighwayTrainer", "DistillationTrainer"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = list(_HOME_OF)
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+auto.register()

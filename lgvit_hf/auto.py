@@ -1,0 +1,66 @@
+"""The Auto classes learn the highway model types, without importing any model before one is asked for."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from functools import cache
+from types import ModuleType
+
+AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Register the configs with `AutoConfig`: now, or as soon as `AutoConfig` exists.
+
+    Importing `transformers.models` costs as much as a small program; whoever only imports this package does not pay it.
+    """
+    if AUTO_CONFIG_MODULE in sys.modules:
+        register_configs()
+    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+@cache
+def register_configs() -> None:
+    """Make `AutoConfig` know `vit_highway`, `deit_highway` and `swin_highway`."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
+
+    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+@cache
+def register_models() -> None:
+    """Make `AutoModel` and `AutoModelForImageClassification` know the three models."""
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    from .modeling_deit import DeiTHighway
+    from .modeling_swin import SwinHighway
+    from .modeling_vit import ViTHighway
+
+    register_configs()
+    for model in (ViTHighway, DeiTHighway, SwinHighway):
+        for auto in (AutoModel, AutoModelForImageClassification):
+            auto.register(model.config_class, model, exist_ok=True)
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Lets the import of `AutoConfig`'s module happen, then registers the configs."""
+
+    def find_spec(self, name: str, path=None, target: ModuleType | None = None):
+        if name != AUTO_CONFIG_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register_configs()
+
+        spec.loader.exec_module = execute_and_register
+        return spec

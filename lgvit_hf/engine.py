@@ -1,0 +1,118 @@
+"""Two loops over segments: `run_all` visits every exit, `run_early` drops the rows that leave. No model in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .policies import ExitPolicy, probabilities
+from .segments import Segment, State
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer per row, from the exit where the row left.
+
+    Args:
+        logits (`Tensor`): `[B, C]`.
+        exit_index (`Tensor`): `[B]` int64, exits counted from 0, the final classifier last.
+        exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
+        exit_score (`Tensor`): `[B]` float32, what the policy saw when the row left.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+    exit_layer: Tensor
+    exit_score: Tensor
+
+
+def run_all(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
+    """Run every block and every exit.
+
+    Returns:
+        Logits `[B, C]` and features of each exit, shallowest first, the final classifier last.
+    """
+    exit_logits, exit_features = [], []
+    for segment in segments:
+        state = segment.advance(state)
+        logits, features = segment.head(state)
+        exit_logits.append(logits)
+        exit_features.append(features)
+    return exit_logits, exit_features
+
+
+def run_early(
+    segments: Sequence[Segment],
+    state: State,
+    policy: ExitPolicy,
+    *,
+    min_depth: int | None = None,
+    max_depth: int | None = None,
+) -> Answers:
+    """Run until every row has left; the remaining blocks run on the survivors only.
+
+    A row's answer, depth and score do not depend on the rows beside it. The device is waited for once per exit that is
+    asked, for the list of survivors.
+
+    Args:
+        segments (`Sequence[Segment]`): The highway, the final classifier's segment last.
+        state (`State`): Before the stem.
+        policy (`ExitPolicy`): Decides which rows leave; the last exit answers all that are left.
+        min_depth (`int`, *optional*): Exits above this depth are not run at all.
+        max_depth (`int`, *optional*): The deepest exit within this depth answers whatever the policy says.
+
+    Raises:
+        ValueError: `max_depth` lies above the first exit, or `min_depth` below `max_depth` or the final classifier.
+    """
+    last = _last_exit(segments, min_depth, max_depth)
+    rows: Tensor | None = None  # the caller's row numbers of those still here; None while nobody has left
+    answers: tuple[Tensor, Tensor, Tensor] | None = None
+    memory = policy.start(state.batch_size, next(iter(state.tensors.values())).device)
+    for index, segment in enumerate(segments[: last + 1]):
+        state = segment.advance(state)
+        if index < last and (policy.skips(index) or segment.depth < (min_depth or 0)):
+            continue
+        logits, _ = segment.head(state)
+        leave, memory = policy(logits, memory, index)
+        answers = _written(answers, rows, logits, index, memory.get("score"))
+        if index == last:
+            break
+        # NaN answers nothing: such a row goes on to the end
+        stay = (~leave | logits.isnan().any(-1)).nonzero().squeeze(1)
+        if len(stay) == 0:
+            break
+        if len(stay) < len(logits):
+            state = state.select(stay)
+            memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
+            rows = stay if rows is None else rows.index_select(0, stay)
+    logits, exit_index, exit_score = answers
+    depths = torch.tensor([segment.depth for segment in segments])
+    return Answers(logits, exit_index, depths.to(exit_index.device)[exit_index], exit_score)
+
+
+def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: int | None) -> int:
+    depths = [segment.depth for segment in segments]
+    allowed = [index for index, depth in enumerate(depths) if max_depth is None or depth <= max_depth]
+    if not allowed:
+        raise ValueError(f"max_depth={max_depth} lies above the first exit; exits answer at depths {depths}")
+    if min_depth is not None and min_depth > depths[allowed[-1]]:
+        raise ValueError(
+            f"min_depth={min_depth} lies below the deepest exit allowed, {depths[allowed[-1]]}; "
+            f"exits answer at depths {depths}"
+        )
+    return allowed[-1]
+
+
+def _written(
+    answers: tuple[Tensor, Tensor, Tensor] | None, rows: Tensor | None, logits: Tensor, index: int, score: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`answers` with those of the rows still here replaced; who leaves now keeps them."""
+    if score is None:
+        score = probabilities(logits).amax(-1)
+    new = (logits, torch.full((len(logits),), index, device=logits.device), score.float())
+    if rows is None:
+        return new
+    return tuple(old.index_copy(0, rows, fresh) for old, fresh in zip(answers, new, strict=True))

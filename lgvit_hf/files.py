@@ -1,0 +1,64 @@
+"""Writing without losing: outputs are made under a temporary name and moved when they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder that takes the place of `output` when the block ends well, and vanishes when it does not.
+
+    Args:
+        output (`str` or `Path`): The folder to make.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether what is there may be replaced.
+
+    Raises:
+        ValueError: There is something at `output` and `overwrite` is false.
+
+    Example:
+
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     with replace_folder(Path(home) / "out") as folder:
+        ...         _ = (folder / "a.txt").write_text("whole")
+        ...     [file.name for file in (Path(home) / "out").iterdir()]
+        ['a.txt']
+    """
+    output = Path(output)
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; choose another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        old = None
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
+            os.replace(output, old / output.name)
+        os.replace(folder, output)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(file: str | Path, content: Any) -> None:
+    """Write `content` as JSON, all of it or nothing."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2)
+            stream.write("\n")
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

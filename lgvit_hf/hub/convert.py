@@ -1,0 +1,284 @@
+"""Other projects' checkpoints as ours: every tensor is renamed or the conversion fails with the list."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
+from ..files import replace_folder
+from ..heads import lgvit_heads
+from ..modeling_deit import DeiTHighway
+from ..modeling_swin import SwinHighway
+from ..modeling_vit import ViTHighway
+
+MODELS = {config.model_type: model for model in (ViTHighway, DeiTHighway, SwinHighway) if (config := model.config_class)}
+
+# settings of LGViT's config that are ours under another name, or that only its training code read
+LGVIT_ONLY = (
+    "num_early_exits position_exits highway_type backbone exit_strategy train_strategy threshold encoder_ensemble "
+    "loss_coefficient homo_coefficient hete_coefficient homo_loss_coefficient hete_loss_coefficient "
+    "feature_loss_coefficient train_highway architectures model_type transformers_version torch_dtype auto_map _name_or_path"
+).split()
+
+# original name inside one exit (regular expression) -> ours
+LGVIT_HEAD_NAMES = [
+    (r"mlp\.conv\.0\.", "body.conv."),
+    (r"mlp\.conv\.2\.", "body.bn."),
+    (r"mlp\.conv1\.0\.", "body.expand."),
+    (r"mlp\.conv1\.2\.", "body.expand_bn."),
+    (r"mlp\.proj_bn\.", "body.depthwise_bn."),
+    (r"mlp\.conv2\.0\.", "body.project."),
+    (r"mlp\.conv2\.1\.", "body.project_bn."),
+    (r"mlp\.qkv\.", "body.qkv."),
+    (r"mlp\.attention\.(query|key|value)\.", r"body.\1."),
+    (r"mlp\.output\.dense\.", "body.proj."),
+    (r"layer\.attention\.attention\.(query|key|value)\.", r"block.mix.\1."),
+    (r"layer\.attention\.output\.dense\.", "block.mix.proj."),
+    (r"layer\.intermediate\.dense\.", "block.widen."),
+    (r"layer\.output\.dense\.", "block.narrow."),
+    (r"layer\.layernorm_(before|after)\.", r"block.norm_\1."),
+    (r"(?:classifier\.)?pooler\.dense\.", "dense."),
+    (r"(?:classifier\.)?layernorm\.", "norm."),
+    (r"(?:classifier\.)?distillation_classifier\.", "classifiers.1."),
+    (r"(?:classifier\.)?(?:cls_)?classifier\.", "classifiers.0."),
+]
+
+
+def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
+    """Turn an original LGViT checkpoint into one of ours that gives the same logits at every exit.
+
+    Args:
+        source (`str` or `Path`):
+            A folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the weights file beside its
+            `config.json`. A `.bin` is read with `weights_only=True`. The strings in the config are parsed, never run.
+        output (`str` or `Path`): Folder to write; must not exist or be empty.
+
+    Returns:
+        The config of the written model.
+
+    Raises:
+        ValueError: The config cannot be understood, or a tensor has no place in the model or is missing.
+        OSError: A file is missing or damaged.
+    """
+    weights, config_file = _find_files(Path(source))
+    config = lgvit_config(_read_json(config_file))
+    rename = _swin_names(config) if isinstance(config, SwinHighwayConfig) else _vit_names(config)
+    state = {}
+    for name, tensor in _read_weights(weights).items():
+        renamed = rename(name)
+        if renamed is not None:
+            state[renamed] = tensor
+    return _write(config, state, Path(output))
+
+
+def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
+    """The config of an original LGViT model as ours.
+
+    Args:
+        settings (`dict`): The content of its `config.json`.
+
+    Raises:
+        ValueError: Naming the field, its value and what it may be.
+
+    Example:
+
+        >>> original = {"backbone": "ViT", "position_exits": "[4, 8]", "highway_type": "LGViT", "threshold": 0.9}
+        >>> config = lgvit_config(original)
+        >>> config.exits
+        (Exit(after=4, head='conv1_1'), Exit(after=8, head='attention_r2'))
+        >>> config.exit_policy
+        {'name': 'entropy', 'threshold': 0.9}
+    """
+    is_swin = "depths" in settings
+    plain = {key: value for key, value in settings.items() if key not in LGVIT_ONLY}
+    highway_type = settings.get("highway_type", "linear")
+    if is_swin:
+        config_class = SwinHighwayConfig
+        positions = _swin_positions(settings.get("position_exits"), settings["depths"])
+        attention = ("attention_r1", "attention_r2")
+    else:
+        backbone = settings.get("backbone", "ViT")
+        if backbone not in ("ViT", "DeiT"):
+            raise ValueError(f"backbone: {backbone!r} must be 'ViT' or 'DeiT'")
+        config_class = {"ViT": ViTHighwayConfig, "DeiT": DeiTHighwayConfig}[backbone]
+        positions = parse_positions(settings.get("position_exits"))
+        attention = ("attention_r2", "attention_r3")
+        plain.setdefault("layer_norm_eps", 1e-12)
+    types = lgvit_heads(len(positions), attention=attention) if highway_type == "LGViT" else highway_type
+    return config_class(
+        exit_positions=positions,
+        exit_types=types,
+        exit_policy=_lgvit_policy(settings, len(positions), is_swin),
+        exit_loss_weights="depth" if "weighted" in str(settings.get("train_strategy")) else "uniform",
+        **plain,
+    )
+
+
+def parse_positions(text: Any) -> list:
+    """`position_exits` of an LGViT config, a list or a string such as `"[4, 5, 6]"`, as a list; nothing is executed.
+
+    Example:
+
+        >>> parse_positions("[[],[2],[3,6]]")
+        [[], [2], [3, 6]]
+        >>> parse_positions("__import__('os').getcwd()")
+        Traceback (most recent call last):
+        ...
+        ValueError: position_exits: "__import__('os').getcwd()" must be a list of block numbers such as "[4, 5, 6]"
+    """
+    value = text
+    if isinstance(text, str) and re.fullmatch(r"[\[\]\d,\s]{1,1000}", text):
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            value = None
+    flat = [entry for part in value for entry in (part if isinstance(part, list) else [part])] if _is_list(value) else [None]
+    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in flat):
+        raise ValueError(f'position_exits: {text!r} must be a list of block numbers such as "[4, 5, 6]"')
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _swin_positions(text: Any, depths: list[int]) -> list[int]:
+    stages = parse_positions(text)
+    if len(stages) != len(depths) or not all(_is_list(stage) for stage in stages):
+        raise ValueError(f"position_exits: {text!r} must have one list for each of the {len(depths)} stages")
+    return [sum(depths[:stage]) + position for stage, positions in enumerate(stages) for position in positions]
+
+
+def _lgvit_policy(settings: dict[str, Any], num_exits: int, is_swin: bool) -> dict[str, Any]:
+    strategy = settings.get("exit_strategy", "confidence" if is_swin else "entropy")
+    threshold = settings.get("threshold")
+    if strategy in ("confidence", "entropy"):
+        defaults = {"confidence": 0.75, "entropy": 0.65} if is_swin else {"confidence": 0.865, "entropy": 0.6}
+        return {"name": strategy, "threshold": defaults[strategy] if threshold is None else threshold}
+    if strategy == "patience":
+        patience = (3 if is_swin else 7) if threshold is None else threshold
+        return {"name": "patience", "patience": patience[0] if _is_list(patience) else patience}
+    if strategy == "patient_and_confident":
+        values = threshold if _is_list(threshold) else [0.8 if is_swin else 0.5] * num_exits + [2]
+        return {"name": "patience_confidence", "threshold": values[:-1], "patience": values[-1]}
+    if strategy == "confidence_and_entropy":
+        raise ValueError(
+            "exit_strategy: 'confidence_and_entropy' never left early in LGViT; set it to 'confidence' and choose "
+            "confidence_entropy with set_exit_policy afterwards"
+        )
+    raise ValueError(
+        f"exit_strategy: {strategy!r} is unknown; known: confidence, entropy, patience, patient_and_confident"
+    )
+
+
+def _head_name(rest: str) -> str | None:
+    for pattern, ours in LGVIT_HEAD_NAMES:
+        name, count = re.subn(f"^{pattern}", ours, rest)
+        if count:
+            return name
+    return None
+
+
+def _vit_names(config: HighwayConfig) -> Callable[[str], str | None]:
+    prefix = "deit" if isinstance(config, DeiTHighwayConfig) else "vit"
+
+    def rename(name: str) -> str | None:
+        if name.startswith("deit.pooler."):
+            return None  # LGViT built the pooler and never used it
+        if match := re.fullmatch(r"deit\.encoder\.highway\.(\d+)\.(.+)", name):
+            exit_index, rest = int(match[1]), match[2]
+            # the attention heads call their last layer what conv1_1 calls its depth-wise convolution
+            if rest.startswith("mlp.proj."):
+                is_conv = config.exit_types[min(exit_index, len(config.exit_types) - 1)] == "conv1_1"
+                return f"exits.{exit_index}.body.{'depthwise' if is_conv else 'proj'}.{rest.removeprefix('mlp.proj.')}"
+            ours = _head_name(rest)
+            return f"exits.{exit_index}.{ours}" if ours else name
+        return re.sub(r"^deit\.", f"{prefix}.", name)
+
+    return rename
+
+
+def _swin_names(config: SwinHighwayConfig) -> Callable[[str], str | None]:
+    exit_of = {}
+    for exit_index, exit in enumerate(config.exits):
+        stage = config.stage_of(exit.after)
+        exit_of[stage, sum(key[0] == stage for key in exit_of)] = exit_index
+
+    def rename(name: str) -> str | None:
+        if re.match(r"layernorm\.", name):
+            return None  # LGViT's stage two added a norm of its own by mistake
+        if match := re.fullmatch(r"swin\.encoder\.layers\.(\d+)\.highway\.(\d+)\.(.+)", name):
+            exit_index, rest = exit_of.get((int(match[1]), int(match[2]))), match[3]
+            if exit_index is None:
+                return name
+            if rest.startswith("mlp.proj."):
+                is_conv = config.exit_types[exit_index] == "conv1_1"
+                return f"exits.{exit_index}.body.{'depthwise' if is_conv else 'proj'}.{rest.removeprefix('mlp.proj.')}"
+            ours = _head_name(rest)
+            return f"exits.{exit_index}.{ours}" if ours else name
+        return name
+
+    return rename
+
+
+def _find_files(source: Path) -> tuple[Path, Path]:
+    folder = source if source.is_dir() else source.parent
+    candidates = [source] if source.is_file() else [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    weights = next((file for file in candidates if file.is_file()), None)
+    if weights is None or weights.suffix not in (".safetensors", ".bin"):
+        raise OSError(f"{source}: no model.safetensors or pytorch_model.bin there")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise OSError(f"{folder}: no config.json beside the weights")
+    return weights, config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OSError(f"{file}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise OSError(f"{file}: not a JSON object")
+    return settings
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: not a state dict (names to tensors)")
+    return state
+
+
+def _write(config: HighwayConfig, state: dict[str, Tensor], output: Path) -> HighwayConfig:
+    """Load `state` (checkpoint names of transformers 4) strictly and save it as a model of `config`."""
+    model_class = MODELS[config.model_type]
+    for name in [name for name in state if name.endswith(".running_var")]:
+        # some exporters leave out the batch counters, which nothing here reads
+        state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, file, {"format": "pt"})
+        model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    unknown = sorted(set(info["unexpected_keys"]) - {key for key in state if key.endswith("relative_position_index")})
+    exits = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
+    if unknown or exits:
+        raise ValueError(
+            f"{len(unknown)} tensors have no place in the model ({', '.join(unknown[:5]) or 'none'}), "
+            f"{len(exits)} tensors of exits are missing ({', '.join(exits[:5]) or 'none'})"
+        )
+    with replace_folder(output) as folder:
+        model.save_pretrained(folder)
+    return model.config

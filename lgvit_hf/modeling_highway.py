@@ -1,0 +1,442 @@
+"""HighwayMixin: builds the exits, cuts the backbone into segments, and owns the only forward."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .engine import run_all, run_early
+from .heads import ExitHead, HeadShape, build_head
+from .losses import loss_weights, task_loss, weighted_loss
+from .policies import ExitPolicy, build_policy
+from .segments import Block, Segment, State, Tokens
+
+logger = logging.getLogger(__name__)
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+@dataclass
+class HighwayOutput(ModelOutput):
+    """What a highway answers.
+
+    Args:
+        loss (`Tensor`, *optional*): When labels were given.
+        logits (`Tensor`): `[B, C]`, each row's answer; the final classifier's when all exits ran.
+        exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
+        exit_index (`Tensor`): `[B]` int64, which exit answered, from 0, the final classifier last.
+        exit_score (`Tensor`): `[B]` float32, the policy's score where the row left; `None` when all exits ran.
+        exit_logits (`tuple[Tensor]`, *optional*):
+            When all exits ran: `[B, C]` each, shallowest first, final classifier last.
+        exit_features (`tuple[Tensor]`, *optional*):
+            Likewise, what distillation compares: an exit's feature map `[B, N, D]` or pooled vectors; last, the
+            backbone's last patches before its final norm.
+        hidden_states (`tuple[Tensor]`, *optional*), attentions (`tuple[Tensor]`, *optional*): As the backbone's.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_layer: Tensor | None = None
+    exit_index: Tensor | None = None
+    exit_score: Tensor | None = None
+    exit_logits: tuple[Tensor, ...] | None = None
+    exit_features: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def run_block(layer: nn.Module, state: State) -> State:
+    """One transformer block of `[B, N, D]` hidden states, as ViT's and DeiT's are."""
+    return State({"hidden": layer(state["hidden"])}, state.grid)
+
+
+class HighwayMixin:
+    """Exits for one of transformers' image classifiers, which is the other base class.
+
+    A backbone implements `stem`, `blocks`, `tokens`, `final` and `head_shape`; nothing else here is overridden.
+    """
+
+    # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
+    accepts_loss_kwargs = False
+    # transformers' classes whose checkpoints warm-start this one, the bare backbone last
+    native_classes: tuple[type[PreTrainedModel], ...]
+
+    def __init__(self, config):
+        config.validate_exits()
+        super().__init__(config)
+        self.exits = nn.ModuleList(build_head(exit.head, self.head_shape(exit.after)) for exit in config.exits)
+        if config.truncated:
+            self._remove_final()
+        self._policy: ExitPolicy | None = None
+        self._policy_settings: dict[str, Any] | None = None
+        self.post_init()
+
+    # -- what a backbone implements ------------------------------------------------------------------------
+
+    def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
+        """`pixel_values` -> `hidden` `[B, N, D]` and its grid."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[Block]:
+        """One callable `State -> State` per block."""
+        raise NotImplementedError
+
+    def tokens(self, state: State) -> Tokens:
+        """What exits read of a state."""
+        raise NotImplementedError
+
+    def final(self, state: State) -> Tensor:
+        """Logits `[B, C]` of the final classifier, exactly as upstream."""
+        raise NotImplementedError
+
+    def head_shape(self, after: int) -> HeadShape:
+        """What a head behind block `after` (from 1) must fit."""
+        raise NotImplementedError
+
+    # -- the highway ---------------------------------------------------------------------------------------
+
+    def segments(self, interpolate_pos_encoding: bool = False) -> list[Segment]:
+        """The list of segments this highway is made of, one per exit, the final classifier's last.
+
+        Args:
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Whether images of other sizes than `config.image_size` are taken.
+        """
+        blocks = [partial(self.stem, interpolate_pos_encoding=interpolate_pos_encoding), *self.blocks()]
+        stops = [(exit.after, partial(self._answer, head)) for exit, head in zip(self.config.exits, self.exits)]
+        if not self.config.truncated:
+            stops.append((self.config.num_blocks, self._answer_final))
+        starts = [0] + [depth + 1 for depth, _ in stops]
+        return [
+            Segment(depth, tuple(blocks[start : depth + 1]), head)
+            for start, (depth, head) in zip(starts, stops, strict=False)
+        ]
+
+    def _answer(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
+        return head(self.tokens(state))
+
+    def _answer_final(self, state: State) -> tuple[Tensor, Tensor]:
+        return self.final(state), self.tokens(state).patches
+
+    @property
+    def exit_policy(self) -> ExitPolicy:
+        """The policy in force: the object given to `set_exit_policy`, or what `config.exit_policy` says."""
+        if self._policy is None or self._policy_settings != self.config.exit_policy:
+            self._policy = build_policy(self.config.exit_policy, len(self.exits))
+            self._policy_settings = copy.deepcopy(self.config.exit_policy)
+        return self._policy
+
+    def set_exit_policy(self, policy: str | dict[str, Any] | ExitPolicy | Callable, **parameters: Any) -> None:
+        """Choose when rows leave; stored in the config where it can be.
+
+        Args:
+            policy (`str`, `dict`, `ExitPolicy` or callable):
+                A registered name with its `parameters`, a dict of both, or an object of the policy contract. An object
+                that is not registered stays with this model in memory and is not saved.
+
+        Raises:
+            ValueError: Unknown name or parameter, wrong number of thresholds.
+
+        Example:
+
+            >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+            >>> model = ViTHighway(ViTHighwayConfig(num_hidden_layers=3, hidden_size=24, intermediate_size=24))
+            >>> model.set_exit_policy("patience", patience=2)
+            >>> model.config.exit_policy
+            {'name': 'patience', 'patience': 2}
+        """
+        if isinstance(policy, str):
+            policy = {"name": policy, **parameters}
+        elif parameters:
+            raise ValueError(f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}")
+        built = build_policy(policy, len(self.exits))
+        if isinstance(policy, dict):
+            self.config.exit_policy = dict(policy)
+        elif built.name != "custom":
+            self.config.exit_policy = built.to_dict()
+        else:
+            logger.warning("this exit policy is not registered (`register_policy`): it will not be saved")
+        self._policy, self._policy_settings = built, copy.deepcopy(self.config.exit_policy)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        early_exit: bool | None = None,
+        min_depth: int | None = None,
+        max_depth: int | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HighwayOutput | tuple:
+        """Answer images.
+
+        Args:
+            pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor.
+            labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
+            early_exit (`bool`, *optional*):
+                Whether rows leave early; otherwise all exits run. By default in `eval()` mode, not in `train()` mode.
+            min_depth (`int`, *optional*): With early exit, shallower exits are not run.
+            max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers what is left.
+            interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
+            return_dict (`bool`, *optional*): `False` gives a tuple.
+
+        Raises:
+            ValueError: No, an empty or a misshapen batch; a label out of range; impossible depths.
+        """
+        self._check_batch(pixel_values, labels)
+        state = State({"pixel_values": pixel_values.to(self.dtype)})
+        segments = self.segments(bool(interpolate_pos_encoding))
+        early = not self.training if early_exit is None else early_exit
+        if not early and (min_depth, max_depth) != (None, None):
+            raise ValueError("min_depth and max_depth bound early exit; they mean nothing with early_exit=False")
+        output = self._run_early(segments, state, min_depth, max_depth) if early else self._run_all(segments, state)
+        if labels is not None:
+            output.loss = self._loss(output, labels)
+        keep_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if keep_dict else output.to_tuple()
+
+    def _run_early(self, segments: list[Segment], state: State, min_depth: int | None, max_depth: int | None):
+        answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
+        return HighwayOutput(
+            logits=answers.logits,
+            exit_layer=answers.exit_layer,
+            exit_index=answers.exit_index,
+            exit_score=answers.exit_score,
+        )
+
+    def _run_all(self, segments: list[Segment], state: State) -> HighwayOutput:
+        exit_logits, exit_features = run_all(segments, state)
+        logits = exit_logits[-1]
+        return HighwayOutput(
+            logits=logits,
+            exit_layer=torch.full((len(logits),), segments[-1].depth, device=logits.device),
+            exit_index=torch.full((len(logits),), len(segments) - 1, device=logits.device),
+            exit_logits=tuple(exit_logits),
+            exit_features=tuple(exit_features),
+        )
+
+    def _loss(self, output: HighwayOutput, labels: Tensor) -> Tensor:
+        problem_type = self.config.problem_type
+        if output.exit_logits is None or self.config.truncated:
+            return task_loss(output.logits, labels, problem_type)
+        config = self.config
+        weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
+        return weighted_loss(output.exit_logits, labels, weights, problem_type)
+
+    def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> None:
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        channels = self.config.num_channels
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values: shape {tuple(pixel_values.shape)} must be (batch, {channels}, height, width); "
+                f"the model takes {channels} channels"
+            )
+        if len(pixel_values) == 0:
+            raise ValueError(f"pixel_values: shape {tuple(pixel_values.shape)} is an empty batch; give at least one image")
+        # labels on an accelerator are not read back: that would stop it at every step
+        if labels is not None and labels.device.type == "cpu" and not labels.is_floating_point() and labels.dim() == 1:
+            num_labels = self.config.num_labels
+            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
+            if len(wrong) and num_labels > 1:
+                raise ValueError(f"labels: {wrong[0].item()} is outside 0..{num_labels - 1} (num_labels={num_labels})")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers 4.57 leaves batch norms of a warm start as uninitialised memory
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+            module.reset_running_stats()
+
+    # -- making and cutting models -------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As upstream's, from safetensors only; a tensor missing outside the exits raises.
+
+        A plain checkpoint of the backbone loads too, with new exits (`from_backbone` also resets the classifier).
+
+        Raises:
+            ValueError: A tensor of the backbone, or some of a highway's own, is missing; a pickle was asked for.
+            OSError: No config or no safetensors there.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
+        kwargs["use_safetensors"] = True
+        _refuse_pickle_only(pretrained_model_name_or_path)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(key for key in info["missing_keys"] if key in dict(model.named_parameters()))
+        exits = [key for key in missing if key.startswith("exits.")]
+        known_exits = [name for name, _ in model.named_parameters() if name.startswith("exits.")]
+        is_highway = cls.__name__ in (model.config.architectures or [])
+        if len(exits) < len(missing) or (exits and (is_highway or len(exits) < len(known_exits))):
+            lost = [key for key in missing if key not in exits] or exits
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {len(lost)} tensors of {cls.__name__} are missing, such as {lost[0]!r}; "
+                "a new classifier on a pretrained backbone is made by from_backbone(..., num_labels=N)"
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str | os.PathLike | PreTrainedModel, *, output_loading_info: bool = False, **kwargs: Any
+    ):
+        """Put exits on a plain ViT, DeiT or Swin checkpoint; its own answers stay what they are.
+
+        Args:
+            backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
+            output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
+            kwargs:
+                Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`. With
+                a `num_labels` that the checkpoint does not have, the classifier is made anew. Hub arguments
+                (`revision`, `token`, `cache_dir`, `local_files_only`) are passed on.
+
+        Raises:
+            ValueError: The checkpoint is of another kind, or lacks a tensor.
+
+        Example:
+
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> from lgvit_hf import ViTHighway
+            >>> small = dict(num_hidden_layers=4, hidden_size=24, intermediate_size=24, num_attention_heads=2)
+            >>> plain = ViTForImageClassification(ViTConfig(**small))
+            >>> ViTHighway.from_backbone(plain, exit_positions=[1, 2]).config.exit_positions
+            [1, 2]
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        native = backbone if isinstance(backbone, PreTrainedModel) else cls._load_native(backbone, hub)
+        model = cls(cls._config_of(native, kwargs)).to(native.dtype)
+        ours, prefix = model.state_dict(), cls.base_model_prefix
+        state = native.state_dict()
+        if native.base_model is native:
+            state = {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+        # a bare backbone may carry a pooler, which no classifier of transformers uses
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.pooler.")}
+        classifiers = [name for name in ours if not name.startswith(("exits.", f"{prefix}."))]
+        reset = [name for name in classifiers if name not in state or state[name].shape != ours[name].shape]
+        if reset and not {"num_labels", "id2label"} & set(kwargs):
+            raise ValueError(f"{_name(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")
+        kept = {name: tensor for name, tensor in state.items() if name not in reset}
+        missing, unexpected = model.load_state_dict(kept, strict=False)
+        exits = [name for name in missing if name.startswith("exits.")]
+        lost = [name for name in missing if name not in exits and name not in reset]
+        if lost or unexpected:
+            what = f"no tensor {lost[0]!r}" if lost else f"unknown tensor {unexpected[0]!r}"
+            raise ValueError(f"{_name(backbone)}: {what}; a plain {cls.native_classes[0].__name__} is needed")
+        logger.warning(
+            "%s: all %d tensors of the backbone are loaded. New: %d exits (%d tensors)%s. Train them before use.",
+            cls.__name__,
+            len(kept),
+            len(model.exits),
+            len(exits),
+            f" and the classifier, for {model.config.num_labels} labels" if reset else "",
+        )
+        model.eval()
+        info = {"missing_keys": sorted(exits + reset), "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
+        _refuse_pickle_only(path)
+        config = AutoConfig.from_pretrained(path, **hub)
+        wanted = cls.native_classes[0].config_class.model_type
+        if config.model_type != wanted:
+            raise ValueError(f"{path}: model type {config.model_type!r}, but {cls.__name__} takes {wanted!r} backbones")
+        # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
+        named = [native for native in cls.native_classes if native.__name__ in (config.architectures or [])]
+        native_class = (named or [cls.native_classes[-1]])[0]
+        model, info = native_class.from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, **hub
+        )
+        lost = sorted(set(info["missing_keys"]) & set(dict(model.named_parameters())))
+        lost = [name for name in lost if not name.startswith("pooler.")]
+        if lost:
+            raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
+        return model
+
+    @classmethod
+    def _config_of(cls, native: PreTrainedModel, changes: dict[str, Any]):
+        """The native model's config as ours, with `changes`."""
+        settings = native.config.to_dict()
+        for key in ("model_type", "transformers_version", "_name_or_path"):
+            settings.pop(key, None)
+        if {"num_labels", "id2label"} & set(changes):
+            for key in ("num_labels", "id2label", "label2id"):
+                settings.pop(key, None)
+        settings["architectures"] = [type(native).__name__]
+        settings["attn_implementation"] = native.config._attn_implementation
+        return cls.config_class(**{**settings, **changes})
+
+    def truncate(self, exit_index: int) -> HighwayMixin:
+        """The smaller static model that always answers at one exit: deeper blocks and all other heads are left out.
+
+        Args:
+            exit_index (`int`): Which exit, from 0; the number of exits gives the plain backbone with its classifier.
+
+        Returns:
+            A new model of the same class with copied weights, which saves and loads as any other.
+
+        Raises:
+            ValueError: There is no such exit.
+
+        Example:
+
+            >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+            >>> model = ViTHighway(ViTHighwayConfig(num_hidden_layers=4, hidden_size=24, intermediate_size=24))
+            >>> small = model.truncate(0)
+            >>> small.config.num_hidden_layers, small.config.exit_positions
+            (2, [2])
+        """
+        num_exits = len(self.exits)
+        if not isinstance(exit_index, int) or not 0 <= exit_index <= num_exits or self.config.truncated:
+            raise ValueError(f"exit_index={exit_index!r} must be from 0 to {num_exits} ({num_exits} exits and the final)")
+        settings = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
+        settings["attn_implementation"] = self.config._attn_implementation
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("exits.")}
+        if exit_index == num_exits:
+            settings.update(exit_positions=[], exit_types=[])
+        else:
+            exit = self.config.exits[exit_index]
+            settings.update(self.config.cut_to(exit.after), truncated=True)
+            settings.update(exit_positions=[exit.after], exit_types=[exit.head])
+            state |= {f"exits.0.{name}": tensor for name, tensor in self.exits[exit_index].state_dict().items()}
+        settings.update(exit_policy={"name": "never"}, exit_loss_weights="uniform")
+        model = type(self)(self.config_class(**settings)).to(device=self.device, dtype=self.dtype)
+        model.load_state_dict({name: tensor for name, tensor in state.items() if name in model.state_dict()})
+        return model.train(self.training)
+
+    def _remove_final(self) -> None:
+        self.base_model.layernorm = nn.Identity()
+        for name, child in list(self.named_children()):
+            if child is not self.base_model and child is not self.exits:
+                setattr(self, name, nn.Identity())
+
+
+def _name(backbone: str | os.PathLike | PreTrainedModel) -> str:
+    return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
+
+
+def _refuse_pickle_only(path: str | os.PathLike | None) -> None:
+    folder = Path(path) if path is not None else None
+    if folder is None or not folder.is_dir():
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{folder}: only {pickles[0]}, a pickle that could run code, and no safetensors; save the model again with "
+            "save_pretrained, or convert an original LGViT checkpoint with `lgvit convert --from lgvit`"
+        )

@@ -1,0 +1,90 @@
+"""SwinHighway: stem, blocks, tokens and final for transformers' Swin."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import SwinForImageClassification, SwinModel
+
+from .configuration import SwinHighwayConfig
+from .heads import HeadShape
+from .modeling_highway import HighwayMixin
+from .segments import Block, State, Tokens
+
+try:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError:
+    pass  # transformers 4 has the weight names of the checkpoints
+else:
+    # transformers 5 renames weights by model type; unknown types would be left with random ones
+    register_checkpoint_conversion_mapping("swin_highway", get_checkpoint_conversion_mapping("swin"), overwrite=True)
+
+
+def _run_block(block: nn.Module, merge: nn.Module | None, state: State) -> State:
+    """One Swin block; the first of a stage merges patches before, so that an exit above it does not pay for that."""
+    hidden, grid = state["hidden"], state.grid
+    if merge is not None:
+        hidden = merge(hidden, grid)
+        grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+    return State({"hidden": block(hidden, grid)[0]}, grid)
+
+
+class SwinHighway(HighwayMixin, SwinForImageClassification):
+    """Swin with early exits. There is no prefix token: heads average the patches, at the width of their stage.
+
+    Example:
+
+        >>> import torch
+        >>> from lgvit_hf import SwinHighway, SwinHighwayConfig
+        >>> config = SwinHighwayConfig(
+        ...     embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=2, image_size=16, patch_size=2
+        ... )
+        >>> SwinHighway(config).eval()(torch.randn(5, 3, 16, 16)).logits.shape
+        torch.Size([5, 2])
+    """
+
+    config_class = SwinHighwayConfig
+    native_classes = (SwinForImageClassification, SwinModel)
+
+    def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
+        hidden, grid = self.swin.embeddings(
+            state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding
+        )
+        return State({"hidden": hidden}, grid)
+
+    def blocks(self) -> list[Block]:
+        runs: list[Block] = []
+        merge = None
+        for stage in self.swin.encoder.layers:
+            for block in stage.blocks:
+                runs.append(partial(_run_block, block, merge))
+                merge = None
+            merge = stage.downsample
+        return runs
+
+    def tokens(self, state: State) -> Tokens:
+        return Tokens(state["hidden"], state.grid, state["hidden"][:, :0])
+
+    def final(self, state: State) -> Tensor:
+        hidden = self.swin.layernorm(state["hidden"])
+        return self.classifier(self.swin.pooler(hidden.transpose(1, 2)).flatten(1))
+
+    def head_shape(self, after: int) -> HeadShape:
+        config = self.config
+        stage = config.stage_of(after)
+        width = config.embed_dim * 2**stage
+        return HeadShape(
+            width=width,
+            num_prefix=0,
+            num_labels=config.num_labels,
+            num_attention_heads=config.num_heads[stage],
+            intermediate_size=int(width * config.mlp_ratio),
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_act=config.hidden_act,
+            dropout=config.hidden_dropout_prob,
+            pool=config.pool,
+        )

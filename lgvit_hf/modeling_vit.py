@@ -1,0 +1,64 @@
+"""ViTHighway: stem, blocks, tokens and final for transformers' ViT."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import ViTForImageClassification, ViTModel
+
+from .configuration import ViTHighwayConfig
+from .heads import HeadShape
+from .modeling_highway import HighwayMixin, run_block
+from .segments import Block, State, Tokens
+
+
+class ViTHighway(HighwayMixin, ViTForImageClassification):
+    """ViT with early exits. Heads read the class token and the patches.
+
+    Example:
+
+        >>> import torch
+        >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+        >>> config = ViTHighwayConfig(
+        ...     hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4
+        ... )
+        >>> model = ViTHighway(config).eval()
+        >>> out = model(torch.randn(5, 3, 16, 16))
+        >>> out.logits.shape, out.exit_layer.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    config_class = ViTHighwayConfig
+    native_classes = (ViTForImageClassification, ViTModel)
+
+    def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
+        pixels, patch = state["pixel_values"], self.vit.embeddings.patch_embeddings.patch_size
+        hidden = self.vit.embeddings(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
+        return State({"hidden": hidden}, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]))
+
+    def blocks(self) -> list[Block]:
+        # `encoder.layer` in transformers 4, `layers` in 5
+        layers: nn.ModuleList = getattr(self.vit, "layers", None) or self.vit.encoder.layer
+        return [partial(run_block, layer) for layer in layers]
+
+    def tokens(self, state: State) -> Tokens:
+        return Tokens(state["hidden"][:, 1:], state.grid, state["hidden"][:, :1])
+
+    def final(self, state: State) -> Tensor:
+        hidden = self.vit.layernorm(state["hidden"])
+        return self.classifier(hidden[:, 0] if self.config.pool == "cls" else hidden.mean(1))
+
+    def head_shape(self, after: int) -> HeadShape:
+        config = self.config
+        return HeadShape(
+            width=config.hidden_size,
+            num_prefix=1,
+            num_labels=config.num_labels,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_act=config.hidden_act,
+            dropout=config.hidden_dropout_prob,
+            pool=config.pool,
+        )

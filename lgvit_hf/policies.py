@@ -1,0 +1,432 @@
+"""Exit policies: when does a row leave? Small, per row, with their memory passed in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Memory = dict[str, Tensor]
+Numbers = float | Sequence[float]
+
+POLICIES: dict[str, type] = {}
+
+# The names that LGViT's and EEVIT's configs and scripts use for the same rules.
+SEED_NAMES = {"patient_and_confident": "patience_confidence", "confidence_and_entropy": "confidence_entropy"}
+
+
+def register_policy(name: str) -> Callable[[type], type]:
+    """Class decorator: make a policy known under `name`, so that a config can hold it.
+
+    Example:
+
+        >>> @register_policy("coin")
+        ... class CoinPolicy(ExitPolicy):
+        ...     def __call__(self, logits, memory, exit_index=0):
+        ...         return logits[:, 0] > 0, memory
+        >>> build_policy({"name": "coin"}, num_exits=2).name
+        'coin'
+        >>> _ = POLICIES.pop("coin")
+    """
+
+    def decorate(policy: type) -> type:
+        if POLICIES.get(name, policy) is not policy and POLICIES[name].__qualname__ != policy.__qualname__:
+            raise ValueError(f"there is already a policy called {name!r} ({POLICIES[name]}); choose another name")
+        POLICIES[name] = policy
+        policy.name = name
+        return policy
+
+    return decorate
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`softmax(logits / temperature)` in float32, whatever the dtype of `logits` `[B, C]`."""
+    return torch.softmax(logits.float() / temperature, dim=-1)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of `probs` `[B, C]`; 0 where a probability underflows, NaN where the row is NaN.
+
+    Example:
+
+        >>> entropy(probabilities(torch.tensor([[200.0, 0.0], [0.0, 0.0]]))).tolist()
+        [0.0, 0.693...]
+    """
+    return torch.special.entr(probs).sum(-1)
+
+
+def margin(probs: Tensor) -> Tensor:
+    """Largest minus second largest probability of each row of `probs` `[B, C]`."""
+    if probs.shape[-1] == 1:
+        return probs[..., 0]
+    best, second = probs.topk(2, dim=-1).values.unbind(-1)
+    return best - second
+
+
+def _check_numbers(field_name: str, value: Numbers, *, positive: bool = False) -> None:
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for number in values:
+        good = isinstance(number, (int, float)) and not isinstance(number, bool) and not math.isnan(number)
+        if not good or (positive and not 0 < number < math.inf):
+            wanted = "positive and finite" if positive else "numbers"
+            raise ValueError(f"exit_policy: {field_name}={value!r} is not one number or a list of numbers ({wanted})")
+
+
+def _check_count(field_name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"exit_policy: {field_name}={value!r} must be an integer of at least 1")
+
+
+def _at(value: Numbers, exit_index: int, default: float) -> float:
+    """The number that holds at an exit: the only one, the exit's own, or `default` past the end of the list."""
+    if isinstance(value, (int, float)):
+        return value
+    return value[exit_index] if exit_index < len(value) else default
+
+
+class ExitPolicy:
+    """When a row leaves. Derive, implement `__call__`, and `register_policy` to store it in configs.
+
+    The engine calls the policy once per exit that is run, with the rows that are still there. The last exit (the final
+    classifier, or the deepest one that `max_depth` allows) answers whatever the policy says, and a row whose logits are
+    NaN never leaves early.
+    """
+
+    name = "custom"
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """The memory before the first exit: tensors with the batch first, so that rows can be dropped."""
+        return {}
+
+    def skips(self, exit_index: int) -> bool:
+        """Whether no row can leave at this exit and nothing is remembered of it: its head is then not run at all."""
+        return False
+
+    def check(self, num_exits: int) -> None:
+        """Raise `ValueError` where the parameters do not fit a highway of `num_exits` early exits."""
+        for name in ("threshold", "entropy_threshold", "temperature"):
+            value = getattr(self, name, None)
+            # a temperature may also be given for the final classifier, which has no threshold
+            lengths = (num_exits, num_exits + 1) if name == "temperature" else (num_exits,)
+            if isinstance(value, Sequence) and len(value) not in lengths:
+                raise ValueError(
+                    f"exit_policy: {name} has {len(value)} values, but the model has {num_exits} exits; "
+                    f"give one number for all or {num_exits} numbers"
+                )
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        """Decide for each row.
+
+        Args:
+            logits (`Tensor`): `[B, C]`, of the exit just run.
+            memory (`dict[str, Tensor]`): What was returned for these rows at the exit before, or by `start`.
+            exit_index (`int`): Which exit this is, from 0.
+
+        Returns:
+            `leave` `[B]` bool, and the memory; its entry `score` `[B]` float32, when there, becomes `exit_score`.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form that `build_policy` reads."""
+        settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {
+            "name": self.name,
+            **{key: list(value) if isinstance(value, Sequence) else value for key, value in settings.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _ThresholdPolicy(ExitPolicy):
+    """Shared by the policies that compare one score of the softmax with a threshold."""
+
+    threshold: Numbers
+    temperature: Numbers = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_numbers("threshold", self.threshold)
+        _check_numbers("temperature", self.temperature, positive=True)
+
+    def probabilities(self, logits: Tensor, exit_index: int) -> Tensor:
+        return probabilities(logits, _at(self.temperature, exit_index, 1.0))
+
+
+@register_policy("confidence")
+@dataclass(frozen=True)
+class ConfidencePolicy(_ThresholdPolicy):
+    """Leave where the largest probability is above `threshold`.
+
+    Args:
+        threshold (`float` or list): In [0, 1]; one for all exits or one per exit.
+        temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
+
+    Example:
+
+        >>> policy = ConfidencePolicy(threshold=[0.9, 0.6])
+        >>> logits = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
+        >>> policy(logits, {}, exit_index=0)[0].tolist(), policy(logits, {}, exit_index=1)[0].tolist()
+        ([False, True], [True, True])
+    """
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        score = self.probabilities(logits, exit_index).amax(-1)
+        return score > _at(self.threshold, exit_index, math.inf), {"score": score}
+
+
+@register_policy("entropy")
+@dataclass(frozen=True)
+class EntropyPolicy(_ThresholdPolicy):
+    """Leave where the entropy of the prediction is below `threshold` nats (DeeBERT, https://arxiv.org/abs/2004.12993).
+
+    Example:
+
+        >>> EntropyPolicy(threshold=0.5)(torch.tensor([[0.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
+        [False, True]
+    """
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        score = entropy(self.probabilities(logits, exit_index))
+        return score < _at(self.threshold, exit_index, -math.inf), {"score": score}
+
+
+@register_policy("margin")
+@dataclass(frozen=True)
+class MarginPolicy(_ThresholdPolicy):
+    """Leave where the two largest probabilities lie further apart than `threshold`.
+
+    Example:
+
+        >>> MarginPolicy(threshold=0.5)(torch.tensor([[0.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
+        [False, True]
+    """
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        score = margin(self.probabilities(logits, exit_index))
+        return score > _at(self.threshold, exit_index, math.inf), {"score": score}
+
+
+@register_policy("confidence_entropy")
+@dataclass(frozen=True)
+class ConfidenceEntropyPolicy(_ThresholdPolicy):
+    """Leave where the largest probability is above `threshold` and the entropy below `entropy_threshold` nats.
+
+    The score of a row is its largest probability.
+
+    Example:
+
+        >>> policy = ConfidenceEntropyPolicy(threshold=0.5, entropy_threshold=0.1)
+        >>> policy(torch.tensor([[2.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
+        [False, True]
+    """
+
+    entropy_threshold: Numbers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_numbers("entropy_threshold", self.entropy_threshold)
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        probs = self.probabilities(logits, exit_index)
+        score = probs.amax(-1)
+        sure = score > _at(self.threshold, exit_index, math.inf)
+        return sure & (entropy(probs) < _at(self.entropy_threshold, exit_index, -math.inf)), {"score": score}
+
+
+@register_policy("patience")
+@dataclass(frozen=True)
+class PatiencePolicy(ExitPolicy):
+    """Leave once `patience` exits in a row agree on the label (PABEE, https://arxiv.org/abs/2006.04152).
+
+    The first exit counts 1; a NaN row agrees with nothing. The score of a row is its count.
+
+    Args:
+        patience (`int`): How many agreeing exits in a row are enough.
+
+    Example:
+
+        >>> policy = PatiencePolicy(patience=2)
+        >>> memory = policy.start(batch_size=2, device="cpu")
+        >>> leave, memory = policy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), memory)
+        >>> leave, memory = policy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), memory)
+        >>> leave.tolist()
+        [True, False]
+    """
+
+    patience: int
+
+    def __post_init__(self) -> None:
+        _check_count("patience", self.patience)
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """No label seen, nothing counted."""
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return {"label": zeros - 1, "score": zeros.float()}
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        label = logits.argmax(-1)
+        streak = torch.where(label == memory["label"], memory["score"] + 1, 1.0)
+        unknown = logits.isnan().any(-1)
+        memory = {"label": label.masked_fill(unknown, -1), "score": streak.masked_fill(unknown, 0.0)}
+        return memory["score"] >= self.patience, memory
+
+
+@register_policy("patience_confidence")
+@dataclass(frozen=True)
+class PatienceConfidencePolicy(_ThresholdPolicy):
+    """Leave once the entropy was below `threshold` nats at `patience` exits in a row (PCEE).
+
+    The score of a row is the number of such exits.
+
+    Example:
+
+        >>> policy = PatienceConfidencePolicy(threshold=0.5, patience=2)
+        >>> memory = policy.start(batch_size=1, device="cpu")
+        >>> leave, memory = policy(torch.tensor([[5.0, 0.0]]), memory)
+        >>> policy(torch.tensor([[5.0, 0.0]]), memory)[0].tolist()
+        [True]
+    """
+
+    patience: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("patience", self.patience)
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """Nothing counted."""
+        return {"score": torch.zeros(batch_size, device=device)}
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        sure = entropy(self.probabilities(logits, exit_index)) < _at(self.threshold, exit_index, -math.inf)
+        score = torch.where(sure, memory["score"] + 1, 0.0)
+        return score >= self.patience, {"score": score}
+
+
+@register_policy("fixed")
+@dataclass(frozen=True)
+class FixedPolicy(ExitPolicy):
+    """Every row leaves at one exit; no other head is run.
+
+    Args:
+        exit_index (`int`): Which exit, from 0; the number of exits stands for the final classifier.
+
+    Example:
+
+        >>> FixedPolicy(exit_index=1)(torch.zeros(2, 3), {}, exit_index=1)[0].tolist()
+        [True, True]
+    """
+
+    exit_index: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.exit_index, int) or isinstance(self.exit_index, bool) or self.exit_index < 0:
+            raise ValueError(f"exit_policy: exit_index={self.exit_index!r} must be an integer, from 0")
+
+    def check(self, num_exits: int) -> None:
+        """The exit must exist."""
+        if self.exit_index > num_exits:
+            raise ValueError(
+                f"exit_policy: exit_index={self.exit_index} is outside 0..{num_exits} ({num_exits} exits and the final)"
+            )
+
+    def skips(self, exit_index: int) -> bool:
+        """Only the one exit is run."""
+        return exit_index != self.exit_index
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        leave = torch.full((logits.shape[0],), exit_index == self.exit_index, device=logits.device)
+        return leave, {"score": probabilities(logits).amax(-1)}
+
+
+@register_policy("never")
+@dataclass(frozen=True)
+class NeverPolicy(ExitPolicy):
+    """No row leaves early: the plain backbone, without a head being run.
+
+    Example:
+
+        >>> NeverPolicy()(torch.zeros(2, 3), {})[0].tolist()
+        [False, False]
+    """
+
+    def skips(self, exit_index: int) -> bool:
+        """No exit is run."""
+        return True
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        leave = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
+        return leave, {"score": probabilities(logits).amax(-1)}
+
+
+class CustomPolicy(ExitPolicy):
+    """Any callable `(logits, memory) -> (leave, memory)`, with or without `start`, as a policy."""
+
+    def __init__(self, rule: Callable[[Tensor, Memory], tuple[Tensor, Memory]]):
+        if not callable(rule):
+            raise ValueError(f"exit_policy: {rule!r} is not callable as (logits, memory) -> (leave, memory)")
+        self.rule = rule
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """What the rule's own `start` gives, or nothing."""
+        start = getattr(self.rule, "start", None)
+        return start(batch_size=batch_size, device=device) if start else {}
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        return self.rule(logits, memory)
+
+
+def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits: int) -> ExitPolicy:
+    """Make a checked policy for a highway of `num_exits` early exits.
+
+    Args:
+        policy (`dict`, `str`, `ExitPolicy` or callable):
+            `{"name": "confidence", "threshold": 0.8}`, a registered name that needs no parameters, or an object.
+        num_exits (`int`): Early exits, the final classifier not counted.
+
+    Raises:
+        ValueError: Unknown name or parameter, missing parameter, wrong number of thresholds.
+
+    Example:
+
+        >>> build_policy({"name": "entropy", "threshold": [0.1, 0.2, 0.3]}, num_exits=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: exit_policy: threshold has 3 values, but the model has 2 exits; give one number for all or 2 numbers
+    """
+    if isinstance(policy, str):
+        policy = {"name": policy}
+    if isinstance(policy, dict):
+        policy = _from_dict(policy)
+    if not isinstance(policy, ExitPolicy):
+        policy = CustomPolicy(policy)
+    policy.check(num_exits)
+    return policy
+
+
+def _from_dict(settings: dict[str, Any]) -> Any:
+    settings = dict(settings)
+    name = settings.pop("name", None)
+    if name == "gumbel_lte":
+        raise ValueError("exit_policy: 'gumbel_lte' (learned exits) never existed as code; " + _known_policies())
+    cls = POLICIES.get(SEED_NAMES.get(name, name)) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"exit_policy: unknown policy name {name!r}; " + _known_policies())
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = sorted(set(settings) - set(parameters))
+        missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
+        missing = [key for key in missing if parameters[key].kind is not inspect.Parameter.VAR_POSITIONAL]
+        if unknown or missing:
+            what = f"unknown parameter {unknown[0]!r}" if unknown else f"missing parameter {missing[0]!r}"
+            raise ValueError(f"exit_policy: {what} for {name!r}; its parameters: {', '.join(parameters) or 'none'}")
+    return cls(**settings)
+
+
+def _known_policies() -> str:
+    return f"known policies: {', '.join(sorted(POLICIES))}"

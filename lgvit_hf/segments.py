@@ -1,0 +1,83 @@
+"""A highway is a list of segments: each carries the state as far as the next exit and gives that exit's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What flows from block to block: batch-first tensors and the grid of patches they stand for.
+
+    Args:
+        tensors (`dict[str, Tensor]`):
+            Every tensor has the batch as first dimension, so that rows can be dropped. Before the stem there is one,
+            `pixel_values` `[B, C, H, W]`; after it a backbone keeps `hidden` `[B, N, D]`.
+        grid (`tuple[int, int]`, *optional*):
+            Rows and columns of patches; their product is the number of patch tokens.
+
+    Example:
+
+        >>> import torch
+        >>> state = State({"hidden": torch.arange(3.0)[:, None]})
+        >>> state.select(torch.tensor([2, 0]))["hidden"].tolist()
+        [[2.0], [0.0]]
+    """
+
+    tensors: dict[str, Tensor]
+    grid: tuple[int, int] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows `B`."""
+        return next(iter(self.tensors.values())).shape[0]
+
+    def select(self, rows: Tensor) -> State:
+        """The state of some `rows` (`[K]`, int64) only."""
+        return replace(self, tensors={name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an exit reads: patch tokens, their grid, and the prefix tokens its classifiers look at.
+
+    Args:
+        patches (`Tensor`): `[B, h * w, D]`, row by row.
+        grid (`tuple[int, int]`): `(h, w)`.
+        prefix (`Tensor`): `[B, P, D]`; `P` is 1 for ViT, 2 for DeiT with a distillation head, 0 for Swin.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+    prefix: Tensor
+
+
+Block = Callable[[State], State]
+Head = Callable[[State], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the backbone and the exit at its end.
+
+    Args:
+        depth (`int`): Blocks already run when the exit is reached, counted from 1.
+        blocks (`tuple`): Callables `State -> State`; the stem counts as the first one of the first segment.
+        head (`Callable`): `State -> (logits [B, C], features)`, the exit or, in the last segment, the final classifier.
+    """
+
+    depth: int
+    blocks: tuple[Block, ...]
+    head: Head
+
+    def advance(self, state: State) -> State:
+        """Carry the state to this segment's exit."""
+        for block in self.blocks:
+            state = block(state)
+        return state

@@ -1,0 +1,1 @@
+"""Stage one and stage two of highway training, on transformers' Trainer."""

@@ -1,0 +1,87 @@
+"""How exits share the loss at a step, for both stages (LGViT, https://arxiv.org/abs/2308.00255)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..configuration import HighwayConfig
+from ..heads import head_kind
+from ..losses import distillation_loss, lgvit_feature_losses, loss_weights, task_loss, weighted_loss
+from .arguments import HighwayTrainingArguments
+
+
+def stage_one_loss(
+    model: Callable,
+    config: HighwayConfig,
+    pixel_values: Tensor,
+    labels: Tensor,
+    args: HighwayTrainingArguments,
+    step: int = 0,
+    **inputs,
+) -> Tensor:
+    """The loss of `HighwayTrainer` at optimizer step `step`.
+
+    With cross-entropies `L_i` of exits behind block `p_i` and `L` of the final classifier behind the last, number `D`:
+    `uniform` is their mean; `weighted` is `(sum p_i L_i + D L) / (sum p_i + D)`; the alternating ones are `L` at even
+    steps and the former at odd ones; `distillation` is `(1 - c) * uniform + c * mean KD_i`; `backbone` is `L`;
+    `single_exit` is one `L_i`. What does not enter the loss is not computed.
+
+    Args:
+        model (callable): The highway, or what a launcher wrapped around it.
+        config (`HighwayConfig`): The highway's config.
+        pixel_values (`Tensor`), labels (`Tensor`): The batch.
+        args (`HighwayTrainingArguments`): The strategy and its weights.
+        step (`int`): From `trainer.state.global_step`, so that resuming, accumulation and several processes agree.
+        inputs: Further arguments of the highway's forward.
+    """
+    strategy = args.strategy or "weighted"
+    only_final = strategy == "backbone" or (strategy.startswith("alternating") and step % 2 == 0)
+    if only_final or strategy == "single_exit":
+        depth = config.num_blocks if only_final else config.exit_positions[args.train_exit]
+        answer = model(pixel_values, early_exit=True, min_depth=depth, max_depth=depth, **inputs)
+        return task_loss(answer.logits, labels, config.problem_type)
+
+    exit_logits = model(pixel_values, early_exit=False, **inputs).exit_logits
+    shares = "depth" if strategy.endswith("weighted") else "uniform"
+    weights = loss_weights(shares, config.exit_positions, config.num_blocks)
+    loss = weighted_loss(exit_logits, labels, weights, config.problem_type)
+    if strategy == "distillation":
+        kd = [distillation_loss(logits, exit_logits[-1], args.temperature) for logits in exit_logits[:-1]]
+        loss = (1 - args.distillation_weight) * loss + args.distillation_weight * sum(kd) / len(kd)
+    return loss
+
+
+def stage_two_loss(
+    model: Callable,
+    config: HighwayConfig,
+    pixel_values: Tensor,
+    labels: Tensor,
+    args: HighwayTrainingArguments,
+    **inputs,
+) -> Tensor:
+    """The loss of `DistillationTrainer`: the exits learn from the labels and from the frozen final classifier.
+
+    `distillation`: `(1 - c) * sum p_i L_i / sum p_i + c * mean KD_i`. `distillation_lgvit`:
+    `(1 - c) * sum L_i + c * sum KD_i + heterogeneous_weight * L_hete + homogeneous_weight * L_homo`, the last two as
+    `lgvit_feature_losses` says, for any number and kinds of exits. Arguments as of `stage_one_loss`.
+    """
+    out = model(pixel_values, early_exit=False, **inputs)
+    exit_logits, share = out.exit_logits[:-1], args.distillation_weight
+    kd = sum(distillation_loss(logits, out.exit_logits[-1], args.temperature) for logits in exit_logits)
+    if args.strategy == "distillation":
+        hard = weighted_loss(exit_logits, labels, config.exit_positions, config.problem_type)
+        return (1 - share) * hard + share * kd / len(exit_logits)
+
+    hard = sum(task_loss(logits, labels, config.problem_type) for logits in exit_logits)
+    size = pixel_values.shape[-2:]
+    heterogeneous, homogeneous = lgvit_feature_losses(
+        out.exit_features[:-1],
+        [config.patch_grid(position, *size) for position in config.exit_positions],
+        [head_kind(head) for head in config.exit_types],
+        out.exit_features[-1],
+        config.patch_grid(config.num_blocks, *size),
+    )
+    features = args.heterogeneous_weight * heterogeneous + args.homogeneous_weight * homogeneous
+    return (1 - share) * hard + share * kd + features
