@@ -1,4 +1,4 @@
-"""Two loops over segments: `run_all` visits every exit, `run_early` drops the rows that leave. No model in sight."""
+"""Loops over segments: `run_all` visits every exit, `run_early` drops the rows that leave. No model in sight."""
 
 from __future__ import annotations
 
@@ -29,16 +29,25 @@ class Answers:
     exit_score: Tensor
 
 
-def run_all(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
+def run_all(segments: Sequence[Segment], state: State) -> list[Tensor]:
     """Run every block and every exit.
 
     Returns:
-        Logits `[B, C]` and features of each exit, shallowest first, the final classifier last.
+        Logits `[B, C]` of each exit, shallowest first, the final classifier last.
     """
+    exit_logits = []
+    for segment in segments:
+        state = segment.advance(state)
+        exit_logits.append(segment.answer(state))
+    return exit_logits
+
+
+def study_all(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
+    """As `run_all`, with the features of each exit, which distillation compares."""
     exit_logits, exit_features = [], []
     for segment in segments:
         state = segment.advance(state)
-        logits, features = segment.head(state)
+        logits, features = segment.study(state)
         exit_logits.append(logits)
         exit_features.append(features)
     return exit_logits, exit_features
@@ -69,25 +78,27 @@ def run_early(
     """
     last = _last_exit(segments, min_depth, max_depth)
     rows: Tensor | None = None  # the caller's row numbers of those still here; None while nobody has left
-    answers: tuple[Tensor, Tensor, Tensor] | None = None
+    answers: tuple[Tensor, ...] | None = None
     memory = policy.start(state.batch_size, next(iter(state.tensors.values())).device)
     for index, segment in enumerate(segments[: last + 1]):
         state = segment.advance(state)
         if index < last and (policy.skips(index) or segment.depth < (min_depth or 0)):
             continue
-        logits, _ = segment.head(state)
+        logits = segment.answer(state)
         leave, memory = policy(logits, memory, index)
+        if index < last:
+            if not policy.keeps_nan:
+                leave = leave & ~logits.isnan().any(-1)
+            stay = (~leave).nonzero().squeeze(1)  # the one wait for the device
+            if len(stay) == len(logits):
+                continue
+        # all rows still here are written: who goes on is overwritten later
         answers = _written(answers, rows, logits, index, memory.get("score"))
-        if index == last:
+        if index == last or len(stay) == 0:
             break
-        # NaN answers nothing: such a row goes on to the end
-        stay = (~leave | logits.isnan().any(-1)).nonzero().squeeze(1)
-        if len(stay) == 0:
-            break
-        if len(stay) < len(logits):
-            state = state.select(stay)
-            memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
-            rows = stay if rows is None else rows.index_select(0, stay)
+        state = state.select(stay)
+        memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
+        rows = stay if rows is None else rows.index_select(0, stay)
     logits, exit_index, exit_score = answers
     depths = torch.tensor([segment.depth for segment in segments])
     return Answers(logits, exit_index, depths.to(exit_index.device)[exit_index], exit_score)
@@ -107,9 +118,9 @@ def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: in
 
 
 def _written(
-    answers: tuple[Tensor, Tensor, Tensor] | None, rows: Tensor | None, logits: Tensor, index: int, score: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`answers` with those of the rows still here replaced; who leaves now keeps them."""
+    answers: tuple[Tensor, ...] | None, rows: Tensor | None, logits: Tensor, index: int, score: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`answers` (logits, exit index, score) with those of `rows` replaced; all rows while nobody has left."""
     if score is None:
         score = probabilities(logits).amax(-1)
     new = (logits, torch.full((len(logits),), index, device=logits.device), score.float())

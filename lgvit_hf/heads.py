@@ -56,8 +56,9 @@ def register_head(name: str) -> Callable[[type], type]:
     """Class decorator: make a head body known under `name`, for `exit_types`.
 
     The class is built with one argument, a `HeadShape`, and its `forward(patches, grid)` takes patches `[B, h * w, D]`
-    and gives a map `[B, N, D]` with any `N`, which is then pooled and classified. A class attribute `kind` may say
-    `"local"` or `"global"`: the group that the exit joins in LGViT distillation.
+    and gives a map `[B, N, D]` with any `N`, which is then averaged and classified. A method `pooled` with the same
+    arguments may give that average `[B, D]` at less cost, for inference. A class attribute `kind` may say `"local"` or
+    `"global"`: the group that the exit joins in LGViT distillation.
 
     Example:
 
@@ -139,7 +140,7 @@ def build_head(name: str, shape: HeadShape) -> ExitHead:
 class ExitHead(nn.Module):
     """Reads tokens and classifies: the mean over one classifier per prefix token.
 
-    `read` gives one vector per classifier, and the features that distillation compares.
+    `read` gives one vector per classifier, and the features that distillation compares; `summarise` only the vectors.
     """
 
     def __init__(self, shape: HeadShape):
@@ -153,11 +154,22 @@ class ExitHead(nn.Module):
         """`[B, D]` for each classifier, and the features."""
         raise NotImplementedError
 
+    def summarise(self, tokens: Tokens) -> list[Tensor]:
+        """`[B, D]` for each classifier."""
+        return self.read(tokens)[0]
+
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Logits `[B, C]` and features."""
         vectors, features = self.read(tokens)
+        return self._classify(vectors), features
+
+    def answer(self, tokens: Tokens) -> Tensor:
+        """Logits `[B, C]` alone, at the least cost."""
+        return self._classify(self.summarise(tokens))
+
+    def _classify(self, vectors: list[Tensor]) -> Tensor:
         logits = [classifier(vector) for classifier, vector in zip(self.classifiers, vectors, strict=True)]
-        return (logits[0] if len(logits) == 1 else sum(logits) / len(logits)), features
+        return logits[0] if len(logits) == 1 else sum(logits) / len(logits)
 
     def prefixes(self, tokens: Tokens) -> list[Tensor]:
         """The prefix tokens that are read, each `[B, D]`; none under mean pooling."""
@@ -177,8 +189,16 @@ class MapHead(ExitHead):
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         feature_map = self.body(tokens.patches, tokens.grid)
-        pooled = self.norm(feature_map).mean(1)
-        return [pooled + prefix for prefix in self.prefixes(tokens)] or [pooled], feature_map
+        return self._vectors(self.norm(feature_map).mean(1), tokens), feature_map
+
+    def summarise(self, tokens: Tokens) -> list[Tensor]:
+        # batch norm in training looks at every patch, a layer norm at every token of the map
+        if self.training or not isinstance(self.norm, nn.Identity) or not hasattr(self.body, "pooled"):
+            return super().summarise(tokens)
+        return self._vectors(self.body.pooled(tokens.patches, tokens.grid), tokens)
+
+    def _vectors(self, pooled: Tensor, tokens: Tokens) -> list[Tensor]:
+        return [pooled + prefix for prefix in self.prefixes(tokens)] or [pooled]
 
 
 @register_head("linear")
@@ -260,7 +280,13 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.proj = (nn.Linear(shape.width, shape.width) for _ in range(4))
 
     def forward(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return self.proj(_attend(self.query(patches), self.key(patches), self.value(patches), self.num_heads))
+        return self.proj(self._mixed(patches))
+
+    def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.proj(self._mixed(patches).mean(1))
+
+    def _mixed(self, patches: Tensor) -> Tensor:
+        return _attend(self.query(patches), self.key(patches), self.value(patches), self.num_heads)
 
 
 @register_head("attention")
@@ -281,9 +307,15 @@ class SubsampledAttention(nn.Module):
         self.proj = nn.Linear(shape.width, shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.proj(self._mixed(patches, grid))
+
+    def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.proj(self._mixed(patches, grid).mean(1))
+
+    def _mixed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.ratio > 1:
             patches = patches.unflatten(1, grid)[:, :: self.ratio, :: self.ratio].flatten(1, 2)
-        return self.proj(_attend(*self.qkv(patches).chunk(3, dim=-1), self.num_heads))
+        return _attend(*self.qkv(patches).chunk(3, dim=-1), self.num_heads)
 
 
 @register_head("mlp")
@@ -299,6 +331,9 @@ class BottleneckMLP(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.narrow(F.relu(self.widen(patches)))
+
+    def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.narrow(F.relu(self.widen(patches)).mean(1))
 
 
 def _as_image(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -343,31 +378,28 @@ class PointwisePerception(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         image = _as_image(patches, grid)
-        x = self.expand_bn(F.gelu(self.expand(image)))
-        return _as_patches(image + self.project_bn(self.project(x)))
+        return _as_patches(image + self.project_bn(self.project(self._hidden(image))))
+
+    def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        # the projection is linear: of the mean it is the mean of the projections, at a fraction of the cost
+        hidden = self._hidden(_as_image(patches, grid)).mean((2, 3), keepdim=True)
+        return patches.mean(1) + self.project_bn(self.project(hidden)).flatten(1)
+
+    def _hidden(self, image: Tensor) -> Tensor:
+        return self.expand_bn(F.gelu(self.expand(image)))
 
 
 @register_head("conv1_1")
-class DepthwisePerception(nn.Module):
+class DepthwisePerception(PointwisePerception):
     """Local perception (LGViT): `conv2_1` with a 3x3 depth-wise convolution, GELU and batch norm in between."""
 
-    kind = "local"
-
     def __init__(self, shape: HeadShape):
-        super().__init__()
-        width = shape.width
-        self.expand, self.expand_bn = _pointwise(width), nn.BatchNorm2d(width)
-        self.depthwise, self.depthwise_bn = (
-            nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width),
-            nn.BatchNorm2d(width),
-        )
-        self.project, self.project_bn = _pointwise(width), nn.BatchNorm2d(width)
+        super().__init__(shape)
+        self.depthwise = nn.Conv2d(shape.width, shape.width, kernel_size=3, padding=1, groups=shape.width)
+        self.depthwise_bn = nn.BatchNorm2d(shape.width)
 
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        image = _as_image(patches, grid)
-        x = self.expand_bn(F.gelu(self.expand(image)))
-        x = self.depthwise_bn(F.gelu(self.depthwise(x)))
-        return _as_patches(image + self.project_bn(self.project(x)))
+    def _hidden(self, image: Tensor) -> Tensor:
+        return self.depthwise_bn(F.gelu(self.depthwise(super()._hidden(image))))
 
 
 def lgvit_heads(num_exits: int, *, attention: tuple[str, str] = ("attention_r2", "attention_r3")) -> list[str]:

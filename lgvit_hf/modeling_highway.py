@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .engine import run_all, run_early
+from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
 from .losses import loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy, build_policy
@@ -114,19 +114,22 @@ class HighwayMixin:
                 Whether images of other sizes than `config.image_size` are taken.
         """
         blocks = [partial(self.stem, interpolate_pos_encoding=interpolate_pos_encoding), *self.blocks()]
-        stops = [(exit.after, partial(self._answer, head)) for exit, head in zip(self.config.exits, self.exits)]
+        segments, start = [], 0
+        for exit, head in zip(self.config.exits, self.exits, strict=True):
+            passed = tuple(blocks[start : exit.after + 1])
+            segments.append(Segment(exit.after, passed, partial(self._answer, head), partial(self._study, head)))
+            start = exit.after + 1
         if not self.config.truncated:
-            stops.append((self.config.num_blocks, self._answer_final))
-        starts = [0] + [depth + 1 for depth, _ in stops]
-        return [
-            Segment(depth, tuple(blocks[start : depth + 1]), head)
-            for start, (depth, head) in zip(starts, stops, strict=False)
-        ]
+            segments.append(Segment(self.config.num_blocks, tuple(blocks[start:]), self.final, self._study_final))
+        return segments
 
-    def _answer(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
+    def _answer(self, head: ExitHead, state: State) -> Tensor:
+        return head.answer(self.tokens(state))
+
+    def _study(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
         return head(self.tokens(state))
 
-    def _answer_final(self, state: State) -> tuple[Tensor, Tensor]:
+    def _study_final(self, state: State) -> tuple[Tensor, Tensor]:
         return self.final(state), self.tokens(state).patches
 
     @property
@@ -216,7 +219,7 @@ class HighwayMixin:
         )
 
     def _run_all(self, segments: list[Segment], state: State) -> HighwayOutput:
-        exit_logits, exit_features = run_all(segments, state)
+        exit_logits, exit_features = study_all(segments, state)
         logits = exit_logits[-1]
         return HighwayOutput(
             logits=logits,

@@ -47,7 +47,8 @@ def register_policy(name: str) -> Callable[[type], type]:
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`softmax(logits / temperature)` in float32, whatever the dtype of `logits` `[B, C]`."""
-    return torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    return torch.softmax(logits, dim=-1)
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -99,6 +100,8 @@ class ExitPolicy:
     """
 
     name = "custom"
+    # whether `__call__` itself never lets a row with NaN logits leave; otherwise the engine sees to it
+    keeps_nan = False
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """The memory before the first exit: tensors with the batch first, so that rows can be dropped."""
@@ -148,6 +151,9 @@ class _ThresholdPolicy(ExitPolicy):
 
     threshold: Numbers
     temperature: Numbers = field(default=1.0, kw_only=True)
+
+    # no comparison with NaN is true
+    keeps_nan = True
 
     def __post_init__(self) -> None:
         _check_numbers("threshold", self.threshold)
@@ -259,6 +265,8 @@ class PatiencePolicy(ExitPolicy):
     """
 
     patience: int
+
+    keeps_nan = True
 
     def __post_init__(self) -> None:
         _check_count("patience", self.patience)

@@ -59,7 +59,6 @@ class Tokens:
 
 
 Block = Callable[[State], State]
-Head = Callable[[State], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,15 @@ class Segment:
     Args:
         depth (`int`): Blocks already run when the exit is reached, counted from 1.
         blocks (`tuple`): Callables `State -> State`; the stem counts as the first one of the first segment.
-        head (`Callable`): `State -> (logits [B, C], features)`, the exit or, in the last segment, the final classifier.
+        answer (`Callable`): `State -> logits [B, C]`, the exit or, in the last segment, the final classifier.
+        study (`Callable`, *optional*):
+            `State -> (logits, features)`, as `answer` and what distillation compares; may cost more.
     """
 
     depth: int
     blocks: tuple[Block, ...]
-    head: Head
+    answer: Callable[[State], Tensor]
+    study: Callable[[State], tuple[Tensor, Tensor]] | None = None
 
     def advance(self, state: State) -> State:
         """Carry the state to this segment's exit."""

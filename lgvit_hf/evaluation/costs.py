@@ -1,0 +1,81 @@
+"""What each part of a highway costs, in multiply-accumulates (MACs; FLOPs are twice as many)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from ..segments import Segment, State
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one image, in any unit (MACs, milliseconds).
+
+    Args:
+        trunks (`list[float]`): Of the blocks of each segment, the stem counted with the first.
+        heads (`list[float]`): Of the exit of each segment, the final classifier last.
+    """
+
+    trunks: list[float]
+    heads: list[float]
+
+    @property
+    def backbone(self) -> float:
+        """The plain model: all blocks and the final classifier."""
+        return sum(self.trunks) + self.heads[-1]
+
+    def of_exit(self, exit_index: int, asked: Sequence[int] | None = None) -> float:
+        """Cost of a row that leaves at an exit: blocks until there and every head it was asked at.
+
+        Args:
+            exit_index (`int`): From 0, the final classifier last.
+            asked (`Sequence[int]`, *optional*): Exits whose heads are run; all by default.
+
+        Example:
+
+            >>> Costs(trunks=[4.0, 8.0], heads=[1.0, 0.5]).of_exit(1)
+            13.5
+        """
+        passed = range(exit_index) if asked is None else [index for index in asked if index < exit_index]
+        return sum(self.trunks[: exit_index + 1]) + sum(self.heads[index] for index in passed) + self.heads[exit_index]
+
+
+@torch.no_grad()
+def count_macs(segments: Sequence[Segment], state: State) -> Costs:
+    """Count the MACs of each segment's blocks and head for one image.
+
+    Args:
+        segments (`Sequence[Segment]`): A highway.
+        state (`State`): One image, before the stem.
+    """
+    trunks, heads = [], []
+    for segment in segments:
+        with FlopCounterMode(display=False) as counter:
+            state = segment.advance(state)
+        trunks.append(counter.get_total_flops() / 2)
+        with FlopCounterMode(display=False) as counter:
+            segment.answer(state)
+        heads.append(counter.get_total_flops() / 2)
+    return Costs(trunks, heads)
+
+
+def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
+    """Random pixels of the size the model was made for, `[B, C, H, W]`."""
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch_size, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
+
+
+def model_macs(model: PreTrainedModel) -> Costs:
+    """MACs of a highway at its own image size, heads counted."""
+    was_training = model.training
+    model.eval()
+    costs = count_macs(model.segments(), State({"pixel_values": example_image(model)}))
+    model.train(was_training)
+    return costs
