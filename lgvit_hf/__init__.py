@@ -1,7 +1,7 @@
 """Early exits for Vision Transformers, as an extension of Hugging Face transformers.
 
-Importing this package registers the model types `vit_highway`, `deit_highway` and `swin_highway` with transformers' Auto
-classes and does nothing else; every public name is imported when it is first used.
+Importing this package registers the model types `vit_highway`, `deit_highway` and `swin_highway` with transformers'
+Auto classes and does nothing else; every public name is imported when it is first used.
 """
 
 from importlib import import_module

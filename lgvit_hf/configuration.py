@@ -53,8 +53,8 @@ class HighwayConfig:
         exit_policy (`dict`, *optional*, defaults to confidence above 0.8):
             When a row leaves, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`.
         exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
-            Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the position),
-            `"uniform"`, or a list of exits + 1 numbers.
+            Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
+            position), `"uniform"`, or a list of exits + 1 numbers.
         pool (`str`, *optional*):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
@@ -208,7 +208,7 @@ def _checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list
 def _checked_types(types: Any, positions: list[int]) -> list[str]:
     if isinstance(types, (str, bytes)) or not isinstance(types, Sequence) or len(types) != len(positions):
         raise ValueError(
-            f"exit_types: {types!r} must be one head name for all or a list of {len(positions)}, one per exit position; "
+            f"exit_types: {types!r} must be one head name for all or a list of {len(positions)}, one per exit; "
             f"known heads: {known_heads()}"
         )
     for position, head in zip(positions, types, strict=True):
@@ -262,8 +262,8 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
 
     Args:
         distilled (`bool`, *optional*, defaults to `True` unless `architectures` names `DeiTForImageClassification`):
-            Whether there is a classifier for the distillation token, as in `DeiTForImageClassificationWithTeacher`. The
-            exits then have two as well; otherwise the final classifier and the exits read the class token alone.
+            Whether there is a classifier for the distillation token, as in `DeiTForImageClassificationWithTeacher`.
+            The exits then have two as well; otherwise the final classifier and the exits read the class token alone.
 
     Example:
 

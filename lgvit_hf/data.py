@@ -180,7 +180,10 @@ def make_processor(image_size: int) -> BaseImageProcessor:
     from transformers import ViTImageProcessor
 
     return ViTImageProcessor(
-        size={"height": image_size, "width": image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
+        size={"height": image_size, "width": image_size},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_convert_rgb=True,
     )
 
 

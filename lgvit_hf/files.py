@@ -50,6 +50,17 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def add_files(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved into `folder` when the block ends well; others there are left alone."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
+        yield Path(temporary)
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, folder / file.name)
+
+
 def write_json(file: str | Path, content: Any) -> None:
     """Write `content` as JSON, all of it or nothing."""
     file = Path(file)

@@ -1,8 +1,8 @@
 """Exit heads: what an exit computes. Small bodies that turn patches into a map, and the readers that classify.
 
 Formulas: LGViT (https://arxiv.org/abs/2308.00255), ViT-EE (https://arxiv.org/abs/2106.15183), EEVIT.
-No parameter here may be called `output.dense`, `intermediate.dense`, `attention.*` or `mlp.fc*`: transformers 5 renames
-such keys of a Swin checkpoint wherever they stand.
+No parameter here may be called `output.dense`, `intermediate.dense`, `attention.*` or `mlp.fc*`: transformers 5
+renames such keys of a Swin checkpoint wherever they stand.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ class MapHead(ExitHead):
 class LinearHead(ExitHead):
     """What the backbone's own classifier would be here; no feature map.
 
-    One prefix token: dense, tanh, dropout, classifier (features `[B, D]`). Two: layer norm, a classifier each (features
-    `[B, 2, D]`). None, or `pool="mean"`: layer norm, mean over the tokens, classifier (features `[B, D]`).
+    One prefix token: dense, tanh, dropout, classifier (features `[B, D]`). Two: layer norm, a classifier each
+    (features `[B, 2, D]`). None, or `pool="mean"`: layer norm, mean over the tokens, classifier (features `[B, D]`).
     """
 
     def __init__(self, shape: HeadShape):

@@ -121,10 +121,10 @@ def global_homogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def align_map(patches: Tensor, grid: Grid, target_grid: Grid, target_width: int) -> Tensor:
     """Bring a map to another resolution and width, without parameters.
 
-    Resolution: a coarser target takes every r-th patch of every r-th row, as LGViT's subsampled attention does; a finer
-    one takes the nearest patch. Width: the mean of equal groups of neighbouring channels (or their repetition). On ViT
-    and DeiT the width never differs and this is LGViT's published choice. On Swin, whose later stages are coarser and
-    wider than the exits, no code was published and the choice is ours.
+    Resolution: a coarser target takes every r-th patch of every r-th row, as LGViT's subsampled attention does; a
+    finer one takes the nearest patch. Width: the mean of equal groups of neighbouring channels (or their repetition).
+    On ViT and DeiT the width never differs and this is LGViT's published choice. On Swin, whose later stages are
+    coarser and wider than the exits, no code was published and the choice is ours.
 
     Args:
         patches (`Tensor`): `[B, h * w, D]`.

@@ -16,18 +16,18 @@ from .segments import Block, State, Tokens
 class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
     """DeiT with early exits.
 
-    With `config.distilled`, as in `DeiTForImageClassificationWithTeacher`, the final classifier and the exits average a
-    classifier on the class token and one on the distillation token; otherwise, as in `DeiTForImageClassification`, they
-    read the class token alone.
+    With `config.distilled`, as in `DeiTForImageClassificationWithTeacher`, the final classifier and the exits average
+    a classifier on the class token and one on the distillation token; otherwise, as in `DeiTForImageClassification`,
+    they read the class token alone.
 
     Example:
 
         >>> import torch
         >>> from lgvit_hf import DeiTHighway, DeiTHighwayConfig
         >>> config = DeiTHighwayConfig(
-        ...     hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4
+        ...     hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=32
         ... )
-        >>> DeiTHighway(config).eval()(torch.randn(5, 3, 16, 16), early_exit=False).exit_logits[0].shape
+        >>> DeiTHighway(config).eval()(torch.randn(5, 3, 32, 32), early_exit=False).exit_logits[0].shape
         torch.Size([5, 2])
     """
 
@@ -45,10 +45,13 @@ class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
         hidden = self.deit.embeddings(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
         return State({"hidden": hidden}, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]))
 
-    def blocks(self) -> list[Block]:
+    @property
+    def _layers(self) -> nn.ModuleList:
         # `encoder.layer` in transformers 4, `layers` in 5
-        layers: nn.ModuleList = getattr(self.deit, "layers", None) or self.deit.encoder.layer
-        return [partial(run_block, layer) for layer in layers]
+        return getattr(self.deit, "layers", None) or self.deit.encoder.layer
+
+    def blocks(self) -> list[Block]:
+        return [partial(run_block, layer) for layer in self._layers]
 
     def tokens(self, state: State) -> Tokens:
         return Tokens(state["hidden"][:, 2:], state.grid, state["hidden"][:, : 2 if self.config.distilled else 1])
@@ -72,3 +75,9 @@ class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
             dropout=config.hidden_dropout_prob,
             pool=config.pool,
         )
+
+    def recorded_modules(self, name: str) -> list[nn.Module]:
+        if name == "hidden_states":
+            return [self.deit.embeddings, *self._layers]
+        # the weights are given by `attention.attention` in transformers 4, by `attention` in 5
+        return [getattr(layer.attention, "attention", layer.attention) for layer in self._layers]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from .segments import Block, Segment, State, Tokens
 
 logger = logging.getLogger(__name__)
 
+# buffers that are made, not learned
+RECOMPUTED = ("relative_position_index", "num_batches_tracked")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -64,7 +67,8 @@ def run_block(layer: nn.Module, state: State) -> State:
 class HighwayMixin:
     """Exits for one of transformers' image classifiers, which is the other base class.
 
-    A backbone implements `stem`, `blocks`, `tokens`, `final` and `head_shape`; nothing else here is overridden.
+    A backbone implements `stem`, `blocks`, `tokens` and `final`, says what heads must fit (`head_shape`) and which
+    modules hold its states (`recorded_modules`); nothing else here is overridden.
     """
 
     # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
@@ -102,6 +106,10 @@ class HighwayMixin:
 
     def head_shape(self, after: int) -> HeadShape:
         """What a head behind block `after` (from 1) must fit."""
+        raise NotImplementedError
+
+    def recorded_modules(self, name: str) -> list[nn.Module]:
+        """The modules whose outputs are `hidden_states` or `attentions`, in upstream's order."""
         raise NotImplementedError
 
     # -- the highway ---------------------------------------------------------------------------------------
@@ -162,7 +170,9 @@ class HighwayMixin:
         if isinstance(policy, str):
             policy = {"name": policy, **parameters}
         elif parameters:
-            raise ValueError(f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}")
+            raise ValueError(
+                f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
+            )
         built = build_policy(policy, len(self.exits))
         if isinstance(policy, dict):
             self.config.exit_policy = dict(policy)
@@ -180,6 +190,8 @@ class HighwayMixin:
         min_depth: int | None = None,
         max_depth: int | None = None,
         interpolate_pos_encoding: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> HighwayOutput | tuple:
         """Answer images.
@@ -188,54 +200,75 @@ class HighwayMixin:
             pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor.
             labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
             early_exit (`bool`, *optional*):
-                Whether rows leave early; otherwise all exits run. By default in `eval()` mode, not in `train()` mode.
+                Whether rows leave early; otherwise all exits run. By default in `eval()` mode, unless hidden states or
+                attentions are asked for, and not in `train()` mode.
             min_depth (`int`, *optional*): With early exit, shallower exits are not run.
             max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers what is left.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
+            output_hidden_states (`bool`, *optional*), output_attentions (`bool`, *optional*):
+                Also return what the backbone would; all exits run then.
             return_dict (`bool`, *optional*): `False` gives a tuple.
 
         Raises:
-            ValueError: No, an empty or a misshapen batch; a label out of range; impossible depths.
+            ValueError: No, an empty or a misshapen batch; a label out of range; settings that exclude each other.
         """
         self._check_batch(pixel_values, labels)
+        config = self.config
+        wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
+        recorded = [
+            name for name, want in wanted.items() if (getattr(config, f"output_{name}") if want is None else want)
+        ]
+        early = (not self.training and not recorded) if early_exit is None else early_exit
+        if not early and (min_depth, max_depth) != (None, None):
+            raise ValueError("min_depth and max_depth bound early exit; they mean nothing when all exits run")
+        if early and recorded:
+            raise ValueError(f"output_{recorded[0]} needs every row in every block: early_exit=False")
+
         state = State({"pixel_values": pixel_values.to(self.dtype)})
         segments = self.segments(bool(interpolate_pos_encoding))
-        early = not self.training if early_exit is None else early_exit
-        if not early and (min_depth, max_depth) != (None, None):
-            raise ValueError("min_depth and max_depth bound early exit; they mean nothing with early_exit=False")
-        output = self._run_early(segments, state, min_depth, max_depth) if early else self._run_all(segments, state)
-        if labels is not None:
-            output.loss = self._loss(output, labels)
-        keep_dict = self.config.return_dict if return_dict is None else return_dict
+        if early:
+            answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
+            loss = None if labels is None else task_loss(answers.logits, labels, config.problem_type)
+            output = HighwayOutput(loss=loss, **vars(answers))
+        else:
+            with self._recording(recorded) as records:
+                exit_logits, exit_features = study_all(segments, state)
+            logits, last = exit_logits[-1], segments[-1]
+            output = HighwayOutput(
+                loss=None if labels is None else self._loss(exit_logits, labels),
+                logits=logits,
+                exit_layer=torch.full((len(logits),), last.depth, device=logits.device),
+                exit_index=torch.full((len(logits),), len(segments) - 1, device=logits.device),
+                exit_logits=tuple(exit_logits),
+                exit_features=tuple(exit_features),
+                **records,
+            )
+        keep_dict = config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
 
-    def _run_early(self, segments: list[Segment], state: State, min_depth: int | None, max_depth: int | None):
-        answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
-        return HighwayOutput(
-            logits=answers.logits,
-            exit_layer=answers.exit_layer,
-            exit_index=answers.exit_index,
-            exit_score=answers.exit_score,
-        )
-
-    def _run_all(self, segments: list[Segment], state: State) -> HighwayOutput:
-        exit_logits, exit_features = study_all(segments, state)
-        logits = exit_logits[-1]
-        return HighwayOutput(
-            logits=logits,
-            exit_layer=torch.full((len(logits),), segments[-1].depth, device=logits.device),
-            exit_index=torch.full((len(logits),), len(segments) - 1, device=logits.device),
-            exit_logits=tuple(exit_logits),
-            exit_features=tuple(exit_features),
-        )
-
-    def _loss(self, output: HighwayOutput, labels: Tensor) -> Tensor:
-        problem_type = self.config.problem_type
-        if output.exit_logits is None or self.config.truncated:
-            return task_loss(output.logits, labels, problem_type)
+    def _loss(self, exit_logits: list[Tensor], labels: Tensor) -> Tensor:
         config = self.config
+        if config.truncated:
+            return task_loss(exit_logits[-1], labels, config.problem_type)
         weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
-        return weighted_loss(output.exit_logits, labels, weights, problem_type)
+        return weighted_loss(exit_logits, labels, weights, config.problem_type)
+
+    @contextmanager
+    def _recording(self, names: list[str]) -> Iterator[dict[str, tuple[Tensor, ...]]]:
+        """Keep what the backbone's modules give while it runs; filled at the end."""
+        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        hooks = [
+            module.register_forward_hook(partial(_keep, outputs[name], name))
+            for name in names
+            for module in self.recorded_modules(name)
+        ]
+        records: dict[str, tuple[Tensor, ...]] = {}
+        try:
+            yield records
+        finally:
+            for hook in hooks:
+                hook.remove()
+        records.update((name, tuple(kept)) for name, kept in outputs.items())
 
     def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> None:
         if pixel_values is None:
@@ -247,7 +280,9 @@ class HighwayMixin:
                 f"the model takes {channels} channels"
             )
         if len(pixel_values) == 0:
-            raise ValueError(f"pixel_values: shape {tuple(pixel_values.shape)} is an empty batch; give at least one image")
+            raise ValueError(
+                f"pixel_values: shape {tuple(pixel_values.shape)} is an empty batch; give at least one image"
+            )
         # labels on an accelerator are not read back: that would stop it at every step
         if labels is not None and labels.device.type == "cpu" and not labels.is_floating_point() and labels.dim() == 1:
             num_labels = self.config.num_labels
@@ -279,18 +314,16 @@ class HighwayMixin:
             raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
         kwargs["use_safetensors"] = True
         _refuse_pickle_only(pretrained_model_name_or_path)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(key for key in info["missing_keys"] if key in dict(model.named_parameters()))
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if not key.endswith(RECOMPUTED))
         exits = [key for key in missing if key.startswith("exits.")]
-        known_exits = [name for name, _ in model.named_parameters() if name.startswith("exits.")]
+        known_exits = [key for key in model.state_dict() if key.startswith("exits.") and not key.endswith(RECOMPUTED)]
         is_highway = cls.__name__ in (model.config.architectures or [])
         if len(exits) < len(missing) or (exits and (is_highway or len(exits) < len(known_exits))):
             lost = [key for key in missing if key not in exits] or exits
             raise ValueError(
-                f"{pretrained_model_name_or_path}: {len(lost)} tensors of {cls.__name__} are missing, such as {lost[0]!r}; "
-                "a new classifier on a pretrained backbone is made by from_backbone(..., num_labels=N)"
+                f"{pretrained_model_name_or_path}: {len(lost)} tensors of {cls.__name__} are missing, such as "
+                f"{lost[0]!r}; from_backbone(..., num_labels=N) makes a new classifier on a pretrained backbone"
             )
         return (model, info) if output_loading_info else model
 
@@ -304,8 +337,8 @@ class HighwayMixin:
             backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
             output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
             kwargs:
-                Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`. With
-                a `num_labels` that the checkpoint does not have, the classifier is made anew. Hub arguments
+                Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
+                With a `num_labels` that the checkpoint does not have, the classifier is made anew. Hub arguments
                 (`revision`, `token`, `cache_dir`, `local_files_only`) are passed on.
 
         Raises:
@@ -322,6 +355,7 @@ class HighwayMixin:
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         native = backbone if isinstance(backbone, PreTrainedModel) else cls._load_native(backbone, hub)
+        cls._check_kind(native, native.config)
         model = cls(cls._config_of(native, kwargs)).to(native.dtype)
         ours, prefix = model.state_dict(), cls.base_model_prefix
         state = native.state_dict()
@@ -336,7 +370,7 @@ class HighwayMixin:
         kept = {name: tensor for name, tensor in state.items() if name not in reset}
         missing, unexpected = model.load_state_dict(kept, strict=False)
         exits = [name for name in missing if name.startswith("exits.")]
-        lost = [name for name in missing if name not in exits and name not in reset]
+        lost = [name for name in missing if name not in exits + reset and not name.endswith(RECOMPUTED)]
         if lost or unexpected:
             what = f"no tensor {lost[0]!r}" if lost else f"unknown tensor {unexpected[0]!r}"
             raise ValueError(f"{_name(backbone)}: {what}; a plain {cls.native_classes[0].__name__} is needed")
@@ -358,18 +392,28 @@ class HighwayMixin:
         config = AutoConfig.from_pretrained(path, **hub)
         wanted = cls.native_classes[0].config_class.model_type
         if config.model_type != wanted:
-            raise ValueError(f"{path}: model type {config.model_type!r}, but {cls.__name__} takes {wanted!r} backbones")
+            raise ValueError(
+                f"{path}: model type {config.model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
+            )
         # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
         named = [native for native in cls.native_classes if native.__name__ in (config.architectures or [])]
         native_class = (named or [cls.native_classes[-1]])[0]
         model, info = native_class.from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, **hub
         )
-        lost = sorted(set(info["missing_keys"]) & set(dict(model.named_parameters())))
+        lost = sorted(name for name in info["missing_keys"] if not name.endswith(RECOMPUTED))
         lost = [name for name in lost if not name.startswith("pooler.")]
         if lost:
             raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
         return model
+
+    @classmethod
+    def _check_kind(cls, backbone: str | os.PathLike | PreTrainedModel, config: Any) -> None:
+        wanted = cls.native_classes[0].config_class.model_type
+        if config.model_type != wanted:
+            raise ValueError(
+                f"{_name(backbone)}: model type {config.model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
+            )
 
     @classmethod
     def _config_of(cls, native: PreTrainedModel, changes: dict[str, Any]):
@@ -406,7 +450,9 @@ class HighwayMixin:
         """
         num_exits = len(self.exits)
         if not isinstance(exit_index, int) or not 0 <= exit_index <= num_exits or self.config.truncated:
-            raise ValueError(f"exit_index={exit_index!r} must be from 0 to {num_exits} ({num_exits} exits and the final)")
+            raise ValueError(
+                f"exit_index={exit_index!r} must be from 0 to {num_exits} ({num_exits} exits and the final)"
+            )
         settings = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
         settings["attn_implementation"] = self.config._attn_implementation
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("exits.")}
@@ -429,6 +475,15 @@ class HighwayMixin:
                 setattr(self, name, nn.Identity())
 
 
+def _keep(kept: list[Tensor], name: str, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    """Forward hook: a module gives its state, or a tuple of its state and its attention weights."""
+    if name == "attentions" and isinstance(output, tuple):
+        output = output[1]
+    kept.append(output[0] if isinstance(output, tuple) else output)
+    if kept[-1] is None:
+        raise ValueError('attentions are only kept by attn_implementation="eager"')
+
+
 def _name(backbone: str | os.PathLike | PreTrainedModel) -> str:
     return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
 
@@ -440,6 +495,6 @@ def _refuse_pickle_only(path: str | os.PathLike | None) -> None:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise OSError(
-            f"{folder}: only {pickles[0]}, a pickle that could run code, and no safetensors; save the model again with "
-            "save_pretrained, or convert an original LGViT checkpoint with `lgvit convert --from lgvit`"
+            f"{folder}: only {pickles[0]}, a pickle that could run code, and no safetensors; save the model again "
+            "with save_pretrained, or convert an original LGViT checkpoint with `lgvit convert --from lgvit`"
         )

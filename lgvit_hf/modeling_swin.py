@@ -51,9 +51,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
     native_classes = (SwinForImageClassification, SwinModel)
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
-        hidden, grid = self.swin.embeddings(
-            state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding
-        )
+        hidden, grid = self.swin.embeddings(state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding)
         return State({"hidden": hidden}, grid)
 
     def blocks(self) -> list[Block]:
@@ -88,3 +86,12 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
             dropout=config.hidden_dropout_prob,
             pool=config.pool,
         )
+
+    def recorded_modules(self, name: str) -> list[nn.Module]:
+        stages = self.swin.encoder.layers
+        if name == "hidden_states":
+            merges = [stage.downsample for stage in stages[:-1]]
+            return [self.swin.embeddings, *merges, stages[-1].blocks[-1]]
+        attentions = [stage.blocks[-1].attention for stage in stages]
+        # transformers 4 gives the weights only on request; its dropout sees them in any case
+        return [attention.self.dropout if hasattr(attention, "self") else attention for attention in attentions]

@@ -21,10 +21,10 @@ class ViTHighway(HighwayMixin, ViTForImageClassification):
         >>> import torch
         >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
         >>> config = ViTHighwayConfig(
-        ...     hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4
+        ...     hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=32
         ... )
         >>> model = ViTHighway(config).eval()
-        >>> out = model(torch.randn(5, 3, 16, 16))
+        >>> out = model(torch.randn(5, 3, 32, 32))
         >>> out.logits.shape, out.exit_layer.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
@@ -37,10 +37,13 @@ class ViTHighway(HighwayMixin, ViTForImageClassification):
         hidden = self.vit.embeddings(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
         return State({"hidden": hidden}, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]))
 
-    def blocks(self) -> list[Block]:
+    @property
+    def _layers(self) -> nn.ModuleList:
         # `encoder.layer` in transformers 4, `layers` in 5
-        layers: nn.ModuleList = getattr(self.vit, "layers", None) or self.vit.encoder.layer
-        return [partial(run_block, layer) for layer in layers]
+        return getattr(self.vit, "layers", None) or self.vit.encoder.layer
+
+    def blocks(self) -> list[Block]:
+        return [partial(run_block, layer) for layer in self._layers]
 
     def tokens(self, state: State) -> Tokens:
         return Tokens(state["hidden"][:, 1:], state.grid, state["hidden"][:, :1])
@@ -62,3 +65,9 @@ class ViTHighway(HighwayMixin, ViTForImageClassification):
             dropout=config.hidden_dropout_prob,
             pool=config.pool,
         )
+
+    def recorded_modules(self, name: str) -> list[nn.Module]:
+        if name == "hidden_states":
+            return [self.vit.embeddings, *self._layers]
+        # the weights are given by `attention.attention` in transformers 4, by `attention` in 5
+        return [getattr(layer.attention, "attention", layer.attention) for layer in self._layers]

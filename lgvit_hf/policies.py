@@ -95,8 +95,8 @@ class ExitPolicy:
     """When a row leaves. Derive, implement `__call__`, and `register_policy` to store it in configs.
 
     The engine calls the policy once per exit that is run, with the rows that are still there. The last exit (the final
-    classifier, or the deepest one that `max_depth` allows) answers whatever the policy says, and a row whose logits are
-    NaN never leaves early.
+    classifier, or the deepest one that `max_depth` allows) answers whatever the policy says, and a row whose logits
+    are NaN never leaves early.
     """
 
     name = "custom"
@@ -120,7 +120,7 @@ class ExitPolicy:
             if isinstance(value, Sequence) and len(value) not in lengths:
                 raise ValueError(
                     f"exit_policy: {name} has {len(value)} values, but the model has {num_exits} exits; "
-                    f"give one number for all or {num_exits} numbers"
+                    f"give one for all or {num_exits}"
                 )
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
@@ -340,7 +340,7 @@ class FixedPolicy(ExitPolicy):
         """The exit must exist."""
         if self.exit_index > num_exits:
             raise ValueError(
-                f"exit_policy: exit_index={self.exit_index} is outside 0..{num_exits} ({num_exits} exits and the final)"
+                f"exit_policy: exit_index={self.exit_index} is outside 0..{num_exits} (the final is {num_exits})"
             )
 
     def skips(self, exit_index: int) -> bool:
@@ -405,7 +405,7 @@ def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits
         >>> build_policy({"name": "entropy", "threshold": [0.1, 0.2, 0.3]}, num_exits=2)
         Traceback (most recent call last):
         ...
-        ValueError: exit_policy: threshold has 3 values, but the model has 2 exits; give one number for all or 2 numbers
+        ValueError: exit_policy: threshold has 3 values, but the model has 2 exits; give one for all or 2
     """
     if isinstance(policy, str):
         policy = {"name": policy}

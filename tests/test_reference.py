@@ -93,7 +93,9 @@ def test_stage_one_losses(reference, tmp_path):
         args = HighwayTrainingArguments(output_dir=str(tmp_path), strategy=strategy, report_to=[])
         for step, value in enumerate(expected):
             reference.model.train()
-            loss = stage_one_loss(reference.model, reference.model.config, reference.pixels, reference.labels, args, step)
+            loss = stage_one_loss(
+                reference.model, reference.model.config, reference.pixels, reference.labels, args, step
+            )
             assert loss.item() == pytest.approx(value, rel=1e-4), (strategy, step)
         reference.model.eval()
 

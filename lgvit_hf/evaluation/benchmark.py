@@ -46,7 +46,11 @@ def _wait() -> None:
 
 @torch.no_grad()
 def wall_clock_speed_up(
-    model: PreTrainedModel, batches: Sequence[Tensor], *, repeats: int = 5, progress: Callable[[Iterable], Iterable] = iter
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    *,
+    repeats: int = 5,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, float]:
     """How much faster the highway answers `batches` under its policy than the head-free backbone does.
 

@@ -14,19 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
-from ..files import replace_folder
+from ..files import replace_folder, write_json
 from ..heads import lgvit_heads
 from ..modeling_deit import DeiTHighway
 from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
 
-MODELS = {config.model_type: model for model in (ViTHighway, DeiTHighway, SwinHighway) if (config := model.config_class)}
+MODELS = {
+    config.model_type: model for model in (ViTHighway, DeiTHighway, SwinHighway) if (config := model.config_class)
+}
 
 # settings of LGViT's config that are ours under another name, or that only its training code read
 LGVIT_ONLY = (
     "num_early_exits position_exits highway_type backbone exit_strategy train_strategy threshold encoder_ensemble "
     "loss_coefficient homo_coefficient hete_coefficient homo_loss_coefficient hete_loss_coefficient "
-    "feature_loss_coefficient train_highway architectures model_type transformers_version torch_dtype auto_map _name_or_path"
+    "feature_loss_coefficient train_highway architectures model_type transformers_version torch_dtype auto_map "
+    "_name_or_path"
 ).split()
 
 # original name inside one exit (regular expression) -> ours
@@ -77,7 +80,7 @@ def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
         renamed = rename(name)
         if renamed is not None:
             state[renamed] = tensor
-    return _write(config, state, Path(output))
+    return _write(config, state, config_file.parent / "preprocessor_config.json", Path(output))
 
 
 def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
@@ -141,7 +144,11 @@ def parse_positions(text: Any) -> list:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError):
             value = None
-    flat = [entry for part in value for entry in (part if isinstance(part, list) else [part])] if _is_list(value) else [None]
+    flat = (
+        [entry for part in value for entry in (part if isinstance(part, list) else [part])]
+        if _is_list(value)
+        else [None]
+    )
     if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in flat):
         raise ValueError(f'position_exits: {text!r} must be a list of block numbers such as "[4, 5, 6]"')
     return value
@@ -261,8 +268,11 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _write(config: HighwayConfig, state: dict[str, Tensor], output: Path) -> HighwayConfig:
-    """Load `state` (checkpoint names of transformers 4) strictly and save it as a model of `config`."""
+def _write(config: HighwayConfig, state: dict[str, Tensor], processor: Path, output: Path) -> HighwayConfig:
+    """Load `state` (checkpoint names of transformers 4) strictly and save it as a model of `config`.
+
+    The settings of the image processor, where there are any, go with it.
+    """
     model_class = MODELS[config.model_type]
     for name in [name for name in state if name.endswith(".running_var")]:
         # some exporters leave out the batch counters, which nothing here reads
@@ -281,4 +291,6 @@ def _write(config: HighwayConfig, state: dict[str, Tensor], output: Path) -> Hig
         )
     with replace_folder(output) as folder:
         model.save_pretrained(folder)
+        if processor.is_file():
+            write_json(folder / processor.name, _read_json(processor))
     return model.config

@@ -25,10 +25,10 @@ class HighwayTrainingArguments(TrainingArguments):
 
     Args:
         strategy (`str`, *optional*):
-            For `HighwayTrainer` one of `uniform`, `weighted` (the default: an exit's weight is its depth), `alternating`
-            and `alternating_weighted` (even steps train the final classifier alone), `distillation` (exits also learn
-            from the final classifier), `single_exit`, `backbone` (no exits). For `DistillationTrainer`
-            `distillation_lgvit` (the default) or `distillation` (predictions only).
+            For `HighwayTrainer` one of `uniform`, `weighted` (the default: an exit's weight is its depth),
+            `alternating` and `alternating_weighted` (even steps train the final classifier alone), `distillation`
+            (exits also learn from the final classifier), `single_exit`, `backbone` (no exits). For
+            `DistillationTrainer` `distillation_lgvit` (the default) or `distillation` (predictions only).
         train_exit (`int`, *optional*): Which exit, from 0, `single_exit` trains.
         distillation_weight (`float`, *optional*, defaults to 0.3): Share of the distilled predictions in the loss.
         heterogeneous_weight (`float`, *optional*, defaults to 0.01): Of the exits' maps against the last patches.

@@ -44,7 +44,7 @@ class HighwayTrainer(Trainer):
             raise ValueError(f"args: {type(args).__name__} must be HighwayTrainingArguments")
         if args.strategy is not None and args.strategy not in self.strategies:
             raise ValueError(
-                f"strategy: {args.strategy!r} is not one of {type(self).__name__}; choices: {', '.join(self.strategies)}"
+                f"strategy: {args.strategy!r} is not for {type(self).__name__}; choices: {', '.join(self.strategies)}"
             )
         num_exits = len(model.exits)
         if args.strategy == "single_exit" and args.train_exit >= num_exits:
@@ -81,8 +81,8 @@ class HighwayTrainer(Trainer):
 class DistillationTrainer(HighwayTrainer):
     """Second stage: exits learn from the labels and from the final classifier, on a frozen backbone.
 
-    Backbone and final classifier have `requires_grad=False` and stay in `eval()` mode, so that the teacher is the model
-    as it answers. Works for ViT, DeiT and Swin with any number and kinds of exits.
+    Backbone and final classifier have `requires_grad=False` and stay in `eval()` mode, so that the teacher is the
+    model as it answers. Works for ViT, DeiT and Swin with any number and kinds of exits.
     """
 
     strategies = STAGE_TWO

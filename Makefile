@@ -1,0 +1,51 @@
+# Everything here needs only Python (3.10 or newer) and make: `make`, or `make help`, lists the targets.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-5 test-all quality style clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.ready ## train a small highway on handwritten digits and write what it does to demo_output/
+	.venv/bin/lgvit demo --output demo_output $(DEMO_ARGS)
+
+test: .venv/.ready ## run all tests and docstring examples on transformers 4.57.6
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-5: .venv-5/.ready ## the same on the newest transformers 5, in an environment of its own
+	.venv-5/bin/python -m pytest $(PYTEST_ARGS)
+
+test-all: test test-5 ## both
+
+quality: .venv/.ready ## lint, formatting and direction of imports; changes nothing
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+
+style: .venv/.ready ## mend what ruff can mend, then say what is left
+	.venv/bin/ruff check --fix-only .
+	.venv/bin/ruff format .
+	.venv/bin/ruff check .
+
+clean: ## remove the environments, the demo's output and every cache
+	rm -rf .venv .venv-5 demo_output build dist *.egg-info
+	rm -rf .ruff_cache .hypothesis .import_linter_cache
+	find . -type d \( -name __pycache__ -o -name .pytest_cache \) -prune -exec rm -rf {} +
+
+# An environment is ready once its stamp stands: the stamp goes first and comes back last, and where there is none the
+# environment is made from scratch, so an install that was interrupted is never taken for a whole one.
+.venv/.ready: pyproject.toml .ci/constraints.txt
+.venv-5/.ready: pyproject.toml .ci/constraints-5.txt
+
+.venv/.ready .venv-5/.ready:
+	@echo "setting up $(@D) with the versions of $(filter .ci/%,$^) (minutes, the first time)"
+	@test -f $@ || $(PYTHON) -m venv --clear $(@D)
+	@rm -f $@
+	@$(@D)/bin/python -m pip install -qq --upgrade pip
+	@$(@D)/bin/python -m pip install -qq -c $(filter .ci/%,$^) -e ".[dev]"
+	@touch $@

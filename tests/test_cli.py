@@ -1,0 +1,130 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from lgvit_hf.cli import build_parser, main
+
+
+def lgvit(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "lgvit_hf.cli", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "convert" in done.stdout
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "convert"])
+def test_every_command_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    assert f"lgvit {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for label, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(20):
+            shade = tuple(min(255, value + 2 * number) for value in colour)
+            Image.new("RGB", (20, 12), shade).save(tmp_path / "photos" / label / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("backbone", ["vit", "deit", "swin"])
+def test_train_both_stages_and_evaluate(backbone, photos, tmp_path, capsys):
+    small = ["--data", photos, "--batch-size", 8, "--epochs", 1, "--warmup-steps", 0]
+    new = ["--backbone", backbone, "--image-size", 16, "--exit-positions", 4, 8]
+    assert lgvit("train", *small, *new, "--stage", "1", "--output", tmp_path / "one") == 0
+    assert lgvit("train", *small, "--model", tmp_path / "one", "--stage", 2, "--output", tmp_path / "two") == 0
+    capsys.readouterr()
+    timed = ["--timed-batch-sizes", 4, "--output", tmp_path / "results.json"]
+    policy = ["--policy", "patience", "--patience", 2]
+    assert lgvit("evaluate", tmp_path / "two", "--data", photos, *policy, *timed) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["policy"] == {"name": "patience", "patience": 2}
+    assert [row["position"] for row in results["exits"]] == [4, 8, 12]
+    assert "layer speed-up" in capsys.readouterr().out
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert sorted(config["id2label"].values()) == ["blue", "red"]
+
+
+def test_a_finished_run_resumes_to_the_same_model(photos, tmp_path):
+    common = ["train", "--data", photos, "--backbone", "vit", "--image-size", 16, "--batch-size", 8, "--stage", "1"]
+    assert lgvit(*common, "--epochs", 2, "--output", tmp_path / "run") == 0
+    whole = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert lgvit(*common, "--epochs", 2, "--output", tmp_path / "run", "--resume") == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+
+
+def test_config_file_and_override(tmp_path, photos):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {photos}\nbackbone: vit\nimage-size: 16\nepochs: 1\nexit_positions: [3]\nbatch_size: 8\n")
+    assert lgvit("train", "--config", file, "--exit-positions", 5, "--output", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["exit_positions"] == [5]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("epochs: many", "epochs: 'many' must be float"),
+        ("stage: 3", "must be one of backbone, 1, 2"),
+        ("resume: maybe", "must be true or false"),
+        ("seed: [1, 2]", "must be one value"),
+        ("- 1", "a mapping of options"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_bad_config_file(text, message, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert lgvit("train", "--config", tmp_path / "run.yaml", "--data", "digits", "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--output", "OUT"], "lgvit train needs --data"),
+        (["train", "--data", "digits", "--output", "OUT"], "give either --model CHECKPOINT or --backbone"),
+        (
+            ["train", "--data", "./nowhere", "--backbone", "vit", "--output", "OUT"],
+            "./nowhere: no such file or folder",
+        ),
+        (["train", "--data", "digits", "--model", "EMPTY", "--output", "OUT"], "no config.json there"),
+        (
+            ["train", "--data", "digits", "--backbone", "vit", "--exit-positions", "99", "--output", "OUT"],
+            "exit_positions: [99]",
+        ),
+        (
+            ["train", "--data", "digits", "--backbone", "vit", "--exit-types", "conv9", "--output", "OUT"],
+            "unknown head 'conv9'",
+        ),
+        (
+            ["train", "--data", "digits", "--backbone", "vit", "--strategy", "gumbel", "--output", "OUT"],
+            "strategy: unknown 'gumbel'",
+        ),
+        (["evaluate", "EMPTY", "--data", "digits"], "no config.json there"),
+        (["evaluate", "EMPTY", "--data", "digits", "--threshold", "0.5"], "--threshold goes with --policy"),
+        (["convert", "EMPTY", "OUT"], "no model.safetensors or pytorch_model.bin"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    places = {"OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lgvit: ") and message in error and error.rstrip("\n").count("\n") == 0
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))

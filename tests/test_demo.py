@@ -1,0 +1,83 @@
+"""The demo, and the README with the model that it makes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lgvit_hf.demo import run_demo
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    home = tmp_path_factory.mktemp("demo")
+    lines = []
+    results = run_demo(home / "demo_output", quick=True, say=lines.append)
+    return home, results, "\n".join(lines)
+
+
+def test_demo_reports_what_it_did(demo):
+    home, results, text = demo
+    assert json.loads((home / "demo_output" / "results.json").read_text())["overall"] == results["overall"]
+    assert (home / "demo_output" / "highway.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [row["position"] for row in results["exits"]] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert sum(row["rows"] for row in results["exits"]) == results["overall"]["rows"] == 360
+    assert [stage["stage"] for stage in results["stages"]] == ["backbone", "1", "2"]
+    assert all(times["wall_clock_speed_up"] > 0 for times in results["wall_clock"].values())
+    assert "faster than the backbone without heads" in text
+
+
+def test_demo_replaces_its_own_output_only(demo, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        run_demo(tmp_path, quick=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_saved_model_answers_in_a_fresh_process(demo):
+    code = (
+        "import torch, lgvit_hf\n"
+        "from transformers import pipeline\n"
+        "from PIL import Image\n"
+        "classify = pipeline('image-classification', model='demo_output/model')\n"
+        "answers = classify([Image.new('L', (8, 8))] * 3, batch_size=3, top_k=2)\n"
+        "print(len(answers), len(answers[0]), answers[0][0]['label'] in '0123456789')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=demo[0], capture_output=True, text=True)
+    assert done.stdout.split() == ["3", "2", "True"], done.stderr
+
+
+def test_readme_snippets_run(demo):
+    snippets = blocks("python")
+    assert len(snippets) == 2
+    for snippet in snippets:
+        done = subprocess.run([sys.executable, "-c", snippet], cwd=demo[0], capture_output=True, text=True)
+        assert done.returncode == 0, f"{snippet}\n{done.stderr}"
+
+
+def test_readme_commands_exist():
+    from lgvit_hf.cli import build_parser
+
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lgvit ")]
+    assert len(commands) >= 4
+    for command in commands:
+        build_parser().parse_args(command.split()[1:])
+
+
+def test_readme_names_every_head_and_policy():
+    from lgvit_hf.heads import HEADS
+    from lgvit_hf.policies import POLICIES
+
+    for name in {*HEADS, *POLICIES} - {"attention"}:
+        assert f"`{name}`" in README, name
+    assert "`attention_r{n}`" in README
