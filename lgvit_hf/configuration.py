@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,10 +143,8 @@ class HighwayConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HighwayConfig:
         """As upstream's; exit settings among `kwargs` replace those of the dict and are checked with it."""
-        # a file may not choose the attention code: transformers < 5.3 would fetch it from a Hub repository it names
-        # (CVE-2026-4372)
-        settings = {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
-        ours = [key for key in kwargs if key.startswith("exit_") or key in ("pool", "truncated")]
+        settings = without_attention_code(config_dict)
+        ours = [key for key in kwargs if key.startswith("exit_") or key in ("exits", "pool", "truncated")]
         settings.update((key, kwargs.pop(key)) for key in ours)
         if "exit_positions" in ours and "exit_types" not in ours:
             settings.pop("exit_types", None)
@@ -164,10 +163,19 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def without_attention_code(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` without what would choose the attention code.
+
+    Transformers before 5.3 fetches and runs code from a Hub repository that is named there (CVE-2026-4372). The caller
+    of `from_pretrained` may still choose with `attn_implementation=`.
+    """
+    return {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
+
+
 def _own_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` for upstream's config: without what it must not see, and with a misspelt `exit_*` key refused."""
     for key in kwargs:
-        if key.startswith("exit_"):
+        if key.startswith("exit_") or key == "exits":
             close = difflib.get_close_matches(key, EXIT_FIELDS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"unknown config field {key!r}: {hint}The exit fields are {', '.join(EXIT_FIELDS)}")
@@ -223,7 +231,7 @@ def _check_loss_weights(weights: Any, num_exits: int) -> None:
     if weights in ("depth", "uniform"):
         return
     good = isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) == num_exits + 1
-    good = good and all(isinstance(w, (int, float)) and not isinstance(w, bool) and w >= 0 for w in weights)
+    good = good and all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w < math.inf for w in weights)
     if not good or sum(weights) <= 0:
         raise ValueError(
             f"exit_loss_weights: {weights!r} must be 'depth', 'uniform' or {num_exits + 1} numbers >= 0, not all zero "

@@ -64,7 +64,7 @@ def run_early(
     """Run until every row has left; the remaining blocks run on the survivors only.
 
     A row's answer, depth and score do not depend on the rows beside it. The device is waited for once per exit that is
-    asked, for the list of survivors.
+    asked, for the number of rows that leave.
 
     Args:
         segments (`Sequence[Segment]`): The highway, the final classifier's segment last.
@@ -89,13 +89,14 @@ def run_early(
         if index < last:
             if not policy.keeps_nan:
                 leave = leave & ~logits.isnan().any(-1)
-            stay = (~leave).nonzero().squeeze(1)  # the one wait for the device
-            if len(stay) == len(logits):
+            num_leaving = leave.sum().item()  # the one wait for the device
+            if num_leaving == 0:
                 continue
         # all rows still here are written: who goes on is overwritten later
         answers = _written(answers, rows, logits, index, memory.get("score"))
-        if index == last or len(stay) == 0:
+        if index == last or num_leaving == len(logits):
             break
+        stay = leave.argsort(stable=True)[: len(logits) - num_leaving]
         state = state.select(stay)
         memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
         rows = stay if rows is None else rows.index_select(0, stay)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .configuration import without_attention_code
 from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
 from .losses import loss_weights, task_loss, weighted_loss
@@ -355,7 +356,7 @@ class HighwayMixin:
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         native = backbone if isinstance(backbone, PreTrainedModel) else cls._load_native(backbone, hub)
-        cls._check_kind(native, native.config)
+        cls._check_kind(native, native.config.model_type)
         model = cls(cls._config_of(native, kwargs)).to(native.dtype)
         ours, prefix = model.state_dict(), cls.base_model_prefix
         state = native.state_dict()
@@ -389,12 +390,10 @@ class HighwayMixin:
     @classmethod
     def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
         _refuse_pickle_only(path)
-        config = AutoConfig.from_pretrained(path, **hub)
-        wanted = cls.native_classes[0].config_class.model_type
-        if config.model_type != wanted:
-            raise ValueError(
-                f"{path}: model type {config.model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
-            )
+        native_config = cls.native_classes[0].config_class
+        settings, _ = PretrainedConfig.get_config_dict(path, **hub)
+        cls._check_kind(path, settings.get("model_type"))
+        config = native_config.from_dict(without_attention_code(settings))
         # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
         named = [native for native in cls.native_classes if native.__name__ in (config.architectures or [])]
         native_class = (named or [cls.native_classes[-1]])[0]
@@ -408,11 +407,11 @@ class HighwayMixin:
         return model
 
     @classmethod
-    def _check_kind(cls, backbone: str | os.PathLike | PreTrainedModel, config: Any) -> None:
+    def _check_kind(cls, backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
         wanted = cls.native_classes[0].config_class.model_type
-        if config.model_type != wanted:
+        if model_type != wanted:
             raise ValueError(
-                f"{_name(backbone)}: model type {config.model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
+                f"{_name(backbone)}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
             )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -75,12 +77,12 @@ def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
     weights, config_file = _find_files(Path(source))
     config = lgvit_config(_read_json(config_file))
     rename = _swin_names(config) if isinstance(config, SwinHighwayConfig) else _vit_names(config)
-    state = {}
+    state, original_names = {}, {}
     for name, tensor in _read_weights(weights).items():
         renamed = rename(name)
         if renamed is not None:
-            state[renamed] = tensor
-    return _write(config, state, config_file.parent / "preprocessor_config.json", Path(output))
+            state[renamed], original_names[renamed] = tensor, name
+    return _write(config, state, original_names, config_file.parent / "preprocessor_config.json", Path(output))
 
 
 def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
@@ -260,15 +262,20 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise OSError(f"{file}: damaged, or a pickle that holds more than tensors and is not run") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: not a state dict (names to tensors)")
     return state
 
 
-def _write(config: HighwayConfig, state: dict[str, Tensor], processor: Path, output: Path) -> HighwayConfig:
+def _write(
+    config: HighwayConfig, state: dict[str, Tensor], original_names: dict[str, str], processor: Path, output: Path
+) -> HighwayConfig:
     """Load `state` (checkpoint names of transformers 4) strictly and save it as a model of `config`.
 
     The settings of the image processor, where there are any, go with it.
@@ -282,7 +289,9 @@ def _write(config: HighwayConfig, state: dict[str, Tensor], processor: Path, out
         file = Path(folder) / "model.safetensors"
         save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, file, {"format": "pt"})
         model, info = model_class.from_pretrained(folder, output_loading_info=True)
-    unknown = sorted(set(info["unexpected_keys"]) - {key for key in state if key.endswith("relative_position_index")})
+    unknown = sorted(
+        original_names.get(key, key) for key in info["unexpected_keys"] if not key.endswith("relative_position_index")
+    )
     exits = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
     if unknown or exits:
         raise ValueError(
