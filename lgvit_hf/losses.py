@@ -39,6 +39,18 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -
     return F.cross_entropy(logits.float(), labels.view(-1))
 
 
+def check_labels(labels: Tensor, num_labels: int) -> None:
+    """Raise `ValueError` where a class number is not from 0 to `num_labels - 1`; -100 is left out of a loss.
+
+    Labels on an accelerator are not read back: that would stop it at every step.
+    """
+    if labels.device.type != "cpu" or labels.is_floating_point() or labels.dim() != 1 or num_labels < 2:
+        return
+    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
+    if len(wrong):
+        raise ValueError(f"labels: {wrong[0].item()} is outside 0..{num_labels - 1} (num_labels={num_labels})")
+
+
 def loss_weights(weights: str | Sequence[float], positions: Sequence[int], num_blocks: int) -> list[float]:
     """The share of each exit in the training loss, the final classifier last: `"depth"`, `"uniform"` or a list.
 
@@ -99,9 +111,22 @@ def heterogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student (`Tensor`): `[B, N, D]`, an exit's feature map.
         teacher (`Tensor`): `[B, N, D]`, the backbone's last patches, aligned to it (`align_map`).
     """
-    log_student = F.log_softmax(student.float(), dim=-1)
-    log_teacher = F.log_softmax(teacher.detach().float(), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return _channel_divergence(student, *_channel_target(teacher))
+
+
+@torch.no_grad()
+def _channel_target(teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """`p_t` `[B, N, D]` and `sum p_t log p_t` `[B, N]` over the channels."""
+    log_target = F.log_softmax(teacher.float(), dim=-1)
+    target = log_target.exp()
+    return target, (target * log_target).sum(-1)
+
+
+def _channel_divergence(student: Tensor, target: Tensor, negative_entropy: Tensor) -> Tensor:
+    student = student.float()
+    # sum p_t (log p_t - log p_s) per token, without a log-softmax of the student to keep for the backward
+    divergence = negative_entropy + student.logsumexp(-1) - (target * student).sum(-1)
+    return divergence.sum() / len(student)
 
 
 def local_homogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -112,10 +137,17 @@ def local_homogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def global_homogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the channel Gram matrices `[B, D, D]` of two global exits' maps.
 
-    The maps `[B, N, D]` may have different numbers of tokens.
+    The maps `[B, N, D]` may have different numbers of tokens. The matrices are never formed: with `S` and `T` of few
+    tokens, `|S'S - T'T|^2 = |SS'|^2 + |TT'|^2 - 2 |ST'|^2` costs a fraction.
     """
     student, teacher = student.float(), teacher.detach().float()
-    return F.mse_loss(student.transpose(1, 2) @ student, teacher.transpose(1, 2) @ teacher)
+
+    def squared_norm(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.transpose(1, 2)).square().sum()
+
+    difference = squared_norm(student, student) + squared_norm(teacher, teacher) - 2 * squared_norm(student, teacher)
+    batch_size, _, width = student.shape
+    return difference / (batch_size * width**2)
 
 
 def align_map(patches: Tensor, grid: Grid, target_grid: Grid, target_width: int) -> Tensor:
@@ -195,6 +227,7 @@ def lgvit_feature_losses(
         The two sums, each a scalar.
     """
     heterogeneous = homogeneous = teacher.new_zeros((), dtype=torch.float32)
+    targets: dict[tuple[Grid, int], tuple[Tensor, Tensor]] = {}
     for kind, pair_loss in (("local", local_homogeneous_loss), ("global", global_homogeneous_loss)):
         members = [
             (features, map_grid(features.shape[1], grid))
@@ -204,8 +237,10 @@ def lgvit_feature_losses(
         if not members:
             continue
         for features, grid in members[:1] + members[1:][-1:]:
-            aligned = align_map(teacher, teacher_grid, grid, features.shape[-1])
-            heterogeneous = heterogeneous + heterogeneous_loss(features, aligned)
+            shape = (grid, features.shape[-1])
+            if shape not in targets:
+                targets[shape] = _channel_target(align_map(teacher, teacher_grid, *shape))
+            heterogeneous = heterogeneous + _channel_divergence(features, *targets[shape])
         last, last_grid = members[-1]
         for features, grid in members[:-1]:
             # Gram matrices have no tokens to align

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration import without_attention_code
 from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
-from .losses import loss_weights, task_loss, weighted_loss
+from .losses import check_labels, loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy, build_policy
 from .segments import Block, Segment, State, Tokens
 
@@ -284,12 +284,8 @@ class HighwayMixin:
             raise ValueError(
                 f"pixel_values: shape {tuple(pixel_values.shape)} is an empty batch; give at least one image"
             )
-        # labels on an accelerator are not read back: that would stop it at every step
-        if labels is not None and labels.device.type == "cpu" and not labels.is_floating_point() and labels.dim() == 1:
-            num_labels = self.config.num_labels
-            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
-            if len(wrong) and num_labels > 1:
-                raise ValueError(f"labels: {wrong[0].item()} is outside 0..{num_labels - 1} (num_labels={num_labels})")
+        if labels is not None:
+            check_labels(labels, self.config.num_labels)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

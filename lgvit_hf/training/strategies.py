@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ..configuration import HighwayConfig
 from ..heads import head_kind
-from ..losses import distillation_loss, lgvit_feature_losses, loss_weights, task_loss, weighted_loss
+from ..losses import (
+    check_labels,
+    distillation_loss,
+    lgvit_feature_losses,
+    loss_weights,
+    task_loss,
+    weighted_loss,
+)
 from .arguments import HighwayTrainingArguments
 
 
@@ -36,6 +43,7 @@ def stage_one_loss(
         step (`int`): From `trainer.state.global_step`, so that resuming, accumulation and several processes agree.
         inputs: Further arguments of the highway's forward.
     """
+    check_labels(labels, config.num_labels)
     strategy = args.strategy or "weighted"
     only_final = strategy == "backbone" or (strategy.startswith("alternating") and step % 2 == 0)
     if only_final or strategy == "single_exit":
@@ -67,6 +75,7 @@ def stage_two_loss(
     `(1 - c) * sum L_i + c * sum KD_i + heterogeneous_weight * L_hete + homogeneous_weight * L_homo`, the last two as
     `lgvit_feature_losses` says, for any number and kinds of exits. Arguments as of `stage_one_loss`.
     """
+    check_labels(labels, config.num_labels)
     out = model(pixel_values, early_exit=False, **inputs)
     exit_logits, share = out.exit_logits[:-1], args.distillation_weight
     kd = sum(distillation_loss(logits, out.exit_logits[-1], args.temperature) for logits in exit_logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel, Trainer
 
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
 from .strategies import stage_one_loss, stage_two_loss
+
+logger = logging.getLogger(__name__)
 
 
 class HighwayTrainer(Trainer):
@@ -54,6 +57,8 @@ class HighwayTrainer(Trainer):
             model.requires_grad_(False)
             for module in trained:
                 module.requires_grad_(True)
+        elif not any(parameter.requires_grad for parameter in model.base_model.parameters()):
+            logger.warning("the backbone is frozen, only exits are trained; model.requires_grad_(True) thaws it")
         super().__init__(model, args, **kwargs)
 
     @staticmethod
