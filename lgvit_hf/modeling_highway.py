@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,15 @@ from .heads import ExitHead, HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy, build_policy
 from .segments import Block, Segment, State, Tokens
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping as name_conversions
+except ImportError:
+
+    def name_conversions(model: PreTrainedModel) -> list[Any]:
+        """Transformers 4 calls weights in files as it calls them in modules."""
+        return []
+
 
 logger = logging.getLogger(__name__)
 
@@ -297,6 +306,15 @@ class HighwayMixin:
 
     # -- making and cutting models -------------------------------------------------------------------------
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
+        """As upstream's; the names of checkpoint files are understood as well as those of the modules.
+
+        transformers 5 renames weights between file and module, but its `Trainer` resumes without that.
+        """
+        known, conversions = set(self.state_dict()), name_conversions(self)
+        state_dict = {name if name in known else _renamed(name, conversions): t for name, t in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As upstream's, from safetensors only; a tensor missing outside the exits raises.
@@ -468,6 +486,12 @@ class HighwayMixin:
         for name, child in list(self.named_children()):
             if child is not self.base_model and child is not self.exits:
                 setattr(self, name, nn.Identity())
+
+
+def _renamed(name: str, conversions: list[Any]) -> str:
+    for conversion in conversions:
+        name, _ = conversion.rename_source_key(name)
+    return name
 
 
 def _keep(kept: list[Tensor], name: str, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:

@@ -49,6 +49,9 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
 
     config_class = SwinHighwayConfig
     native_classes = (SwinForImageClassification, SwinModel)
+    # a buffer that one major version of transformers saves and the other makes anew
+    _keys_to_ignore_on_load_missing = [r"relative_position_index"]
+    _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
         hidden, grid = self.swin.embeddings(state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..files import add_files
 from .arguments import HighwayTrainingArguments
@@ -57,6 +58,9 @@ def train(
     except TypeError as error:
         raise ValueError(f"training arguments: {error}") from error
     trainer = trainer_class(model, args, train_dataset=train_dataset)
+    for plain in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(plain)
+    trainer.add_callback(LossBar)
     result = trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if trainer.is_world_process_zero():
         with add_files(output) as folder:
@@ -69,6 +73,15 @@ def train(
         "loss": result.training_loss,
         "losses": losses,
     }
+
+
+class LossBar(ProgressCallback):
+    """A progress bar with the loss in it, instead of a printed dict per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show the newest loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
 def last_checkpoint(output: str | Path) -> str | None:

@@ -1,0 +1,139 @@
+"""A checkpoint saved under one major version of transformers gives the same logits under the other.
+
+What is saved needs a second environment: `LGVIT_OTHER_PYTHON=/path/to/python pytest tests/test_cross_version.py`.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from tests.tiny import KINDS, MODELS, tiny_images, tiny_model, tiny_native
+
+OTHER_PYTHON = os.environ.get("LGVIT_OTHER_PYTHON")
+EXITS = {"exit_positions": [2, 3, 5], "exit_types": ["conv1_1", "vit", "attention_r2"]}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+# names that transformers 4 gives, and that stand in every file on the Hub
+PORTABLE = {
+    "vit": [
+        "vit.encoder.layer.0.attention.attention.query.weight",
+        "vit.encoder.layer.5.attention.output.dense.bias",
+        "vit.encoder.layer.5.intermediate.dense.weight",
+        "vit.layernorm.weight",
+        "classifier.weight",
+    ],
+    "deit": [
+        "deit.encoder.layer.0.attention.attention.query.weight",
+        "deit.encoder.layer.5.output.dense.weight",
+        "cls_classifier.weight",
+        "distillation_classifier.weight",
+    ],
+    "deit_plain": ["deit.encoder.layer.0.attention.attention.query.weight", "classifier.weight"],
+    "swin": [
+        "swin.encoder.layers.0.blocks.0.attention.self.query.weight",
+        "swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",
+        "swin.encoder.layers.2.blocks.1.attention.output.dense.bias",
+        "swin.encoder.layers.0.downsample.reduction.weight",
+        "classifier.weight",
+    ],
+}
+OF_TRANSFORMERS_5 = re.compile(r"q_proj|k_proj|v_proj|o_proj|mlp\.fc|(vit|deit)\.layers\.")
+
+
+def save_all(folder):
+    """Highways and plain models, with their logits."""
+    for kind in KINDS:
+        highway, native = tiny_model(kind, seed=1, **EXITS), tiny_native(kind, seed=2)
+        highway.save_pretrained(folder / f"{kind}-highway")
+        native.save_pretrained(folder / f"{kind}-plain")
+        with torch.no_grad():
+            exit_logits = highway(tiny_images(4), early_exit=False).exit_logits
+            plain_logits = native(tiny_images(4)).logits
+        save_file({"highway": torch.stack(exit_logits), "plain": plain_logits}, folder / f"{kind}.safetensors")
+
+
+def compare_all(folder):
+    """What `save_all` has left, loaded here."""
+    for kind in KINDS:
+        expected = load_file(folder / f"{kind}.safetensors")
+        highway, info = AutoModelForImageClassification.from_pretrained(
+            folder / f"{kind}-highway", output_loading_info=True
+        )
+        # Swin's index of relative positions is computed anew
+        differ = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
+        assert all(name.endswith("relative_position_index") for name in differ), (kind, info)
+        grown = MODELS[kind].from_backbone(folder / f"{kind}-plain", **EXITS)
+        with torch.no_grad():
+            exit_logits = highway.eval()(tiny_images(4), early_exit=False).exit_logits
+            plain_logits = grown(tiny_images(4), early_exit=False).logits
+        for name, ours in (("highway", torch.stack(exit_logits)), ("plain", plain_logits)):
+            difference = (ours - expected[name]).abs().max() / expected[name].abs().max()
+            assert difference <= 1e-6, (kind, name, difference.item())
+
+
+def elsewhere(code, folder):
+    """Runs `code` with the other transformers."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    script = f"import sys\nfrom pathlib import Path\nfrom tests import test_cross_version\n{code}"
+    result = subprocess.run(
+        [OTHER_PYTHON, "-c", script, str(folder)], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def other():
+    if not OTHER_PYTHON:
+        pytest.skip("LGVIT_OTHER_PYTHON does not name a Python that has the other major version of transformers")
+    version = elsewhere("import transformers; print(transformers.__version__)", "").strip()
+    assert version.split(".")[0] != transformers.__version__.split(".")[0], f"both are transformers {version}"
+
+
+def test_saved_elsewhere_and_loaded_here(other, tmp_path):
+    elsewhere("test_cross_version.save_all(Path(sys.argv[1]))", tmp_path)
+    compare_all(tmp_path)
+
+
+def test_saved_here_and_loaded_elsewhere(other, tmp_path):
+    save_all(tmp_path)
+    elsewhere("test_cross_version.compare_all(Path(sys.argv[1]))", tmp_path)
+
+
+def test_saved_here_and_loaded_here(tmp_path):
+    save_all(tmp_path)
+    compare_all(tmp_path)
+
+
+@every_kind
+def test_names_on_disk_are_those_of_transformers_4(kind, tmp_path):
+    tiny_model(kind, **EXITS).save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert set(PORTABLE[kind]) <= names
+    assert not [name for name in names if OF_TRANSFORMERS_5.search(name)]
+    # exits keep their names, whatever is renamed elsewhere
+    model = tiny_model(kind, **EXITS)
+    assert {name for name in names if name.startswith("exits.")} == {
+        name for name in model.state_dict() if name.startswith("exits.")
+    }
+
+
+@every_kind
+def test_truncated_and_grown_models_have_portable_names_too(kind, tmp_path):
+    models = {
+        "truncated": tiny_model(kind, **EXITS).truncate(1),
+        "whole": tiny_model(kind, **EXITS).truncate(3),
+        "grown": MODELS[kind].from_backbone(tiny_native(kind), **EXITS),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        names = set(load_file(tmp_path / name / "model.safetensors"))
+        assert PORTABLE[kind][0] in names and not [name for name in names if OF_TRANSFORMERS_5.search(name)]

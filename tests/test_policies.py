@@ -1,0 +1,520 @@
+"""Each policy against its rule written out in plain Python, and the laws that all of them obey."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lgvit_hf.engine import run_early
+from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy, probabilities, register_policy
+from lgvit_hf.segments import Segment, State
+
+NUM_EXITS, NUM_ROWS, NUM_LABELS = 4, 120, 3
+
+
+def random_logits(scale=2.0):
+    """Four exits and the final classifier, `[E, B, C]`."""
+    return scale * torch.randn(NUM_EXITS + 1, NUM_ROWS, NUM_LABELS, generator=torch.Generator().manual_seed(1))
+
+
+def stored(exit_logits):
+    """Segments that answer with stored logits; the state is the row's number."""
+    return [
+        Segment(index + 1, (), lambda state, logits=logits: logits[state["row"]])
+        for index, logits in enumerate(exit_logits)
+    ]
+
+
+def decide(policy, exit_logits):
+    """The policy asked at every exit with all rows: `leave` `[E, B]` and `score` `[E, B]`."""
+    memory = policy.start(exit_logits.shape[1], "cpu")
+    leaves, scores = [], []
+    for index, logits in enumerate(exit_logits):
+        leave, memory = policy(logits, memory, index)
+        leaves.append(leave)
+        scores.append(memory["score"])
+    return torch.stack(leaves), torch.stack(scores)
+
+
+# -- the rules in plain Python: `history` holds one row's logits at every exit so far --------------------------
+
+
+def softmax(logits, temperature=1.0):
+    largest = max(logits)
+    powers = [math.exp((z - largest) / temperature) for z in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def entropy_of(probs):
+    return -sum(p * math.log(p) for p in probs if p > 0)
+
+
+def at(value, index):
+    return value[index] if isinstance(value, list) else value
+
+
+def streak(flags):
+    """How many of the last flags are true in a row."""
+    count = 0
+    for flag in flags:
+        count = count + 1 if flag else 0
+    return count
+
+
+class PolicyTesterMixin:
+    """`cases` are settings without the name; `rule` says whether a row leaves, and `score` what it is judged by."""
+
+    name: str
+    cases: list
+
+    def rule(self, history, settings):
+        raise NotImplementedError
+
+    def score(self, history, settings):
+        raise NotImplementedError
+
+    def policies(self):
+        for settings in self.cases:
+            yield build_policy({"name": self.name, **settings}, NUM_EXITS), settings
+
+    def test_rule_of_each_row(self):
+        exit_logits = random_logits()
+        for policy, settings in self.policies():
+            leaves, scores = decide(policy, exit_logits)
+            rows = exit_logits.transpose(0, 1).tolist()
+            told = {True: 0, False: 0}
+            for row, all_logits in enumerate(rows):
+                for index in range(NUM_EXITS):
+                    history = all_logits[: index + 1]
+                    expected = self.rule(history, settings)
+                    assert leaves[index, row].item() == expected, (settings, row, index)
+                    assert scores[index, row].item() == pytest.approx(self.score(history, settings), abs=1e-5)
+                    told[expected] += 1
+            if settings not in getattr(self, "one_sided", []):
+                assert min(told.values()) > 0, f"{settings} tells no rows apart"
+
+    def test_rows_alone_and_in_any_order(self):
+        exit_logits = random_logits()
+        order = torch.randperm(NUM_ROWS)
+        for policy, _ in self.policies():
+            leaves, scores = decide(policy, exit_logits)
+            for rows in (order, torch.tensor([5]), torch.tensor([7, 7, 2])):
+                some_leaves, some_scores = decide(policy, exit_logits[:, rows])
+                assert torch.equal(some_leaves, leaves[:, rows])
+                torch.testing.assert_close(some_scores, scores[:, rows], rtol=1e-6, atol=0)
+
+    def test_memory_is_batch_first(self):
+        exit_logits = random_logits()
+        kept = torch.tensor([3, 50, 4, 119])
+        for policy, _ in self.policies():
+            whole = policy.start(NUM_ROWS, "cpu")
+            part = {name: tensor[kept] for name, tensor in whole.items()}
+            for index, logits in enumerate(exit_logits):
+                leave, whole = policy(logits, whole, index)
+                some_leave, part = policy(logits[kept], part, index)
+                assert all(len(tensor) == NUM_ROWS for tensor in whole.values())
+                assert torch.equal(some_leave, leave[kept])
+                part = {name: tensor[kept] for name, tensor in whole.items()}
+
+    def test_leave_and_score_have_the_promised_types(self):
+        for policy, _ in self.policies():
+            leave, memory = policy(random_logits()[0], policy.start(NUM_ROWS, "cpu"), 0)
+            assert leave.dtype == torch.bool and leave.shape == (NUM_ROWS,)
+            assert memory["score"].dtype == torch.float32 and memory["score"].shape == (NUM_ROWS,)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_scored_in_float32(self, dtype):
+        half = random_logits().to(dtype)
+        for policy, _ in self.policies():
+            leaves, scores = decide(policy, half)
+            expected_leaves, expected_scores = decide(policy, half.float())
+            assert scores.dtype == torch.float32
+            assert torch.equal(leaves, expected_leaves) and torch.equal(scores, expected_scores)
+
+    def test_nan_rows_stay_to_the_next_exit(self):
+        exit_logits = random_logits(scale=20.0)
+        exit_logits[torch.rand(NUM_EXITS + 1, NUM_ROWS) < 0.3] = math.nan
+        exit_logits[1, 0, 1] = math.nan  # one class is enough
+        is_nan = exit_logits.isnan().any(-1)
+        for policy, _ in self.policies():
+            answers = run_early(stored(exit_logits), State({"row": torch.arange(NUM_ROWS)}), policy)
+            at_nan = is_nan[answers.exit_index, torch.arange(NUM_ROWS)]
+            assert (answers.exit_index[at_nan] == NUM_EXITS).all()
+
+    def test_all_nan_rows_reach_the_end(self):
+        nan = torch.full((NUM_EXITS + 1, 4, NUM_LABELS), math.nan)
+        for policy, _ in self.policies():
+            answers = run_early(stored(nan), State({"row": torch.arange(4)}), policy)
+            assert answers.exit_index.tolist() == [NUM_EXITS] * 4
+
+    def test_dict_round_trip(self):
+        exit_logits = random_logits()
+        for policy, settings in self.policies():
+            saved = json.loads(json.dumps(policy.to_dict()))
+            assert saved["name"] == self.name and settings.items() <= saved.items()
+            again = build_policy(saved, NUM_EXITS)
+            assert type(again) is type(policy) and again.to_dict() == policy.to_dict()
+            assert torch.equal(decide(again, exit_logits)[0], decide(policy, exit_logits)[0])
+
+    def test_unknown_parameter_is_named(self):
+        with pytest.raises(ValueError, match="exit_policy.*'treshold'.*" + self.name):
+            build_policy({"name": self.name, **self.cases[0], "treshold": 0.5}, NUM_EXITS)
+
+    def test_missing_parameter_is_named(self):
+        for key in self.cases[0]:
+            settings = {name: value for name, value in self.cases[0].items() if name != key}
+            if key != "temperature":
+                with pytest.raises(ValueError, match=f"exit_policy.*missing.*'{key}'.*'{self.name}'"):
+                    build_policy({"name": self.name, **settings}, NUM_EXITS)
+
+
+class ThresholdPolicyMixin(PolicyTesterMixin):
+    """Policies on the softmax: with a temperature, and with one threshold for all exits or one for each."""
+
+    def test_temperature_divides_the_logits(self):
+        exit_logits = random_logits()
+        for policy, settings in self.policies():
+            if "temperature" not in settings:
+                warm = build_policy({"name": self.name, **settings, "temperature": 2.5}, NUM_EXITS)
+                leaves, scores = decide(warm, 2.5 * exit_logits)
+                expected_leaves, expected_scores = decide(policy, exit_logits)
+                assert torch.equal(leaves, expected_leaves)
+                torch.testing.assert_close(scores, expected_scores)
+
+    def test_one_temperature_per_exit(self):
+        exit_logits = random_logits()
+        temperatures = [0.5, 1.0, 2.0, 4.0]
+        settings = {"name": self.name, **self.cases[0]}
+        listed = build_policy({**settings, "temperature": temperatures}, NUM_EXITS)
+        leaves, _ = decide(listed, exit_logits)
+        scaled = exit_logits / torch.tensor([*temperatures, 1.0])[:, None, None]
+        assert torch.equal(leaves, decide(build_policy(settings, NUM_EXITS), scaled)[0])
+        # the final classifier may have a temperature too
+        build_policy({**settings, "temperature": [*temperatures, 3.0]}, NUM_EXITS)
+
+    def test_one_threshold_for_all_is_that_threshold_for_each(self):
+        exit_logits = random_logits()[:NUM_EXITS]
+        for key in ("threshold", "entropy_threshold"):
+            if key in self.cases[0]:
+                each = {**self.cases[0], key: [self.cases[0][key]] * NUM_EXITS}
+                scalar = decide(build_policy({"name": self.name, **self.cases[0]}, NUM_EXITS), exit_logits)[0]
+                assert torch.equal(
+                    decide(build_policy({"name": self.name, **each}, NUM_EXITS), exit_logits)[0], scalar
+                )
+
+    @pytest.mark.parametrize("count", [0, 1, NUM_EXITS - 1, NUM_EXITS + 1])
+    def test_wrong_number_of_thresholds(self, count):
+        for key in ("threshold", "entropy_threshold"):
+            if key in self.cases[0]:
+                with pytest.raises(ValueError, match=rf"exit_policy: {key} has {count} values.*{NUM_EXITS} exits"):
+                    build_policy({"name": self.name, **self.cases[0], key: [0.5] * count}, NUM_EXITS)
+
+    @pytest.mark.parametrize("value", [None, "0.5", True, math.nan, [0.5, "high"], {"a": 1}])
+    def test_threshold_that_is_no_number(self, value):
+        with pytest.raises(ValueError, match="exit_policy: threshold="):
+            build_policy({"name": self.name, **self.cases[0], "threshold": value}, 2)
+
+    @pytest.mark.parametrize("value", [0, -1.0, math.inf, "2", [1.0, 0.0, 1.0, 1.0]])
+    def test_temperature_that_is_not_positive(self, value):
+        with pytest.raises(ValueError, match="exit_policy: temperature=.*positive"):
+            build_policy({"name": self.name, **self.cases[0], "temperature": value}, NUM_EXITS)
+
+
+class CountingPolicyMixin:
+    @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None, [2]])
+    def test_patience_that_is_no_count(self, value):
+        with pytest.raises(ValueError, match="exit_policy: patience="):
+            build_policy({"name": self.name, **self.cases[0], "patience": value}, NUM_EXITS)
+
+
+class TestConfidence(ThresholdPolicyMixin):
+    name = "confidence"
+    cases = [
+        {"threshold": 0.8},
+        {"threshold": [0.9, 0.6, 0.7, 0.5]},
+        {"threshold": 0.6, "temperature": 2.0},
+        {"threshold": [0.9, 0.6, 0.7, 0.5], "temperature": [0.5, 1.0, 2.0, 3.0]},
+    ]
+
+    def score(self, history, settings):
+        return max(softmax(history[-1], at(settings.get("temperature", 1.0), len(history) - 1)))
+
+    def rule(self, history, settings):
+        return self.score(history, settings) > at(settings["threshold"], len(history) - 1)
+
+
+class TestEntropy(ThresholdPolicyMixin):
+    name = "entropy"
+    cases = [
+        {"threshold": 0.5},
+        {"threshold": [0.2, 0.9, 0.3, 0.6]},
+        {"threshold": 0.9, "temperature": 2.0},
+    ]
+
+    def score(self, history, settings):
+        return entropy_of(softmax(history[-1], settings.get("temperature", 1.0)))
+
+    def rule(self, history, settings):
+        return self.score(history, settings) < at(settings["threshold"], len(history) - 1)
+
+
+class TestMargin(ThresholdPolicyMixin):
+    name = "margin"
+    cases = [{"threshold": 0.7}, {"threshold": [0.9, 0.1, 0.5, 0.3]}, {"threshold": 0.4, "temperature": 3.0}]
+
+    def score(self, history, settings):
+        probs = sorted(softmax(history[-1], settings.get("temperature", 1.0)))
+        return probs[-1] - probs[-2]
+
+    def rule(self, history, settings):
+        return self.score(history, settings) > at(settings["threshold"], len(history) - 1)
+
+
+class TestConfidenceEntropy(ThresholdPolicyMixin):
+    name = "confidence_entropy"
+    cases = [
+        {"threshold": 0.7, "entropy_threshold": 0.6},
+        {"threshold": [0.9, 0.6, 0.5, 0.8], "entropy_threshold": [0.9, 0.2, 0.8, 0.4]},
+        {"threshold": 0.6, "entropy_threshold": 0.9, "temperature": 1.5},
+    ]
+
+    def score(self, history, settings):
+        return max(softmax(history[-1], settings.get("temperature", 1.0)))
+
+    def rule(self, history, settings):
+        index, probs = len(history) - 1, softmax(history[-1], settings.get("temperature", 1.0))
+        return max(probs) > at(settings["threshold"], index) and entropy_of(probs) < at(
+            settings["entropy_threshold"], index
+        )
+
+    def test_both_must_hold(self):
+        # 0.5, 0.25, 0.25: entropy 1.04
+        logits = torch.tensor([[math.log(2.0), 0.0, 0.0]])
+        sure, unsure = {"threshold": 0.4, "entropy_threshold": 1.1}, {"threshold": 0.6, "entropy_threshold": 1.0}
+        for confidence, entropy in ((sure, sure), (sure, unsure), (unsure, sure), (unsure, unsure)):
+            settings = {"threshold": confidence["threshold"], "entropy_threshold": entropy["entropy_threshold"]}
+            leave, _ = build_policy({"name": self.name, **settings}, 1)(logits, {}, 0)
+            assert leave.item() == (confidence is sure and entropy is sure)
+
+
+class TestPatience(CountingPolicyMixin, PolicyTesterMixin):
+    name = "patience"
+    cases = [{"patience": 2}, {"patience": 3}, {"patience": 1}]
+    one_sided = [{"patience": 1}]
+
+    def score(self, history, settings):
+        labels = [logits.index(max(logits)) for logits in history]
+        return 1 + streak([a == b for a, b in zip(labels, labels[1:], strict=False)])
+
+    def rule(self, history, settings):
+        return self.score(history, settings) >= settings["patience"]
+
+    def test_first_exit_counts_one_and_a_nan_breaks_the_streak(self):
+        policy = build_policy({"name": "patience", "patience": 2}, 4)
+        nan = math.nan
+        labels_seen = torch.tensor([[[1.0, 0.0]], [[nan, 0.0]], [[1.0, 0.0]], [[2.0, 0.0]]])
+        leaves, scores = decide(policy, labels_seen)
+        assert scores[:, 0].tolist() == [1.0, 0.0, 1.0, 2.0]
+        assert leaves[:, 0].tolist() == [False, False, False, True]
+
+
+class TestPatienceConfidence(CountingPolicyMixin, ThresholdPolicyMixin):
+    name = "patience_confidence"
+    cases = [
+        {"threshold": 0.7, "patience": 2},
+        {"threshold": [0.9, 0.5, 0.7, 0.8], "patience": 2},
+        {"threshold": 0.9, "patience": 3, "temperature": 1.5},
+        {"threshold": 0.5, "patience": 1},
+    ]
+
+    def score(self, history, settings):
+        temperature, threshold = settings.get("temperature", 1.0), settings["threshold"]
+        return streak(
+            [entropy_of(softmax(logits, temperature)) < at(threshold, i) for i, logits in enumerate(history)]
+        )
+
+    def rule(self, history, settings):
+        return self.score(history, settings) >= settings["patience"]
+
+
+class TestFixed(PolicyTesterMixin):
+    name = "fixed"
+    cases = [{"exit_index": 0}, {"exit_index": 2}, {"exit_index": NUM_EXITS}]
+    one_sided = cases
+
+    def score(self, history, settings):
+        return max(softmax(history[-1]))
+
+    def rule(self, history, settings):
+        return len(history) - 1 == settings["exit_index"]
+
+    def test_other_heads_are_skipped(self):
+        policy = build_policy({"name": "fixed", "exit_index": 2}, NUM_EXITS)
+        assert [policy.skips(index) for index in range(NUM_EXITS)] == [True, True, False, True]
+
+    @pytest.mark.parametrize("value", [NUM_EXITS + 1, -1, 1.0, True, "1", None])
+    def test_exit_that_is_not_there(self, value):
+        with pytest.raises(ValueError, match="exit_policy: exit_index="):
+            build_policy({"name": "fixed", "exit_index": value}, NUM_EXITS)
+
+
+class TestNever(PolicyTesterMixin):
+    name = "never"
+    cases = [{}]
+    one_sided = cases
+
+    def score(self, history, settings):
+        return max(softmax(history[-1]))
+
+    def rule(self, history, settings):
+        return False
+
+    def test_every_head_is_skipped(self):
+        assert all(build_policy("never", NUM_EXITS).skips(index) for index in range(NUM_EXITS))
+
+
+# -- what does not belong to one policy ------------------------------------------------------------------------
+
+
+def test_registry_is_covered():
+    tested = {
+        case.name
+        for case in globals().values()
+        if isinstance(case, type) and hasattr(case, "rule") and hasattr(case, "name")
+    }
+    assert tested == set(POLICIES)
+
+
+def test_thresholds_are_strict():
+    half = torch.tensor([[0.0, 0.0]])  # confidence 0.5, margin 0
+    assert not build_policy({"name": "confidence", "threshold": 0.5}, 1)(half, {}, 0)[0].item()
+    assert not build_policy({"name": "margin", "threshold": 0.0}, 1)(half, {}, 0)[0].item()
+    sure = torch.tensor([[200.0, 0.0]])  # entropy 0
+    assert not build_policy({"name": "entropy", "threshold": 0.0}, 1)(sure, {}, 0)[0].item()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "entropy", "threshold": 1e-6},
+        {"name": "confidence", "threshold": 0.999},
+        {"name": "margin", "threshold": 0.999},
+        {"name": "confidence_entropy", "threshold": 0.999, "entropy_threshold": 1e-6},
+        {"name": "patience_confidence", "threshold": 1e-6, "patience": 1},
+    ],
+    ids=lambda settings: settings["name"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_surest_rows_leave(settings, dtype):
+    logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, 0.0, 60000.0]]).to(dtype)
+    policy = build_policy(settings, 1)
+    leave, memory = policy(logits, policy.start(2, "cpu"), 0)
+    assert leave.tolist() == [True, True]
+    if settings["name"] == "entropy":
+        assert memory["score"].tolist() == [0.0, 0.0]
+
+
+def test_probabilities_are_the_softmax_in_float32():
+    logits = random_logits()[0].to(torch.bfloat16)
+    expected = torch.tensor([softmax(row, 1.7) for row in logits.tolist()])
+    ours = probabilities(logits, 1.7)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("seed_name", "settings", "ours"),
+    [
+        ("patient_and_confident", {"threshold": 0.5, "patience": 2}, "patience_confidence"),
+        ("confidence_and_entropy", {"threshold": 0.5, "entropy_threshold": 0.4}, "confidence_entropy"),
+    ],
+)
+def test_names_of_the_original_scripts(seed_name, settings, ours):
+    policy = build_policy({"name": seed_name, **settings}, NUM_EXITS)
+    assert policy.to_dict() == build_policy({"name": ours, **settings}, NUM_EXITS).to_dict()
+
+
+@pytest.mark.parametrize("name", ["gumbel_lte", "confident", "", None, 3, ["never"]])
+def test_unknown_name_lists_the_choices(name):
+    with pytest.raises(ValueError) as error:
+        build_policy({"name": name}, NUM_EXITS)
+    message = str(error.value)
+    assert "exit_policy" in message and repr(name) in message and all(known in message for known in POLICIES)
+
+
+def test_name_alone_is_enough_where_nothing_else_is_needed():
+    assert build_policy("never", 3).to_dict() == {"name": "never"}
+    with pytest.raises(ValueError, match="missing parameter 'threshold'"):
+        build_policy("confidence", 3)
+
+
+@pytest.fixture
+def registry():
+    """What a test registers is forgotten."""
+    before = dict(POLICIES)
+    yield POLICIES
+    POLICIES.clear()
+    POLICIES.update(before)
+
+
+class LabelPolicy(ExitPolicy):
+    """Rows of one label leave."""
+
+    def __init__(self, label):
+        self.label = label
+
+    def __call__(self, logits, memory, exit_index=0):
+        return logits.argmax(-1) == self.label, memory
+
+    def to_dict(self):
+        return {"name": self.name, "label": self.label}
+
+
+def test_registered_policy_is_built_by_name(registry):
+    register_policy("label")(LabelPolicy)
+    policy = build_policy({"name": "label", "label": 2}, NUM_EXITS)
+    exit_logits = random_logits()
+    answers = run_early(stored(exit_logits), State({"row": torch.arange(NUM_ROWS)}), policy)
+    for row, index in enumerate(answers.exit_index.tolist()):
+        labels = exit_logits[:, row].argmax(-1).tolist()
+        assert index == (labels.index(2) if 2 in labels[:-1] else NUM_EXITS)
+    # without a score of its own, the confidence of the answer
+    torch.testing.assert_close(answers.exit_score, answers.logits.softmax(-1).amax(-1))
+    with pytest.raises(ValueError, match="missing parameter 'label'"):
+        build_policy({"name": "label"}, NUM_EXITS)
+
+
+def test_a_name_is_registered_once(registry):
+    with pytest.raises(ValueError, match="already a policy called 'never'"):
+        register_policy("never")(LabelPolicy)
+
+
+def test_any_callable_with_or_without_start():
+    exit_logits = random_logits()
+    rows = State({"row": torch.arange(NUM_ROWS)})
+
+    def first_label(logits, memory):
+        return logits.argmax(-1) == 0, memory
+
+    answers = run_early(stored(exit_logits), rows, build_policy(first_label, NUM_EXITS))
+    early = answers.exit_index < NUM_EXITS
+    assert early.any() and (answers.logits[early].argmax(-1) == 0).all()
+
+    class Third:
+        """Counts the exits it has seen."""
+
+        def start(self, batch_size, device):
+            return {"seen": torch.zeros(batch_size, device=device)}
+
+        def __call__(self, logits, memory):
+            seen = memory["seen"] + 1
+            return seen == 3, {"seen": seen}
+
+    answers = run_early(stored(exit_logits), rows, build_policy(Third(), NUM_EXITS))
+    assert answers.exit_index.tolist() == [2] * NUM_ROWS
+
+
+def test_what_is_no_policy_is_refused():
+    with pytest.raises(ValueError, match="exit_policy: 3 is not callable"):
+        build_policy(3, NUM_EXITS)

@@ -1,0 +1,97 @@
+"""Tiny random highways and the plain transformers models they grow from: 16 x 16 pixels, 6 blocks, 5 labels."""
+
+import torch
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from lgvit_hf import DeiTHighway, DeiTHighwayConfig, SwinHighway, SwinHighwayConfig, ViTHighway, ViTHighwayConfig
+
+KINDS = ("vit", "deit", "deit_plain", "swin")
+MODELS = {"vit": ViTHighway, "deit": DeiTHighway, "deit_plain": DeiTHighway, "swin": SwinHighway}
+CONFIGS = {
+    "vit": ViTHighwayConfig,
+    "deit": DeiTHighwayConfig,
+    "deit_plain": DeiTHighwayConfig,
+    "swin": SwinHighwayConfig,
+}
+NATIVES = {
+    "vit": (ViTForImageClassification, ViTModel, ViTConfig),
+    "deit": (DeiTForImageClassificationWithTeacher, DeiTModel, DeiTConfig),
+    "deit_plain": (DeiTForImageClassification, DeiTModel, DeiTConfig),
+    "swin": (SwinForImageClassification, SwinModel, SwinConfig),
+}
+
+NUM_BLOCKS, NUM_LABELS, IMAGE_SIZE = 6, 5, 16
+LOCAL_HEADS = ("conv1_1", "conv2_1", "conv_normal", "mlp")
+GLOBAL_HEADS = ("attention_r1", "attention_r2", "attention_r3", "self_attention")
+HEADS = ("linear", "vit", *LOCAL_HEADS, *GLOBAL_HEADS)
+
+
+def tiny_backbone_settings(kind):
+    """The fields of upstream's config. ViT and DeiT: a 4 x 4 grid. Swin: 8 x 8, 4 x 4 and 2 x 2, ever wider."""
+    settings = {"image_size": IMAGE_SIZE, "num_labels": NUM_LABELS}
+    if kind == "swin":
+        swin = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [2, 2, 4], "window_size": 2}
+        return {**settings, **swin, "mlp_ratio": 2.0}
+    sizes = {"hidden_size": 32, "num_hidden_layers": NUM_BLOCKS, "num_attention_heads": 4, "intermediate_size": 64}
+    return {**settings, **sizes, "patch_size": 4}
+
+
+def tiny_config(kind, **changes):
+    """A highway's config; by default four exits, behind blocks 2 to 5, with LGViT's heads."""
+    settings = tiny_backbone_settings(kind)
+    if kind.startswith("deit"):
+        settings["distilled"] = kind == "deit"
+    return CONFIGS[kind](**{**settings, **changes})
+
+
+def tiny_model(kind, seed=0, **changes):
+    """A highway in `eval()` mode whose every weight and batch statistic is random."""
+    torch.manual_seed(seed)
+    return scrambled(MODELS[kind](tiny_config(kind, **changes)))
+
+
+def tiny_native(kind, seed=0, bare=False, **changes):
+    """The plain transformers classifier (or the `bare` backbone inside it) in `eval()` mode."""
+    torch.manual_seed(seed)
+    classifier, backbone, config = NATIVES[kind]
+    return scrambled((backbone if bare else classifier)(config(**{**tiny_backbone_settings(kind), **changes})))
+
+
+def tiny_images(num_images, size=IMAGE_SIZE, seed=0):
+    """Random pixels `[B, 3, H, W]` under a random colour each, so that no two images are alike."""
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    colour = 2 * torch.randn(num_images, 3, 1, 1, generator=generator)
+    return colour + torch.randn(num_images, 3, height, width, generator=generator)
+
+
+def tiny_dataset(num_images, seed=0):
+    """A list of rows as `Trainer` takes them."""
+    pixels = tiny_images(num_images, seed=seed)
+    return [{"pixel_values": image, "labels": index % NUM_LABELS} for index, image in enumerate(pixels)]
+
+
+@torch.no_grad()
+def scrambled(model):
+    """Weights far from their small, symmetric start, so that exits disagree and nothing cancels; `eval()` mode."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2)
+            if name == "weight" and parameter.dim() == 1:
+                parameter.add_(1.0)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0.0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    return model.eval()
