@@ -9,6 +9,7 @@ from functools import cache
 from types import ModuleType
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+AUTO_MODEL_MODULE = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
@@ -49,18 +50,26 @@ def register_models() -> None:
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Lets the import of `AutoConfig`'s module happen, then registers the configs."""
+    """Lets transformers import its Auto classes, then registers the configs, once."""
 
     def find_spec(self, name: str, path=None, target: ModuleType | None = None):
-        if name != AUTO_CONFIG_MODULE:
+        """The module's own spec, with the registration behind it; nothing for other modules."""
+        if name not in (AUTO_CONFIG_MODULE, AUTO_MODEL_MODULE):
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            register_configs()
+            # transformers 5 needs the Auto models to define a config: wait for them where they are being imported
+            if name == AUTO_MODEL_MODULE or AUTO_MODEL_MODULE not in sys.modules:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                register_configs()
 
         spec.loader.exec_module = execute_and_register
         return spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class Answers:
     exit_index: Tensor
     exit_layer: Tensor
     exit_score: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, index: int, depth: int, score: Tensor) -> Answers:
+        """The answers of rows that are all at one exit."""
+        full = partial(torch.full, (len(logits),), device=logits.device)
+        return cls(logits, full(index), full(depth), score.float())
 
 
 def run_all(segments: Sequence[Segment], state: State) -> list[Tensor]:
@@ -78,7 +85,7 @@ def run_early(
     """
     last = _last_exit(segments, min_depth, max_depth)
     rows: Tensor | None = None  # the caller's row numbers of those still here; None while nobody has left
-    answers: tuple[Tensor, ...] | None = None
+    answers: Answers | None = None
     memory = policy.start(state.batch_size, next(iter(state.tensors.values())).device)
     for index, segment in enumerate(segments[: last + 1]):
         state = segment.advance(state)
@@ -93,16 +100,15 @@ def run_early(
             if num_leaving == 0:
                 continue
         # all rows still here are written: who goes on is overwritten later
-        answers = _written(answers, rows, logits, index, memory.get("score"))
+        score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
+        answers = _written(answers, rows, Answers.of(logits, index, segment.depth, score))
         if index == last or num_leaving == len(logits):
             break
         stay = leave.argsort(stable=True)[: len(logits) - num_leaving]
         state = state.select(stay)
         memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
         rows = stay if rows is None else rows.index_select(0, stay)
-    logits, exit_index, exit_score = answers
-    depths = torch.tensor([segment.depth for segment in segments])
-    return Answers(logits, exit_index, depths.to(exit_index.device)[exit_index], exit_score)
+    return answers
 
 
 def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: int | None) -> int:
@@ -118,13 +124,14 @@ def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: in
     return allowed[-1]
 
 
-def _written(
-    answers: tuple[Tensor, ...] | None, rows: Tensor | None, logits: Tensor, index: int, score: Tensor | None
-) -> tuple[Tensor, ...]:
-    """`answers` (logits, exit index, score) with those of `rows` replaced; all rows while nobody has left."""
-    if score is None:
-        score = probabilities(logits).amax(-1)
-    new = (logits, torch.full((len(logits),), index, device=logits.device), score.float())
-    if rows is None:
+def _written(answers: Answers | None, rows: Tensor | None, new: Answers) -> Answers:
+    """`answers` with those of `rows` replaced by `new`; all of them while nobody has left."""
+    if answers is None or rows is None:
         return new
-    return tuple(old.index_copy(0, rows, fresh) for old, fresh in zip(answers, new, strict=True))
+    return Answers(
+        *(old.index_copy(0, rows, fresh) for old, fresh in zip(_tensors(answers), _tensors(new), strict=True))
+    )
+
+
+def _tensors(answers: Answers) -> tuple[Tensor, ...]:
+    return answers.logits, answers.exit_index, answers.exit_layer, answers.exit_score

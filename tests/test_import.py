@@ -41,24 +41,24 @@ print(json.dumps([seconds, new, quiet == after]))
 
 
 def test_import_is_cheap_and_quiet():
-    runs = [fresh_process(TIMED) for _ in range(3)]
-    assert min(seconds for seconds, _, _ in runs) < 0.3
-    _, modules, quiet = runs[0]
-    assert "lgvit_hf" in modules and not set(modules) & set(OPTIONAL)
-    assert quiet
+    # the best of three, for the machine may be busy
+    for _ in range(3):
+        seconds, modules, quiet = fresh_process(TIMED)
+        assert "lgvit_hf" in modules and not set(modules) & set(OPTIONAL)
+        assert quiet, "importing must not touch logging"
+        if seconds < 0.3:
+            return
+    pytest.fail(f"import lgvit_hf takes {seconds:.2f} s")
 
 
-def test_models_and_policies_need_no_optional_package():
+def test_models_need_no_optional_package():
     code = f"""
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {OPTIONAL[3:]}:
-            raise ImportError(name)
-sys.meta_path.insert(0, Absent())
-from lgvit_hf import *
+sys.modules.update(dict.fromkeys({OPTIONAL}))  # none of them can be imported
+from lgvit_hf import ViTHighway, ViTHighwayConfig
 import torch
-model = ViTHighway(ViTHighwayConfig(hidden_size=24, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2))
-print(json.dumps(list(model.eval()(torch.zeros(1, 3, 224, 224)).logits.shape)))
+small = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+model = ViTHighway(ViTHighwayConfig(**small, image_size=16, patch_size=4)).eval()
+print(json.dumps(list(model(torch.zeros(1, 3, 16, 16)).logits.shape)))
 """
     assert fresh_process(code) == [1, 2]
 
@@ -73,11 +73,10 @@ def test_unknown_name():
         lgvit_hf.Highway  # noqa: B018
 
 
+# the third order, models first asked for after us, is that of `test_saved_models_answer_alike_in_a_fresh_process`
 ORDERS = {
     "before": "from transformers import AutoConfig\nimport lgvit_hf",
     "after": "import lgvit_hf\nfrom transformers import AutoConfig",
-    "twice": "import importlib, lgvit_hf\nimportlib.reload(lgvit_hf)\nfrom transformers import AutoConfig",
-    "model-first": "from transformers import AutoModelForImageClassification, AutoConfig\nimport lgvit_hf",
 }
 
 
