@@ -62,6 +62,7 @@ def load_images(source: str, *, validation_share: float = 0.15, seed: int = 0) -
     if "train" not in found:
         raise ValueError(f"{source}: no split called 'train'; splits there: {', '.join(raw)}")
     label_names = _label_names(found["train"], source)
+    found = {split: _with_labels(dataset, label_names, f"{source} ({split})") for split, dataset in found.items()}
 
     # the split that others report on is the test; whatever is missing is taken from the training rows
     test = found.get("test", found.get("validation"))
@@ -88,9 +89,11 @@ def _load_dataset(source: str) -> Any:
     if path.is_file() and path.suffix == ".parquet":
         return datasets.load_dataset("parquet", data_files={"train": str(path)})
     if path.is_dir():
-        parquet = {file.stem.split("-")[0]: str(file) for file in sorted(path.glob("*.parquet"))}
-        if parquet:
-            return datasets.load_dataset("parquet", data_files=parquet)
+        shards: dict[str, list[str]] = {}
+        for file in sorted(path.glob("*.parquet")):
+            shards.setdefault(file.stem.split("-")[0], []).append(str(file))
+        if shards:
+            return datasets.load_dataset("parquet", data_files=shards)
         return datasets.load_dataset("imagefolder", data_dir=str(path))
     if path.suffix or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such file or folder")
@@ -129,13 +132,31 @@ def _with_plain_columns(dataset: Any, where: str) -> Any:
     dataset = dataset.rename_columns(
         {old: new for old, new in ((images[0], "image"), (labels[0], "label")) if old != new}
     )
-    if not isinstance(dataset.features["label"], datasets.ClassLabel):
-        dataset = dataset.class_encode_column("label")
     return dataset
 
 
+def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
+    """The dataset with its classes numbered as in the training split."""
+    datasets = _require_datasets()
+    own = dataset.features["label"]
+    if isinstance(own, datasets.ClassLabel) and own.names == names:
+        return dataset
+    labels = [own.int2str(label) if isinstance(own, datasets.ClassLabel) else str(label) for label in dataset["label"]]
+    unknown = sorted(set(labels) - set(names))
+    if unknown:
+        raise ValueError(
+            f"{where}: class {unknown[0]!r} is not among the training rows'; those are: {', '.join(names)}"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    dataset = dataset.remove_columns("label").add_column("label", [numbers[label] for label in labels])
+    return dataset.cast_column("label", datasets.ClassLabel(names=names))
+
+
 def _label_names(dataset: Any, source: str) -> list[str]:
-    names = list(dataset.features["label"].names)
+    feature = dataset.features["label"]
+    names = (
+        list(feature.names) if hasattr(feature, "names") else [str(label) for label in sorted(set(dataset["label"]))]
+    )
     if len(names) < 2:
         raise ValueError(f"{source}: {len(names)} class(es) found ({names}); at least two are needed")
     return names
