@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-5 test-all quality style clean
+.PHONY: help demo test test-5 test-cross test-all quality style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -20,7 +20,11 @@ test: .venv/.ready ## run all tests and docstring examples on transformers 4.57.
 test-5: .venv-5/.ready ## the same on the newest transformers 5, in an environment of its own
 	.venv-5/bin/python -m pytest $(PYTEST_ARGS)
 
-test-all: test test-5 ## both
+test-cross: .venv/.ready .venv-5/.ready ## checkpoints of each loaded by the other
+	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv-5/bin/python .venv/bin/python -m pytest tests/test_cross_version.py
+	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv/bin/python .venv-5/bin/python -m pytest tests/test_cross_version.py
+
+test-all: test test-5 test-cross ## all of these
 
 quality: .venv/.ready ## lint, formatting and direction of imports; changes nothing
 	.venv/bin/ruff check .

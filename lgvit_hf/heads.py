@@ -378,15 +378,18 @@ class PointwisePerception(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         image = _as_image(patches, grid)
-        return _as_patches(image + self.project_bn(self.project(self._hidden(image))))
+        return _as_patches(image + self._project(self._activate(image)))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        # the projection is linear: of the mean it is the mean of the projections, at a fraction of the cost
-        hidden = self._hidden(_as_image(patches, grid)).mean((2, 3), keepdim=True)
-        return patches.mean(1) + self.project_bn(self.project(hidden)).flatten(1)
+        # what follows the last GELU is affine: of the mean it is the mean, at a fraction of the cost
+        activated = self._activate(_as_image(patches, grid)).mean((2, 3), keepdim=True)
+        return patches.mean(1) + self._project(activated).flatten(1)
 
-    def _hidden(self, image: Tensor) -> Tensor:
-        return self.expand_bn(F.gelu(self.expand(image)))
+    def _activate(self, image: Tensor) -> Tensor:
+        return F.gelu(self.expand(image))
+
+    def _project(self, activated: Tensor) -> Tensor:
+        return self.project_bn(self.project(self.expand_bn(activated)))
 
 
 @register_head("conv1_1")
@@ -398,8 +401,11 @@ class DepthwisePerception(PointwisePerception):
         self.depthwise = nn.Conv2d(shape.width, shape.width, kernel_size=3, padding=1, groups=shape.width)
         self.depthwise_bn = nn.BatchNorm2d(shape.width)
 
-    def _hidden(self, image: Tensor) -> Tensor:
-        return self.depthwise_bn(F.gelu(self.depthwise(super()._hidden(image))))
+    def _activate(self, image: Tensor) -> Tensor:
+        return F.gelu(self.depthwise(self.expand_bn(F.gelu(self.expand(image)))))
+
+    def _project(self, activated: Tensor) -> Tensor:
+        return self.project_bn(self.project(self.depthwise_bn(activated)))
 
 
 def lgvit_heads(num_exits: int, *, attention: tuple[str, str] = ("attention_r2", "attention_r3")) -> list[str]:
