@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--policy", help="exit policy instead of the saved one")
     evaluate.add_argument("--threshold", type=float, nargs="+", help="of the policy: one number, or one per exit")
     evaluate.add_argument("--patience", type=int, help="of the patience policies")
+    evaluate.add_argument("--exit-index", type=int, help="of fixed, from 0")
     evaluate.add_argument("--entropy-threshold", type=float, help="of confidence_entropy")
     evaluate.add_argument("--batch-size", type=int, default=64, help="default: 64")
     evaluate.add_argument("--timed-batch-sizes", type=int, nargs="+", default=[1, 32], help="default: 1 32")
@@ -215,6 +216,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    import torch
     from transformers.utils import logging
 
     from .data import ProcessedImages, load_images
@@ -222,7 +224,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .files import write_json
     from .models import open_model
 
-    given = {name: getattr(options, name) for name in ("threshold", "patience", "entropy_threshold")}
+    given = {name: getattr(options, name) for name in ("threshold", "patience", "exit_index", "entropy_threshold")}
     given = {name: value for name, value in given.items() if value is not None}
     if "threshold" in given and len(given["threshold"]) == 1:
         given["threshold"] = given["threshold"][0]
@@ -230,6 +232,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --policy")
     splits = load_images(options.data)
     model, processor = open_model(options.checkpoint, label_names=splits.label_names, must_be_highway=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     if options.policy:
         model.set_exit_policy(options.policy, **given)
     report = evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import operator
@@ -15,6 +16,7 @@ from .heads import is_head, known_heads, lgvit_heads
 from .policies import build_policy
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
+OWN_FIELDS = (*EXIT_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
 DEFAULT_POLICY = {"name": "confidence", "threshold": 0.8}
 
 
@@ -51,7 +53,7 @@ class HighwayConfig:
             Blocks already run when each exit is reached, counted from 1: strictly increasing, `1 <= p < L`.
         exit_types (`list[str]`, `str`, *optional*, defaults to `"lgvit"`):
             Head of each exit, or one for all.
-        exit_policy (`dict`, *optional*, defaults to confidence above 0.8):
+        exit_policy (`dict`, *optional*, defaults to confidence above 0.8, or `never` with a single label):
             When a row leaves, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`.
         exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
             Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
@@ -92,8 +94,10 @@ class HighwayConfig:
         if exit_types == "lgvit":
             exit_types = self._preset_types(num_exits)
         self.exit_types = [exit_types] * num_exits if isinstance(exit_types, str) else exit_types
-        policy = DEFAULT_POLICY if exit_policy is None else exit_policy
-        self.exit_policy = {"name": policy} if isinstance(policy, str) else policy
+        if exit_policy is None:
+            # one output has no softmax to be sure of
+            exit_policy = DEFAULT_POLICY if self.num_labels > 1 else "never"
+        self.exit_policy = {"name": exit_policy} if isinstance(exit_policy, str) else copy.deepcopy(exit_policy)
         self.exit_loss_weights = exit_loss_weights
         self.pool = self.pools[0] if pool is None else pool
         self.validate_exits()
@@ -134,6 +138,8 @@ class HighwayConfig:
         num_exits = len(self.exit_positions)
         self.exit_types = _checked_types(self.exit_types, self.exit_positions)
         _check_loss_weights(self.exit_loss_weights, num_exits)
+        if not isinstance(self.exit_loss_weights, str):
+            self.exit_loss_weights = list(self.exit_loss_weights)
         if self.pool not in self.pools:
             raise ValueError(f"pool: {self.pool!r} is not possible for {self.model_type}; choices: {self.pools}")
         if not isinstance(self.exit_policy, dict):

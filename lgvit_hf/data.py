@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,11 @@ def _load_digits(seed: int) -> dict[str, Any]:
 
 
 def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
-    parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column="label")
+    rows_of = Counter(dataset["label"])
+    # every class on both sides, where there are enough rows for that
+    enough = len(dataset) * min(share, 1 - share) >= len(rows_of) and min(rows_of.values()) >= 2
+    stratify = "label" if enough else None
+    parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=stratify)
     return parts["train"], parts["test"]
 
 

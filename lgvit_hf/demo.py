@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from .evaluation.calibration import best_threshold
 from .evaluation.costs import model_macs
 from .evaluation.metrics import summarise
 from .evaluation.plots import plot_report
-from .evaluation.report import as_table, evaluate
+from .evaluation.report import as_table, evaluate, head_names
 from .evaluation.table import ExitTable, collect
 from .files import replace_folder, write_json
 from .modeling_vit import ViTHighway
@@ -54,6 +55,8 @@ def run_demo(
     Returns:
         What `results.json` holds.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the demo draws a figure: pip install "lgvit-hf[train,plots]"')
     output = Path(output)
     earlier = _is_demo_output(output)
     with replace_folder(output, overwrite=earlier) as folder:
@@ -63,8 +66,10 @@ def run_demo(
 
 
 def _is_demo_output(output: Path) -> bool:
+    """Whether nothing is there but what a demo wrote."""
     try:
-        return json.loads((output / "results.json").read_text()).get("what") == WHAT
+        what = json.loads((output / "results.json").read_text()).get("what")
+        return what == WHAT and {file.name for file in output.iterdir()} <= {"model", "results.json", "highway.png"}
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -137,7 +142,7 @@ def _threshold_curve(model: ViTHighway, table: ExitTable) -> list[dict[str, floa
     costs, points = model_macs(model), []
     for threshold in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999):
         answers = table.replay({"name": "confidence", "threshold": threshold})
-        overall = summarise(table, answers, costs, model.config.exit_types)["overall"]
+        overall = summarise(table, answers, costs, head_names(model))["overall"]
         points.append({"threshold": threshold, "accuracy": overall["accuracy"], "mean_macs": overall["mean_macs"]})
     return points
 

@@ -31,23 +31,37 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         ...     [file.name for file in (Path(home) / "out").iterdir()]
         ['a.txt']
     """
-    output = Path(output)
+    output = Path(output).resolve()
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another output")
+    if output == Path.cwd() or os.path.ismount(output):
+        raise ValueError(f"{output} is in use as a working folder or mount; choose a folder inside it")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         yield folder
-        folder.chmod(0o755)
-        old = None
-        if output.exists():
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    folder.chmod(0o777 & ~_umask())
+    old = None
+    try:
+        if output.exists() and overwrite:
             old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
             os.replace(output, old / output.name)
-        os.replace(folder, output)
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(folder, output)  # refuses a folder in which something appeared meanwhile
+    except OSError as error:
+        if old is not None and not output.exists():
+            os.replace(old / output.name, output)
+        raise OSError(f"{output} could not be written; the whole result is in {folder}") from error
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager
@@ -70,6 +84,7 @@ def write_json(file: str | Path, content: Any) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             json.dump(content, stream, indent=2)
             stream.write("\n")
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)

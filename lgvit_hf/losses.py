@@ -33,7 +33,8 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -
         elif labels.is_floating_point():
             problem_type = "multi_label_classification"
     if problem_type == "regression":
-        return F.mse_loss(logits.float().squeeze(-1), labels.float().squeeze(-1))
+        logits = logits.float().squeeze(-1)
+        return F.mse_loss(logits, labels.float().view(logits.shape))
     if problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
     return F.cross_entropy(logits.float(), labels.view(-1))
@@ -145,7 +146,11 @@ def global_homogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
     def squared_norm(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.transpose(1, 2)).square().sum()
 
-    difference = squared_norm(student, student) + squared_norm(teacher, teacher) - 2 * squared_norm(student, teacher)
+    # a difference of large numbers: not in the half precision that autocast would choose
+    with torch.autocast(student.device.type, enabled=False):
+        difference = (
+            squared_norm(student, student) + squared_norm(teacher, teacher) - 2 * squared_norm(student, teacher)
+        )
     batch_size, _, width = student.shape
     return difference / (batch_size * width**2)
 

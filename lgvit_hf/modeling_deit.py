@@ -41,7 +41,8 @@ class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
             del self.cls_classifier, self.distillation_classifier
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
-        pixels, patch = state["pixel_values"], self.deit.embeddings.patch_embeddings.patch_size
+        patches = self.deit.embeddings.patch_embeddings
+        pixels, patch = state["pixel_values"].to(patches.projection.weight.dtype), patches.patch_size
         hidden = self.deit.embeddings(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
         return State({"hidden": hidden}, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]))
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration import without_attention_code
+from .configuration import OWN_FIELDS, without_attention_code
 from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # buffers that are made, not learned
 RECOMPUTED = ("relative_position_index", "num_batches_tracked")
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 @dataclass
@@ -186,10 +188,10 @@ class HighwayMixin:
         built = build_policy(policy, len(self.exits))
         if isinstance(policy, dict):
             self.config.exit_policy = dict(policy)
-        elif built.name != "custom":
+        elif built.name != "custom" and is_dataclass(built):
             self.config.exit_policy = built.to_dict()
         else:
-            logger.warning("this exit policy is not registered (`register_policy`): it will not be saved")
+            logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
         self._policy, self._policy_settings = built, copy.deepcopy(self.config.exit_policy)
 
     def forward(
@@ -234,7 +236,7 @@ class HighwayMixin:
         if early and recorded:
             raise ValueError(f"output_{recorded[0]} needs every row in every block: early_exit=False")
 
-        state = State({"pixel_values": pixel_values.to(self.dtype)})
+        state = State({"pixel_values": pixel_values})
         segments = self.segments(bool(interpolate_pos_encoding))
         if early:
             answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
@@ -299,7 +301,7 @@ class HighwayMixin:
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # transformers 4.57 leaves batch norms of a warm start as uninitialised memory
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and not getattr(module.running_mean, "_is_hf_initialized", False):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
             module.reset_running_stats()
@@ -329,7 +331,12 @@ class HighwayMixin:
             raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
         kwargs["use_safetensors"] = True
         _refuse_pickle_only(pretrained_model_name_or_path)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
         missing = sorted(key for key in info["missing_keys"] if not key.endswith(RECOMPUTED))
         exits = [key for key in missing if key.startswith("exits.")]
         known_exits = [key for key in model.state_dict() if key.startswith("exits.") and not key.endswith(RECOMPUTED)]
@@ -353,8 +360,9 @@ class HighwayMixin:
             output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
             kwargs:
                 Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
-                With a `num_labels` that the checkpoint does not have, the classifier is made anew. Hub arguments
-                (`revision`, `token`, `cache_dir`, `local_files_only`) are passed on.
+                With a `num_labels` that the checkpoint does not have, the classifier is made anew. `dtype` converts
+                the result; Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
+                `subfolder`) are passed on.
 
         Raises:
             ValueError: The checkpoint is of another kind, or lacks a tensor.
@@ -369,9 +377,10 @@ class HighwayMixin:
             [1, 2]
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         native = backbone if isinstance(backbone, PreTrainedModel) else cls._load_native(backbone, hub)
         cls._check_kind(native, native.config.model_type)
-        model = cls(cls._config_of(native, kwargs)).to(native.dtype)
+        model = cls(cls._config_of(native, kwargs)).to(native.device, native.dtype)
         ours, prefix = model.state_dict(), cls.base_model_prefix
         state = native.state_dict()
         if native.base_model is native:
@@ -398,6 +407,8 @@ class HighwayMixin:
             f" and the classifier, for {model.config.num_labels} labels" if reset else "",
         )
         model.eval()
+        if dtype is not None:
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         info = {"missing_keys": sorted(exits + reset), "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if output_loading_info else model
 
@@ -434,7 +445,12 @@ class HighwayMixin:
         settings = native.config.to_dict()
         for key in ("model_type", "transformers_version", "_name_or_path"):
             settings.pop(key, None)
-        if {"num_labels", "id2label"} & set(changes):
+        unknown = sorted(set(changes) - set(settings) - set(OWN_FIELDS))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], [*settings, *OWN_FIELDS], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{unknown[0]!r} is no field of {cls.config_class.__name__}{hint}")
+        if changes.get("num_labels", native.config.num_labels) != native.config.num_labels or "id2label" in changes:
             for key in ("num_labels", "id2label", "label2id"):
                 settings.pop(key, None)
         settings["architectures"] = [type(native).__name__]

@@ -54,7 +54,8 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
-        hidden, grid = self.swin.embeddings(state["pixel_values"], interpolate_pos_encoding=interpolate_pos_encoding)
+        pixels = state["pixel_values"].to(self.swin.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden, grid = self.swin.embeddings(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
         return State({"hidden": hidden}, grid)
 
     def blocks(self) -> list[Block]:

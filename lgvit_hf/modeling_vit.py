@@ -33,7 +33,8 @@ class ViTHighway(HighwayMixin, ViTForImageClassification):
     native_classes = (ViTForImageClassification, ViTModel)
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
-        pixels, patch = state["pixel_values"], self.vit.embeddings.patch_embeddings.patch_size
+        patches = self.vit.embeddings.patch_embeddings
+        pixels, patch = state["pixel_values"].to(patches.projection.weight.dtype), patches.patch_size
         hidden = self.vit.embeddings(pixels, interpolate_pos_encoding=interpolate_pos_encoding)
         return State({"hidden": hidden}, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1]))
 

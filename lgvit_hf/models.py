@@ -100,6 +100,10 @@ def open_model(
             raise ValueError(f"{checkpoint} has exits after {config.exit_positions} already; leave --exit-* out")
         if config.num_labels != len(label_names):
             raise ValueError(f"{checkpoint} knows {config.num_labels} classes, the data have {len(label_names)}")
+        for index, name in enumerate(label_names):
+            known = config.id2label[index]
+            if known != name and known != f"LABEL_{index}":
+                raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
         model = BY_BACKBONE[kinds[config.model_type]].from_pretrained(checkpoint)
     elif config.model_type in BY_BACKBONE and not must_be_highway:
         if config.num_labels == len(label_names):

@@ -141,7 +141,7 @@ class ExitPolicy:
         settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
         return {
             "name": self.name,
-            **{key: list(value) if isinstance(value, Sequence) else value for key, value in settings.items()},
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
         }
 
 
@@ -344,11 +344,12 @@ class FixedPolicy(ExitPolicy):
             )
 
     def skips(self, exit_index: int) -> bool:
-        """Only the one exit is run."""
-        return exit_index != self.exit_index
+        """Shallower exits are not run."""
+        return exit_index < self.exit_index
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        leave = torch.full((logits.shape[0],), exit_index == self.exit_index, device=logits.device)
+        # at a deeper one where `min_depth` forbids this
+        leave = torch.full((logits.shape[0],), exit_index >= self.exit_index, device=logits.device)
         return leave, {"score": probabilities(logits).amax(-1)}
 
 

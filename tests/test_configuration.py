@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -419,7 +419,7 @@ fields = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(kind=st.sampled_from(KINDS), changes=st.dictionaries(fields, json_values, min_size=1, max_size=4))
 def test_any_setting_gives_a_config_or_an_error_of_ours(kind, changes):
     try:
@@ -430,3 +430,20 @@ def test_any_setting_gives_a_config_or_an_error_of_ours(kind, changes):
     assert len(MODELS[kind](config).segments()) == len(config.exit_positions) + (not config.truncated)
     again = CONFIGS[kind].from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.exit_positions == config.exit_positions and again.exit_types == config.exit_types
+
+
+def test_configs_share_nothing():
+    first, second = tiny_config("vit", exit_policy=None), tiny_config("vit", exit_policy=None)
+    first.exit_policy["threshold"] = 0.1
+    assert (
+        second.exit_policy
+        == tiny_config("swin", exit_policy=None).exit_policy
+        == {
+            "name": "confidence",
+            "threshold": 0.8,
+        }
+    )
+
+
+def test_a_single_output_never_leaves_by_default():
+    assert tiny_config("vit", exit_policy=None, num_labels=1).exit_policy == {"name": "never"}

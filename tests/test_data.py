@@ -188,9 +188,16 @@ def test_one_class_is_not_enough(tmp_path):
 
 
 def test_too_few_rows_to_split(tmp_path):
-    write_parquet(tmp_path / "train.parquet", ["a", "b", "c"])
+    write_parquet(tmp_path / "train.parquet", ["a", "b"])
     with pytest.raises(ValueError):
         load_images(str(tmp_path))
+
+
+def test_few_rows_of_many_classes(tmp_path):
+    write_parquet(tmp_path / "train.parquet", list("abcde") * 6)
+    splits = load_images(str(tmp_path))
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 30
+    assert min(len(splits.validation), len(splits.test)) > 0
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_demo_reports_what_it_did(demo):
     home, results, text = demo
     assert json.loads((home / "demo_output" / "results.json").read_text())["overall"] == results["overall"]
     assert (home / "demo_output" / "highway.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [row["position"] for row in results["exits"]] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert [row["position"] for row in results["exits"]] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
     assert sum(row["rows"] for row in results["exits"]) == results["overall"]["rows"] == 360
     assert [stage["stage"] for stage in results["stages"]] == ["backbone", "1", "2"]
     assert all(times["wall_clock_speed_up"] > 0 for times in results["wall_clock"].values())
@@ -42,6 +42,12 @@ def test_demo_replaces_its_own_output_only(demo, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         run_demo(tmp_path, quick=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    beside = demo[0] / "demo_output" / "notes.txt"
+    beside.write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        run_demo(demo[0] / "demo_output", quick=True)
+    assert beside.read_text() == "mine"
+    beside.unlink()
 
 
 def test_saved_model_answers_in_a_fresh_process(demo):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lgvit_hf.engine import run_all, run_early, study_all
@@ -154,7 +154,7 @@ def test_every_policy_has_parameters():
     assert set(PARAMETERS) == {typical["name"] for typical in TYPICAL} == set(POLICIES)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policy=policies, bounds=bounds, seed=st.integers(0, 2**16), batch_size=st.sampled_from([1, 2, 7, 64]))
 def test_law(policy, bounds, seed, batch_size):
     policy = build_policy(policy, NUM_EXITS)
@@ -226,7 +226,7 @@ def test_nan_never_leaves_early_under_a_policy_that_lets_all_go():
         assert index == (clean[0] if clean else FINAL)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policy=policies, bounds=bounds, batch_size=st.sampled_from([1, 3, 64, 1000]))
 def test_blocks_and_heads_run_on_survivors_only(policy, bounds, batch_size):
     policy = build_policy(policy, NUM_EXITS)

@@ -96,7 +96,8 @@ def test_replay_checks_the_policy():
 def test_summary_by_hand():
     table = by_hand()
     costs = Costs(trunks=[10.0, 20.0, 40.0], heads=[1.0, 2.0, 3.0])
-    summary = summarise(table, table.replay({"name": "confidence", "threshold": 0.9}), costs, ["linear", "mlp"])
+    answers = table.replay({"name": "confidence", "threshold": 0.9})
+    summary = summarise(table, answers, costs, ["linear", "mlp", "final"])
     macs = [10 + 1, 10 + 1 + 20 + 2, 10 + 1 + 20 + 2 + 40 + 3]
     assert summary["exits"] == [
         {
@@ -132,7 +133,7 @@ def test_summary_by_hand():
 
 def test_exit_where_nobody_leaves_has_no_accuracy():
     table = by_hand()
-    summary = summarise(table, table.replay("never"), Costs([1.0] * 3, [1.0] * 3), ["linear", "mlp"])
+    summary = summarise(table, table.replay("never"), Costs([1.0] * 3, [1.0] * 3), ["linear", "mlp", "final"])
     assert [entry["rows"] for entry in summary["exits"]] == [0, 0, 4]
     assert [entry["accuracy_leaving"] for entry in summary["exits"]] == [None, None, 0.75]
 

@@ -309,3 +309,11 @@ def test_feature_losses_between_stages_of_different_width():
     narrow = teacher.view(BATCH, 9, 4, 2).mean(-1)[:, nearest]
     expected = by_hand_heterogeneous(shallow, narrow) + by_hand_heterogeneous(deep, teacher)
     assert heterogeneous.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_gram_loss_is_exact_under_autocast():
+    student = torch.randn(2, 9, 16)
+    teacher = 1.1 * student
+    expected = global_homogeneous_loss(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(global_homogeneous_loss(student, teacher), expected)

@@ -141,13 +141,19 @@ class HighwayTesterMixin:
         assert info["unexpected_keys"] == info["mismatched_keys"] == info["error_msgs"] == []
         assert highway.config.exit_positions == POSITIONS and not highway.training
 
-    def test_from_backbone_starts_new_exits_well(self, plain):
-        highway = MODELS[self.kind].from_backbone(plain[1], exit_positions=POSITIONS, exit_types="conv1_1")
+    @pytest.mark.parametrize("way", ["from_backbone", "from_pretrained"])
+    def test_new_exits_start_well(self, plain, way):
+        load = getattr(MODELS[self.kind], way)
+        highway = load(plain[1], exit_positions=POSITIONS, exit_types="conv1_1").eval()
+        start = {"running_var": 1.0, "running_mean": 0.0, "_bn.weight": 1.0, "_bn.bias": 0.0, "norm.weight": 1.0}
         for name, tensor in highway.exits.state_dict().items():
-            if name.endswith("running_var"):
-                assert torch.equal(tensor, torch.ones_like(tensor)), name
             assert tensor.isfinite().all() and tensor.abs().max() <= 1, name
-        assert all(logits.isfinite().all() for logits in highway(tiny_images(2), early_exit=False).exit_logits)
+            for end, value in start.items():
+                assert not name.endswith(end) or torch.equal(tensor, torch.full_like(tensor, value)), name
+            if tensor.dim() > 1:
+                assert tensor.std() > 0, name
+        exit_logits = highway(tiny_images(2), early_exit=False).exit_logits
+        assert all(logits.isfinite().all() for logits in exit_logits)
 
     def test_from_backbone_copies(self, plain):
         native, _ = plain
@@ -254,6 +260,40 @@ class HighwayTesterMixin:
         self.assert_equal_models(again, model)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert again.config.exit_positions == POSITIONS and again.config.exit_types == model.config.exit_types
+
+    def test_a_copy_answers_alike(self, saved):
+        self.assert_equal_models(copy.deepcopy(saved[0]), saved[0])
+
+    def test_loading_with_another_policy(self, saved):
+        policy = {"name": "fixed", "exit_index": 1}
+        again = AutoModelForImageClassification.from_pretrained(saved[1], exit_policy=policy).eval()
+        assert again(tiny_images(2)).exit_index.tolist() == [1, 1] and again.config.exit_policy == policy
+
+    def test_loading_with_another_number_of_labels(self, saved):
+        model, folder = saved
+        again = MODELS[self.kind].from_pretrained(folder, num_labels=9, ignore_mismatched_sizes=True).eval()
+        everything = again(tiny_images(2), early_exit=False)
+        assert all(logits.shape == (2, 9) and logits.isfinite().all() for logits in everything.exit_logits)
+        # only the classifiers are new
+        theirs = model.state_dict()
+        assert all(torch.equal(t, theirs[name]) for name, t in again.state_dict().items() if "classifier" not in name)
+        with pytest.raises((ValueError, RuntimeError), match="mismatch"):
+            MODELS[self.kind].from_pretrained(folder, num_labels=9)
+
+    def test_exits_stay_where_they_were_trained(self, tmp_path):
+        model = self.model(exit_types="conv1_1")
+        model.save_pretrained(tmp_path)
+        for changes in (
+            {"exit_positions": [2, 4, 5], "exit_types": "conv1_1"},
+            {"exit_positions": [2, 3], "exit_types": "conv1_1"},
+            {"exit_types": "linear"},
+            {"exit_types": ["conv1_1", "conv1_1", "conv2_1"]},
+        ):
+            with pytest.raises((ValueError, RuntimeError), match="exit_positions|exit_types|exits"):
+                MODELS[self.kind].from_pretrained(tmp_path, **changes)
+                pytest.fail(f"exits trained after {POSITIONS} were loaded as {changes}")
+        same = {"exit_positions": POSITIONS, "exit_types": "conv1_1"}
+        self.assert_equal_models(MODELS[self.kind].from_pretrained(tmp_path, **same), model)
 
     def test_auto_classes(self, saved):
         model, folder = saved

@@ -347,11 +347,11 @@ class TestFixed(PolicyTesterMixin):
         return max(softmax(history[-1]))
 
     def rule(self, history, settings):
-        return len(history) - 1 == settings["exit_index"]
+        return len(history) - 1 >= settings["exit_index"]
 
-    def test_other_heads_are_skipped(self):
+    def test_shallower_heads_are_skipped(self):
         policy = build_policy({"name": "fixed", "exit_index": 2}, NUM_EXITS)
-        assert [policy.skips(index) for index in range(NUM_EXITS)] == [True, True, False, True]
+        assert [policy.skips(index) for index in range(NUM_EXITS)] == [True, True, False, False]
 
     @pytest.mark.parametrize("value", [NUM_EXITS + 1, -1, 1.0, True, "1", None])
     def test_exit_that_is_not_there(self, value):

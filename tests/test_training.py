@@ -449,3 +449,34 @@ def test_two_processes_give_the_same_loss(tmp_path):
     for name in LAUNCHED:
         _, expected = launched(tmp_path / "one", name)
         assert_same_run(json.loads((tmp_path / f"{name}.json").read_text()), expected)
+
+
+def test_a_fresh_run_does_not_mix_with_another(tmp_path):
+    from lgvit_hf.training.run import train
+
+    (tmp_path / "checkpoint-800").mkdir()
+    with pytest.raises(ValueError, match="checkpoints of another run"):
+        train(tiny_model("vit"), None, tiny_dataset(8), tmp_path, stage="1")
+
+
+@pytest.mark.parametrize("changes", [{"exit_positions": [], "exit_types": []}])
+def test_exit_strategies_need_exits(changes, tmp_path):
+    with pytest.raises(ValueError, match="has none"):
+        HighwayTrainer(tiny_model("vit", **changes), arguments(tmp_path, strategy="uniform"))
+    with pytest.raises(ValueError, match="has none"):
+        HighwayTrainer(tiny_model("vit").truncate(1), arguments(tmp_path, strategy="uniform"))
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor: 0.1"):
+        arguments(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_evaluation_judges_what_the_strategy_trains(tmp_path):
+    model, rows = tiny_model("vit"), tiny_dataset(8)
+    pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+    with torch.no_grad():
+        exit_logits = model.eval()(pixels, early_exit=False).exit_logits
+    for strategy, index in (({"strategy": "backbone"}, -1), ({"strategy": "single_exit", "train_exit": 1}, 1)):
+        predictions = HighwayTrainer(model, arguments(tmp_path, **strategy)).predict(rows).predictions
+        torch.testing.assert_close(torch.tensor(predictions), exit_logits[index], rtol=1e-4, atol=1e-5)

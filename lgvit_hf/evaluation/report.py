@@ -53,7 +53,7 @@ def evaluate(
             for name in ("logits", "exit_index", "exit_layer", "exit_score")
         )
     )
-    report = summarise(table, answers, model_macs(model), model.config.exit_types)
+    report = summarise(table, answers, model_macs(model), head_names(model), model.exit_policy)
     pixels = torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
     report["wall_clock"] = {
         str(size): wall_clock_speed_up(model, pixels.split(size), repeats=3, progress=progress)
@@ -61,6 +61,11 @@ def evaluate(
     }
     report["policy"] = model.exit_policy.to_dict()
     return report
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """What each classifier of a highway computes; the backbone's own, where it is still there, is called `final`."""
+    return [*model.config.exit_types, *([] if model.config.truncated else ["final"])]
 
 
 def as_table(report: dict[str, Any]) -> str:

@@ -18,13 +18,7 @@ from torch import Tensor
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
 from ..files import replace_folder, write_json
 from ..heads import lgvit_heads
-from ..modeling_deit import DeiTHighway
-from ..modeling_swin import SwinHighway
-from ..modeling_vit import ViTHighway
-
-MODELS = {
-    config.model_type: model for model in (ViTHighway, DeiTHighway, SwinHighway) if (config := model.config_class)
-}
+from ..models import BY_BACKBONE
 
 # settings of LGViT's config that are ours under another name, or that only its training code read
 LGVIT_ONLY = (
@@ -280,7 +274,7 @@ def _write(
 
     The settings of the image processor, where there are any, go with it.
     """
-    model_class = MODELS[config.model_type]
+    model_class = BY_BACKBONE[config.model_type.removesuffix("_highway")]
     for name in [name for name in state if name.endswith(".running_var")]:
         # some exporters leave out the batch counters, which nothing here reads
         state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))

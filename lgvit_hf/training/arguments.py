@@ -63,5 +63,12 @@ class HighwayTrainingArguments(TrainingArguments):
         for name in ("heterogeneous_weight", "homogeneous_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 0")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: {self.label_smoothing_factor!r} is not used by any strategy; set 0"
+            )
+        if self.ddp_find_unused_parameters is None:
+            # what a strategy leaves out of a step has no gradient there
+            self.ddp_find_unused_parameters = True
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature!r} must be above 0")

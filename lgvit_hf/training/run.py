@@ -52,6 +52,8 @@ def train(
         arguments["strategy"] = "backbone"
     elif stage == "1" and arguments.get("strategy") is None:
         arguments["strategy"] = "alternating_weighted"
+    if not resume and any(Path(output).glob("checkpoint-*")):
+        raise ValueError(f"{output} holds checkpoints of another run: resume it, or choose another output")
     trainer_class = DistillationTrainer if stage == "2" else HighwayTrainer
     try:
         args = HighwayTrainingArguments(output_dir=str(output), **arguments)

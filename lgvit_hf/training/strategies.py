@@ -45,9 +45,10 @@ def stage_one_loss(
     """
     check_labels(labels, config.num_labels)
     strategy = args.strategy or "weighted"
-    only_final = strategy == "backbone" or (strategy.startswith("alternating") and step % 2 == 0)
-    if only_final or strategy == "single_exit":
-        depth = config.num_blocks if only_final else config.exit_positions[args.train_exit]
+    depth = only_depth(args, config)
+    if strategy.startswith("alternating") and step % 2 == 0:
+        depth = config.num_blocks
+    if depth is not None:
         answer = model(pixel_values, early_exit=True, min_depth=depth, max_depth=depth, **inputs)
         return task_loss(answer.logits, labels, config.problem_type)
 
@@ -59,6 +60,13 @@ def stage_one_loss(
         kd = [distillation_loss(logits, exit_logits[-1], args.temperature) for logits in exit_logits[:-1]]
         loss = (1 - args.distillation_weight) * loss + args.distillation_weight * sum(kd) / len(kd)
     return loss
+
+
+def only_depth(args: HighwayTrainingArguments, config: HighwayConfig) -> int | None:
+    """Where the one classifier stands that a strategy trains; `None` where it trains several."""
+    if args.strategy == "backbone":
+        return config.num_blocks
+    return config.exit_positions[args.train_exit] if args.strategy == "single_exit" else None
 
 
 def stage_two_loss(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
-from .strategies import stage_one_loss, stage_two_loss
+from .strategies import only_depth, stage_one_loss, stage_two_loss
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,14 @@ class HighwayTrainer(Trainer):
                 f"strategy: {args.strategy!r} is not for {type(self).__name__}; choices: {', '.join(self.strategies)}"
             )
         num_exits = len(model.exits)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func: the strategy is the loss; use transformers.Trainer for one of your own"
+            )
+        if model.config.truncated or (num_exits == 0 and args.strategy != "backbone"):
+            raise ValueError(
+                f"{type(self).__name__} trains early exits, and this model has none; use transformers.Trainer"
+            )
         if args.strategy == "single_exit" and args.train_exit >= num_exits:
             raise ValueError(f"train_exit: {args.train_exit} is outside 0..{num_exits - 1} ({num_exits} exits)")
         trained = self._trained(model, args)
@@ -69,7 +77,10 @@ class HighwayTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The strategy's loss in training, the model's own in evaluation."""
         if not model.training:
-            outputs = model(**inputs)
+            # what a strategy trains is what its evaluation answers with
+            depth = only_depth(self.args, self.accelerator.unwrap_model(model).config)
+            bounds = {} if depth is None else {"early_exit": True, "min_depth": depth, "max_depth": depth}
+            outputs = model(**inputs, **bounds)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         if return_outputs:
             raise ValueError("return_outputs: a training step has no single output")
