@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -324,19 +325,30 @@ class HighwayMixin:
         A plain checkpoint of the backbone loads too, with new exits (`from_backbone` also resets the classifier).
 
         Raises:
-            ValueError: A tensor of the backbone, or some of a highway's own, is missing; a pickle was asked for.
+            ValueError:
+                A tensor of the backbone, or some of a highway's own, is missing; a pickle was asked for; a highway is
+                asked for other exits than it was trained with.
             OSError: No config or no safetensors there.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
         kwargs["use_safetensors"] = True
-        _refuse_pickle_only(pretrained_model_name_or_path)
+        _check_files(pretrained_model_name_or_path)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        if pretrained_model_name_or_path is not None:
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            for field in ("exit_positions", "exit_types"):
+                if stored.get(field, getattr(model.config, field)) != getattr(model.config, field):
+                    raise ValueError(
+                        f"{field}: {getattr(model.config, field)!r} was asked for, but the exits of "
+                        f"{pretrained_model_name_or_path} were trained with {stored[field]!r}"
+                    )
         missing = sorted(key for key in info["missing_keys"] if not key.endswith(RECOMPUTED))
         exits = [key for key in missing if key.startswith("exits.")]
         known_exits = [key for key in model.state_dict() if key.startswith("exits.") and not key.endswith(RECOMPUTED)]
@@ -414,7 +426,7 @@ class HighwayMixin:
 
     @classmethod
     def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-        _refuse_pickle_only(path)
+        _check_files(path)
         native_config = cls.native_classes[0].config_class
         settings, _ = PretrainedConfig.get_config_dict(path, **hub)
         cls._check_kind(path, settings.get("model_type"))
@@ -523,7 +535,8 @@ def _name(backbone: str | os.PathLike | PreTrainedModel) -> str:
     return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
 
 
-def _refuse_pickle_only(path: str | os.PathLike | None) -> None:
+def _check_files(path: str | os.PathLike | None) -> None:
+    """Refuse a folder whose weights are a pickle, or whose index leads out of it."""
     folder = Path(path) if path is not None else None
     if folder is None or not folder.is_dir():
         return
@@ -533,3 +546,9 @@ def _refuse_pickle_only(path: str | os.PathLike | None) -> None:
             f"{folder}: only {pickles[0]}, a pickle that could run code, and no safetensors; save the model again "
             "with save_pretrained, or convert an original LGViT checkpoint with `lgvit convert --from lgvit`"
         )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        stray = sorted(shard for shard in shards if Path(shard).name != shard)
+        if stray:
+            raise ValueError(f"{index}: {stray[0]!r} must be the name of a file in this folder")

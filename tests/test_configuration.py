@@ -447,3 +447,15 @@ def test_configs_share_nothing():
 
 def test_a_single_output_never_leaves_by_default():
     assert tiny_config("vit", exit_policy=None, num_labels=1).exit_policy == {"name": "never"}
+
+
+def test_an_index_stays_in_its_folder(tmp_path):
+    model = tiny_model("vit")
+    model.save_pretrained(tmp_path / "inside")
+    (tmp_path / "inside" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = dict.fromkeys(model.state_dict(), "../outside.safetensors")
+    (tmp_path / "inside" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": names, "metadata": {}})
+    )
+    with pytest.raises(ValueError, match="outside.safetensors' must be the name of a file in this folder"):
+        ViTHighway.from_pretrained(tmp_path / "inside")
