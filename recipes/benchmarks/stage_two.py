@@ -26,6 +26,8 @@ def measure(name, batch_size, repeats, folder):
     size = model.config.image_size
     batch = {"pixel_values": torch.randn(batch_size, 3, size, size), "labels": torch.arange(batch_size) % 100}
 
+    gradients = []
+
     def step():
         trainer.compute_loss(model, dict(batch)).backward()
         model.zero_grad()
@@ -38,11 +40,13 @@ def measure(name, batch_size, repeats, folder):
                 state = segment.advance(state)
                 states.append(state)
             segments[-1].answer(state)
-        total = 0.0
-        for segment, state in zip(segments[:-1], states, strict=False):
-            logits, features = segment.study(state)
-            total = total + logits.sum() + features.sum()
-        total.backward()
+        outputs = [
+            tensor for segment, state in zip(segments[:-1], states, strict=False) for tensor in segment.study(state)
+        ]
+        # as real losses do, every exit's logits and map send a gradient of their own shape back
+        if not gradients:
+            gradients.extend(torch.randn_like(tensor) for tensor in outputs)
+        torch.autograd.backward(outputs, gradients)
         model.zero_grad()
 
     times = time_interleaved({"step": step, "least": least}, repeats=repeats)
