@@ -96,7 +96,7 @@ def run_early(
         if index < last:
             if not policy.keeps_nan:
                 leave = leave & ~logits.isnan().any(-1)
-            num_leaving = leave.sum().item()  # the one wait for the device
+            num_leaving = sum(leave.tolist())  # the one wait for the device
             if num_leaving == 0:
                 continue
         # all rows still here are written: who goes on is overwritten later

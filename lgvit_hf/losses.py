@@ -176,12 +176,17 @@ def align_map(patches: Tensor, grid: Grid, target_grid: Grid, target_width: int)
         >>> align_map(torch.arange(9.0).view(1, 9, 1), (3, 3), (2, 2), 1).flatten().tolist()
         [0.0, 2.0, 6.0, 8.0]
     """
+    narrow = patches.shape[-1] != target_width
+    coarser = target_grid[0] * target_grid[1] < grid[0] * grid[1]
+    # the two steps commute: whichever makes the map smaller comes first
+    if narrow and not coarser:
+        patches = F.adaptive_avg_pool1d(patches, target_width)
     if grid != target_grid:
         rows, columns = (
             _nearest(size, target, patches.device) for size, target in zip(grid, target_grid, strict=True)
         )
-        patches = patches.unflatten(1, grid)[:, rows][:, :, columns].flatten(1, 2)
-    if patches.shape[-1] != target_width:
+        patches = patches.index_select(1, (rows[:, None] * grid[1] + columns).flatten())
+    if narrow and coarser:
         patches = F.adaptive_avg_pool1d(patches, target_width)
     return patches
 

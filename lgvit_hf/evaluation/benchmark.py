@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,9 @@ from ..segments import State
 def time_interleaved(
     runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times, taken in turn so that a slow moment of the machine hits all alike.
+    """Seconds of each run, `repeats` times, in rounds so that a slow moment of the machine hits all alike.
+
+    The order within a round is shuffled (always in the same way), so that no run always finds another's warm caches.
 
     Example:
 
@@ -28,8 +31,10 @@ def time_interleaved(
         3
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs.items()), random.Random(0).shuffle
     for round_number in range(warm_up + repeats):
-        for name, run in runs.items():
+        shuffle(order)
+        for name, run in order:
             _wait()
             start = time.perf_counter()
             run()
