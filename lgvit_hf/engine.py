@@ -111,6 +111,37 @@ def run_early(
     return answers
 
 
+def replay(
+    exit_logits: Sequence[Tensor],
+    depths: Sequence[int],
+    policy: ExitPolicy,
+    *,
+    min_depth: int | None = None,
+    max_depth: int | None = None,
+) -> Answers:
+    """What `run_early` would answer, from logits that `run_all` gave: the same loop, without the model.
+
+    Args:
+        exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last; or one tensor `[E, B, C]`.
+        depths (`Sequence[int]`): Blocks run before each exit, from 1.
+        policy (`ExitPolicy`): Decides which rows leave.
+        min_depth (`int`, *optional*), max_depth (`int`, *optional*): As of `run_early`.
+
+    Example:
+
+        >>> from lgvit_hf.policies import ConfidencePolicy
+        >>> exit_logits = torch.tensor([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 5.0], [0.0, 5.0]]])
+        >>> replay(exit_logits, [1, 2], ConfidencePolicy(threshold=0.9)).exit_layer.tolist()
+        [1, 2]
+    """
+    segments = [
+        Segment(depth, (), lambda state, logits=logits: logits[state["row"]])
+        for depth, logits in zip(depths, exit_logits, strict=True)
+    ]
+    rows = State({"row": torch.arange(len(exit_logits[0]), device=exit_logits[0].device)})
+    return run_early(segments, rows, policy, min_depth=min_depth, max_depth=max_depth)
+
+
 def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: int | None) -> int:
     depths = [segment.depth for segment in segments]
     allowed = [index for index, depth in enumerate(depths) if max_depth is None or depth <= max_depth]

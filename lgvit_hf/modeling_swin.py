@@ -48,6 +48,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
     """
 
     config_class = SwinHighwayConfig
+    takes_any_size = True
     native_classes = (SwinForImageClassification, SwinModel)
     # a buffer that one major version of transformers saves and the other makes anew
     _keys_to_ignore_on_load_missing = [r"relative_position_index"]

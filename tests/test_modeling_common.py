@@ -583,6 +583,15 @@ class HighwayTesterMixin:
             with pytest.raises(ValueError, match=message):
                 self.model()(pixels, early_exit=early_exit)
 
+    @pytest.mark.parametrize("early_exit", [True, False])
+    def test_images_of_another_size(self, early_exit):
+        model, images = self.model(), tiny_images(2, size=(24, 16))
+        if model.takes_any_size:
+            assert model(images, early_exit=early_exit).logits.isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="24 x 16 pixels, but the model takes 16 x 16.*interpolate_pos_encoding"):
+                model(images, early_exit=early_exit)
+
     @pytest.mark.parametrize("label", [NUM_LABELS, -1, 99])
     def test_label_out_of_range(self, label):
         model = self.model()

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import stack
-from ..engine import Answers, run_all, run_early
+from ..engine import Answers, replay, run_all
 from ..policies import ExitPolicy, build_policy
-from ..segments import Segment, State
+from ..segments import State
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,12 @@ class ExitTable:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def segments(self) -> list[Segment]:
-        """The table dressed as a highway, whose state is the row number."""
-        return [
-            Segment(depth, (), lambda state, logits=logits: logits[state["row"]])
-            for depth, logits in zip(self.depths, self.logits, strict=True)
-        ]
-
     def replay(
         self, policy: ExitPolicy | dict[str, Any] | str, *, min_depth: int | None = None, max_depth: int | None = None
     ) -> Answers:
         """What the model would answer under `policy`: the same loop as the model's, on the stored logits."""
         policy = build_policy(policy, len(self.depths) - 1)
-        rows = State({"row": torch.arange(len(self))})
-        return run_early(self.segments(), rows, policy, min_depth=min_depth, max_depth=max_depth)
+        return replay(self.logits, self.depths, policy, min_depth=min_depth, max_depth=max_depth)
 
     def accuracies(self) -> list[float]:
         """Share of all rows that each exit answers rightly."""
