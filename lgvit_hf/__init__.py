@@ -12,12 +12,14 @@ from . import auto
 if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
     from .engine import run_all, run_early
+    from .growth import grow
     from .heads import HEADS, register_head
     from .modeling_deit import DeiTHighway
     from .modeling_highway import HighwayOutput
     from .modeling_swin import SwinHighway
     from .modeling_vit import ViTHighway
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
+    from .recipe import train_recipe
     from .segments import Segment, State, Tokens
     from .training.arguments import HighwayTrainingArguments
     from .training.trainer import DistillationTrainer, HighwayTrainer
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "engine": ("run_all", "run_early"),
+    "growth": ("grow",),
     "heads": ("HEADS", "register_head"),
     "modeling_vit": ("ViTHighway",),
     "modeling_deit": ("DeiTHighway",),
@@ -34,6 +37,7 @@ _HOMES = {
     "modeling_highway": ("HighwayOutput",),
     "policies": ("POLICIES", "ExitPolicy", "build_policy", "register_policy"),
     "segments": ("Segment", "State", "Tokens"),
+    "recipe": ("train_recipe",),
     "training.arguments": ("HighwayTrainingArguments",),
     "training.trainer": ("HighwayTrainer", "DistillationTrainer"),
 }

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from . import __version__
-
-# small training sets are processed once and held in memory
-KEPT_IMAGES = 20_000
+from .recipe import add_options as add_train_options
+from .recipe import as_words, read_recipe
+from .settings import apply_settings, read_yaml
 
 EXAMPLES = {
     "demo": "lgvit demo --output demo_output",
-    "train": "lgvit train --backbone vit --data digits --stage backbone --epochs 12 --output runs/backbone\n"
-    "  lgvit train --model runs/backbone --data digits --stage 1 --epochs 8 --output runs/stage1\n"
-    "  lgvit train --model runs/stage1 --data photos/ --stage 2 --epochs 6 --output runs/stage2 --resume",
+    "train": "lgvit train --config recipes/configs/vit_small/stage1.yaml --data photos/ --epochs 3\n"
+    "  lgvit train --backbone vit --data digits --stage backbone --epochs 12 --output runs/backbone\n"
+    "  lgvit train --model runs/backbone --data digits --stage 1 --epochs 8 --output runs/stage1 --resume auto\n"
+    "any other option is one of HighwayTrainingArguments, such as --bf16 true or --gradient-checkpointing true",
+    "grow": "lgvit grow google/vit-base-patch16-224 photos/ early_vit --max-accuracy-drop 0.01",
     "evaluate": "lgvit evaluate runs/stage2 --data digits --policy confidence --threshold 0.8 --output results.json",
+    "env": "lgvit env",
     "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/",
 }
 
@@ -39,25 +40,24 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(
         commands, "train", "train the backbone, stage 1 (backbone and exits) or stage 2 (exits, distilled)"
     )
-    train.add_argument("--data", help="digits, a folder of images, parquet files or a Hub id")
-    train.add_argument("--output", help="folder for the model and its checkpoints")
-    train.add_argument("--stage", choices=("backbone", "1", "2"), default="1", help="what to train (default: 1)")
-    train.add_argument("--model", help="checkpoint to start from: a highway, or a plain ViT, DeiT or Swin")
-    train.add_argument("--backbone", choices=("vit", "deit", "swin"), help="or: start from a small new one")
-    train.add_argument("--image-size", type=int, default=32, help="of a new backbone (default: 32)")
-    train.add_argument("--strategy", help="how exits share the loss; default alternating_weighted, distillation_lgvit")
-    train.add_argument(
-        "--exit-positions", type=int, nargs="+", metavar="BLOCK", help="blocks before each exit, from 1"
-    )
-    train.add_argument("--exit-types", nargs="+", metavar="HEAD", help="one head for all exits, or one per exit")
-    train.add_argument("--epochs", type=float, default=10, help="default: 10")
-    train.add_argument("--batch-size", type=int, default=32, help="per process (default: 32)")
-    train.add_argument("--learning-rate", type=float, default=5e-4, help="default: 5e-4")
-    train.add_argument("--warmup-steps", type=int, default=20, help="default: 20")
-    train.add_argument("--weight-decay", type=float, default=0.05, help="default: 0.05")
-    train.add_argument("--seed", type=int, default=0, help="default: 0")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add_train_options(train)
     train.set_defaults(run=_train, required=("data", "output"))
+
+    grow = _command(commands, "grow", "give a plain fine-tuned ViT, DeiT or Swin early exits, from images alone")
+    grow.add_argument("checkpoint", help="folder or Hub id of a plain ViT, DeiT or Swin")
+    grow.add_argument("images", help="digits, a folder of images, parquet files or a Hub id; labels are not needed")
+    grow.add_argument("output", help="folder for the model; type the same command again to go on after a stop")
+    grow.add_argument("--limit", type=int, default=5000, help="use at most that many random images (default: 5000)")
+    grow.add_argument("--ignore-labels", action="store_true", help="do as if the images had none")
+    grow.add_argument("--exit-positions", type=int, nargs="+", metavar="BLOCK", help="candidates, from 1")
+    grow.add_argument("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (conv1_1)")
+    grow.add_argument("--max-accuracy-drop", type=float, default=0.01, help="on images held out (default: 0.01)")
+    grow.add_argument("--validation-share", type=float, default=0.2, help="of the images, held out (default: 0.2)")
+    grow.add_argument("--epochs", type=int, default=20, help="of the exits' training (default: 20)")
+    grow.add_argument("--cost", choices=("time", "macs"), default="time", help="what to save (default: time)")
+    grow.add_argument("--cache-limit", type=float, default=20, help="GB of disk for cached states (default: 20)")
+    grow.add_argument("--seed", type=int, default=0, help="default: 0")
+    grow.set_defaults(run=_grow)
 
     evaluate = _command(commands, "evaluate", "accuracy, depth, MACs and wall-clock of a highway, exit by exit")
     evaluate.add_argument("checkpoint", help="folder or Hub id of a highway")
@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="folder with config.json and model.safetensors or pytorch_model.bin")
     convert.add_argument("output", help="folder to write")
     convert.set_defaults(run=_convert)
+
+    env = _command(commands, "env", "print the versions to paste in an issue")
+    env.set_defaults(run=_env)
     parser.set_defaults(commands=commands.choices)
     return parser
 
@@ -101,72 +104,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     try:
-        options = parser.parse_args(arguments)
+        options, others = parser.parse_known_args(arguments)
+        from_file: list[str] = []
         if options.config:
-            options = _with_config_file(parser, options, arguments)
+            options, from_file = _with_config_file(parser, options, arguments)
+        if options.command == "train":
+            options.others = [*from_file, *others]
+        elif others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
         for name in options.required:
-            if getattr(options, name) is None:
+            if getattr(options, name) is None and not (name == "output" and getattr(options, "dry_run", False)):
                 raise ValueError(f"lgvit {options.command} needs --{name}")
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
         # one line: libraries wrap theirs over several
         print(f"lgvit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("lgvit: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"lgvit: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
 
 def _with_config_file(
     parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]
-) -> argparse.Namespace:
-    """The options again, with the YAML file's values as defaults."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError('--config reads YAML: pip install "lgvit-hf[train]"') from error
-    try:
-        settings = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{options.config}: not YAML ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{options.config}: a mapping of options to values is needed")
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options again, with the YAML file's values as defaults; and what is left of it, as words, for `train`."""
     command = parser.get_default("commands")[options.command]
-    known = {action.dest: action for action in command._actions if action.option_strings}
-    for special in ("help", "config"):
-        known.pop(special)
-    for key, value in settings.items():
-        action = known.get(str(key).replace("-", "_"))
-        if action is None:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-            raise ValueError(f"{options.config}: unknown key {key!r}; {hint}")
-        command.set_defaults(**{action.dest: _as_typed(action, key, value, options.config)})
-    return parser.parse_args(arguments)
-
-
-def _as_typed(action: argparse.Action, key: str, value: Any, file: str) -> Any:
-    """A YAML value as the command line would have read it."""
-    if value is None:
-        return action.default
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"{file}: {key}: {value!r} must be true or false")
-        return value
-    many = action.nargs == "+"
-    read = action.type or str
-    try:
-        typed = [read(entry) for entry in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{file}: {key}: {value!r} must be {read.__name__}{' or a list of them' if many else ''}"
-        ) from None
-    if len(typed) > 1 and not many:
-        raise ValueError(f"{file}: {key}: {value!r} must be one value")
-    if action.choices and typed[0] not in action.choices:
-        raise ValueError(f"{file}: {key}: {value!r} must be one of {', '.join(action.choices)}")
-    return typed if many else typed[0]
+    if options.command == "train":
+        left = read_recipe(command, options.config)
+    else:
+        left = {}
+        apply_settings(command, read_yaml(options.config), options.config)
+    return parser.parse_known_args(arguments)[0], as_words(left)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -176,43 +146,28 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .data import ProcessedImages, load_images
-    from .files import write_json
-    from .models import open_model
-    from .training.run import train
+    from .recipe import run
 
-    splits = load_images(options.data, seed=options.seed)
-    model, processor = open_model(
-        options.model,
-        backbone=options.backbone,
-        image_size=options.image_size,
-        label_names=splits.label_names,
-        exit_positions=options.exit_positions,
-        exit_types=options.exit_types,
-        seed=options.seed,
-    )
-    run = train(
-        model,
-        processor,
-        ProcessedImages(splits.train, processor, keep=len(splits.train) <= KEPT_IMAGES),
+    run(options)
+
+
+def _grow(options: argparse.Namespace) -> None:
+    from .growth import HeadTraining, grow
+
+    names = ("exit_positions", "max_accuracy_drop", "limit", "ignore_labels", "validation_share", "cost")
+    types = options.exit_types or ["conv1_1"]
+    grow(
+        options.checkpoint,
+        options.images,
         options.output,
-        stage=options.stage,
-        resume=options.resume,
-        strategy=options.strategy,
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        lr_scheduler_type="cosine",
-        save_strategy="epoch",
-        save_total_limit=2,
-        logging_strategy="epoch",
-        report_to=[],
+        **{name: getattr(options, name) for name in names},
+        exit_types=types[0] if len(types) == 1 else types,
+        training=HeadTraining(epochs=options.epochs),
+        cache_limit=options.cache_limit,
         seed=options.seed,
+        say=print,
     )
-    write_json(Path(options.output) / "training.json", run)
-    print(f"{run['steps']} steps in {run['seconds']:.0f} s, mean loss {run['loss']:.3f}; model in {options.output}")
+    print(f"\nsaved in {options.output}: load it with AutoModelForImageClassification")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -253,6 +208,12 @@ def _convert(options: argparse.Namespace) -> None:
     config = convert_lgvit(options.source, options.output)
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
     print(f"all tensors matched: {config.model_type}, exits after {exits}; written to {options.output}")
+
+
+def _env(options: argparse.Namespace) -> None:
+    from .environment import report
+
+    print(report())
 
 
 if __name__ == "__main__":

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
-from .configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
+from .configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
 from .data import make_processor
 from .modeling_deit import DeiTHighway
 from .modeling_swin import SwinHighway
@@ -17,36 +25,42 @@ BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
 
 
 def small_config(backbone: str, image_size: int, **settings: Any) -> HighwayConfig:
-    """A config of 12 narrow blocks for small images, which trains on a CPU.
+    """A config of 12 narrow blocks for small images, which trains on a CPU; `settings` are fields set otherwise.
+
+    Raises:
+        ValueError: A field that the backbone's config does not have.
 
     Example:
 
         >>> small_config("swin", 32).depths
         [2, 4, 6]
     """
-    patch_size = max(1, image_size // 8)
+    config_class = BY_BACKBONE[backbone].config_class
+    unknown = sorted(set(settings) - set(config_class().to_dict()) - set(OWN_FIELDS) - {"label2id"})
+    if unknown:
+        known = [*config_class().to_dict(), *OWN_FIELDS]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"model_settings: {unknown[0]!r} is no field of {config_class.__name__}{hint}")
     if backbone == "swin":
-        return SwinHighwayConfig(
-            image_size=image_size,
-            patch_size=max(1, image_size // 16),
-            embed_dim=32,
+        small = {
+            "patch_size": max(1, image_size // 16),
+            "embed_dim": 32,
             # three stages: a fourth would have a smaller grid than a window
-            depths=[2, 4, 6],
-            num_heads=[1, 2, 4],
-            window_size=4,
-            drop_path_rate=0.0,
-            **settings,
-        )
-    config_class = {"vit": ViTHighwayConfig, "deit": DeiTHighwayConfig}[backbone]
-    return config_class(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=3,
-        **settings,
-    )
+            "depths": [2, 4, 6],
+            "num_heads": [1, 2, 4],
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+        }
+    else:
+        small = {
+            "patch_size": max(1, image_size // 8),
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 3,
+        }
+    return config_class(**{"image_size": image_size, **small, **settings})
 
 
 def open_model(
@@ -54,9 +68,9 @@ def open_model(
     *,
     backbone: str | None = None,
     image_size: int = 32,
+    model_settings: dict[str, Any] | None = None,
     label_names: list[str],
-    exit_positions: list[int] | None = None,
-    exit_types: list[str] | None = None,
+    exits: dict[str, Any] | None = None,
     must_be_highway: bool = False,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -66,45 +80,40 @@ def open_model(
         checkpoint (`str`, *optional*): Folder or Hub id of a highway, or of a plain ViT, DeiT or Swin.
         backbone (`str`, *optional*): `vit`, `deit` or `swin`, for a small new one where no checkpoint is given.
         image_size (`int`, *optional*, defaults to 32): Of a new one.
+        model_settings (`dict`, *optional*): Fields of the config of a new one, such as `{"hidden_size": 192}`.
         label_names (`list[str]`): Classes of the data; a plain checkpoint with others gets a new classifier.
-        exit_positions (`list[int]`, *optional*), exit_types (`list[str]`, *optional*): LGViT's by default.
+        exits (`dict`, *optional*):
+            `exit_positions`, `exit_types`, `exit_policy`, `exit_loss_weights`, `pool`; LGViT's exits by default. Of a
+            highway that has exits, only policy and weights may be set.
         must_be_highway (`bool`, *optional*, defaults to `False`): Whether a plain checkpoint is refused.
         seed (`int`, *optional*, defaults to 0): Of new weights.
 
     Raises:
-        ValueError: Neither or both of checkpoint and backbone; exits asked of a highway that has its own; classes of
-            the data and of a highway that differ in number.
+        ValueError: Neither or both of checkpoint and backbone; other exits asked of a highway than it has; classes of
+            the data and of a highway that differ.
     """
     if (checkpoint is None) == (backbone is None):
         raise ValueError("give either --model CHECKPOINT or --backbone vit|deit|swin")
-    exits: dict[str, Any] = {}
-    if exit_positions is not None:
-        exits["exit_positions"] = exit_positions
-    if exit_types is not None:
-        exits["exit_types"] = exit_types[0] if len(exit_types) == 1 else exit_types
+    exits = dict(exits or {})
     labels = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
     }
     set_seed(seed)
     if backbone is not None:
-        config = small_config(backbone, image_size, **exits, **labels)
-        return BY_BACKBONE[backbone](config), make_processor(image_size)
+        config = small_config(backbone, image_size, **(model_settings or {}), **exits, **labels)
+        return BY_BACKBONE[backbone](config), make_processor(config.image_size)
 
+    if model_settings:
+        raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
     if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
         raise OSError(f"{checkpoint}: no config.json there, not a saved model")
     config = AutoConfig.from_pretrained(checkpoint)
     kinds = {f"{kind}_highway": kind for kind in BY_BACKBONE}
     if config.model_type in kinds:
-        if exits:
-            raise ValueError(f"{checkpoint} has exits after {config.exit_positions} already; leave --exit-* out")
-        if config.num_labels != len(label_names):
-            raise ValueError(f"{checkpoint} knows {config.num_labels} classes, the data have {len(label_names)}")
-        for index, name in enumerate(label_names):
-            known = config.id2label[index]
-            if known != name and known != f"LABEL_{index}":
-                raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
+        _check_labels(checkpoint, config, label_names)
         model = BY_BACKBONE[kinds[config.model_type]].from_pretrained(checkpoint)
+        model = _with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif config.model_type in BY_BACKBONE and not must_be_highway:
         if config.num_labels == len(label_names):
             labels = {} if config.id2label == labels["id2label"] else labels
@@ -112,3 +121,39 @@ def open_model(
     else:
         raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(kinds)}")
     return model, AutoImageProcessor.from_pretrained(checkpoint)
+
+
+def _check_labels(checkpoint: str, config: PretrainedConfig, label_names: list[str]) -> None:
+    if config.num_labels != len(label_names):
+        raise ValueError(f"{checkpoint} knows {config.num_labels} classes, the data have {len(label_names)}")
+    for index, name in enumerate(label_names):
+        known = config.id2label[index]
+        if known != name and known != f"LABEL_{index}":
+            raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
+
+
+def _with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:
+    """The highway with another policy or other loss weights; with new exits where it has none."""
+    settings = {**model.config.to_dict(), "attn_implementation": model.config._attn_implementation}
+    for name in ("model_type", *(() if model.exits else EXIT_FIELDS)):
+        settings.pop(name, None)
+    if model.exits and not _same_exits(model.config, settings, exits):
+        raise ValueError(
+            f"{checkpoint} has exits after {model.config.exit_positions} already, {model.config.exit_types}; "
+            "leave --exit-positions, --exit-types and --pool out"
+        )
+    config = type(model.config)(**{**settings, **exits})
+    new = type(model)(config)
+    new.load_state_dict(model.state_dict(), strict=bool(model.exits))
+    return new
+
+
+def _same_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str, Any]) -> bool:
+    """Whether the exits asked for, presets resolved, are those of a config."""
+    names = ("exit_positions", "exit_types", "pool")
+    asked = {name: exits[name] for name in names if name in exits}
+    try:
+        wanted = type(config)(**{**settings, "exit_policy": "never", "exit_loss_weights": "uniform", **asked})
+    except ValueError:
+        return False
+    return all(getattr(wanted, name) == getattr(config, name) for name in names)

@@ -81,7 +81,7 @@ def test_config_file_and_override(tmp_path, photos):
         ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
         ("epochs: many", "epochs: 'many' must be float"),
         ("stage: 3", "must be one of backbone, 1, 2"),
-        ("resume: maybe", "must be true or false"),
+        ("dry_run: maybe", "must be true or false"),
         ("seed: [1, 2]", "must be one value"),
         ("- 1", "a mapping of options"),
         ("a: [", "not YAML"),
@@ -101,7 +101,7 @@ def test_bad_config_file(text, message, tmp_path, capsys):
         (["train", "--data", "digits", "--output", "OUT"], "give either --model CHECKPOINT or --backbone"),
         (
             ["train", "--data", "./nowhere", "--backbone", "vit", "--output", "OUT"],
-            "./nowhere: no such file or folder",
+            "./nowhere: no such folder or parquet file",
         ),
         (["train", "--data", "digits", "--model", "EMPTY", "--output", "OUT"], "no config.json there"),
         (

@@ -4,9 +4,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
-from lgvit_hf.data import ProcessedImages, load_images, make_processor, stack
+from lgvit_hf.augmentation import Augmentation
+from lgvit_hf.data import (
+    ProcessedImages,
+    class_names,
+    image_size,
+    load_images,
+    load_unlabelled,
+    make_processor,
+    stack,
+    value_table,
+)
 from tests.tiny import tiny_model
 
 datasets = pytest.importorskip("datasets", reason='the datasets library comes with "lgvit-hf[train]"')
@@ -152,6 +170,169 @@ def test_real_parquet_files(shared, name):
     assert item["pixel_values"].shape == (3, 32, 32) and 0 <= item["labels"] < classes
 
 
+# -- layouts of known datasets ---------------------------------------------------------------------------------
+
+
+def write_rows(file, **columns):
+    """`name=(feature, values)`; a number of images in place of values."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({name: feature for name, (feature, _) in columns.items()})
+    rows = {
+        name: [picture((number, 3, 7)) for number in range(values)] if isinstance(values, int) else values
+        for name, (_, values) in columns.items()
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+IMAGE, CLASSES = datasets.Image(), datasets.ClassLabel(names=["a", "b", "c", "d"])
+COARSE = datasets.ClassLabel(names=["x", "y"])
+
+
+def test_cifar100_has_its_fine_labels(tmp_path):
+    fine, coarse = [0, 1, 2, 3] * 10, [0, 0, 1, 1] * 10
+    for split in ("train", "test"):
+        write_rows(
+            tmp_path / f"{split}.parquet", img=(IMAGE, 40), fine_label=(CLASSES, fine), coarse_label=(COARSE, coarse)
+        )
+    splits = load_images(str(tmp_path))
+    assert splits.label_names == ["a", "b", "c", "d"] and splits.test["label"][:] == fine
+    assert splits.train.column_names == ["image", "label"]
+    assert load_images(str(tmp_path), label_column="coarse_label").test["label"][:] == coarse
+
+
+def test_columns_can_be_named(tmp_path):
+    labels = [0, 1] * 10
+    write_rows(
+        tmp_path / "train.parquet",
+        mask=(IMAGE, [picture(0, "L")] * 20),
+        photo=(IMAGE, 20),
+        label=(CLASSES, [3] * 20),
+        kind=(datasets.Value("int64"), [5 + label for label in labels]),
+    )
+    splits = load_images(str(tmp_path), image_column="photo", label_column="kind")
+    assert splits.label_names == ["5", "6"] and splits.train[0]["image"].mode == "RGB"
+    assert class_names(splits.train) == ["5", "6"]
+    with pytest.raises(ValueError, match="'fotos' is no column of images; columns: .*mask.*photo.*kind"):
+        load_images(str(tmp_path), image_column="fotos")
+    with pytest.raises(ValueError, match="'label' is no column of images"):
+        load_images(str(tmp_path), image_column="label")
+    for name in ("kinds", "photo"):
+        with pytest.raises(ValueError, match=f"'{name}' is no column of labels; columns: .*mask.*photo.*kind"):
+            load_images(str(tmp_path), label_column=name)
+
+
+@pytest.mark.parametrize("second", ["valid", "validation"])
+def test_food101_and_tiny_imagenet_report_on_their_validation_split(tmp_path, second):
+    write_rows(tmp_path / "train-00000-of-00001.parquet", image=(IMAGE, 80), label=(CLASSES, [0, 1, 2, 3] * 20))
+    write_rows(tmp_path / f"{second}-00000-of-00001.parquet", image=(IMAGE, 8), label=(CLASSES, [3, 2, 1, 0] * 2))
+    splits = load_images(str(tmp_path))
+    assert splits.test["label"][:] == [3, 2, 1, 0] * 2
+    assert (len(splits.train), len(splits.validation)) == (68, 12)
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_imagenet_does_not_report_on_hidden_labels(tmp_path, hidden):
+    write_rows(tmp_path / "train.parquet", image=(IMAGE, 80), label=(CLASSES, [0, 1, 2, 3] * 20))
+    write_rows(tmp_path / "validation.parquet", image=(IMAGE, 8), label=(CLASSES, [3, 2, 1, 0] * 2))
+    write_rows(tmp_path / "test.parquet", image=(IMAGE, 12), label=(CLASSES, [hidden] * 12))
+    splits = load_images(str(tmp_path))
+    assert splits.test["label"][:] == [3, 2, 1, 0] * 2 and len(splits.train) + len(splits.validation) == 80
+
+
+def test_training_rows_without_labels_are_refused(tmp_path):
+    write_rows(tmp_path / "train.parquet", image=(IMAGE, 8), label=(CLASSES, [-1] * 8))
+    with pytest.raises(ValueError, match="no split called 'train' that has labels"):
+        load_images(str(tmp_path))
+
+
+def test_nothing_is_decoded_while_loading(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "train.parquet", ["a", "b"] * 20)
+    write_parquet(tmp_path / "test.parquet", ["a", "b"] * 4)
+
+    def refuse(*_, **__):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(datasets.Image, "decode_example", refuse)
+    splits = load_images(str(tmp_path))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (34, 6, 8)
+    assert len(load_unlabelled(str(tmp_path), limit=5)) == 5
+    with pytest.raises(AssertionError, match="decoded"):
+        splits.train[0]
+
+
+# -- without labels --------------------------------------------------------------------------------------------
+
+
+def write_flat(root, count):
+    root.mkdir()
+    for number in range(count):
+        picture((number, 1, 2)).save(root / f"{number:03}.png")
+    return root
+
+
+def test_a_flat_folder_of_images(tmp_path):
+    images = load_unlabelled(str(write_flat(tmp_path / "flat", 12)))
+    assert images.column_names == ["image"] and class_names(images) is None
+    assert sorted(image.getpixel((0, 0))[0] for image in images["image"]) == list(range(12))
+    items = ProcessedImages(images, make_processor(8), augment=Augmentation())
+    assert items[0].keys() == {"pixel_values"} and stack([items[0], items[1]]).keys() == {"pixel_values"}
+
+
+def test_a_nested_folder_has_labels(tmp_path):
+    images = load_unlabelled(str(write_folder(tmp_path / "pets", {"cat": 3, "dog": 4})))
+    assert class_names(images) == ["cat", "dog"] and images["label"][:].count(1) == 4
+    assert [image.getpixel((0, 0))[0] // 50 for image in images["image"]] == images["label"][:]
+
+
+def test_parquet_with_and_without_labels(tmp_path):
+    write_rows(tmp_path / "a" / "photos.parquet", photo=(IMAGE, 6))
+    assert load_unlabelled(str(tmp_path / "a")).column_names == ["image"]
+    assert len(load_unlabelled(str(tmp_path / "a" / "photos.parquet"))) == 6
+    write_rows(tmp_path / "b" / "train.parquet", img=(IMAGE, 5), label=(CLASSES, [-1] * 5))
+    write_rows(tmp_path / "b" / "test.parquet", img=(IMAGE, 7), label=(CLASSES, [-1] * 7))
+    images = load_unlabelled(str(tmp_path / "b"))
+    assert images.column_names == ["image"] and len(images) == 5, "hidden labels are none; the training split"
+    write_parquet(tmp_path / "c.parquet", ["bee", "ant", "ant"])
+    images = load_unlabelled(str(tmp_path / "c.parquet"))
+    assert class_names(images) == ["ant", "bee"] and images["label"][:] == [1, 0, 0]
+    write_rows(tmp_path / "d" / "left.parquet", img=(IMAGE, 5))
+    write_rows(tmp_path / "d" / "right.parquet", img=(IMAGE, 5))
+    with pytest.raises(ValueError, match="no split called 'train'; splits there: left, right"):
+        load_unlabelled(str(tmp_path / "d"))
+
+
+def test_a_limit_draws_rows_at_random(digits):
+    whole = load_unlabelled("digits")
+    some, again, other = (load_unlabelled("digits", limit=100, seed=seed) for seed in (0, 0, 1))
+    assert len(some) == len(other) == 100 and pixels_of(some) == pixels_of(again) != pixels_of(other)
+    assert set(pixels_of(some)) <= set(pixels_of(whole)) and pixels_of(some) != pixels_of(whole)[:100]
+    assert len(load_unlabelled("digits", limit=10**6)) == len(whole)
+    with pytest.raises(ValueError, match="limit is 0"):
+        load_unlabelled("digits", limit=0)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("content", [b"", b"no image", "cut"])
+def test_a_broken_file_is_named(tmp_path, nested, content):
+    folder = write_folder(tmp_path / "pets", {"cat": 3, "dog": 3}) if nested else write_flat(tmp_path / "flat", 5)
+    broken = (folder / "dog" if nested else folder) / "broken.png"
+    if content == "cut":
+        Image.effect_noise((64, 64), 50).save(broken)
+        content = broken.read_bytes()[:1000]
+    broken.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{broken} is no readable image"):
+        load_unlabelled(str(folder))
+
+
+def test_a_file_that_ends_early_is_named_when_it_is_read(tmp_path):
+    folder = write_flat(tmp_path / "flat", 3)
+    Image.effect_noise((64, 64), 50).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:1500])
+    items = ProcessedImages(load_unlabelled(str(folder)), make_processor(8))
+    with pytest.raises(ValueError, match=f"{folder / 'cut.jpg'} is no readable image"):
+        items.__getitems__(range(4))
+
+
 # -- what is wrong ---------------------------------------------------------------------------------------------
 
 
@@ -164,6 +345,13 @@ def test_a_path_that_is_not_there(tmp_path, name):
 def test_an_empty_folder(tmp_path):
     with pytest.raises((ValueError, OSError), match=str(tmp_path)):
         load_images(str(tmp_path))
+
+
+def test_a_folder_of_anything_but_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    for load in (load_images, load_unlabelled):
+        with pytest.raises(ValueError, match=f"{tmp_path}: no images there"):
+            load(str(tmp_path))
 
 
 def test_no_labels_and_no_images(tmp_path):
@@ -249,3 +437,132 @@ def test_plain_trainer_takes_them(digits, collated, tmp_path):
     predictions = trainer.predict(torch.utils.data.Subset(images, range(30)))
     assert predictions.predictions.shape == (30, 10)
     assert predictions.label_ids.tolist() == digits.test["label"][:30]
+
+
+# -- processors ------------------------------------------------------------------------------------------------
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class Standardised(ViTImageProcessor):
+    """A processor that is not plain: what it makes of a value depends on the whole image."""
+
+    def __call__(self, image, **settings):
+        batch = super().__call__(image, **settings)
+        batch["pixel_values"] = [pixels - pixels.mean() for pixels in batch["pixel_values"]]
+        return batch
+
+
+def size(height, width=None):
+    return {"height": height, "width": width or height}
+
+
+PROCESSORS = {
+    "ours": (lambda: make_processor(12), (12, 12)),
+    "imagenet": (lambda: ViTImageProcessor(size=size(12, 9), image_mean=MEAN, image_std=STD, resample=3), (12, 9)),
+    "unscaled": (lambda: ViTImageProcessor(size=size(12), do_rescale=False, do_normalize=False), (12, 12)),
+    "center-crop": (lambda: DeiTImageProcessor(size=size(14), crop_size=size(10)), (10, 10)),
+    "shortest-edge": (lambda: ConvNextImageProcessor(size={"shortest_edge": 16}), (16, 16)),
+    "shortest-edge-crop": (lambda: BitImageProcessor(size={"shortest_edge": 16}, crop_size=size(12, 8)), (12, 8)),
+    "not-plain": (lambda: Standardised(size=size(12)), (12, 12)),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+
+    def noise(height, width, *channels):
+        return Image.fromarray(rng.integers(0, 256, (height, width, *channels), dtype=np.uint8))
+
+    return [noise(12, 12, 3), noise(12, 9, 3), noise(31, 17), noise(9, 40, 4), noise(20, 20, 3).convert("P")]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_evaluation_is_the_processor_and_nothing_else(pictures, name, keep):
+    processor = PROCESSORS[name][0]()
+    items = ProcessedImages(rows_of(pictures, [0, 1, 0, 1, 0]), processor, keep=keep)
+    for _ in range(2):
+        batch = items.__getitems__(range(5)) if name == "ours" else [items[index] for index in range(5)]
+        for item, image in zip(batch, pictures, strict=True):
+            expected = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            torch.testing.assert_close(item["pixel_values"], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_training_is_the_augmentation_and_the_normalisation(pictures, name):
+    make, expected_size = PROCESSORS[name]
+    processor = make()
+    assert image_size(processor) == expected_size
+    assert (value_table(processor) is None) == (name == "not-plain")
+    items = ProcessedImages(rows_of(pictures, [0, 1, 0, 1, 0]), processor, augment=Augmentation(), keep=True, seed=5)
+    items.set_epoch(3)
+    for index, image in enumerate(pictures):
+        rng = np.random.default_rng((5, 3, index))
+        augmented = Augmentation()(image.convert("RGB"), expected_size, rng)
+        asis = {"do_resize": False} | ({"do_center_crop": False} if "crop" in name else {})
+        expected = processor(augmented, return_tensors="pt", **asis)["pixel_values"][0]
+        assert expected.shape == (3, *expected_size)
+        torch.testing.assert_close(items[index]["pixel_values"], expected, atol=0, rtol=0)
+
+
+def test_a_processor_without_a_size(pictures):
+    with pytest.raises(ValueError, match="size of the processor is {}"):
+        ProcessedImages(rows_of(pictures, [0] * 5), lambda image: image, augment=Augmentation())
+
+
+# -- augmented -------------------------------------------------------------------------------------------------
+
+
+def augmented(count=24, **settings):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (10, 14, 3), dtype=np.uint8)) for _ in range(count)]
+    return ProcessedImages(
+        rows_of(images, [0, 1] * (count // 2)), make_processor(8), augment=Augmentation(), **settings
+    )
+
+
+def pixels_by(loader):
+    return torch.cat([batch["pixel_values"] for batch in loader])
+
+
+def test_a_draw_depends_on_seed_epoch_and_index_alone():
+    items = augmented()
+    first = torch.stack([items[index]["pixel_values"] for index in range(24)])
+    backwards = torch.stack([augmented(keep=True)[index]["pixel_values"] for index in reversed(range(24))]).flip(0)
+    assert torch.equal(first, backwards) and torch.equal(items[-1]["pixel_values"], first[23])
+    items.set_epoch(1)
+    second = torch.stack([items[index]["pixel_values"] for index in range(24)])
+    assert (first != second).flatten(1).any(1).all(), "every image is drawn anew"
+    items.set_epoch(0)
+    assert torch.equal(pixels_by(DataLoader(items, 5)), first)
+    assert not torch.equal(pixels_by(DataLoader(augmented(seed=1), 24)), first)
+    with pytest.raises(ValueError, match="seed is -1"):
+        augmented(seed=-1)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_dataloader_workers_draw_the_same_images(persistent):
+    alone, shared = augmented(), augmented(keep=True)
+    workers = DataLoader(shared, 5, num_workers=2, persistent_workers=persistent, collate_fn=stack)
+    for epoch in (0, 1, 5):
+        alone.set_epoch(epoch)
+        shared.set_epoch(epoch)
+        assert torch.equal(pixels_by(workers), pixels_by(DataLoader(alone, 24)))
+
+
+def test_kept_images_are_small_and_decoded_once(monkeypatch):
+    items, decoded = augmented(keep=True), []
+    monkeypatch.setattr(items, "_decoded", lambda indices, old=items._decoded: decoded.extend(indices) or old(indices))
+    for epoch in range(3):
+        items.set_epoch(epoch)
+        pixels_by(DataLoader(items, 7, shuffle=True))
+    assert sorted(decoded) == list(range(24))
+    assert all(image.dtype == np.uint8 and image.shape == (10, 14, 3) for image, _ in items._kept.values())
+
+
+def test_items_end():
+    assert len(list(augmented())) == 24
+    with pytest.raises(IndexError):
+        augmented()[24]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lgvit_hf import DistillationTrainer, HighwayTrainer, HighwayTrainingArguments
 from lgvit_hf.losses import lgvit_feature_losses
@@ -86,6 +86,63 @@ def test_stage_one_trains_what_it_should(strategy, kind, tmp_path):
         names = trained(highway(kind, exit_types="conv1_1"), HighwayTrainer, tmp_path, **settings)
         assert {part_of(name) for name in names} == expected
         assert any("running_mean" in name for name in names) == bool(expected & EXITS)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(2, {"backbone", "final"}), (3, EVERYTHING)])
+def test_the_mixed_regime_trains_the_backbone_first(steps, expected, tmp_path):
+    """Of four steps, the first half without exits; stopped after `steps`."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == steps
+
+    model = highway(exit_types="conv1_1")
+    before = copy.deepcopy(model.state_dict())
+    args = arguments(tmp_path, strategy="uniform", backbone_share=0.5, max_steps=4)
+    HighwayTrainer(model, args, train_dataset=tiny_dataset(32), callbacks=[Stop()]).train()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {part_of(name) for name in changed} == expected
+
+
+@pytest.mark.parametrize("strategy", ["weighted", "alternating_weighted"])
+def test_weights_of_ones_own(strategy, tmp_path):
+    """ViT-Tactile's."""
+    model = highway(exit_positions=[2, 4], exit_loss_weights=[0.3, 0.3, 1.0])
+    pixels, labels = tiny_images(6), torch.arange(6) % NUM_LABELS
+    args = arguments(tmp_path, strategy=strategy)
+    ours = stage_one_loss(model, model.config, pixels, labels, args, step=1)
+    first, second, last = (F.cross_entropy(z, labels) for z in model(pixels, early_exit=False).exit_logits)
+    torch.testing.assert_close(ours, (0.3 * first + 0.3 * second + last) / 1.6)
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "swin"])
+@pytest.mark.parametrize("trainer_class", [HighwayTrainer, DistillationTrainer])
+def test_gradient_checkpointing_gives_the_same_gradients(trainer_class, kind, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        model = highway(kind)
+        args = arguments(tmp_path, gradient_checkpointing=checkpointing, max_steps=1)
+        trainer_class(model, args, train_dataset=tiny_dataset(8)).train()
+        assert model.is_gradient_checkpointing == checkpointing
+        gradients.append({name: parameter.detach() for name, parameter in model.named_parameters()})
+    for name, parameter in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_augmenting_dataset_is_told_the_epoch(tmp_path):
+    class Rows(list):
+        def set_epoch(self, epoch):
+            self.epochs = [*getattr(self, "epochs", []), epoch]
+
+    rows = Rows(tiny_dataset(12))
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=3, save_strategy="steps", save_steps=3)
+    HighwayTrainer(highway(), args, train_dataset=rows).train()
+    # by us, and by the data loader as well where its sampler takes no epoch
+    assert list(dict.fromkeys(rows.epochs)) == [0, 1, 2] and rows.epochs == sorted(rows.epochs)
+    rows.epochs = []
+    HighwayTrainer(highway(), args, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    # two steps each: it goes on in the middle of the second
+    assert list(dict.fromkeys(rows.epochs)) == [1, 2] and rows.epochs == sorted(rows.epochs)
 
 
 @every_kind

@@ -25,11 +25,14 @@ class HighwayTrainingArguments(TrainingArguments):
 
     Args:
         strategy (`str`, *optional*):
-            For `HighwayTrainer` one of `uniform`, `weighted` (the default: an exit's weight is its depth),
+            For `HighwayTrainer` one of `uniform`, `weighted` (the default: an exit's weight is its depth, or what a
+            list in the config's `exit_loss_weights` says),
             `alternating` and `alternating_weighted` (even steps train the final classifier alone), `distillation`
             (exits also learn from the final classifier), `single_exit`, `backbone` (no exits). For
             `DistillationTrainer` `distillation_lgvit` (the default) or `distillation` (predictions only).
         train_exit (`int`, *optional*): Which exit, from 0, `single_exit` trains.
+        backbone_share (`float`, *optional*, defaults to 0):
+            The mixed regime: this first share of the steps trains the final classifier alone, the rest by `strategy`.
         distillation_weight (`float`, *optional*, defaults to 0.3): Share of the distilled predictions in the loss.
         heterogeneous_weight (`float`, *optional*, defaults to 0.01): Of the exits' maps against the last patches.
         homogeneous_weight (`float`, *optional*, defaults to 0.01): Of the exits' maps among themselves.
@@ -41,6 +44,7 @@ class HighwayTrainingArguments(TrainingArguments):
 
     strategy: str | None = field(default=None, metadata={"help": f"One of {', '.join((*STAGE_ONE, STAGE_TWO[0]))}."})
     train_exit: int | None = field(default=None, metadata={"help": "The exit, from 0, that `single_exit` trains."})
+    backbone_share: float = field(default=0.0, metadata={"help": "First share of the steps without exits."})
     distillation_weight: float = field(default=0.3, metadata={"help": "Share of distilled predictions in the loss."})
     heterogeneous_weight: float = field(default=0.01, metadata={"help": "Weight of maps against the last patches."})
     homogeneous_weight: float = field(default=0.01, metadata={"help": "Weight of maps among the exits."})
@@ -58,8 +62,11 @@ class HighwayTrainingArguments(TrainingArguments):
                 raise ValueError(f"strategy: unknown {self.strategy!r}; choices: {', '.join(known)}")
         if self.strategy == "single_exit" and (self.train_exit is None or self.train_exit < 0):
             raise ValueError(f"train_exit: {self.train_exit!r} must be the exit, from 0, that 'single_exit' trains")
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight: {self.distillation_weight!r} must be from 0 to 1")
+        for name in ("distillation_weight", "backbone_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be from 0 to 1")
+        if self.backbone_share and self.strategy in ("single_exit", "backbone", *STAGE_TWO[:1]):
+            raise ValueError(f"backbone_share: {self.backbone_share!r} means nothing to strategy {self.strategy!r}")
         for name in ("heterogeneous_weight", "homogeneous_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 0")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..files import add_files
@@ -24,7 +28,10 @@ def train(
     output: str | Path,
     *,
     stage: str,
-    resume: bool = False,
+    eval_dataset: Dataset | None = None,
+    test_dataset: Dataset | None = None,
+    early_stopping_patience: int | None = None,
+    resume: bool | str | Path = False,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train a highway for one stage and save model and image processor to `output`.
@@ -37,59 +44,129 @@ def train(
         stage (`str`):
             `"backbone"` (no exits), `"1"` (backbone and exits, `alternating_weighted` unless `strategy` is given) or
             `"2"` (exits only, distilled from the frozen backbone).
-        resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint in `output`, if there is one.
+        eval_dataset (`Dataset`, *optional*): For `eval_strategy` and early stopping.
+        test_dataset (`Dataset`, *optional*): Evaluated at the end, under `test` of what is returned.
+        early_stopping_patience (`int`, *optional*):
+            Stop after that many evaluations in which `metric_for_best_model` did not get better.
+        resume (`bool`, `str` or `Path`, *optional*, defaults to `False`):
+            `True` or `"auto"`: go on from the newest complete checkpoint in `output`, from the start if there is none
+            (what is skipped is warned of). A path: go on from that checkpoint.
         arguments: Of `HighwayTrainingArguments`.
 
     Returns:
-        `{"steps": ..., "seconds": ..., "loss": ..., "losses": [...]}`, of this run.
+        `steps`, `losses` and `evaluations` as logged and the mean `loss` of the whole run, the `seconds` of this call,
+        the figures of the `test` rows, and whether this is the `main_process`.
 
     Raises:
-        ValueError: Unknown stage or argument.
+        ValueError: Unknown stage or argument; a checkpoint that is incomplete, or of a run with other settings.
+        OSError: A checkpoint or the model could not be written; those before are whole.
+        KeyboardInterrupt: After Ctrl-C, once a checkpoint is written; the second time at once.
     """
-    if stage not in STAGES:
-        raise ValueError(f"stage: {stage!r} must be one of {', '.join(STAGES)}")
-    if stage == "backbone":
-        arguments["strategy"] = "backbone"
-    elif stage == "1" and arguments.get("strategy") is None:
-        arguments["strategy"] = "alternating_weighted"
+    args = arguments_for(stage, output, arguments)
     if not resume and any(Path(output).glob("checkpoint-*")):
         raise ValueError(f"{output} holds checkpoints of another run: resume it, or choose another output")
     trainer_class = DistillationTrainer if stage == "2" else HighwayTrainer
-    try:
-        args = HighwayTrainingArguments(output_dir=str(output), **arguments)
-    except TypeError as error:
-        raise ValueError(f"training arguments: {error}") from error
-    trainer = trainer_class(model, args, train_dataset=train_dataset)
+    trainer = trainer_class(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     for plain in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(plain)
-    trainer.add_callback(LossBar)
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    progress = ProgressLines()
+    trainer.add_callback(progress)
+    if early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
+    try:
+        result = trainer.train(resume_from_checkpoint="auto" if resume is True else resume)
+    finally:
+        progress.close()
     if trainer.is_world_process_zero():
-        with add_files(output) as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+        _save(model, processor, Path(output))
     losses = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    test = None
+    if test_dataset is not None:
+        figures = trainer.evaluate(test_dataset, metric_key_prefix="test")
+        test = {name.removeprefix("test_"): value for name, value in figures.items()}
     return {
         "steps": result.global_step,
         "seconds": result.metrics["train_runtime"],
-        "loss": result.training_loss,
+        "loss": _mean(losses) if losses else result.training_loss,
         "losses": losses,
+        "evaluations": evaluations,
+        "test": test,
+        "main_process": trainer.is_world_process_zero(),
     }
 
 
-class LossBar(ProgressCallback):
-    """A progress bar with the loss in it, instead of a printed dict per log."""
+def arguments_for(stage: str, output: str | Path, arguments: dict[str, Any]) -> HighwayTrainingArguments:
+    """The training arguments of a stage, with its default strategy.
+
+    Raises:
+        ValueError: Unknown stage, argument or strategy.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage: {stage!r} must be one of {', '.join(STAGES)}")
+    strategy = arguments.get("strategy")
+    if stage == "backbone":
+        strategy = "backbone"
+    elif stage == "1" and strategy is None:
+        strategy = "alternating_weighted"
+    try:
+        return HighwayTrainingArguments(output_dir=str(output), **{**arguments, "strategy": strategy})
+    except TypeError as error:
+        raise ValueError(f"training arguments: {error}") from error
+
+
+class ProgressLines(ProgressCallback):
+    """A progress bar with the loss in it and a line per evaluation, instead of a printed dict per log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Show the newest loss."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
+    def close(self) -> None:
+        """End the bar of a run that is left before its end, so that what is said next stands on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
-def last_checkpoint(output: str | Path) -> str | None:
-    """The newest `checkpoint-N` in a folder that is whole, or `None`."""
-    folders = [folder for folder in Path(output).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    # the trainer's state is the last file it writes
-    whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
-    newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        """One line: what every exit, and the policy, gets right."""
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.training_bar is not None and metrics and "eval_accuracy" in metrics:
+            exits = [value for name, value in metrics.items() if re.fullmatch(r"eval_exit_\d+_accuracy", name)]
+            self.training_bar.write(
+                f"epoch {state.epoch:g}: % right in validation, by exit: {' '.join(f'{100 * x:.1f}' for x in exits)}; "
+                f"by the policy {100 * metrics['eval_accuracy']:.1f} after {metrics['eval_mean_depth']:.1f} blocks"
+            )
+
+
+def _save(model: PreTrainedModel, processor: BaseImageProcessor, output: Path) -> None:
+    """The trained model, as a whole or not at all.
+
+    Weights move last. Where what goes with them changes, the old ones are removed first: a run that is killed in
+    between leaves the old model, the new one, or none (resume the run), but never weights under another config.
+    """
+    for unfinished in output.glob(".writing-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with add_files(output) as weights:
+            model.save_pretrained(weights)
+            with add_files(output) as others:
+                processor.save_pretrained(others)
+                for file in weights.glob("*.json"):
+                    os.replace(file, others / file.name)
+                if any(_content(output / file.name) != _content(file) for file in others.iterdir()):
+                    for file in output.glob("*.safetensors"):
+                        file.unlink()
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{output}: the model could not be written ({error}); resume the run to try again") from error
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def _mean(losses: list[dict[str, float]]) -> float:
+    """The mean over steps; a logged loss is that of the steps since the one before."""
+    steps = [0, *(log["step"] for log in losses)]
+    spans = (end - start for start, end in pairwise(steps))
+    return sum(log["loss"] * span for log, span in zip(losses, spans, strict=True)) / steps[-1]

@@ -26,13 +26,15 @@ def stage_one_loss(
     labels: Tensor,
     args: HighwayTrainingArguments,
     step: int = 0,
+    backbone_only: bool = False,
     **inputs,
 ) -> Tensor:
     """The loss of `HighwayTrainer` at optimizer step `step`.
 
     With cross-entropies `L_i` of exits behind block `p_i` and `L` of the final classifier behind the last, number `D`:
-    `uniform` is their mean; `weighted` is `(sum p_i L_i + D L) / (sum p_i + D)`; the alternating ones are `L` at even
-    steps and the former at odd ones; `distillation` is `(1 - c) * uniform + c * mean KD_i`; `backbone` is `L`;
+    `uniform` is their mean; `weighted` is `(sum p_i L_i + D L) / (sum p_i + D)`, or weighted by the list in the
+    config's `exit_loss_weights` where there is one; the alternating ones are `L` at even steps and the former at odd
+    ones; `distillation` is `(1 - c) * uniform + c * mean KD_i`; `backbone` is `L`;
     `single_exit` is one `L_i`. What does not enter the loss is not computed.
 
     Args:
@@ -41,19 +43,22 @@ def stage_one_loss(
         pixel_values (`Tensor`), labels (`Tensor`): The batch.
         args (`HighwayTrainingArguments`): The strategy and its weights.
         step (`int`): From `trainer.state.global_step`, so that resuming, accumulation and several processes agree.
+        backbone_only (`bool`): Whether this step trains the final classifier alone, whatever the strategy.
         inputs: Further arguments of the highway's forward.
     """
     check_labels(labels, config.num_labels)
     strategy = args.strategy or "weighted"
     depth = only_depth(args, config)
-    if strategy.startswith("alternating") and step % 2 == 0:
+    if backbone_only or (strategy.startswith("alternating") and step % 2 == 0):
         depth = config.num_blocks
     if depth is not None:
         answer = model(pixel_values, early_exit=True, min_depth=depth, max_depth=depth, **inputs)
         return task_loss(answer.logits, labels, config.problem_type)
 
     exit_logits = model(pixel_values, early_exit=False, **inputs).exit_logits
-    shares = "depth" if strategy.endswith("weighted") else "uniform"
+    shares = "uniform"
+    if strategy.endswith("weighted"):
+        shares = "depth" if isinstance(config.exit_loss_weights, str) else config.exit_loss_weights
     weights = loss_weights(shares, config.exit_positions, config.num_blocks)
     loss = weighted_loss(exit_logits, labels, weights, config.problem_type)
     if strategy == "distillation":

@@ -7,15 +7,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
+from ..engine import replay
+from ..losses import task_loss
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
+from .checkpoints import ResumableTrainer
+from .metrics import ExitMetrics, row_answers
 from .strategies import only_depth, stage_one_loss, stage_two_loss
 
 logger = logging.getLogger(__name__)
 
 
-class HighwayTrainer(Trainer):
+class HighwayTrainer(ResumableTrainer):
     """Trains backbone and exits together, by `args.strategy`; `backbone` and `single_exit` train a part.
 
     Args:
@@ -68,6 +72,20 @@ class HighwayTrainer(Trainer):
         elif not any(parameter.requires_grad for parameter in model.base_model.parameters()):
             logger.warning("the backbone is frozen, only exits are trained; model.requires_grad_(True) thaws it")
         super().__init__(model, args, **kwargs)
+        self.add_callback(_TellEpoch(self.train_dataset))
+        self._counting = False
+        if self.compute_metrics is None and _names_one_class(model.config):
+            depth = only_depth(args, model.config)
+            depths = [*model.config.exit_positions, model.config.num_blocks] if depth is None else [depth]
+            self.compute_metrics = ExitMetrics(depths, model.config.num_blocks)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As upstream's; without a `compute_metrics` of one's own, the figures of `ExitMetrics` for every exit."""
+        before, self._counting = self._counting, isinstance(self.compute_metrics, ExitMetrics)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._counting = before
 
     @staticmethod
     def _trained(model: PreTrainedModel, args: HighwayTrainingArguments) -> Iterable[nn.Module] | None:
@@ -76,22 +94,35 @@ class HighwayTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The strategy's loss in training, the model's own in evaluation."""
+        highway = self.accelerator.unwrap_model(model)
         if not model.training:
-            # what a strategy trains is what its evaluation answers with
-            depth = only_depth(self.args, self.accelerator.unwrap_model(model).config)
-            bounds = {} if depth is None else {"early_exit": True, "min_depth": depth, "max_depth": depth}
-            outputs = model(**inputs, **bounds)
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
+            outputs = self._evaluated(model, highway, inputs)
+            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
         if return_outputs:
             raise ValueError("return_outputs: a training step has no single output")
-        highway = self.accelerator.unwrap_model(model)
         trained = self._trained(highway, self.args)
         if trained is not None:
             _eval_all_but(highway, trained)
         return self._training_loss(model, highway.config, **inputs)
 
+    def _evaluated(self, model: nn.Module, highway: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The model's output, or what `ExitMetrics` counts in its place."""
+        # what a strategy trains is what its evaluation answers with
+        depth = only_depth(self.args, highway.config)
+        bounds = {} if depth is None else {"early_exit": True, "min_depth": depth, "max_depth": depth}
+        if not self._counting or inputs["labels"].is_floating_point():
+            return model(**inputs, **bounds)
+        outputs = model(**inputs, **(bounds or {"early_exit": False}))
+        exit_logits = outputs.exit_logits or (outputs.logits,)
+        answers = replay(exit_logits, self.compute_metrics.depths.tolist(), highway.exit_policy)
+        loss = task_loss(answers.logits, inputs["labels"], highway.config.problem_type)
+        return {"loss": loss, "answers": row_answers(exit_logits, answers)}
+
     def _training_loss(self, model, config, pixel_values, labels, **inputs):
-        return stage_one_loss(model, config, pixel_values, labels, self.args, self.state.global_step, **inputs)
+        step = self.state.global_step
+        if step < round(self.args.backbone_share * self.state.max_steps):
+            return stage_one_loss(model, config, pixel_values, labels, self.args, backbone_only=True, **inputs)
+        return stage_one_loss(model, config, pixel_values, labels, self.args, step, **inputs)
 
 
 class DistillationTrainer(HighwayTrainer):
@@ -109,6 +140,22 @@ class DistillationTrainer(HighwayTrainer):
 
     def _training_loss(self, model, config, pixel_values, labels, **inputs):
         return stage_two_loss(model, config, pixel_values, labels, self.args, **inputs)
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a dataset that augments its images which epoch it is, also where a run goes on."""
+
+    def __init__(self, dataset: Any):
+        self.set_epoch = getattr(dataset, "set_epoch", None)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self.set_epoch is not None:
+            # whole epochs are sums of fractions
+            self.set_epoch(int(state.epoch + 1e-6))
+
+
+def _names_one_class(config: PretrainedConfig) -> bool:
+    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
 
 
 def _eval_all_but(model: nn.Module, trained: Iterable[nn.Module]) -> None:
