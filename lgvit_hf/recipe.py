@@ -128,7 +128,8 @@ def others_as_arguments(others: Sequence[str], own: Sequence[str]) -> dict[str, 
     parser = Parser(HighwayTrainingArguments, allow_abbrev=False, add_help=False)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    known = {action.dest for action in parser._actions}
+    # the folder is ours to name: `--output`
+    known = {action.dest for action in parser._actions} - {"output_dir"}
     words = []
     for word in others:
         name, equals, value = word.partition("=")

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+import transformers
 from PIL import Image
 
 from lgvit_hf.cli import build_parser, main
@@ -23,12 +24,19 @@ def test_help_is_quick():
     assert min(seconds) < 1
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "convert"])
+@pytest.mark.parametrize("command", ["demo", "train", "grow", "evaluate", "convert", "env"])
 def test_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
     assert f"lgvit {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+def test_env_says_what_is_installed(capsys):
+    assert lgvit("env") == 0
+    said = capsys.readouterr().out
+    assert f"transformers     {transformers.__version__}" in said and "torchvision" in said
+    assert ("CVE-2026-4372" in said) == (int(transformers.__version__.split(".")[0]) < 5)
 
 
 @pytest.fixture
