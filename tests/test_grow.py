@@ -1,0 +1,461 @@
+"""`lgvit grow`: exits for plain checkpoints, from cached states; stopped and gone on with; chosen by cost."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from lgvit_hf import ViTHighway, grow, growth
+from lgvit_hf.cli import main
+from lgvit_hf.data import make_processor
+from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits, measured_costs
+from lgvit_hf.evaluation.costs import Costs
+from lgvit_hf.heads import HEADS, HeadShape, build_head
+from lgvit_hf.losses import distillation_loss
+from lgvit_hf.segments import Tokens
+from lgvit_hf.training import cached
+from lgvit_hf.training.cached import HeadTraining, TokenShape, bytes_per_image, open_cache, token_shapes
+from tests.tiny import IMAGE_SIZE, KINDS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model, tiny_native
+
+# random backbones agree with nobody: any drop is allowed, so that exits are chosen
+LENIENT = {"max_accuracy_drop": 1.0, "cost": "macs", "training": HeadTraining(epochs=2)}
+SMALL = {**LENIENT, "exit_positions": [1, 2, 4], "exit_types": ["mlp", "conv1_1", "linear"]}
+
+
+@pytest.fixture
+def images():
+    return [{"pixel_values": pixels} for pixels in tiny_images(160)]
+
+
+@pytest.fixture
+def plain(tmp_path):
+    folder = tmp_path / "plain"
+    tiny_native("vit").save_pretrained(folder)
+    make_processor(IMAGE_SIZE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number, pixels in enumerate(tiny_images(80).sigmoid()):
+        folder = tmp_path / "photos"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray((255 * pixels.permute(1, 2, 0)).byte().numpy()).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+# -- the whole way -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_final_answers_are_the_plain_checkpoint_s(kind, images, tmp_path):
+    tiny_native(kind).save_pretrained(tmp_path / "plain")
+    make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "plain")
+    grown = grow(tmp_path / "plain", images, tmp_path / "out", **SMALL)
+    # what it was made from, and the states, are gone or as they were
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "grow.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    native = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert model.exit_policy == grown.model.exit_policy and model.exit_policy.name == "confidence"
+    pixels = tiny_images(9, seed=3)
+    with torch.no_grad():
+        expected = native(pixels).logits
+        assert torch.equal(model(pixels, early_exit=False).logits, expected)
+        early = model(pixels)
+        model.set_exit_policy("never")
+        assert torch.equal(model(pixels).logits, expected)
+    assert set(early.exit_layer.tolist()) <= {*model.config.exit_positions, model.config.num_blocks}
+    report = json.loads((tmp_path / "out" / "grow.json").read_text())
+    assert report["images"] == {"trained": 128, "held_out": 32, "labels": False}
+    assert [row["position"] for row in report["candidates"] if row["kept"]] == model.config.exit_positions
+
+
+def test_heads_come_from_the_cache_and_the_backbone_is_not_touched(images):
+    native = tiny_native("vit")
+    before = {name: tensor.clone() for name, tensor in native.state_dict().items()}
+    model = grow(native, images, **SMALL).model
+    for name, tensor in native.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_exits_learn_from_the_full_model():
+    torch.manual_seed(0)
+    native = tiny_native("vit")
+    images = [{"pixel_values": pixels} for pixels in tiny_images(600)]
+    often = grow(native, images, **{**SMALL, "training": HeadTraining(epochs=15)}).report["candidates"]
+    once = grow(native, images, **{**SMALL, "training": HeadTraining(epochs=1)}).report["candidates"]
+    assert sum(row["agreement"] for row in often) > sum(row["agreement"] for row in once) + 0.1
+
+
+def test_labels_are_used_for_the_choice_alone(images):
+    rows = tiny_dataset(160)
+    with_labels = grow(tiny_native("vit"), rows, **SMALL)
+    without = grow(tiny_native("vit"), rows, ignore_labels=True, **SMALL)
+    assert with_labels.report["images"]["labels"] and not without.report["images"]["labels"]
+    assert "accuracy" in with_labels.report["candidates"][0] and "agreement" in without.report["candidates"][0]
+    # full model on its own answers
+    assert without.report["overall"]["accuracy_full_model"] == 1.0
+    assert with_labels.report["overall"]["accuracy_full_model"] < 1.0
+    kept = [row["position"] for row in with_labels.report["candidates"] if row["kept"]]
+    assert kept == with_labels.model.config.exit_positions
+
+
+def test_labels_are_matched_by_name(plain, photos):
+    native = tiny_native("vit", id2label={index: f"c{index}" for index in range(NUM_LABELS)})
+    model = ViTHighway.from_backbone(native, exit_positions=[1], exit_types="mlp")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["c3", "c0"])}
+    pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 200)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]}, datasets.Features(features))
+    items = growth._items(rows, model, make_processor(IMAGE_SIZE), None, 0, False)
+    assert [item["labels"] for item in (items[0], items[1])] == [3, 0]
+    assert "labels" not in growth._items(rows, model, make_processor(IMAGE_SIZE), None, 0, True)[0]
+    strange = rows.cast_column("label", datasets.ClassLabel(names=["c3", "cat"]))
+    with pytest.raises(ValueError, match="class 'cat' is none of the model's"):
+        growth._items(strange, model, make_processor(IMAGE_SIZE), None, 0, False)
+
+
+# -- stopping and going on -----------------------------------------------------------------------------------------
+
+
+class Stops(list):
+    """Rows of which one stops the run, once."""
+
+    at = None
+
+    def __getitem__(self, index):
+        if self.at is not None and index == self.at:
+            self.at = None
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def stop_call(monkeypatch, module, name, number):
+    """Make a function raise at its `number`-th call."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def stopping(*arguments, **options):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, stopping)
+
+
+@pytest.mark.parametrize(
+    "where", ["caching", "recording", "first exit", "last exit", "saving a head", "timing", "saving"]
+)
+def test_a_stopped_run_goes_on_to_the_same_model(where, plain, images, tmp_path, monkeypatch):
+    grow(plain, images, tmp_path / "whole", **SMALL)
+    rows, said = Stops(images), []
+    # the last row of the permutation's middle batch
+    rows.at = (
+        torch.randperm(160, generator=torch.Generator().manual_seed(0))[100].item() if where == "caching" else None
+    )
+    module, name, number = {
+        "recording": (cached, "write_json", 3),
+        "first exit": (cached, "train_head", 1),
+        "last exit": (cached, "train_head", 3),
+        "saving a head": (cached, "save_file", 2),
+        "timing": (growth, "evaluate", 1),
+        "saving": (growth, "write_json", 1),
+    }.get(where, (None, None, None))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if module is not None:
+            stop_call(patch, module, name, number)
+        grow(plain, rows, tmp_path / "out", **SMALL, say=said.append)
+    assert "the same command goes on" in said[-1] and not (tmp_path / "out").exists()
+
+    batches, trained = [], []
+    pack, train_head = TokenShape.pack, cached.train_head
+    monkeypatch.setattr(TokenShape, "pack", lambda self, tokens: batches.append(1) or pack(self, tokens))
+    monkeypatch.setattr(cached, "train_head", lambda *args: trained.append(1) or train_head(*args))
+    grow(plain, rows, tmp_path / "out", **SMALL)
+    # of three batches at three exits, and of three exits
+    assert len(batches) == {"caching": 6, "recording": 6}.get(where, 0)
+    assert len(trained) == {"last exit": 1, "saving a head": 2, "timing": 0, "saving": 0}.get(where, 3)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not (tmp_path / ".out-states").exists()
+
+
+@pytest.fixture
+def stopped(plain, images, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_call(patch, cached, "train_head", 3)
+        grow(plain, images, tmp_path / "out", **SMALL)
+    return tmp_path / ".out-states"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"exit_positions": [1, 2, 5]}, "other exit_positions"),
+        ({"exit_types": "mlp"}, "other exit_types, shapes"),
+        ({"seed": 1}, "other seed"),
+        ({"limit": 100}, "other rows"),
+    ],
+)
+def test_states_of_another_run_are_not_mixed_in(changes, message, stopped, plain, images, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        grow(plain, images, tmp_path / "out", **{**SMALL, **changes})
+    assert (stopped / "progress.json").exists()
+
+
+def test_states_of_other_images_or_weights_are_not_mixed_in(stopped, plain, images, tmp_path):
+    changed = [*images[:70], {"pixel_values": images[70]["pixel_values"] + 1e-3}, *images[71:]]
+    with pytest.raises(ValueError, match="other images or labels"):
+        grow(plain, changed, tmp_path / "out", **SMALL)
+    with pytest.raises(ValueError, match="other images or labels"):
+        grow(plain, [{**row, "labels": 0} for row in images], tmp_path / "out", **SMALL)
+    with pytest.raises(ValueError, match="other checkpoint"):
+        grow(tiny_native("vit", seed=1), images, tmp_path / "out", **SMALL)
+
+
+def test_other_training_keeps_the_states(stopped, plain, images, tmp_path, monkeypatch):
+    other = {**SMALL, "training": HeadTraining(epochs=3)}
+    expected = grow(plain, images, **other).model.state_dict()
+    monkeypatch.setattr(TokenShape, "pack", None)
+    resumed = grow(plain, images, tmp_path / "out", **other).model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+
+
+def test_ctrl_c_in_the_command(plain, photos, tmp_path, monkeypatch, capsys):
+    command = ["grow", plain, photos, tmp_path / "out", "--epochs", 1, "--max-accuracy-drop", 1, "--cost", "macs"]
+    command = [str(word) for word in command]
+    with monkeypatch.context() as patch:
+        stop_call(patch, cached, "train_head", 2)
+        assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "64 images to train 3 exits on, 16 to choose on" in out and "layer speed-up" in out
+    # a finished run is not overwritten
+    assert main(command) == 2 and "exists and is not an empty folder" in capsys.readouterr().err
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_stays_within_its_limit(plain, images, tmp_path, monkeypatch):
+    sizes, train_exits, said = [], growth.train_exits, []
+
+    def measuring(model, cache, *arguments, **options):
+        sizes.append(sum(file.stat().st_size for file in cache.folder.glob("*.npy")))
+        return train_exits(model, cache, *arguments, **options)
+
+    monkeypatch.setattr(growth, "train_exits", measuring)
+    grow(plain, images, tmp_path / "out", **SMALL)
+    limit = sizes[0] * 0.6 / 1e9
+    report = grow(plain, images, tmp_path / "less", **SMALL, cache_limit=limit, say=said.append).report
+    # each file has a header of 128 bytes
+    assert sizes[1] - 5 * 128 <= limit * 1e9 < sizes[0]
+    assert sum(report["images"][part] for part in ("trained", "held_out")) == pytest.approx(96, abs=2)
+    assert "drawn at random, fit into the cache limit" in said[0]
+    with pytest.raises(ValueError, match="cache_limit: 0.0001 GB hold the states of"):
+        grow(plain, images, tmp_path / "none", **SMALL, cache_limit=1e-4)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(cached.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    shapes = [TokenShape(1, (4, 4), 32, True)]
+    with pytest.raises(OSError, match="the disk has 0.0 GB left"):
+        open_cache(tmp_path / "states", shapes, 1000, 5, {})
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "diary.txt").touch()
+    with pytest.raises(ValueError, match="other files are there"):
+        open_cache(tmp_path / "states", [], 10, 5, {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_a_head_reads_is_kept(kind):
+    model = tiny_model(kind, exit_positions=[1, 4], exit_types=["linear", "mlp"])
+    first, second = token_shapes(model, tiny_images(2))
+    # Swin has no prefix token: its linear head averages the patches
+    assert first.keeps_patches == (kind == "swin") and second.keeps_patches
+    prefix = {"vit": 1, "deit": 2, "deit_plain": 1, "swin": 0}[kind]
+    assert first.of_row[0] == (64 if kind == "swin" else prefix)
+    assert (
+        bytes_per_image([first, second], NUM_LABELS)
+        == 2 * sum(np.prod(shape.of_row) for shape in (first, second)) + 28
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*HEADS, "attention_r2"} - {"attention"}))
+def test_half_precision_changes_no_answer(name):
+    torch.manual_seed(0)
+    head = build_head(name, HeadShape(32, 1, 5, num_attention_heads=4, intermediate_size=64)).eval()
+    tokens = Tokens(torch.randn(64, 16, 32), (4, 4), torch.randn(64, 1, 32))
+    shape = TokenShape(1, (4, 4), 32, True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            head.answer(shape.unpack(shape.pack(tokens))), head.answer(tokens), atol=3e-3, rtol=0
+        )
+    huge = shape.pack(Tokens(tokens.patches * 1e6, (4, 4), tokens.prefix))
+    assert huge.isfinite().all()
+
+
+def test_an_epoch_is_distillation_on_every_stretch():
+    shape, states, teacher = TokenShape(1, (2, 2), 8, True), torch.randn(40, 5, 8).half(), torch.randn(40, 3)
+    head, seen = build_head("mlp", HeadShape(8, 1, 3)), []
+
+    def step():
+        seen.append(head.body.widen.weight.grad.clone())
+        head.zero_grad()
+
+    torch.manual_seed(1)
+    cached.run_epoch(head, states, teacher, shape, 8, 2.0, step)
+    torch.manual_seed(1)
+    stretches = list(cached.shuffled_slices(40, 8))
+    assert len(seen) == len(stretches) == 4
+    covered = sorted(row for stretch in stretches for row in range(stretch.start, stretch.stop))
+    assert covered == list(range(covered[0], covered[0] + 32)) and stretches[0].start != covered[0]
+    for stretch, gradient in zip(stretches, seen, strict=True):
+        patches, prefix = states[stretch, 1:].float(), states[stretch, :1].float()
+        loss = distillation_loss(head(Tokens(patches, (2, 2), prefix))[0], teacher[stretch], 2.0)
+        torch.testing.assert_close(torch.autograd.grad(loss, head.body.widen.weight)[0], gradient)
+
+
+# -- the choice ----------------------------------------------------------------------------------------------------
+
+
+def random_table(num_exits=4, num_rows=400, num_labels=5, seed=0):
+    """Exits that agree with the last ever more."""
+    generator = torch.Generator().manual_seed(seed)
+    final = 3 * torch.randn(num_rows, num_labels, generator=generator)
+    noise = torch.randn(num_exits, num_rows, num_labels, generator=generator)
+    return torch.stack([*(final + 3 * noise[index] / (index + 1) for index in range(num_exits)), final])
+
+
+def cost_by_hand(exits, threshold, logits, worth, costs):
+    scores = logits[:-1].softmax(-1).amax(-1)
+    total = drop = 0.0
+    for row in range(logits.shape[1]):
+        cost = 0.0
+        for index in range(len(logits)):
+            cost += costs.trunks[index]
+            if index in exits or index == len(logits) - 1:
+                cost += costs.heads[index]
+                if index == len(logits) - 1 or scores[index, row] > threshold:
+                    break
+        total += cost
+        drop += (worth[-1, row] - worth[index, row]).item()
+    return total / logits.shape[1], drop / logits.shape[1]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_choice_against_a_count_by_hand(labelled):
+    logits = random_table()
+    labels = logits[-1].argmax(-1) if labelled else None
+    worth, costs = answer_worth(logits, labels), Costs([0.19] * 5, [0.02, 0.02, 0.2, 0.02, 0.05])
+    choice = choose_exits(logits, worth, costs, 0.02)
+    cost, drop = cost_by_hand(choice.exits, choice.threshold, logits, worth, costs)
+    assert (cost, drop) == pytest.approx((choice.cost, choice.drop), abs=1e-5)
+    assert drop <= 0.02 and 2 not in choice.exits, "a head that costs more than a block is not worth asking"
+    subsets = [exits for size in (1, 2, 3, 4) for exits in itertools.combinations(range(4), size)]
+    scores = logits[:-1].softmax(-1).amax(-1)
+    best = min(_best_threshold(exits, scores, worth, costs, 0.02).cost for exits in subsets)
+    assert choice.cost <= 1.02 * best
+
+
+def test_expected_drop_is_exact_for_a_calibrated_model():
+    torch.manual_seed(0)
+    logits = random_table(num_rows=40_000)
+    labels = torch.distributions.Categorical(logits=logits[-1]).sample()
+    counted, expected = (answer_worth(logits, known).mean(1) for known in (labels, None))
+    torch.testing.assert_close(counted, expected, atol=0.01, rtol=0)
+
+
+def test_no_exit_that_pays_is_an_error():
+    logits = random_table()
+    with pytest.raises(ValueError, match="no exit is cheaper than the full model"):
+        choose_exits(logits, answer_worth(logits, None), Costs([0.19] * 5, [1.0, 1.0, 1.0, 1.0, 0.05]), 0.5)
+
+
+def test_measured_costs_are_shares_of_the_full_model():
+    model = tiny_model("vit")
+    costs = measured_costs(model, tiny_images(8), repeats=3)
+    assert costs.backbone == pytest.approx(1) and min(costs.trunks + costs.heads) > 0
+
+
+# -- what cannot be grown ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset": []}, "0 images are too few"),
+        ({"dataset": tiny_dataset(20)}, "20 images are too few"),
+        ({"dataset": [{"pixel_values": torch.zeros(1, 16, 16)}] * 60}, "the model takes 3 channels"),
+        ({"dataset": [{"pixel_values": torch.randn(3, 16, 16), "labels": 7}] * 60}, "7 is outside 0..4"),
+        ({"checkpoint": tiny_model("vit")}, "has exits already"),
+        ({"checkpoint": tiny_native("vit", num_labels=1)}, "answers with other numbers"),
+        ({"exit_positions": []}, "must name at least one block"),
+        ({"exit_positions": [9]}, r"exit_positions: \[9\]"),
+        ({"exit_types": "conv9"}, "unknown head 'conv9'"),
+        ({"cost": "euros"}, "cost: 'euros' must be"),
+        ({"validation_share": 1.5}, "validation_share: 1.5"),
+    ],
+)
+def test_bad_input(changes, message, tmp_path):
+    given = {"checkpoint": tiny_native("vit"), "dataset": tiny_dataset(60), **LENIENT, **changes}
+    with pytest.raises(ValueError, match=message):
+        grow(**given)
+
+
+def test_bad_training_settings():
+    with pytest.raises(ValueError, match="epochs: 0 must be above 0"):
+        HeadTraining(epochs=0)
+
+
+def test_bad_input_of_the_command(plain, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([tmp_path / "empty", "digits"], "no config.json there"),
+        ([plain, tmp_path / "nowhere.parquet"], "no such folder or parquet file"),
+        ([plain, tmp_path / "empty"], "empty"),
+        ([plain, "digits"], "class '0' is none of the model's"),
+        ([plain, "digits", "--limit", 10, "--ignore-labels"], "10 images are too few"),
+    ):
+        assert main([str(word) for word in ("grow", *arguments[:2], tmp_path / "out", *arguments[2:])]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("lgvit: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+# -- a real model --------------------------------------------------------------------------------------------------
+
+
+def test_a_real_vit(shared, tmp_path):
+    checkpoint, images = shared / "models" / "fashion_vit", shared / "data" / "fashion_mnist"
+    if not (checkpoint.is_dir() and images.is_dir()):
+        pytest.skip(f"no {checkpoint} or {images}")
+    grown = grow(
+        checkpoint,
+        str(images),
+        tmp_path / "out",
+        limit=400,
+        ignore_labels=True,
+        exit_positions=[1, 3],
+        max_accuracy_drop=0.03,
+        cost="macs",
+        training=HeadTraining(epochs=8),
+    )
+    assert grown.report["overall"]["accuracy"] > 0.8 and grown.report["overall"]["macs_speed_up"] > 1.2
+    saved, plain = load_file(tmp_path / "out" / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in plain.items())
