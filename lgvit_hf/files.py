@@ -44,6 +44,7 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(folder, ignore_errors=True)
         raise
     folder.chmod(0o777 & ~_umask())
+    _share(folder)
     old = None
     try:
         if output.exists() and overwrite:
@@ -56,6 +57,13 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         raise OSError(f"{output} could not be written; the whole result is in {folder}") from error
     if old is not None:
         shutil.rmtree(old)
+
+
+def _share(folder: Path) -> None:
+    """Files that were written for their owner alone, as safetensors', become readable as any other."""
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.stat().st_mode & 0o077:
+            file.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:
@@ -71,6 +79,7 @@ def add_files(folder: str | Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
         yield Path(temporary)
+        _share(Path(temporary))
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, folder / file.name)
 

@@ -413,7 +413,8 @@ def _save(
             processor.save_pretrained(folder)
         write_json(folder / "grow.json", report)
         if importlib.util.find_spec("matplotlib"):
-            plot_report(report, report["curve"], folder / "highway.png")
+            measure = "accuracy" if report["images"]["labels"] else "agreement with the full model"
+            plot_report(report, report["curve"], folder / "highway.png", measure=measure)
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -55,3 +55,14 @@ def test_files_are_added_beside_others_and_readable(tmp_path):
         os.umask(mask)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
     assert entries(tmp_path) == ["a.json", "model", "other"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_results_are_readable_as_other_files_are(tmp_path):
+    (tmp_path / "plain").write_text("any other file")
+    with replace_folder(tmp_path / "new") as new, add_files(tmp_path / "old") as old:
+        for folder in (new, old):
+            (folder / "model.safetensors").write_text("as safetensors writes it")
+            (folder / "model.safetensors").chmod(0o600)
+    for folder in ("new", "old"):
+        assert (tmp_path / folder / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_report(report: dict[str, Any], curve: list[dict[str, float]], file: str | Path) -> None:
+def plot_report(
+    report: dict[str, Any], curve: list[dict[str, float]], file: str | Path, *, measure: str = "accuracy"
+) -> None:
     """Draw where rows leave and what that costs, as a PNG.
 
     Args:
         report (`dict`): Of `evaluate`.
         curve (`list[dict]`): Points `{"mean_macs", "accuracy"}` of the same model under other thresholds.
         file (`str` or `Path`): The PNG to write.
+        measure (`str`, *optional*, defaults to `"accuracy"`): What the shares are of, `"agreement"` without labels.
 
     Raises:
         ImportError: The extra `plots` is not installed.
@@ -32,7 +35,7 @@ def plot_report(report: dict[str, Any], curve: list[dict[str, float]], file: str
         [100 * row["accuracy_all"] for row in exits],
         color="#f58518",
         marker="o",
-        label="right, of all rows",
+        label=f"{measure}, all rows",
     )
     left.set_xticks(range(len(exits)), names, fontsize=8, rotation=30, ha="right")
     left.set(xlabel="blocks run, and head", ylabel="%", title="Where rows leave", ylim=(0, 105))
@@ -55,7 +58,7 @@ def plot_report(report: dict[str, Any], curve: list[dict[str, float]], file: str
         color="#54a24b",
         label="backbone without exits",
     )
-    right.set(xlabel="million MACs per image, heads counted", ylabel="accuracy, %", title="What it costs")
+    right.set(xlabel="million MACs per image, heads counted", ylabel=f"{measure}, %", title="What it costs")
     right.set_xlim(left=0)
     right.legend()
     figure.savefig(file, dpi=150)
