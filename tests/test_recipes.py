@@ -57,7 +57,7 @@ def images_are_read_once():
 def starts(tmp_path_factory):
     """Folders that stand for the checkpoints a recipe starts from: `plain` and `stage1` of each kind and size."""
     home = tmp_path_factory.mktemp("starts")
-    labels = {"id2label": dict(enumerate(("blue", "green", "red")))}
+    labels = {"num_labels": 3, "id2label": dict(enumerate(("blue", "green", "red")))}
     labels["label2id"] = {name: index for index, name in labels["id2label"].items()}
     for kind in ("vit", "deit", "swin"):
         for size in ("base", "small"):
