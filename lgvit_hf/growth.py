@@ -31,7 +31,7 @@ from .evaluation.report import as_table, evaluate, head_names
 from .evaluation.table import ExitTable
 from .files import replace_folder, write_json
 from .losses import check_labels
-from .models import BY_BACKBONE
+from .models import BY_BACKBONE, with_exits
 from .training.cached import (
     HeadTraining,
     StateCache,
@@ -82,7 +82,8 @@ def grow(
     confidence threshold are chosen. A stopped run goes on when it is started again with the same arguments.
 
     Args:
-        checkpoint (`str`, path or `PreTrainedModel`): A plain ViT, DeiT or Swin: folder, Hub id, or in memory.
+        checkpoint (`str`, path or `PreTrainedModel`):
+            A plain ViT, DeiT or Swin, or a highway without exits: folder, Hub id, or in memory.
         dataset (`str` or `Dataset`):
             Images as of `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
             column `image`, or items `{"pixel_values": [C, H, W], "labels": int}`. Labels are not needed: where they
@@ -199,21 +200,28 @@ def _candidates(
         if Path(name).exists() and not (Path(name) / "config.json").is_file():
             raise OSError(f"{name}: no config.json there, not a saved model")
         config = AutoConfig.from_pretrained(name)
-    if config.model_type not in BY_BACKBONE:
-        has_exits = " that has exits already; `lgvit train` trains those" if "_highway" in config.model_type else ""
+    kind, is_highway = config.model_type.removesuffix("_highway"), config.model_type.endswith("_highway")
+    if kind not in BY_BACKBONE or (is_highway and config.exit_positions):
+        has_exits = " that has exits already; `lgvit train` trains those" if is_highway else ""
         raise ValueError(
             f"{name} is a {config.model_type!r}{has_exits}; "
             f"exits grow on a plain checkpoint of {', '.join(BY_BACKBONE)}"
         )
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"{name}: exits learn from class probabilities, and this model answers with other numbers")
-    depth = sum(config.depths) if config.model_type == "swin" else config.num_hidden_layers
-    model = BY_BACKBONE[config.model_type].from_backbone(
-        checkpoint,
-        exit_positions=early_positions(depth) if exit_positions is None else exit_positions,
-        exit_types=exit_types,
-        exit_policy="never",
-    )
+    depth = sum(config.depths) if kind == "swin" else config.num_hidden_layers
+    exits = {
+        "exit_positions": early_positions(depth) if exit_positions is None else exit_positions,
+        "exit_types": exit_types,
+        "exit_policy": "never",
+    }
+    highway_class = BY_BACKBONE[kind]
+    if is_highway:
+        # what `lgvit train --stage backbone` saves
+        bare = checkpoint if isinstance(checkpoint, PreTrainedModel) else highway_class.from_pretrained(name)
+        model = with_exits(name, bare, exits).to(bare.device, bare.dtype).eval()
+    else:
+        model = highway_class.from_backbone(checkpoint, **exits)
     if not model.exits:
         raise ValueError(f"exit_positions: {exit_positions!r} must name at least one block")
     if not isinstance(checkpoint, PreTrainedModel):

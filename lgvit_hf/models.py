@@ -113,7 +113,7 @@ def open_model(
     if config.model_type in kinds:
         _check_labels(checkpoint, config, label_names)
         model = BY_BACKBONE[kinds[config.model_type]].from_pretrained(checkpoint)
-        model = _with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
+        model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif config.model_type in BY_BACKBONE and not must_be_highway:
         if config.num_labels == len(label_names):
             labels = {} if config.id2label == labels["id2label"] else labels
@@ -132,8 +132,17 @@ def _check_labels(checkpoint: str, config: PretrainedConfig, label_names: list[s
             raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
 
 
-def _with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:
-    """The highway with another policy or other loss weights; with new exits where it has none."""
+def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:
+    """A copy of a highway with another policy or other loss weights; with new exits where it has none.
+
+    Args:
+        checkpoint (`str`): What an error names.
+        model (`PreTrainedModel`): A highway.
+        exits (`dict`): As of `open_model`.
+
+    Raises:
+        ValueError: The highway has other exits than those asked for.
+    """
     settings = {**model.config.to_dict(), "attn_implementation": model.config._attn_implementation}
     for name in ("model_type", *(() if model.exits else EXIT_FIELDS)):
         settings.pop(name, None)

@@ -80,6 +80,22 @@ def test_final_answers_are_the_plain_checkpoint_s(kind, images, tmp_path):
     assert [row["position"] for row in report["candidates"] if row["kept"]] == model.config.exit_positions
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_of_our_own_grows_too(kind, images, tmp_path):
+    """What `lgvit train --stage backbone` saves: a highway without exits."""
+    base = tiny_model(kind, exit_positions=[], exit_types=[])
+    base.save_pretrained(tmp_path / "base")
+    make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "base")
+    pixels = tiny_images(9, seed=3)
+    for start in (tmp_path / "base", base):
+        model = grow(start, images, **SMALL).model
+        with torch.no_grad():
+            assert torch.equal(model(pixels, early_exit=False).logits, base(pixels).logits)
+        assert model.exits and not base.exits
+    with pytest.raises(ValueError, match="has exits already"):
+        grow(model, images, **SMALL)
+
+
 def test_heads_come_from_the_cache_and_the_backbone_is_not_touched(images):
     native = tiny_native("vit")
     before = {name: tensor.clone() for name, tensor in native.state_dict().items()}
