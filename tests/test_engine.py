@@ -292,13 +292,13 @@ def test_impossible_depths(bounds, message):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """How often the host waits for the device: `item` is counted, every other way fails."""
+    """How often the host waits for the device: `tolist` is counted, every other way fails."""
     counted = []
-    item = torch.Tensor.item
+    tolist = torch.Tensor.tolist
 
     def counting(self):
         counted.append(self.shape)
-        return item(self)
+        return tolist(self)
 
     def refuse(name):
         def wait(self, *args, **kwargs):
@@ -306,8 +306,8 @@ def waits(monkeypatch):
 
         return wait
 
-    monkeypatch.setattr(torch.Tensor, "item", counting)
-    for name in ("nonzero", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__"):
+    monkeypatch.setattr(torch.Tensor, "tolist", counting)
+    for name in ("nonzero", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__"):
         monkeypatch.setattr(torch.Tensor, name, refuse(name))
     for name in ("nonzero", "masked_select", "unique", "equal", "allclose"):
         monkeypatch.setattr(torch, name, refuse(name))

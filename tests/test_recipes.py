@@ -1,6 +1,7 @@
 """Every YAML of `recipes/configs` is read strictly and trains two steps; what `lgvit train` understands and says."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -268,10 +269,24 @@ def test_what_became_of_eevits_keys_is_printed(photos, tmp_path, capsys):
 # -- what a run can do -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def precision_ends_here():
+    """accelerate keeps the precision of a process's first run for all that follow."""
+    from accelerate.state import AcceleratorState
+
+    def forget():
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.parametrize("kind", ["vit", "deit", "swin"])
 @pytest.mark.parametrize("stage", ["1", "2"])
 @pytest.mark.parametrize("word", ["--bf16", "--gradient-checkpointing"])
-def test_bf16_and_gradient_checkpointing(kind, stage, word, starts, photos, tmp_path):
+def test_bf16_and_gradient_checkpointing(kind, stage, word, starts, photos, tmp_path, precision_ends_here):
     start = ["--model", starts / f"{kind}_small" / "stage1", "--data", photos, "--stage", stage]
     assert lgvit("train", *start, *FAST, word, "true", "--use-cpu", "true", "--output", tmp_path / "out") == 0
     loss = json.loads((tmp_path / "out" / "training.json").read_text())["loss"]
