@@ -12,6 +12,8 @@ from . import auto
 if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
     from .engine import run_all, run_early
+    from .evaluation.calibration import calibrate
+    from .evaluation.table import ExitTable, collect
     from .growth import grow
     from .heads import HEADS, register_head
     from .modeling_deit import DeiTHighway
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "engine": ("run_all", "run_early"),
+    "evaluation.calibration": ("calibrate",),
+    "evaluation.table": ("ExitTable", "collect"),
     "growth": ("grow",),
     "heads": ("HEADS", "register_head"),
     "modeling_vit": ("ViTHighway",),

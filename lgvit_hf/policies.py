@@ -180,6 +180,10 @@ class ConfidencePolicy(_ThresholdPolicy):
         ([False, True], [True, True])
     """
 
+    def skips(self, exit_index: int) -> bool:
+        """No probability is above 1."""
+        return _at(self.threshold, exit_index, math.inf) >= 1
+
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         score = self.probabilities(logits, exit_index).amax(-1)
         return score > _at(self.threshold, exit_index, math.inf), {"score": score}
@@ -196,6 +200,10 @@ class EntropyPolicy(_ThresholdPolicy):
         [False, True]
     """
 
+    def skips(self, exit_index: int) -> bool:
+        """No entropy is below 0."""
+        return _at(self.threshold, exit_index, -math.inf) <= 0
+
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         score = entropy(self.probabilities(logits, exit_index))
         return score < _at(self.threshold, exit_index, -math.inf), {"score": score}
@@ -211,6 +219,10 @@ class MarginPolicy(_ThresholdPolicy):
         >>> MarginPolicy(threshold=0.5)(torch.tensor([[0.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
         [False, True]
     """
+
+    def skips(self, exit_index: int) -> bool:
+        """No probability is above 1."""
+        return _at(self.threshold, exit_index, math.inf) >= 1
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         score = margin(self.probabilities(logits, exit_index))

@@ -241,15 +241,23 @@ def test_blocks_and_heads_run_on_survivors_only(policy, bounds, batch_size):
     assert recorded.rows_in_head == {index: survivors[DEPTHS[index]] for index in asked if DEPTHS[index] in survivors}
 
 
+def never_sure(logits, memory):
+    """Is asked everywhere and lets nobody go."""
+    return torch.zeros(len(logits), dtype=torch.bool), memory
+
+
 @pytest.mark.parametrize(
     ("policy", "heads"),
     [
         ({"name": "never"}, [FINAL]),
         ({"name": "fixed", "exit_index": 2}, [2]),
         ({"name": "fixed", "exit_index": FINAL}, [FINAL]),
-        ({"name": "confidence", "threshold": 2.0}, list(range(FINAL + 1))),
+        ({"name": "confidence", "threshold": 1.0}, [FINAL]),
+        ({"name": "margin", "threshold": [2.0, -1.0, 2.0, 2.0, 2.0]}, [1]),
+        ({"name": "entropy", "threshold": 0.0}, [FINAL]),
+        (never_sure, list(range(FINAL + 1))),
     ],
-    ids=["never", "fixed", "fixed-final", "confidence"],
+    ids=["never", "fixed", "fixed-final", "confidence", "margin", "entropy", "asked-for-nothing"],
 )
 def test_only_heads_that_are_asked_are_run(policy, heads):
     recorded = Recorded()
@@ -259,8 +267,8 @@ def test_only_heads_that_are_asked_are_run(policy, heads):
 
 def test_min_depth_skips_heads_and_max_depth_skips_blocks():
     recorded = Recorded()
-    never_sure = build_policy({"name": "confidence", "threshold": 2.0}, NUM_EXITS)
-    answers = run_early(recorded.segments(), rows_state(torch.arange(9)), never_sure, min_depth=4, max_depth=7)
+    policy = build_policy(never_sure, NUM_EXITS)
+    answers = run_early(recorded.segments(), rows_state(torch.arange(9)), policy, min_depth=4, max_depth=7)
     assert sorted(recorded.rows_in_head) == [2, 3] and max(recorded.rows_in_block) == 6
     assert answers.exit_layer.tolist() == [6] * 9
 
@@ -272,7 +280,7 @@ def test_everything_leaves_at_once_or_nothing_leaves(threshold, exit_index):
     answers = run_early(recorded.segments(), rows_state(clean), policy)
     assert answers.exit_index.tolist() == [exit_index] * 9
     assert recorded.rows_in_block == dict.fromkeys(range(1, DEPTHS[exit_index] + 1), 9)
-    assert recorded.rows_in_head == dict.fromkeys(range(exit_index + 1), 9)
+    assert recorded.rows_in_head == {exit_index: 9}
     assert torch.equal(answers.logits, LOGITS[exit_index, clean])
 
 

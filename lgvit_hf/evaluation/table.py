@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
@@ -54,6 +58,43 @@ class ExitTable:
     def accuracies(self) -> list[float]:
         """Share of all rows that each exit answers rightly."""
         return (self.logits.argmax(-1) == self.labels).float().mean(-1).tolist()
+
+    def select(self, rows: Tensor) -> ExitTable:
+        """The table of some rows, by number `[K]` int64, in that order."""
+        return ExitTable(self.logits[:, rows], self.labels[rows], self.depths)
+
+    def save(self, file: str | Path) -> None:
+        """Write the table to one safetensors file, the depths as JSON in its header."""
+        tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
+        save_file(tensors, file, metadata={"exit_table": json.dumps({"depths": list(self.depths)})})
+
+    @classmethod
+    def load(cls, file: str | Path, *, depths: list[int] | None = None, num_labels: int | None = None) -> ExitTable:
+        """Read what `save` wrote.
+
+        Args:
+            file (`str` or `Path`): The safetensors file.
+            depths (`list[int]`, *optional*), num_labels (`int`, *optional*): Of the model that the table must fit.
+
+        Raises:
+            ValueError: The file is no table, its parts do not fit together, or it is a table of another model.
+        """
+        try:
+            with safe_open(str(file), framework="pt") as stored:
+                settings = json.loads((stored.metadata() or {})["exit_table"])
+                table = cls(stored.get_tensor("logits"), stored.get_tensor("labels"), settings["depths"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not a table of exits as ExitTable.save writes it ({error})") from error
+        shape = tuple(table.logits.shape)
+        if len(shape) != 3 or shape[:2] != (len(table.depths), len(table.labels)):
+            raise ValueError(
+                f"{file}: logits {shape} do not fit {len(table.depths)} exits, {len(table.labels)} labels"
+            )
+        if depths is not None and list(depths) != table.depths:
+            raise ValueError(f"{file} is a table of exits at {table.depths}, but the model's are at {list(depths)}")
+        if num_labels is not None and num_labels != shape[2]:
+            raise ValueError(f"{file} is a table of {shape[2]} labels, but the model has {num_labels}")
+        return table
 
 
 @torch.no_grad()

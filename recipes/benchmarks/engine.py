@@ -100,7 +100,8 @@ def measure(name, batch_size, repeats):
         "heads": run_heads,
         "all exits": partial(run_all, segments, state),
         "backbone": partial(run_early, segments, state, NeverPolicy()),
-        "asking": partial(run_early, segments, state, ConfidencePolicy(threshold=2.0)),
+        # a threshold of 1 would switch the exits off; random weights are never this sure
+        "asking": partial(run_early, segments, state, ConfidencePolicy(threshold=0.9999)),
     }
     runs |= {plan: partial(run_early, segments, state, ForcedExits(threshold=0.5, plan=plan)) for plan, _ in plans}
     times = time_interleaved(runs, repeats=repeats)

@@ -1,0 +1,231 @@
+"""Calibration: against brute force, against its own replay, and its promise on tables of known truth."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lgvit_hf import ExitTable, calibrate
+from lgvit_hf.evaluation.calibration import (
+    _frontier,
+    _results,
+    _rows,
+    _uniform,
+    expected_calibration_error,
+    fit_temperature,
+    search,
+    split,
+)
+from lgvit_hf.evaluation.costs import Costs
+from lgvit_hf.evaluation.metrics import summarise
+from lgvit_hf.policies import build_policy
+
+COSTS = Costs([3.0, 3.0, 3.0, 3.0], [0.2, 0.3, 0.2, 0.1])
+
+
+def synthetic(rows, seed=0, exits=4, classes=5):
+    """Rows of some difficulty; deeper exits see more of the label, and all share some of their noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    signal = torch.nn.functional.one_hot(labels, classes) * (6 * torch.rand(rows, 1, generator=generator))
+    shared = torch.randn(rows, classes, generator=generator)
+    own = torch.randn(exits, rows, classes, generator=generator)
+    strength = torch.linspace(0.5, 1.2, exits)[:, None, None]
+    return ExitTable(2 * (strength * signal + 0.6 * shared + 0.6 * own), labels, list(range(1, exits + 1)))
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+
+def test_table_comes_back_from_its_file(tmp_path):
+    table = synthetic(7)
+    table.save(tmp_path / "table.safetensors")
+    back = ExitTable.load(tmp_path / "table.safetensors", depths=[1, 2, 3, 4], num_labels=5)
+    assert torch.equal(back.logits, table.logits) and torch.equal(back.labels, table.labels)
+    assert back.depths == table.depths
+
+
+def test_table_of_another_model(tmp_path):
+    file = tmp_path / "table.safetensors"
+    synthetic(7).save(file)
+    with pytest.raises(ValueError, match=r"exits at \[1, 2, 3, 4\], but the model's are at \[2, 4\]"):
+        ExitTable.load(file, depths=[2, 4])
+    with pytest.raises(ValueError, match="5 labels, but the model has 10"):
+        ExitTable.load(file, num_labels=10)
+    ExitTable(torch.zeros(2, 3, 4), torch.zeros(5, dtype=torch.long), [1, 2]).save(file)
+    with pytest.raises(ValueError, match="do not fit 2 exits, 5 labels"):
+        ExitTable.load(file)
+    save_file({"weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="is not a table of exits"):
+        ExitTable.load(file)
+    file.write_text("nothing")
+    with pytest.raises(ValueError, match="is not a table of exits"):
+        ExitTable.load(file)
+
+
+# -- temperature -----------------------------------------------------------------------------------------------
+
+
+def test_temperature_is_the_best_of_a_grid_and_undoes_a_factor():
+    table = synthetic(500)
+    logits, labels = table.logits[0], table.labels
+    best = fit_temperature(logits, labels)
+
+    def loss(temperature):
+        return torch.nn.functional.cross_entropy(logits.double() / temperature, labels).item()
+
+    assert loss(best) <= min(loss(math.exp(step / 50)) for step in range(-150, 150)) + 1e-9
+    assert fit_temperature(3 * logits, labels) == pytest.approx(3 * best, rel=1e-3)
+    assert expected_calibration_error(logits / best, labels) < expected_calibration_error(logits, labels)
+
+
+def test_calibration_error_by_hand():
+    # confidences 0.6 (right, wrong) and 0.9 (right): |1.2 - 1| / 3 + |0.9 - 1| / 3
+    logits = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1]]).log()
+    assert expected_calibration_error(logits, torch.tensor([0, 1, 0])) == pytest.approx(0.1, abs=1e-6)
+
+
+# -- search ----------------------------------------------------------------------------------------------------
+
+
+def objective(thresholds, sureness, right, costs, price):
+    on = [index for index, threshold in enumerate(thresholds) if threshold < 1]
+    total = 0.0
+    for row in range(sureness.shape[1]):
+        left = next((index for index in on if sureness[index, row] > thresholds[index]), len(sureness))
+        total += costs.of_exit(left, on) + price * (not right[left, row])
+    return total / sureness.shape[1]
+
+
+@pytest.mark.parametrize("price", [0.0, 2.0, 20.0, 1e4])
+@pytest.mark.parametrize("exits", [1, 2])
+def test_search_against_brute_force(exits, price):
+    costs = Costs(COSTS.trunks[: exits + 1], COSTS.heads[: exits + 1])
+    reached = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        # with ties: eight rows at one of ten scores
+        sureness = torch.randint(1, 10, (exits, 8), generator=generator) / 10
+        right = torch.rand(exits + 1, 8, generator=generator) < 0.7
+        cuts = [[0.0, *row.unique().tolist(), 1.0] for row in sureness]
+        best = min(objective(cut, sureness, right, costs, price) for cut in itertools.product(*cuts))
+        found = objective(search(sureness, right, costs, price, (0.0, 1.0)).tolist(), sureness, right, costs, price)
+        assert found >= best - 1e-6
+        reached.append(found <= best + 1e-6)
+        none = objective([1.0] * exits, sureness, right, costs, price)
+        assert found <= none + 1e-6
+    # exact for one exit; for several a descent, exit by exit, that may stop at a local best
+    assert all(reached) if exits == 1 else sum(reached) >= 5
+
+
+def test_an_exit_whose_head_costs_more_than_it_saves_is_switched_off():
+    table = synthetic(600)
+    found = calibrate(table, costs=Costs(COSTS.trunks, [0.1, 50.0, 0.1, 0.1]), max_accuracy_drop=0.02)
+    assert 1 not in found.exits and found.exits
+    assert build_policy(found.policy, 3).skips(1) and found.thresholds[1] == 1.0
+
+
+# -- the whole -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
+def test_report_is_what_its_policy_replays_to(policy, labels):
+    table = synthetic(800)
+    found = calibrate(table, costs=COSTS, policy=policy, max_accuracy_drop=0.03, labels=labels)
+    _, tested = split(table)
+    if not labels:
+        tested = ExitTable(tested.logits, tested.logits[-1].argmax(-1), tested.depths)
+    answers, rule = tested.replay(found.policy), build_policy(found.policy, 3)
+    overall = summarise(tested, answers, COSTS, ["head"] * 4, rule)["overall"]
+    assert (found.accuracy, found.full_accuracy) == pytest.approx(
+        (overall["accuracy"], overall["accuracy_full_model"])
+    )
+    assert (found.mean_depth, found.mean_cost) == pytest.approx((overall["mean_depth"], overall["mean_macs"]))
+    assert found.exits == tuple(index for index in range(3) if not rule.skips(index))
+    assert found.mean_cost < COSTS.backbone and found.full_accuracy - found.accuracy <= 0.03 + 1e-9
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+    assert (found.bound, found.n, found.guaranteed_drop) == ("none", 400, None)
+
+
+def test_frontier_is_nowhere_worse_than_one_threshold_on_the_rows_it_was_searched_on():
+    table = synthetic(500)
+    rows = _rows(table, "confidence", (1.0,) * 4)
+    found = [_results(rows, cut, COSTS, "confidence") for cut in _frontier(rows, COSTS, "confidence", True)]
+    costs = [cost for _, cost, _ in found]
+    drops = [drop.double().mean().item() for _, _, drop in found]
+    assert costs == sorted(costs, reverse=True) and drops == sorted(drops)
+    curve = _uniform(rows.sureness, (0.0, 1.0))
+    assert len(curve) > 50
+    for thresholds in curve:
+        _, cost, drop = _results(rows, thresholds, COSTS, "confidence")
+        within = [one for one, other in zip(costs, drops, strict=True) if other <= drop.double().mean().item()]
+        assert min(within) <= cost
+
+
+def test_nothing_provable_runs_the_full_model():
+    table = synthetic(400)
+    wrong = table.logits.roll(1, -1)
+    table = ExitTable(torch.cat([wrong[:-1], 9 * table.logits[-1:]]), table.labels, table.depths)
+    found = calibrate(table, costs=COSTS, max_accuracy_drop=0.05, delta=0.1)
+    assert found.exits == () and found.mean_cost == pytest.approx(COSTS.backbone)
+    assert found.accuracy == found.full_accuracy
+
+
+def test_nan_is_an_error():
+    table = synthetic(50)
+    table.logits[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 50 rows have NaN"):
+        calibrate(table, costs=COSTS, max_accuracy_drop=0.05)
+
+
+def test_order_of_rows_does_not_matter():
+    table = synthetic(400)
+    shuffled = table.select(torch.randperm(400, generator=torch.Generator().manual_seed(5)))
+    first, second = (calibrate(rows, costs=COSTS, max_accuracy_drop=0.02) for rows in (table, shuffled))
+    assert first.thresholds == pytest.approx(second.thresholds, abs=1e-5) and first.mean_cost == second.mean_cost
+
+
+def test_budgets():
+    table = synthetic(800)
+    fast = calibrate(table, costs=COSTS, min_speedup=1.8)
+    assert COSTS.backbone / fast.mean_cost >= 1.8
+    assert calibrate(table, costs=COSTS, max_macs=COSTS.backbone / 1.8) == fast
+    both = calibrate(table, costs=COSTS, min_speedup=1.2, max_accuracy_drop=0.05)
+    assert COSTS.backbone / both.mean_cost >= 1.2 and both.full_accuracy - both.accuracy <= 0.05
+
+
+@pytest.mark.parametrize("bound", ["drop", "harm"])
+def test_promise_is_kept(bound):
+    truth, broken, gained, splits, delta = synthetic(20_000, seed=99), 0, 0, 100, 0.1
+    full = truth.logits[-1].argmax(-1) == truth.labels
+    for seed in range(splits):
+        rows = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))[:600]
+        sample = truth.select(rows)
+        found = calibrate(sample, costs=COSTS, max_accuracy_drop=0.05, delta=delta, bound=bound, temperature=False)
+        early = truth.replay(found.policy).logits.argmax(-1) == truth.labels
+        drop = (full & ~early).float().mean() if bound == "harm" else full.float().mean() - early.float().mean()
+        broken, gained = broken + (drop.item() > 0.05), gained + (found.mean_cost < COSTS.backbone)
+    assert broken / splits <= delta + 3 * math.sqrt(delta * (1 - delta) / splits)
+    assert gained > splits / 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({}, "nothing is asked"),
+        ({"max_accuracy_drop": 0.01, "costs": Costs([1.0], [1.0])}, "costs are of 1 segments"),
+        ({"max_macs": 0.5}, "out of reach: the least is"),
+        ({"max_accuracy_drop": 0.0, "min_speedup": 3.9}, "out of reach within max_accuracy_drop=0"),
+        ({"min_speedup": 1.5, "delta": 0.1}, "needs a max_accuracy_drop"),
+        ({"max_accuracy_drop": 0.01, "delta": 0.05, "bound": "harm"}, "at least 598 are needed"),
+        ({"max_accuracy_drop": 1.5}, "from 0 to 1"),
+        ({"max_accuracy_drop": 0.01, "policy": "patience"}, "confidence, margin, entropy, not 'patience'"),
+    ],
+)
+def test_targets_that_cannot_be(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(synthetic(200), **{"costs": COSTS, **wanted})
