@@ -1,9 +1,13 @@
 import os
+import signal
 
 # nothing in the tests may reach a network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# a job in the background of a script starts with Ctrl-C ignored, and so would all that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 
