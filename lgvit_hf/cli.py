@@ -20,6 +20,11 @@ EXAMPLES = {
     "any other option is one of HighwayTrainingArguments, such as --bf16 true or --gradient-checkpointing true",
     "grow": "lgvit grow google/vit-base-patch16-224 photos/ early_vit --max-accuracy-drop 0.01",
     "evaluate": "lgvit evaluate runs/stage2 --data digits --policy confidence --threshold 0.8 --output results.json",
+    "benchmark": "lgvit benchmark runs/stage2 --data photos/ --batch-sizes 1 8 32 --cost-table costs.json",
+    "calibrate": "lgvit calibrate runs/stage2 --data photos/ --max-accuracy-drop 0.01 --delta 0.05 --plot curve.png\n"
+    "  lgvit calibrate runs/stage2 --data photos/ --max-latency 4 --cost-table costs.json --batch-size 8",
+    "sweep": "lgvit sweep runs/stage2 --data photos/ --output sweep --policy confidence --range 0.5 0.99 25\n"
+    "  lgvit sweep runs/stage2 --data photos/ --output patience --policy patience --values 1 2 3 4",
     "env": "lgvit env",
     "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/",
 }
@@ -61,18 +66,62 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", "accuracy, depth, MACs and wall-clock of a highway, exit by exit")
     evaluate.add_argument("checkpoint", help="folder or Hub id of a highway")
-    evaluate.add_argument(
-        "--data", help="digits, a folder of images, parquet files or a Hub id; its test split is used"
-    )
-    evaluate.add_argument("--policy", help="exit policy instead of the saved one")
-    evaluate.add_argument("--threshold", type=float, nargs="+", help="of the policy: one number, or one per exit")
-    evaluate.add_argument("--patience", type=int, help="of the patience policies")
-    evaluate.add_argument("--exit-index", type=int, help="of fixed, from 0")
-    evaluate.add_argument("--entropy-threshold", type=float, help="of confidence_entropy")
+    _add_data(evaluate, "test", "rows to report on")
+    _add_policy(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=64, help="default: 64")
     evaluate.add_argument("--timed-batch-sizes", type=int, nargs="+", default=[1, 32], help="default: 1 32")
     evaluate.add_argument("--output", help="JSON file for the figures")
+    evaluate.add_argument("--plots", help="folder for pictures: exits, cost, reliability, classes, confusion, gallery")
     evaluate.set_defaults(run=_evaluate, required=("data",))
+
+    benchmark = _command(commands, "benchmark", "wall-clock against the backbone and a static model of equal accuracy")
+    benchmark.add_argument("checkpoint", help="folder or Hub id of a highway")
+    _add_data(benchmark, "test", "what leaves depends on the images")
+    _add_policy(benchmark)
+    benchmark.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    benchmark.add_argument("--threads", type=int, help="of the processor (default: as PyTorch chooses)")
+    benchmark.add_argument("--repeats", type=int, default=3, help="timed rounds per batch (default: 3)")
+    benchmark.add_argument("--limit", type=int, default=256, help="images to time, drawn at random (default: 256)")
+    benchmark.add_argument("--table", help="table of exits on which accuracies are compared; written if not there")
+    benchmark.add_argument("--cost-table", help="JSON file for the measured times, for lgvit calibrate")
+    benchmark.add_argument("--output", help="JSON file for the figures")
+    benchmark.add_argument("--plot", help="PNG of the speed-ups")
+    benchmark.set_defaults(run=_benchmark, required=("data",))
+
+    calibrate = _command(commands, "calibrate", "choose temperatures, thresholds and exits, and write them down")
+    calibrate.add_argument("checkpoint", help="folder or Hub id of a highway")
+    _add_data(calibrate, "validation", "rows it was not trained on")
+    calibrate.add_argument("--policy", default="confidence", help="which built-in policy (default: confidence)")
+    calibrate.add_argument("--max-accuracy-drop", type=float, help="share of all rows, 0.01 for one point")
+    calibrate.add_argument("--min-speedup", type=float, help="cost of the plain model over the mean cost")
+    calibrate.add_argument("--max-macs", type=float, help="mean MACs of an image")
+    calibrate.add_argument("--max-latency", type=float, help="mean milliseconds of an image, by the cost table")
+    calibrate.add_argument("--delta", type=float, help="the drop holds with probability 1 - DELTA; needs more rows")
+    calibrate.add_argument(
+        "--bound", choices=("drop", "harm"), default="drop", help="what holds: the drop, or the harm without repairs"
+    )
+    calibrate.add_argument("--ignore-labels", action="store_true", help="judge by the full model's answers")
+    calibrate.add_argument("--cost-table", help="measured times to save instead of MACs: lgvit benchmark --cost-table")
+    calibrate.add_argument("--batch-size", type=int, default=1, help="at which the cost table is read (default: 1)")
+    calibrate.add_argument("--all-exits", action="store_true", help="switch no exit off")
+    calibrate.add_argument("--table", help="file of the table of exits: read if it is there, otherwise written")
+    calibrate.add_argument("--output", help="folder for a calibrated copy, instead of the checkpoint's own config")
+    calibrate.add_argument("--plot", help="PNG of accuracy against cost")
+    calibrate.set_defaults(run=_calibrate, required=("data",))
+
+    sweep = _command(commands, "sweep", "a policy at many thresholds: accuracy, depth, cost; goes on where it stopped")
+    sweep.add_argument("checkpoint", help="folder or Hub id of a highway")
+    _add_data(sweep, "test", "rows to report on")
+    sweep.add_argument("--output", help="folder for the table, the rows and a plot")
+    sweep.add_argument("--policy", default="confidence", help="which built-in policy (default: confidence)")
+    sweep.add_argument("--values", type=float, nargs="+", help="thresholds, or patiences, or exit indices of fixed")
+    sweep.add_argument(
+        "--range", type=float, nargs=3, metavar=("FROM", "TO", "STEPS"), help="that many values, evenly spaced"
+    )
+    sweep.add_argument("--patience", type=int, help="of patience_confidence")
+    sweep.add_argument("--entropy-threshold", type=float, help="of confidence_entropy")
+    sweep.add_argument("--timed-batch-sizes", type=int, nargs="+", default=[], help="also measure wall-clock at these")
+    sweep.set_defaults(run=_sweep, required=("data", "output"))
 
     convert = _command(commands, "convert", "turn another project's checkpoint into one of ours")
     convert.add_argument("--from", dest="source_format", choices=("lgvit",), default="lgvit", help="whose checkpoint")
@@ -97,6 +146,37 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file with these options; the command line overrides it")
     parser.set_defaults(required=())
     return parser
+
+
+def _add_policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--policy", help="exit policy instead of the saved one")
+    command.add_argument("--threshold", type=float, nargs="+", help="of the policy: one number, or one per exit")
+    command.add_argument("--patience", type=int, help="of the patience policies")
+    command.add_argument("--exit-index", type=int, help="of fixed, from 0")
+    command.add_argument("--entropy-threshold", type=float, help="of confidence_entropy")
+
+
+def _policy_of(options: argparse.Namespace) -> dict[str, Any] | None:
+    given = {name: getattr(options, name) for name in ("threshold", "patience", "exit_index", "entropy_threshold")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "threshold" in given and len(given["threshold"]) == 1:
+        given["threshold"] = given["threshold"][0]
+    if given and not options.policy:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --policy")
+    return {"name": options.policy, **given} if options.policy else None
+
+
+def _add_data(command: argparse.ArgumentParser, which: str, why: str) -> None:
+    command.add_argument("--data", help="digits, a folder of images, parquet files or a Hub id")
+    command.add_argument(
+        "--split", choices=("train", "validation", "test"), default=which, help=f"{why} (default: {which})"
+    )
+    command.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.15,
+        help="of the training rows, where the data have no such split; as in training (default: 0.15)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,35 +251,89 @@ def _grow(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import torch
-    from transformers.utils import logging
+    from .evaluation.report import as_table
+    from .evaluation.run import run_evaluate
 
-    from .data import ProcessedImages, load_images
-    from .evaluation.report import as_table, evaluate
-    from .files import write_json
-    from .models import open_model
-
-    given = {name: getattr(options, name) for name in ("threshold", "patience", "exit_index", "entropy_threshold")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "threshold" in given and len(given["threshold"]) == 1:
-        given["threshold"] = given["threshold"][0]
-    if given and not options.policy:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --policy")
-    splits = load_images(options.data)
-    model, processor = open_model(options.checkpoint, label_names=splits.label_names, must_be_highway=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if options.policy:
-        model.set_exit_policy(options.policy, **given)
-    report = evaluate(
-        model,
-        ProcessedImages(splits.test, processor),
+    report = run_evaluate(
+        options.checkpoint,
+        options.data,
+        policy=_policy_of(options),
+        output=options.output,
+        plots=options.plots,
+        which=options.split,
+        validation_share=options.validation_share,
         batch_size=options.batch_size,
         timed_batch_sizes=options.timed_batch_sizes,
-        progress=lambda batches: logging.tqdm(batches, desc="timing", leave=False),
     )
     print(as_table(report))
-    if options.output:
-        write_json(options.output, report)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from .evaluation.benchmark import as_text
+    from .evaluation.run import run_benchmark
+
+    report = run_benchmark(
+        options.checkpoint,
+        options.data,
+        policy=_policy_of(options),
+        output=options.output,
+        plot=options.plot,
+        cost_table=options.cost_table,
+        table_file=options.table,
+        which=options.split,
+        validation_share=options.validation_share,
+        threads=options.threads,
+        batch_sizes=options.batch_sizes,
+        repeats=options.repeats,
+        limit=options.limit,
+    )
+    print(as_text(report))
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from .evaluation.run import run_calibrate
+
+    names = ("policy", "max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta", "bound", "batch_size")
+    report = run_calibrate(
+        options.checkpoint,
+        options.data,
+        output=options.output,
+        plot=options.plot,
+        table_file=options.table,
+        cost_table=options.cost_table,
+        which=options.split,
+        validation_share=options.validation_share,
+        labels=not options.ignore_labels,
+        choose_exits=not options.all_exits,
+        **{name: getattr(options, name) for name in names},
+    )
+    print(report.as_text())
+    print(f"\nwritten to {options.output or options.checkpoint}: config.json, and calibration.json with the report")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from .evaluation.run import run_sweep, sweep_as_text
+
+    if (options.values is None) == (options.range is None):
+        raise ValueError("give either --values or --range FROM TO STEPS")
+    if options.values is None:
+        first, last, steps = options.range
+        if steps != int(steps) or steps < 2:
+            raise ValueError(f"--range: STEPS={steps:g} must be a whole number of at least 2")
+        options.values = [round(first + (last - first) * step / (steps - 1), 10) for step in range(int(steps))]
+    given = {name: getattr(options, name) for name in ("patience", "entropy_threshold")}
+    rows = run_sweep(
+        options.checkpoint,
+        options.data,
+        options.output,
+        policy={"name": options.policy, **{name: value for name, value in given.items() if value is not None}},
+        values=options.values,
+        which=options.split,
+        validation_share=options.validation_share,
+        timed_batch_sizes=options.timed_batch_sizes,
+    )
+    print(sweep_as_text(rows))
+    print(f"\nkept in {options.output}: sweep.jsonl, sweep.png, and table.safetensors for lgvit calibrate --table")
 
 
 def _convert(options: argparse.Namespace) -> None:

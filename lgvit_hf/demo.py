@@ -15,11 +15,10 @@ from transformers.utils import logging
 from .configuration import ViTHighwayConfig
 from .data import ProcessedImages, load_images, make_processor
 from .evaluation.calibration import best_threshold
-from .evaluation.costs import model_macs
-from .evaluation.metrics import summarise
 from .evaluation.plots import plot_report
-from .evaluation.report import as_table, evaluate, head_names
-from .evaluation.table import ExitTable, collect
+from .evaluation.report import as_table, evaluate
+from .evaluation.sweep import threshold_curve
+from .evaluation.table import collect
 from .files import replace_folder, write_json
 from .modeling_vit import ViTHighway
 from .training.run import train
@@ -122,7 +121,7 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
     model.save_pretrained(folder / "model")
     say(f"\nconfidence threshold {threshold:.3f}: the fastest of those that are right most often in validation")
     report = evaluate(model, test_set, progress=_progress)
-    curve = _threshold_curve(model, collect(model, test_set))
+    curve = threshold_curve(collect(model, test_set))
     plot_report(report, curve, folder / "highway.png")
     results = {
         "what": WHAT,
@@ -136,15 +135,6 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
     say("\non the test rows\n")
     say(as_table(report))
     return results
-
-
-def _threshold_curve(model: ViTHighway, table: ExitTable) -> list[dict[str, float]]:
-    costs, points = model_macs(model), []
-    for threshold in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999):
-        answers = table.replay({"name": "confidence", "threshold": threshold})
-        overall = summarise(table, answers, costs, head_names(model))["overall"]
-        points.append({"threshold": threshold, "accuracy": overall["accuracy"], "mean_macs": overall["mean_macs"]})
-    return points
 
 
 def _percent(shares: list[float]) -> str:

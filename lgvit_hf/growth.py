@@ -25,9 +25,9 @@ from transformers.utils.logging import tqdm
 from .data import ProcessedImages, class_names, load_unlabelled
 from .evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
 from .evaluation.costs import Costs, model_macs
-from .evaluation.metrics import summarise
 from .evaluation.plots import plot_report
-from .evaluation.report import as_table, evaluate, head_names
+from .evaluation.report import as_table, evaluate
+from .evaluation.sweep import threshold_curve
 from .evaluation.table import ExitTable
 from .files import replace_folder, write_json
 from .losses import check_labels
@@ -402,14 +402,8 @@ def _report(
     """What `lgvit evaluate` measures, on the held-out rows, against the full model's answers where labels are not."""
     target = logits[-1].argmax(-1) if labels is None else labels
     report = evaluate(model, _Labelled(items, rows, target), progress=partial(tqdm, desc="timing", leave=False))
-    table = ExitTable(logits, target, [*model.config.exit_positions, model.config.num_blocks])
-    macs, names = model_macs(model), head_names(model)
-    curve = []
-    for threshold in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 0.999):
-        answers = table.replay({"name": "confidence", "threshold": threshold})
-        overall = summarise(table, answers, macs, names)["overall"]
-        curve.append({"threshold": threshold, "accuracy": overall["accuracy"], "mean_macs": overall["mean_macs"]})
-    return {**report, "curve": curve}
+    table = ExitTable(logits, target, [*model.config.exit_positions, model.config.num_blocks], model_macs(model))
+    return {**report, "curve": threshold_curve(table)}
 
 
 def _save(

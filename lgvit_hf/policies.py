@@ -80,8 +80,20 @@ def _check_numbers(field_name: str, value: Numbers, *, positive: bool = False) -
 
 
 def _check_count(field_name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_count(value, 1):
         raise ValueError(f"exit_policy: {field_name}={value!r} must be an integer of at least 1")
+
+
+def _check_exits(value: Sequence[int] | None) -> None:
+    if value is None:
+        return
+    good = isinstance(value, Sequence) and not isinstance(value, str) and all(_is_count(number, 0) for number in value)
+    if not good or len(set(value)) < len(value):
+        raise ValueError(f"exit_policy: exits={value!r} is not a list of different exit indices, from 0")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _at(value: Numbers, exit_index: int, default: float) -> float:
@@ -109,10 +121,14 @@ class ExitPolicy:
 
     def skips(self, exit_index: int) -> bool:
         """Whether no row can leave at this exit and nothing is remembered of it: its head is then not run at all."""
-        return False
+        exits = getattr(self, "exits", None)
+        return exits is not None and exit_index not in exits
 
     def check(self, num_exits: int) -> None:
         """Raise `ValueError` where the parameters do not fit a highway of `num_exits` early exits."""
+        strange = [index for index in getattr(self, "exits", None) or () if index >= num_exits]
+        if strange:
+            raise ValueError(f"exit_policy: exits={list(self.exits)}: the model has {num_exits}, 0 to {num_exits - 1}")
         for name in ("threshold", "entropy_threshold", "temperature"):
             value = getattr(self, name, None)
             # a temperature may also be given for the final classifier, which has no threshold
@@ -141,7 +157,11 @@ class ExitPolicy:
         settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
         return {
             "name": self.name,
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
+            **{
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in settings.items()
+                if value is not None
+            },
         }
 
 
@@ -249,6 +269,11 @@ class ConfidenceEntropyPolicy(_ThresholdPolicy):
         super().__post_init__()
         _check_numbers("entropy_threshold", self.entropy_threshold)
 
+    def skips(self, exit_index: int) -> bool:
+        """No probability is above 1, no entropy below 0."""
+        never_sure = _at(self.threshold, exit_index, math.inf) >= 1
+        return never_sure or _at(self.entropy_threshold, exit_index, -math.inf) <= 0
+
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         probs = self.probabilities(logits, exit_index)
         score = probs.amax(-1)
@@ -265,6 +290,7 @@ class PatiencePolicy(ExitPolicy):
 
     Args:
         patience (`int`): How many agreeing exits in a row are enough.
+        exits (`list[int]`, *optional*): Which exits are asked, by index from 0; all by default.
 
     Example:
 
@@ -277,11 +303,13 @@ class PatiencePolicy(ExitPolicy):
     """
 
     patience: int
+    exits: Sequence[int] | None = field(default=None, kw_only=True)
 
     keeps_nan = True
 
     def __post_init__(self) -> None:
         _check_count("patience", self.patience)
+        _check_exits(self.exits)
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No label seen, nothing counted."""
@@ -303,6 +331,12 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
 
     The score of a row is the number of such exits.
 
+    Args:
+        threshold (`float` or list): In nats; one for all exits or one per exit.
+        patience (`int`): How many such exits in a row are enough.
+        exits (`list[int]`, *optional*): Which exits are asked, by index from 0; all by default.
+        temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
+
     Example:
 
         >>> policy = PatienceConfidencePolicy(threshold=0.5, patience=2)
@@ -313,10 +347,12 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
     """
 
     patience: int
+    exits: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_count("patience", self.patience)
+        _check_exits(self.exits)
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """Nothing counted."""
@@ -345,7 +381,7 @@ class FixedPolicy(ExitPolicy):
     exit_index: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.exit_index, int) or isinstance(self.exit_index, bool) or self.exit_index < 0:
+        if not _is_count(self.exit_index, 0):
             raise ValueError(f"exit_policy: exit_index={self.exit_index!r} must be an integer, from 0")
 
     def check(self, num_exits: int) -> None:

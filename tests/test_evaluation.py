@@ -99,7 +99,8 @@ def test_summary_by_hand():
     answers = table.replay({"name": "confidence", "threshold": 0.9})
     summary = summarise(table, answers, costs, ["linear", "mlp", "final"])
     macs = [10 + 1, 10 + 1 + 20 + 2, 10 + 1 + 20 + 2 + 40 + 3]
-    assert summary["exits"] == [
+    sure, unsure = 1 / (1 + math.exp(-5)), 1 / (1 + math.exp(-0.1))
+    expected = [
         {
             "position": position,
             "head": head,
@@ -107,15 +108,20 @@ def test_summary_by_hand():
             "share": rows / 4,
             "accuracy_leaving": leaving,
             "accuracy_all": accuracy,
+            "calibration_error_leaving": error_leaving,
+            "calibration_error_all": error_all,
             "macs": spent,
             "head_macs": head_macs,
         }
-        for position, head, rows, leaving, accuracy, spent, head_macs in [
-            (1, "linear", 2, 0.5, 0.75, macs[0], 1.0),
-            (2, "mlp", 1, 1.0, 1.0, macs[1], 2.0),
-            (4, "final", 1, 1.0, 0.75, macs[2], 3.0),
+        for position, head, rows, leaving, accuracy, error_leaving, error_all, spent, head_macs in [
+            (1, "linear", 2, 0.5, 0.75, sure - 0.5, (2 * (sure - 0.5) + 2 * (1 - unsure)) / 4, macs[0], 1.0),
+            (2, "mlp", 1, 1.0, 1.0, 1 - sure, (3 * (1 - sure) + 1 - unsure) / 4, macs[1], 2.0),
+            (4, "final", 1, 1.0, 0.75, 1 - sure, sure - 0.75, macs[2], 3.0),
         ]
     ]
+    assert len(summary["exits"]) == 3
+    for entry, figures in zip(summary["exits"], expected, strict=True):
+        assert entry == pytest.approx(figures, abs=1e-6)
     overall = summary["overall"]
     mean_macs = (2 * macs[0] + macs[1] + macs[2]) / 4
     expected = {

@@ -518,3 +518,59 @@ def test_any_callable_with_or_without_start():
 def test_what_is_no_policy_is_refused():
     with pytest.raises(ValueError, match="exit_policy: 3 is not callable"):
         build_policy(3, NUM_EXITS)
+
+
+# -- exits that are switched off -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exits", [[0, 2], [3], [1, 2, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "patience", "patience": 2},
+        {"name": "patience_confidence", "patience": 2, "threshold": 0.9},
+    ],
+)
+def test_patience_with_some_exits_is_as_if_the_others_were_not_there(settings, exits):
+    exit_logits = random_logits()
+    rows = State({"row": torch.arange(NUM_ROWS)})
+    segments, asked = stored(exit_logits), []
+    for index, segment in enumerate(segments):
+        answer = segment.answer
+        segments[index] = Segment(
+            segment.depth, (), lambda state, index=index, answer=answer: asked.append(index) or answer(state)
+        )
+    found = run_early(segments, rows, build_policy({**settings, "exits": exits}, NUM_EXITS))
+    fewer = run_early(stored(exit_logits[[*exits, NUM_EXITS]]), rows, build_policy(settings, len(exits)))
+    assert torch.equal(found.logits, fewer.logits) and torch.equal(found.exit_score, fewer.exit_score)
+    assert found.exit_index.tolist() == [[*exits, NUM_EXITS][index] for index in fewer.exit_index.tolist()]
+    assert set(asked) <= {*exits, NUM_EXITS}
+
+
+def test_exits_are_saved_where_there_are_some():
+    assert build_policy({"name": "patience", "patience": 2}, 4).to_dict() == {"name": "patience", "patience": 2}
+    settings = {"name": "patience", "patience": 2, "exits": [0, 3]}
+    assert build_policy(settings, 4).to_dict() == settings
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        ([0, 4], r"exits=\[0, 4\]: the model has 4, 0 to 3"),
+        ([0, 0], "not a list of different exit indices"),
+        ([-1], "not a list of different exit indices"),
+        ("01", "not a list of different exit indices"),
+        ([True], "not a list of different exit indices"),
+        (2, "not a list of different exit indices"),
+    ],
+)
+def test_exits_that_are_none(exits, message):
+    with pytest.raises(ValueError, match=message):
+        build_policy({"name": "patience", "patience": 1, "exits": exits}, 4)
+
+
+def test_confidence_entropy_skips_where_no_row_can_leave():
+    policy = build_policy(
+        {"name": "confidence_entropy", "threshold": [1.0, 0.5, 0.5], "entropy_threshold": [1.0, 0.0, 1.0]}, 3
+    )
+    assert [policy.skips(index) for index in range(3)] == [True, True, False]

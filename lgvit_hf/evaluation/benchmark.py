@@ -1,52 +1,44 @@
-"""Wall-clock of a highway against its own backbone, in one interleaved run."""
+"""Wall-clock of a highway against its own backbone, a static model and the ideal, in one interleaved run."""
 
 from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..data import stack
 from ..engine import run_early
-from ..policies import NeverPolicy
-from ..segments import State
+from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
+from ..segments import Segment, State
+from .costs import Costs, count_macs
+from .latency import (
+    CostTable,
+    PartTimes,
+    architecture,
+    cost_table,
+    device_name,
+    measured_sizes,
+    time_interleaved,
+    time_parts,
+)
+from .table import ExitTable, collect
 
-
-def time_interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times, in rounds so that a slow moment of the machine hits all alike.
-
-    The order within a round is shuffled (always in the same way), so that no run always finds another's warm caches.
-
-    Example:
-
-        >>> times = time_interleaved({"a": lambda: None, "b": lambda: None}, repeats=3, warm_up=1)
-        >>> len(times["a"])
-        3
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs.items()), random.Random(0).shuffle
-    for round_number in range(warm_up + repeats):
-        shuffle(order)
-        for name, run in order:
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            if round_number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+# relative: above the one a measurement is called noisy, above the other a prediction wrong
+_NOISY, _WRONG = 0.25, 0.1
+_PERCENTILES = (50, 95, 99)
 
 
 @torch.no_grad()
@@ -88,3 +80,494 @@ def wall_clock_speed_up(
         "backbone_seconds": total["backbone"],
         "wall_clock_speed_up": total["backbone"] / total["early_exit"],
     }
+
+
+@torch.no_grad()
+def benchmark(
+    model: PreTrainedModel,
+    images: Dataset | Tensor,
+    *,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    repeats: int = 3,
+    limit: int = 256,
+    table: ExitTable | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, Any]:
+    """Time a highway under its policy against what else could be run, and say what each part of it costs.
+
+    Batches of all sizes come in one shuffled run. Each is run in turn by the highway, by the head-free backbone, by
+    the static model of equal accuracy (the shallowest exit that is as accurate on all rows as the highway), and part
+    by part, which gives the cost table. The ideal is the time of the blocks and heads that each row really runs, a
+    row's being its share of the whole batch's.
+
+    Args:
+        model (`PreTrainedModel`): A highway; run in `eval()` mode on its device, with the threads that are set.
+        images (`Dataset` or `Tensor`):
+            Items `pixel_values` and perhaps `labels`, or pixels `[N, C, H, W]`. Real images: what leaves depends on
+            them. Without labels, the full model's answers stand for them.
+        batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8, 32)`): Timed; only full batches are.
+        repeats (`int`, *optional*, defaults to 3): Timed rounds per batch.
+        limit (`int`, *optional*, defaults to 256): At most that many images, drawn at random, always the same.
+        table (`ExitTable`, *optional*): On which accuracies are compared; by default of the images that are timed.
+        progress (callable, *optional*): Wraps the batches, to show progress.
+
+    Returns:
+        A dict that JSON takes.
+
+        - `batches`, one for each batch size, times in milliseconds of a batch: `early_exit`, `backbone` and `static`
+          (`None` where no exit is as accurate) with p50, p95 and p99 of all runs as they were, and a mean of the
+          batches' medians, each in relation to the backbone's at the same moment, by which speed-ups are counted;
+          wall-clock speed-ups against the backbone beside the ratio of blocks; the ideal; the cost table's prediction.
+        - `exits`: where rows leave, and the latency of single images that leave there, if batch size 1 is timed.
+        - `accuracy`, `memory`, `parameters`, the `profile` of each block and head, `environment`, and the
+          `cost_table`, which `CostTable(**cost_table)` takes.
+
+    Raises:
+        ValueError: A batch size is below 1 or above the number of images.
+
+    Example:
+
+        >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+        >>> config = ViTHighwayConfig(image_size=32, num_hidden_layers=3, hidden_size=24, intermediate_size=24)
+        >>> report = benchmark(ViTHighway(config), torch.zeros(2, 3, 32, 32), batch_sizes=[2], repeats=1)
+        >>> report["batches"][0]["batch_size"], sorted(report["batches"][0]["early_exit"])
+        (2, ['images_per_second', 'mean_ms', 'p50_ms', 'p95_ms', 'p99_ms'])
+    """
+    items = _random_items(images, limit)
+    sizes = measured_sizes(batch_sizes, len(items))
+    was_training = model.training
+    model.eval()
+    segments, policy = model.segments(), model.exit_policy
+    table = table or collect(model, items, batch_size=sizes[-1])
+    accuracy = _accuracy(table, policy)
+    policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
+    if accuracy["static_exit"] is not None:
+        policies["static"] = FixedPolicy(accuracy["static_exit"])
+    pixels = stack(items)["pixel_values"].to(model.device, model.dtype)
+    timings = _time_all(segments, policies, pixels, sizes, set(batch_sizes), repeats, progress)
+    costs = cost_table(model, {size: timing.steady_walks() for size, timing in timings.items()})
+    asked = [index for index in range(len(segments) - 1) if not policy.skips(index)]
+    depths = [segment.depth for segment in segments]
+    heads = [*model.config.exit_types, *([] if model.config.truncated else ["final"])]
+    profile = _profile(model, segments, heads, pixels[:1], {size: timings[size] for size in (1, sizes[-1])})
+    report = {
+        "environment": _environment(model, policy, repeats, len(items)),
+        "accuracy": accuracy,
+        "batches": [_of_batches(size, timings[size], depths, costs, asked) for size in sorted(set(batch_sizes))],
+        "exits": _of_exits(depths, heads, timings[min(batch_sizes)]),
+        "memory": _memory(segments, policies, pixels[: sizes[-1]]),
+        "parameters": _parameters(model, profile),
+        "profile": profile,
+        "cost_table": costs.to_dict(),
+    }
+    model.train(was_training)
+    return report
+
+
+def _random_items(images: Dataset | Tensor, limit: int) -> list[dict[str, Any]]:
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
+    if isinstance(images, Tensor):
+        return [{"pixel_values": images[index]} for index in chosen]
+    return [images[index] for index in chosen]
+
+
+def _accuracy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
+    """Of the highway and of each exit alone, on all rows of a table; and the first exit as accurate as the highway."""
+    exits = table.accuracies()
+    highway = (table.replay(policy).logits.argmax(-1) == table.labels).float().mean().item()
+    static = next((index for index, accuracy in enumerate(exits[:-1]) if accuracy >= highway), None)
+    # where the full model is never wrong, its answers stand for the labels, or might as well
+    against = "full model" if torch.equal(table.labels, table.logits[-1].argmax(-1)) else "labels"
+    return {
+        "against": against,
+        "rows": len(table),
+        "early_exit": highway,
+        "full_model": exits[-1],
+        "exits": exits,
+        "static_exit": static,
+    }
+
+
+# -- timing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Timing:
+    """What was timed at one batch size: seconds `[batch][repeat]` of each run, walks likewise, and where rows left.
+
+    The backbone does the same work for every batch: where it took longer than usual the machine was slow, and what ran
+    beside it is brought back to the usual pace.
+    """
+
+    size: int
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    walks: list[list[PartTimes]] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+
+    @property
+    def paces(self) -> list[float]:
+        """The backbone's usual seconds over those it took beside each batch."""
+        beside = [statistics.median(repeats) for repeats in self.seconds["backbone"]]
+        return [statistics.median(beside) / seconds for seconds in beside]
+
+    def of_batches(self, name: str) -> list[float]:
+        """Seconds of each batch, at the usual pace."""
+        medians = [statistics.median(repeats) for repeats in self.seconds[name]]
+        return [seconds * pace for seconds, pace in zip(medians, self.paces, strict=True)]
+
+    def steady_walks(self) -> list[PartTimes]:
+        """All walks, at the usual pace."""
+        return [walk.scaled(pace) for walks, pace in zip(self.walks, self.paces, strict=True) for walk in walks]
+
+    @property
+    def noise(self) -> float:
+        """How far the middle half of the backbone's times spreads, relative: it does the same work for every batch."""
+        low, middle, high = np.percentile(self.seconds["backbone"], (25, 50, 75)).tolist()
+        return (high - low) / middle
+
+
+def _time_all(
+    segments: Sequence[Segment],
+    policies: dict[str, ExitPolicy],
+    pixels: Tensor,
+    sizes: Sequence[int],
+    run_sizes: set[int],
+    repeats: int,
+    progress: Callable[[Iterable], Iterable],
+) -> dict[int, _Timing]:
+    """Time the parts and the backbone on batches of all `sizes`, and every policy where it is one of `run_sizes`."""
+    jobs = [(size, batch) for size in sizes for batch in pixels.split(size) if len(batch) == size]
+    random.Random(0).shuffle(jobs)
+    timings = {size: _Timing(size) for size in sizes}
+    for size, batch in progress(jobs):
+        timing, state, walks = timings[size], State({"pixel_values": batch}), []
+        names = policies if size in run_sizes else ["backbone"]
+        runs = {name: partial(run_early, segments, state, policies[name]) for name in names}
+        walk = partial(time_parts, segments, state, policies["early_exit"])
+        seconds = time_interleaved(
+            {**runs, "parts": lambda walk=walk, walks=walks: walks.append(walk())}, repeats=repeats, warm_up=1
+        )
+        for name in names:
+            timing.seconds.setdefault(name, []).append(seconds[name])
+        timing.walks.append(walks[1:])
+        if size in run_sizes:
+            timing.left.append(runs["early_exit"]().exit_index.cpu())
+    return timings
+
+
+def _of_batches(size: int, timing: _Timing, depths: list[int], table: CostTable, asked: list[int]) -> dict[str, Any]:
+    """Everything about one batch size; times are in milliseconds and of a batch."""
+    runs = {name: _latency(timing, name) for name in timing.seconds}
+    early, backbone = runs["early_exit"]["mean_ms"], runs["backbone"]["mean_ms"]
+    static = runs.get("static")
+    left = torch.cat(timing.left)
+    shares = (torch.bincount(left, minlength=len(depths)).double() / len(left)).tolist()
+    costs = table.at(size)
+    ideal, predicted = size * costs.mean(shares, asked), size * table.mean_latency(shares, asked, size)
+    return {
+        "batch_size": size,
+        "num_batches": len(timing.left),
+        **runs,
+        "static": static,
+        "ideal_ms": ideal,
+        "predicted_ms": predicted,
+        "layer_speed_up": depths[-1] * len(left) / sum(depths[index] for index in left.tolist()),
+        "wall_clock_speed_up": backbone / early,
+        "static_speed_up": static and backbone / static["mean_ms"],
+        "ideal_speed_up": backbone / ideal,
+        "realised_over_ideal": ideal / early,
+        "predicted_over_measured": predicted / early,
+        **_where_time_goes(costs, shares, asked),
+        "noise": timing.noise,
+    }
+
+
+def _latency(timing: _Timing, name: str) -> dict[str, float]:
+    mean = 1e3 * statistics.mean(timing.of_batches(name))
+    return {**_percentiles(timing.seconds[name]), "mean_ms": mean, "images_per_second": 1e3 * timing.size / mean}
+
+
+def _percentiles(seconds: list[list[float]]) -> dict[str, float | None]:
+    return {
+        f"p{percent}_ms": 1e3 * float(np.percentile(seconds, percent)) if seconds else None for percent in _PERCENTILES
+    }
+
+
+def _where_time_goes(costs: Costs, shares: list[float], asked: list[int]) -> dict[str, float]:
+    """Of the backbone's time: what is saved in blocks and the final classifier, and what asking the heads adds."""
+    run = sum(share * sum(costs.trunks[: index + 1]) for index, share in enumerate(shares))
+    run += shares[-1] * costs.heads[-1]
+    return {
+        "saved_share": 1 - run / costs.backbone,
+        "heads_share": (costs.mean(shares, asked) - run) / costs.backbone,
+    }
+
+
+def _of_exits(depths: list[int], heads: list[str], timing: _Timing) -> list[dict[str, Any]]:
+    """Rows that leave at each exit; of single images, the latency too."""
+    left = torch.cat(timing.left).tolist()
+    single = timing.seconds["early_exit"] if timing.size == 1 else []
+    exits = []
+    for index, (depth, head) in enumerate(zip(depths, heads, strict=True)):
+        here = {"exit_index": index, "depth": depth, "head": head, "rows": left.count(index)}
+        exits.append({**here, **_percentiles([single[row] for row in range(len(single)) if left[row] == index])})
+    return exits
+
+
+# -- what it is made of ----------------------------------------------------------------------------------------
+
+
+def _profile(
+    model: PreTrainedModel, segments: Sequence[Segment], heads: list[str], image: Tensor, timings: dict[int, _Timing]
+) -> list[dict[str, Any]]:
+    """Depth, MACs, parameters and milliseconds of the stem, each block and each head, in the order they are run."""
+    state, rows = State({"pixel_values": image}), []
+    for index, (segment, head) in enumerate(zip(segments, heads, strict=True)):
+        first = segment.depth - len(segment.blocks) + 1
+        for number, block in enumerate(segment.blocks):
+            macs = count_macs([Segment(first + number, (block,), lambda state: None)], state).trunks[0]
+            state, parameters = _parameters_called(model, partial(block, state))
+            ms = _medians_ms(timings, lambda walk, index=index, number=number: walk.blocks[index][number])
+            part = "block" if first + number else "stem"
+            rows.append({"part": part, "depth": first + number, "macs": macs, "parameters": parameters, "ms": ms})
+        macs = count_macs([Segment(segment.depth, (), segment.answer)], state).heads[0]
+        _, parameters = _parameters_called(model, partial(segment.answer, state))
+        ms = _medians_ms(timings, lambda walk, index=index: walk.heads[index])
+        part = head if head == "final" else f"exit {index}, {head}"
+        rows.append({"part": part, "depth": segment.depth, "macs": macs, "parameters": parameters, "ms": ms})
+    return rows
+
+
+def _medians_ms(timings: dict[int, _Timing], part: Callable[[PartTimes], float]) -> dict[str, float]:
+    return {str(size): 1e3 * statistics.median(map(part, timing.steady_walks())) for size, timing in timings.items()}
+
+
+def _parameters_called(model: PreTrainedModel, run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a run gives, and how many parameters the modules have that it calls."""
+    called = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
+    try:
+        result = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own = {parameter for module in called for parameter in module.parameters(recurse=False)}
+    return result, sum(parameter.numel() for parameter in own)
+
+
+def _parameters(model: PreTrainedModel, profile: list[dict[str, Any]]) -> dict[str, Any]:
+    def of(*parts: str) -> int:
+        return sum(row["parameters"] for row in profile if row["part"] in parts)
+
+    heads = [row["parameters"] for row in profile if row["part"].startswith("exit")]
+    return {
+        "stem": of("stem"),
+        "blocks": of("block"),
+        "final": of("final"),
+        "heads": heads,
+        "total": model.num_parameters(),
+    }
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Follows how many bytes of tensors that were made under it are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: weakref.WeakSet = weakref.WeakSet()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # views and changes in place give storages that were there before
+        self.known.update(_storages((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result).difference(self.known):
+            self.known.add(storage)
+            weakref.finalize(storage, self._add, -storage.nbytes())
+            self._add(storage.nbytes())
+        return result
+
+    def _add(self, num_bytes: int) -> None:
+        self.bytes += num_bytes
+        self.peak = max(self.peak, self.bytes)
+
+
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes at a time that a run takes for tensors, beyond those that were there before.
+
+    On CUDA as the allocator counts them, scratch space inside operations included; elsewhere that is not seen.
+
+    Example:
+
+        >>> peak_memory(lambda: (torch.zeros(10) + 1).sum(), torch.device("cpu"))
+        80
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as live:
+        run()
+    return live.peak
+
+
+def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels: Tensor) -> dict[str, Any]:
+    state = State({"pixel_values": pixels})
+    peaks = {
+        f"{name}_bytes": peak_memory(partial(run_early, segments, state, policies[name]), pixels.device)
+        for name in ("early_exit", "backbone")
+    }
+    what = "peak of the tensors alive in a run, weights and images not counted"
+    return {"what": what, "batch_size": len(pixels), **peaks}
+
+
+def _environment(model: PreTrainedModel, policy: ExitPolicy, repeats: int, num_images: int) -> dict[str, Any]:
+    return {
+        "model": architecture(model),
+        "policy": policy.to_dict(),
+        "image_size": model.config.image_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "images": num_images,
+        "repeats": repeats,
+    }
+
+
+# -- in words --------------------------------------------------------------------------------------------------
+
+
+def verdict(report: dict[str, Any]) -> list[str]:
+    """What a report of `benchmark` comes to, a sentence each: where early exit loses, to what, and what it gains.
+
+    Args:
+        report (`dict`): As `benchmark` gives it.
+    """
+    lines = [line for entry in report["batches"] for line in _verdict_on(entry, report)]
+    return [_verdict_on_accuracy(report), *lines]
+
+
+def _verdict_on_accuracy(report: dict[str, Any]) -> str:
+    accuracy = report["accuracy"]
+    if accuracy["against"] == "labels":
+        return (
+            f"of {accuracy['rows']} images early exit answers {accuracy['early_exit']:.1%} rightly, the full model "
+            f"{accuracy['full_model']:.1%}"
+        )
+    return f"early exit agrees with the full model on {accuracy['early_exit']:.1%} of {accuracy['rows']} images"
+
+
+def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    where, speed_up = f"at batch size {entry['batch_size']}", entry["wall_clock_speed_up"]
+    if speed_up < 1:
+        lines = [f"{where} early exit is slower than the backbone: {speed_up:.2f}x, because {_reason(entry)}"]
+    else:
+        lines = [
+            f"{where} early exit is {speed_up:.2f}x as fast as the backbone ({entry['layer_speed_up']:.2f}x by blocks "
+            f"run), {entry['realised_over_ideal']:.0%} of the ideal"
+        ]
+    if entry["static"] is not None and entry["static_speed_up"] > speed_up:
+        index = report["accuracy"]["static_exit"]
+        depth, accuracy = report["exits"][index]["depth"], report["accuracy"]["exits"][index]
+        lines.append(
+            f"{where} the static model that ends at exit {index}, depth {depth}, is faster and no less accurate: "
+            f"{entry['static_speed_up']:.2f}x, accuracy {accuracy:.1%}"
+        )
+    if entry["noise"] > _NOISY:
+        lines.append(
+            f"{where} the machine was too busy to trust this: the middle half of the backbone's times spreads over "
+            f"{entry['noise']:.0%} of their median"
+        )
+    elif abs(entry["predicted_over_measured"] - 1) > _WRONG:
+        lines.append(
+            f"{where} the cost table does not hold: it predicts {entry['predicted_ms']:.2f} ms, and "
+            f"{entry['early_exit']['mean_ms']:.2f} ms were measured"
+        )
+    return lines
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    saved, heads = entry["saved_share"], entry["heads_share"]
+    if heads >= saved:
+        return f"asking the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
+    return (
+        f"fewer rows do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
+        "row cost its share of the whole batch"
+    )
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report of `benchmark` as tables for a terminal, and its verdict."""
+    parts = (_batches_text, _exits_text, _profile_text, _sizes_text, lambda report: "\n".join(verdict(report)))
+    return "\n\n".join([_environment_text(report), *(part(report) for part in parts)])
+
+
+def _environment_text(report: dict[str, Any]) -> str:
+    about = report["environment"]
+    policy = ", ".join(f"{key} {value}" for key, value in about["policy"].items() if key != "name")
+    return (
+        f"{about['model']}\npolicy {about['policy']['name']}{': ' if policy else ''}{policy}\n"
+        f"{about['device']}, threads: {about['threads']}; torch {about['torch']}, transformers "
+        f"{about['transformers']}; {about['images']} images, {about['repeats']} runs each, in turn"
+    )
+
+
+def _batches_text(report: dict[str, Any]) -> str:
+    lines = ["batch size  run             p50 ms    p95 ms    p99 ms   mean ms  images/s  wall-clock  by blocks run"]
+    depths, static = [exit["depth"] for exit in report["exits"]], report["accuracy"]["static_exit"]
+    for entry in report["batches"]:
+        rows = [
+            ("early exit", entry["early_exit"], entry["wall_clock_speed_up"], f"{entry['layer_speed_up']:.2f}x"),
+            ("- ideal", {"mean_ms": entry["ideal_ms"]}, entry["ideal_speed_up"], ""),
+            ("- predicted", {"mean_ms": entry["predicted_ms"]}, None, ""),
+            ("backbone", entry["backbone"], 1.0, "1.00x"),
+        ]
+        if entry["static"] is not None:
+            layers = f"{depths[-1] / depths[static]:.2f}x"
+            rows.append((f"exit {static} alone", entry["static"], entry["static_speed_up"], layers))
+        for number, (name, times, speed_up, layers) in enumerate(rows):
+            size = "" if number else entry["batch_size"]
+            numbers = "".join(_cell(times.get(key), 10) for key in ("p50_ms", "p95_ms", "p99_ms", "mean_ms"))
+            wall_clock = "" if speed_up is None else f"{speed_up:.2f}x"
+            images = "" if "images_per_second" not in times else f"{times['images_per_second']:.1f}"
+            lines.append(f"{size:>10}  {name:12}{numbers}{images:>10}{wall_clock:>12}{layers:>15}".rstrip())
+    return "\n".join(lines)
+
+
+def _exits_text(report: dict[str, Any]) -> str:
+    lines = ["exit  depth  head            rows    p50 ms    p95 ms    p99 ms   (images one at a time)"]
+    for exit in report["exits"]:
+        numbers = "".join(_cell(exit[key], 10) for key in ("p50_ms", "p95_ms", "p99_ms"))
+        lines.append(f"{exit['exit_index']:4}  {exit['depth']:5}  {exit['head']:14}{exit['rows']:6}{numbers}")
+    return "\n".join(lines)
+
+
+def _profile_text(report: dict[str, Any]) -> str:
+    sizes = list(report["profile"][0]["ms"])
+    lines = [f"{'part':23}depth     MMACs   parameters" + "".join(f"  ms, batch {size:>4}" for size in sizes)]
+    for row in report["profile"]:
+        times = "".join(_cell(row["ms"][size], 16, 3) for size in sizes)
+        lines.append(f"{row['part']:22}{row['depth']:6}{row['macs'] / 1e6:10.2f}{row['parameters']:13,}{times}")
+    return "\n".join(lines)
+
+
+def _sizes_text(report: dict[str, Any]) -> str:
+    memory, parameters = report["memory"], report["parameters"]
+    return (
+        f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
+        f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
+        f"memory      early exit {memory['early_exit_bytes'] / 1e6:.1f} MB, backbone "
+        f"{memory['backbone_bytes'] / 1e6:.1f} MB at batch size {memory['batch_size']} ({memory['what']})"
+    )
+
+
+def _cell(value: float | None, width: int, digits: int = 2) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"

@@ -47,6 +47,16 @@ class Costs:
         passed = range(exit_index) if asked is None else [index for index in asked if index < exit_index]
         return sum(self.trunks[: exit_index + 1]) + sum(self.heads[index] for index in passed) + self.heads[exit_index]
 
+    def mean(self, shares: Sequence[float], asked: Sequence[int] | None = None) -> float:
+        """Mean cost of a row when `shares[e]` of the rows leave at exit `e`.
+
+        Example:
+
+            >>> Costs(trunks=[4.0, 8.0], heads=[1.0, 0.5]).mean([0.5, 0.5])
+            9.25
+        """
+        return sum(share * self.of_exit(index, asked) for index, share in enumerate(shares))
+
 
 @torch.no_grad()
 def count_macs(segments: Sequence[Segment], state: State) -> Costs:

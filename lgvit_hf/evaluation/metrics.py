@@ -1,11 +1,18 @@
-"""What a policy does to a table: accuracy, where rows leave, depth and cost. Plain numbers in plain dicts."""
+"""What a policy does to a table: accuracy, calibration, where rows leave, depth and cost. Plain numbers in dicts.
+
+What is undefined, such as the accuracy of no rows, is `None`; no figure is NaN or infinite, so that all of it is JSON.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..engine import Answers
-from ..policies import ExitPolicy
+from ..policies import ExitPolicy, probabilities
 from .costs import Costs
 from .table import ExitTable
 
@@ -25,10 +32,12 @@ def summarise(
         answers (`Answers`): Of a policy, on the same rows, from `table.replay` or from the model.
         costs (`Costs`): In MACs.
         head_names (`list[str]`): Of each classifier, the last included.
-        policy (`ExitPolicy`, *optional*): Which heads it skips; all are counted by default.
+        policy (`ExitPolicy`, *optional*):
+            Which heads it skips, and its temperature; by default all heads are counted, and the temperature is 1.
 
     Returns:
-        `{"exits": [...], "overall": {...}}`; accuracies are shares in [0, 1], `None` where no row leaves.
+        `{"exits": [...], "overall": {...}}`; accuracies and calibration errors are shares in [0, 1], `None` where no
+        row leaves.
 
     Example:
 
@@ -43,6 +52,7 @@ def summarise(
     right = answers.logits.argmax(-1) == table.labels
     exits, total = [], len(table)
     asked = [index for index in range(len(table.depths)) if policy is None or not policy.skips(index)]
+    diagrams = reliability_by_exit(table, answers, policy)
     for index, (depth, accuracy, head) in enumerate(zip(table.depths, table.accuracies(), head_names, strict=True)):
         here = answers.exit_index == index
         rows = int(here.sum())
@@ -54,6 +64,8 @@ def summarise(
                 "share": rows / total,
                 "accuracy_leaving": right[here].float().mean().item() if rows else None,
                 "accuracy_all": accuracy,
+                "calibration_error_leaving": _calibration_error(diagrams[index]["reliability_leaving"]),
+                "calibration_error_all": _calibration_error(diagrams[index]["reliability_all"]),
                 "macs": costs.of_exit(index, asked),
                 "head_macs": costs.heads[index],
             }
@@ -70,3 +82,191 @@ def summarise(
         "macs_speed_up": costs.backbone / mean_macs,
     }
     return {"exits": exits, "overall": overall}
+
+
+def confusion_matrix(answers: Answers, labels: Tensor, num_classes: int) -> list[list[int]]:
+    """How many rows of each class (first index) were answered as each class (second index).
+
+    Args:
+        answers (`Answers`): Of `N` rows.
+        labels (`Tensor`): `[N]` int64, their classes.
+        num_classes (`int`): `C`.
+
+    Returns:
+        `[C][C]` counts.
+
+    Raises:
+        ValueError: A label or an answer is no class from 0 to `num_classes - 1`.
+
+    Example:
+
+        >>> answers = Answers.of(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), 0, 4, torch.ones(3))
+        >>> confusion_matrix(answers, torch.tensor([0, 0, 1]), num_classes=2)
+        [[1, 1], [0, 1]]
+    """
+    answered = answers.logits.argmax(-1)
+    for name, classes in (("labels", labels), ("answers", answered)):
+        strange = classes[(classes < 0) | (classes >= num_classes)]
+        if len(strange):
+            raise ValueError(f"{name}: class {strange[0]} is not one of the {num_classes} classes, from 0")
+    counts = torch.bincount(labels * num_classes + answered, minlength=num_classes**2)
+    return counts.view(num_classes, num_classes).tolist()
+
+
+def per_class(
+    answers: Answers, labels: Tensor, num_blocks: int, class_names: Sequence[str]
+) -> list[dict[str, str | int | float | None]]:
+    """Figures of each class under a policy: which are answered early, and which pay for it.
+
+    Args:
+        answers (`Answers`): Of `N` rows.
+        labels (`Tensor`): `[N]` int64, their classes.
+        num_blocks (`int`): Of the full model; an answer from fewer blocks is early.
+        class_names (`Sequence[str]`): Of all `C` classes, in the order of their numbers.
+
+    Returns:
+        For each class `name`, `rows`, `accuracy` (the share of its rows that are answered rightly: its recall),
+        `precision` (the share of the answers naming it that are right), `mean_depth` and `early_share` of its rows.
+        What there is nothing to take a share of is `None`.
+
+    Raises:
+        ValueError: A label or an answer has no name.
+
+    Example:
+
+        >>> answers = Answers.of(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), 0, 4, torch.ones(3))
+        >>> cat, dog = per_class(answers, torch.tensor([0, 0, 1]), num_blocks=12, class_names=["cat", "dog"])
+        >>> cat
+        {'name': 'cat', 'rows': 2, 'accuracy': 0.5, 'precision': 1.0, 'mean_depth': 4.0, 'early_share': 1.0}
+        >>> dog["accuracy"], dog["precision"]
+        (1.0, 0.5)
+    """
+    matrix = confusion_matrix(answers, labels, len(class_names))
+    answered = [sum(column) for column in zip(*matrix, strict=True)]
+    blocks = _sums(answers.exit_layer, labels, len(class_names))
+    early = _sums(answers.exit_layer < num_blocks, labels, len(class_names))
+    return [
+        {
+            "name": name,
+            "rows": sum(counts),
+            "accuracy": _ratio(counts[number], sum(counts)),
+            "precision": _ratio(counts[number], answered[number]),
+            "mean_depth": _ratio(blocks[number], sum(counts)),
+            "early_share": _ratio(early[number], sum(counts)),
+        }
+        for number, (name, counts) in enumerate(zip(class_names, matrix, strict=True))
+    ]
+
+
+def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[dict[str, int | float | None]]:
+    """The bins of a reliability diagram (https://arxiv.org/abs/1706.04599), in order; all have the width `1 / bins`.
+
+    Args:
+        confidence (`Tensor`): `[N]`, the probability of each row's answer; NaN counts as 0.
+        right (`Tensor`): `[N]` bool, whether that answer is right.
+        bins (`int`, *optional*, defaults to 15): Open below, closed above.
+
+    Returns:
+        For each bin `rows`, and their mean `confidence` and `accuracy`, `None` without rows.
+
+    Example:
+
+        >>> reliability(torch.tensor([0.75, 1.0, 0.25]), torch.tensor([True, False, False]), bins=2)
+        [{'rows': 1, 'confidence': 0.25, 'accuracy': 0.0}, {'rows': 2, 'confidence': 0.875, 'accuracy': 0.5}]
+    """
+    confidence = confidence.double().nan_to_num(0.0)
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    rows = torch.bincount(bin_of, minlength=bins).tolist()
+    sums = zip(rows, _sums(confidence, bin_of, bins), _sums(right, bin_of, bins), strict=True)
+    return [
+        {"rows": count, "confidence": _ratio(mass, count), "accuracy": _ratio(hits, count)}
+        for count, mass, hits in sums
+    ]
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over bins of equal width (https://arxiv.org/abs/1706.04599).
+
+    Args:
+        logits (`Tensor`): `[N, C]`, already divided by a temperature if there is one.
+        labels (`Tensor`): `[N]` int64.
+        bins (`int`, *optional*, defaults to 15): Open below, closed above.
+
+    Raises:
+        ValueError: There are no rows.
+
+    Example:
+
+        >>> logits = torch.tensor([[9.0, 0.0]] * 4)
+        >>> round(expected_calibration_error(logits, torch.tensor([0, 0, 0, 1])), 2)
+        0.25
+    """
+    error = _calibration_error(_diagram(logits, labels, 1.0, bins))
+    if error is None:
+        raise ValueError("logits: no rows have no calibration error; give at least one")
+    return error
+
+
+def reliability_by_exit(
+    table: ExitTable, answers: Answers, policy: ExitPolicy | None = None, bins: int = 15
+) -> list[dict[str, Any]]:
+    """The reliability diagrams of each exit, of all rows and of those that leave there.
+
+    The two differ by selection: an exit can be well calibrated on all rows, and too sure on those it lets go.
+
+    Args:
+        table (`ExitTable`): Logits and labels.
+        answers (`Answers`): Of a policy, on the same rows, from `table.replay` or from the model.
+        policy (`ExitPolicy`, *optional*): Whose temperature, if it has one, divides the logits.
+        bins (`int`, *optional*, defaults to 15): Of each diagram.
+
+    Returns:
+        For each exit its `position`, and `reliability_all` and `reliability_leaving` as of `reliability`.
+
+    Example:
+
+        >>> logits = torch.tensor([[[9.0, 0.0], [0.0, 0.1]], [[0.0, 9.0], [0.0, 9.0]]])
+        >>> table = ExitTable(logits, labels=torch.tensor([0, 1]), depths=[1, 2])
+        >>> first, final = reliability_by_exit(table, table.replay({"name": "confidence", "threshold": 0.9}), bins=2)
+        >>> [bin["rows"] for bin in first["reliability_all"]], [bin["rows"] for bin in first["reliability_leaving"]]
+        ([0, 2], [0, 1])
+    """
+    diagrams = []
+    for index, depth in enumerate(table.depths):
+        temperature, here = _temperature(policy, index), answers.exit_index == index
+        diagrams.append(
+            {
+                "position": depth,
+                "reliability_all": _diagram(table.logits[index], table.labels, temperature, bins),
+                "reliability_leaving": _diagram(answers.logits[here], table.labels[here], temperature, bins),
+            }
+        )
+    return diagrams
+
+
+def _diagram(logits: Tensor, labels: Tensor, temperature: float, bins: int) -> list[dict[str, int | float | None]]:
+    confidence, answered = probabilities(logits, temperature).max(-1)
+    return reliability(confidence, answered == labels, bins)
+
+
+def _calibration_error(diagram: list[dict[str, int | float | None]]) -> float | None:
+    rows = sum(bin["rows"] for bin in diagram)
+    gaps = sum(bin["rows"] * abs(bin["confidence"] - bin["accuracy"]) for bin in diagram if bin["rows"])
+    return _ratio(gaps, rows)
+
+
+def _temperature(policy: ExitPolicy | None, exit_index: int) -> float:
+    """Of one exit; a list may leave out the final classifier."""
+    temperature = getattr(policy, "temperature", 1.0)
+    if isinstance(temperature, (int, float)):
+        return temperature
+    return temperature[exit_index] if exit_index < len(temperature) else 1.0
+
+
+def _sums(values: Tensor, groups: Tensor, num_groups: int) -> list[float]:
+    """Of the values `[N]` in each group, `groups` `[N]` int64."""
+    return torch.bincount(groups, weights=values.double(), minlength=num_groups).tolist()
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

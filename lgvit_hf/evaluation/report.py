@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from ..data import stack
 from ..engine import Answers
 from .benchmark import wall_clock_speed_up
-from .costs import model_macs
-from .metrics import summarise
-from .table import collect
+from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
+from .table import ExitTable, collect
 
 TIMED_ROWS = 256
 
@@ -39,21 +38,47 @@ def evaluate(
         progress (callable, *optional*): Wraps the timed batches, to show progress.
 
     Returns:
-        `exits` and `overall` as of `summarise`, `wall_clock` by batch size, and the `policy`.
+        `exits` and `overall` as of `summarise`, `classes` as of `per_class`, `confusion` as of `confusion_matrix`,
+        `reliability` as of `reliability_by_exit`, `wall_clock` by batch size, and the `policy`.
     """
+    table, answers = collect(model, dataset, batch_size=batch_size), answer_all(model, dataset, batch_size=batch_size)
+    return judge(model, dataset, table, answers, timed_batch_sizes=timed_batch_sizes, progress=progress)
+
+
+@torch.no_grad()
+def answer_all(model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 64) -> Answers:
+    """The answers of a highway to every row of a dataset, each row leaving by the model's policy; on the CPU."""
     model.eval()
-    table = collect(model, dataset, batch_size=batch_size)
     outs = [
-        model(batch["pixel_values"].to(model.device))
+        model(batch["pixel_values"].to(model.device, model.dtype))
         for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=stack)
     ]
-    answers = Answers(
-        *(
-            torch.cat([getattr(out, name) for out in outs]).cpu()
-            for name in ("logits", "exit_index", "exit_layer", "exit_score")
-        )
-    )
-    report = summarise(table, answers, model_macs(model), head_names(model), model.exit_policy)
+    names = ("logits", "exit_index", "exit_layer", "exit_score")
+    return Answers(*(torch.cat([getattr(out, name) for out in outs]).cpu() for name in names))
+
+
+def judge(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    table: ExitTable,
+    answers: Answers,
+    *,
+    timed_batch_sizes: Sequence[int] = (1, 32),
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, Any]:
+    """The report of `evaluate`, from what was already run.
+
+    Args:
+        model (`PreTrainedModel`): A highway.
+        dataset (`Dataset`): The rows, of which some are timed.
+        table (`ExitTable`), answers (`Answers`): Of these rows, as of `collect` and `answer_all`.
+        timed_batch_sizes (`Sequence[int]`, *optional*), progress (callable, *optional*): As of `evaluate`.
+    """
+    report = summarise(table, answers, table.costs, head_names(model), model.exit_policy)
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    report["classes"] = per_class(answers, table.labels, table.depths[-1], names)
+    report["confusion"] = confusion_matrix(answers, table.labels, len(names))
+    report["reliability"] = reliability_by_exit(table, answers, model.exit_policy)
     pixels = torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
     report["wall_clock"] = {
         str(size): wall_clock_speed_up(model, pixels.split(size), repeats=3, progress=progress)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import stack
 from ..engine import Answers, replay, run_all
+from ..files import add_files
 from ..policies import ExitPolicy, build_policy
 from ..segments import State
+from .costs import Costs, count_macs
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class ExitTable:
         logits (`Tensor`): `[E, N, C]` float32, shallowest exit first, the final classifier last.
         labels (`Tensor`): `[N]` int64.
         depths (`list[int]`): Blocks run before each exit, from 1.
+        costs (`Costs`, *optional*): MACs of each segment's blocks and head for one row.
+        weights (`str`, *optional*): Digest of the model's weights, by which a table of another model is known.
 
     Example:
 
@@ -44,6 +50,8 @@ class ExitTable:
     logits: Tensor
     labels: Tensor
     depths: list[int]
+    costs: Costs | None = None
+    weights: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,26 +63,47 @@ class ExitTable:
         policy = build_policy(policy, len(self.depths) - 1)
         return replay(self.logits, self.depths, policy, min_depth=min_depth, max_depth=max_depth)
 
+    @cached_property
+    def right(self) -> Tensor:
+        """Whether each exit answers each row rightly, `[E, N]` bool."""
+        return self.logits.argmax(-1) == self.labels
+
     def accuracies(self) -> list[float]:
         """Share of all rows that each exit answers rightly."""
-        return (self.logits.argmax(-1) == self.labels).float().mean(-1).tolist()
+        return self.right.float().mean(-1).tolist()
 
     def select(self, rows: Tensor) -> ExitTable:
         """The table of some rows, by number `[K]` int64, in that order."""
-        return ExitTable(self.logits[:, rows], self.labels[rows], self.depths)
+        return replace(self, logits=self.logits[:, rows], labels=self.labels[rows])
+
+    def without_labels(self) -> ExitTable:
+        """The table with the full model's answers for labels."""
+        return replace(self, labels=self.logits[-1].argmax(-1))
 
     def save(self, file: str | Path) -> None:
-        """Write the table to one safetensors file, the depths as JSON in its header."""
+        """Write the table to one safetensors file, depths and costs as JSON in its header; all of it or nothing."""
+        file = Path(file)
         tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
-        save_file(tensors, file, metadata={"exit_table": json.dumps({"depths": list(self.depths)})})
+        costs = None if self.costs is None else asdict(self.costs)
+        settings = {"depths": list(self.depths), "costs": costs, "weights": self.weights}
+        with add_files(file.parent) as folder:
+            save_file(tensors, folder / file.name, metadata={"exit_table": json.dumps(settings)})
 
     @classmethod
-    def load(cls, file: str | Path, *, depths: list[int] | None = None, num_labels: int | None = None) -> ExitTable:
+    def load(
+        cls,
+        file: str | Path,
+        *,
+        depths: list[int] | None = None,
+        num_labels: int | None = None,
+        weights: str | None = None,
+    ) -> ExitTable:
         """Read what `save` wrote.
 
         Args:
             file (`str` or `Path`): The safetensors file.
-            depths (`list[int]`, *optional*), num_labels (`int`, *optional*): Of the model that the table must fit.
+            depths (`list[int]`, *optional*), num_labels (`int`, *optional*), weights (`str`, *optional*):
+                Of the model that the table must fit; `weights` as `weights_digest` gives them.
 
         Raises:
             ValueError: The file is no table, its parts do not fit together, or it is a table of another model.
@@ -82,8 +111,10 @@ class ExitTable:
         try:
             with safe_open(str(file), framework="pt") as stored:
                 settings = json.loads((stored.metadata() or {})["exit_table"])
-                table = cls(stored.get_tensor("logits"), stored.get_tensor("labels"), settings["depths"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                costs = Costs(**settings["costs"]) if settings.get("costs") else None
+                logits, labels = stored.get_tensor("logits"), stored.get_tensor("labels")
+                table = cls(logits, labels, settings["depths"], costs, settings.get("weights"))
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a table of exits as ExitTable.save writes it ({error})") from error
         shape = tuple(table.logits.shape)
         if len(shape) != 3 or shape[:2] != (len(table.depths), len(table.labels)):
@@ -94,27 +125,46 @@ class ExitTable:
             raise ValueError(f"{file} is a table of exits at {table.depths}, but the model's are at {list(depths)}")
         if num_labels is not None and num_labels != shape[2]:
             raise ValueError(f"{file} is a table of {shape[2]} labels, but the model has {num_labels}")
+        if weights is not None and table.weights not in (None, weights):
+            raise ValueError(f"{file} is a table of a model with other weights; collect it again")
         return table
 
 
 @torch.no_grad()
 def collect(model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 64) -> ExitTable:
-    """Run every exit of a highway on every row of a dataset, in `eval()` mode.
+    """Run every exit of a highway on every row of a dataset, in `eval()` mode, and count the MACs of one row.
 
     Args:
         model (`PreTrainedModel`): A highway.
-        dataset (`Dataset`): Items `{"pixel_values": [C, H, W], "labels": int}`.
+        dataset (`Dataset`):
+            Items `{"pixel_values": [C, H, W], "labels": int}`; where there are no labels, the full model's answers
+            stand for them.
         batch_size (`int`, *optional*, defaults to 64): Rows at a time.
+
+    Raises:
+        ValueError: The dataset is empty.
     """
+    if len(dataset) == 0:
+        raise ValueError("there is no image to collect exits for: the dataset is empty")
     was_training = model.training
     model.eval()
-    segments, logits, labels = model.segments(), [], []
+    segments, logits, labels, costs = model.segments(), [], [], None
     for batch in _progress(DataLoader(dataset, batch_size=batch_size, collate_fn=stack)):
-        state = State({"pixel_values": batch["pixel_values"].to(model.device, model.dtype)})
-        logits.append(torch.stack(run_all(segments, state)).float().cpu())
-        labels.append(batch["labels"])
+        pixels = batch["pixel_values"].to(model.device, model.dtype)
+        logits.append(torch.stack(run_all(segments, State({"pixel_values": pixels}))).float().cpu())
+        labels.append(batch.get("labels", logits[-1][-1].argmax(-1)))
+        costs = costs or count_macs(segments, State({"pixel_values": pixels[:1]}))
     model.train(was_training)
-    return ExitTable(torch.cat(logits, dim=1), torch.cat(labels), [segment.depth for segment in segments])
+    depths = [segment.depth for segment in segments]
+    return ExitTable(torch.cat(logits, dim=1), torch.cat(labels), depths, costs, weights_digest(model))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A SHA-256 of the names and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _progress(batches: Iterable) -> Iterable:

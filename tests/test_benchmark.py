@@ -1,0 +1,310 @@
+"""The benchmark: its arithmetic on given times, what is counted, what its report holds and says."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from lgvit_hf.engine import run_early
+from lgvit_hf.evaluation.benchmark import (
+    _accuracy,
+    _of_batches,
+    _of_exits,
+    _Timing,
+    as_text,
+    benchmark,
+    peak_memory,
+    verdict,
+)
+from lgvit_hf.evaluation.costs import model_macs
+from lgvit_hf.evaluation.latency import CostTable, PartTimes
+from lgvit_hf.evaluation.table import ExitTable, collect
+from lgvit_hf.policies import NeverPolicy, build_policy
+from lgvit_hf.segments import State
+from tests.tiny import KINDS, NUM_BLOCKS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
+
+POSITIONS = [2, 3, 5]
+HALF = {"name": "confidence", "threshold": 0.6}
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def timing():
+    """Two batches of two images; at the second the machine was twice as slow."""
+    return _Timing(
+        size=2,
+        seconds={"early_exit": [[0.3, 0.2, 0.1], [0.8, 0.8, 0.8]], "backbone": [[0.4, 0.4, 0.5], [0.8, 0.9, 0.8]]},
+        walks=[[PartTimes([[0.4], [0.4]], [0.0, 0.0], [0.0, 0.0])], [PartTimes([[1.0], [1.0]], [0.0] * 2, [0.0] * 2)]],
+        left=[torch.tensor([0, 0]), torch.tensor([0, 1])],
+    )
+
+
+def test_times_are_brought_to_one_pace():
+    # the backbone's medians are 0.4 and 0.8, so usually 0.6
+    assert timing().paces == pytest.approx([1.5, 0.75])
+    assert timing().of_batches("early_exit") == pytest.approx([0.3, 0.6])
+    assert timing().of_batches("backbone") == pytest.approx([0.6, 0.6])
+    first, second = timing().steady_walks()
+    assert first.blocks == [pytest.approx([0.6])] * 2 and second.blocks == [pytest.approx([0.75])] * 2
+    # of 0.4, 0.4, 0.5, 0.8, 0.8 and 0.9 s: quartiles 0.425 and 0.8 around 0.65
+    assert timing().noise == pytest.approx(0.375 / 0.65)
+
+
+def test_figures_of_a_batch_size():
+    table = CostTable(
+        batch_sizes=[1, 2],
+        trunks=[[0.1, 0.2], [0.2, 0.3]],
+        heads=[[0.02, 0.04], [0.01, 0.01]],
+        select=[[0.0, 0.05], [0.0, 0.0]],
+        threads=1,
+        device="cpu",
+        model="by hand",
+    )
+    entry = _of_batches(2, timing(), [1, 3], table, [0])
+    early, backbone = 450.0, 600.0
+    assert entry["early_exit"]["mean_ms"] == pytest.approx(early)
+    assert entry["early_exit"]["p50_ms"] == pytest.approx(550.0) and entry["early_exit"]["p99_ms"] <= 800.0
+    assert entry["early_exit"]["images_per_second"] == pytest.approx(2 / 0.45)
+    assert entry["backbone"]["mean_ms"] == pytest.approx(backbone)
+    assert entry["static"] is None and entry["static_speed_up"] is None
+    assert entry["wall_clock_speed_up"] == pytest.approx(backbone / early)
+    assert entry["layer_speed_up"] == pytest.approx(3 * 4 / (1 + 1 + 1 + 3))
+    # of two rows 3/4 leave at once: 200 + 40 for both, then a quarter of 300 + 10
+    assert entry["ideal_ms"] == pytest.approx(240 + 310 / 4)
+    assert entry["ideal_speed_up"] == pytest.approx(backbone / entry["ideal_ms"])
+    assert entry["realised_over_ideal"] == pytest.approx(entry["ideal_ms"] / early)
+    one, both = 2 * 3 / 4 * 1 / 4, 1 / 16
+    assert entry["predicted_ms"] == pytest.approx(240 + one * (50 + 200 + 10) + both * 310)
+    assert entry["predicted_over_measured"] == pytest.approx(entry["predicted_ms"] / early)
+    assert entry["saved_share"] == pytest.approx(3 / 4 * 310 / 510)
+    assert entry["heads_share"] == pytest.approx(40 / 510)
+
+
+def test_latency_of_each_exit_is_of_single_images():
+    one = _Timing(1, {"early_exit": [[0.1, 0.3], [0.2, 0.2], [0.7, 0.9]]}, [], list(torch.tensor([[0], [0], [2]])))
+    exits = _of_exits([1, 2, 3], ["linear", "mlp", "final"], one)
+    assert [exit["rows"] for exit in exits] == [2, 0, 1]
+    assert [exit["p50_ms"] for exit in exits] == [pytest.approx(200.0), None, pytest.approx(800.0)]
+    assert exits[0]["p95_ms"] == pytest.approx(285.0)  # of 100, 200, 200 and 300
+    assert [exit["p50_ms"] for exit in _of_exits([1, 3], ["linear", "final"], timing())] == [None, None]
+
+
+def test_static_model_is_the_shallowest_that_is_as_accurate():
+    sure, other = [9.0, 0.0], [0.0, 9.0]
+    unsure = [0.1, 0.0]
+    # of three rows of class 0: exit 0 has two right, exit 1 all, the final classifier two
+    logits = torch.tensor([[sure, unsure, other], [sure, sure, sure], [sure, sure, other]])
+    table = ExitTable(logits, labels=torch.tensor([0, 0, 0]), depths=[1, 2, 3])
+
+    def static(policy):
+        return _accuracy(table, build_policy(policy, 2))["static_exit"]
+
+    assert static("never") == 0, "two of three are enough"
+    assert static({"name": "fixed", "exit_index": 1}) == 1
+    none = ExitTable(logits[[0, 2, 1]], labels=torch.tensor([0, 0, 0]), depths=[1, 2, 3])
+    accuracy = _accuracy(none, build_policy("never", 2))
+    assert accuracy["static_exit"] is None and accuracy["against"] == "full model"
+    assert accuracy["exits"] == pytest.approx([2 / 3, 2 / 3, 1.0]) and accuracy["early_exit"] == 1.0
+
+
+def test_peak_of_live_tensors():
+    weight = torch.zeros(100)
+
+    def run():
+        first = torch.zeros(1000)  # 4000 bytes
+        second = first + 1  # 8000
+        del first
+        second.add_(1)
+        return second[:10] * 2, weight[1:].view(-1)  # 4040; views take nothing
+
+    assert peak_memory(run, torch.device("cpu")) == 8000
+    assert peak_memory(lambda: weight.add_(0), torch.device("cpu")) == 0
+
+
+@torch.no_grad()
+def test_half_the_rows_take_half_the_memory():
+    model = tiny_model("vit", exit_positions=[1], exit_types="linear")
+    state, half = State({"pixel_values": tiny_images(8)}), State({"pixel_values": tiny_images(4)})
+    whole, part = (
+        peak_memory(lambda state=state: run_early(model.segments(), state, NeverPolicy()), torch.device("cpu"))
+        for state in (state, half)
+    )
+    assert whole == pytest.approx(2 * part, rel=0.1)
+
+
+# -- the report ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    model = tiny_model("vit", exit_positions=POSITIONS)
+    model.set_exit_policy(HALF)
+    return benchmark(model, tiny_dataset(20), batch_sizes=[4, 1], repeats=2)
+
+
+def test_report_is_json_and_complete(report):
+    assert json.loads(json.dumps(report)) == report
+    assert [entry["batch_size"] for entry in report["batches"]] == [1, 4]
+    assert [entry["num_batches"] for entry in report["batches"]] == [20, 5]
+    for entry in report["batches"]:
+        for run in ("early_exit", "backbone"):
+            times = entry[run]
+            assert 0 < times["p50_ms"] <= times["p95_ms"] <= times["p99_ms"] and times["images_per_second"] > 0
+        assert entry["ideal_ms"] > 0 and entry["predicted_ms"] > 0 and entry["noise"] >= 0
+    assert report["environment"]["policy"] == {"name": "confidence", "threshold": 0.6, "temperature": 1.0}
+    assert report["environment"]["images"] == 20 and report["environment"]["dtype"] == "float32"
+    table = CostTable(**report["cost_table"])
+    assert table.batch_sizes == [1, 2, 4] and len(table.trunks) == len(POSITIONS) + 1
+
+
+def test_report_says_where_rows_leave(report):
+    model = tiny_model("vit", exit_positions=POSITIONS)
+    model.set_exit_policy(HALF)
+    table = collect(model, tiny_dataset(20))
+    counts = torch.bincount(table.replay(HALF).exit_index, minlength=4).tolist()
+    assert len([rows for rows in counts if rows]) > 1
+    assert [exit["rows"] for exit in report["exits"]] == counts
+    assert [exit["depth"] for exit in report["exits"]] == [*POSITIONS, NUM_BLOCKS]
+    assert [exit["p50_ms"] is None for exit in report["exits"]] == [rows == 0 for rows in counts]
+    layers = NUM_BLOCKS * 20 / sum(rows * depth for rows, depth in zip(counts, [*POSITIONS, NUM_BLOCKS], strict=True))
+    assert [entry["layer_speed_up"] for entry in report["batches"]] == [pytest.approx(layers)] * 2
+    assert report["accuracy"]["against"] == "labels" and report["accuracy"]["rows"] == 20
+    assert report["accuracy"]["exits"] == pytest.approx(table.accuracies())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_profile_adds_up_to_the_model(kind):
+    model = tiny_model(kind, exit_positions=POSITIONS).train()
+    report = benchmark(model, tiny_images(2), batch_sizes=[2], repeats=1)
+    assert model.training, "the model is given back as it was"
+    parameters, profile = report["parameters"], report["profile"]
+    parts = parameters["stem"] + parameters["blocks"] + parameters["final"] + sum(parameters["heads"])
+    assert parts == parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
+    heads = [sum(parameter.numel() for parameter in head.parameters()) for head in model.exits]
+    assert parameters["heads"] == heads
+    order = [(row["part"].split()[0], row["depth"]) for row in profile]
+    blocks = [("block", depth) for depth in range(1, NUM_BLOCKS + 1)]
+    exits = [("exit", 2), ("exit", 3), ("exit", 5)]
+    assert order == [
+        ("stem", 0), *blocks[:2], exits[0], blocks[2], exits[1], *blocks[3:5], exits[2], blocks[5], ("final", 6)
+    ]  # fmt: skip
+    costs = model_macs(model)
+    trunk = sum(row["macs"] for row in profile if row["part"] in ("stem", "block"))
+    assert trunk == sum(costs.trunks)
+    assert [row["macs"] for row in profile if row["part"] not in ("stem", "block")] == costs.heads
+    assert all(set(row["ms"]) == {"1", "2"} and min(row["ms"].values()) > 0 for row in profile)
+    assert report["memory"]["batch_size"] == 2 and report["memory"]["backbone_bytes"] > 0
+    assert report["accuracy"]["against"] == "full model" and report["accuracy"]["full_model"] == 1.0
+    assert report["exits"][0]["p50_ms"] is None, "single images were not timed"
+
+
+def test_a_truncated_highway_has_one_exit_and_no_final_classifier():
+    model = tiny_model("vit", exit_positions=POSITIONS).truncate(2)
+    report = benchmark(model, tiny_images(2), batch_sizes=[1], repeats=1)
+    assert report["profile"][-1]["part"] == "exit 0, attention_r2" and report["parameters"]["final"] == 0
+    assert len(report["exits"]) == 1 and report["batches"][0]["layer_speed_up"] == 1.0
+    assert "exit 0, attention_r2" in as_text(report)
+
+
+def test_accuracies_of_another_table():
+    model = tiny_model("vit", exit_positions=[2])
+    logits = torch.zeros(2, 50, NUM_LABELS)
+    logits[:, :, 1] = 9.0
+    table = ExitTable(logits, labels=torch.ones(50, dtype=torch.long), depths=[2, NUM_BLOCKS])
+    report = benchmark(model, tiny_images(2), batch_sizes=[1], repeats=1, table=table)
+    assert report["accuracy"]["rows"] == 50 and report["accuracy"]["static_exit"] == 0
+    assert report["batches"][0]["static_speed_up"] > 0
+
+
+def test_images_are_drawn_at_random_but_always_the_same():
+    model, rows = tiny_model("vit", exit_positions=[2]), tiny_dataset(12)
+    shown = []
+
+    def progress(jobs):
+        jobs = list(jobs)
+        shown.extend(batch for size, batch in jobs if size == 1)
+        return jobs
+
+    for _ in range(2):
+        benchmark(model, rows, batch_sizes=[1], repeats=1, limit=5, progress=progress)
+    torch.testing.assert_close(torch.cat(shown[:5]), torch.cat(shown[5:]))
+    assert len(shown) == 10
+    first = torch.stack([row["pixel_values"] for row in rows[:5]])
+    assert not torch.equal(torch.cat(shown[:5]).sum(0), first.sum(0)), "not merely the first five"
+
+
+@pytest.mark.parametrize("sizes", [[0], [1, 8], []])
+def test_batches_that_cannot_be(sizes):
+    with pytest.raises(ValueError, match="must be from 1 to the number of images, 4; give more"):
+        benchmark(tiny_model("vit", exit_positions=[2]), tiny_images(4), batch_sizes=sizes)
+
+
+# -- words -----------------------------------------------------------------------------------------------------
+
+
+def told(report, **changes):
+    """The verdict on the report's first batch size with some figures changed."""
+    quiet = {"wall_clock_speed_up": 1.25, "predicted_over_measured": 1.0, "noise": 0.01, "static": None}
+    quiet |= {"static_speed_up": None, "layer_speed_up": 1.5, "realised_over_ideal": 0.875}
+    quiet |= {"ideal_speed_up": 1.4, "heads_share": 0.1, "saved_share": 0.4}
+    report = copy.deepcopy(report)
+    report["batches"] = [{**report["batches"][0], **quiet, **changes}]
+    report["accuracy"] |= {"rows": 20, "early_exit": 0.85, "full_model": 0.9}
+    return report
+
+
+def test_what_is_gained(report):
+    assert verdict(told(report)) == [
+        "of 20 images early exit answers 85.0% rightly, the full model 90.0%",
+        "at batch size 1 early exit is 1.25x as fast as the backbone (1.50x by blocks run), 88% of the ideal",
+    ]
+
+
+def test_without_labels_it_is_agreement(report):
+    report = told(report)
+    report["accuracy"]["against"] = "full model"
+    assert verdict(report)[0] == "early exit agrees with the full model on 85.0% of 20 images"
+
+
+def test_why_early_exit_loses(report):
+    loss = "at batch size 1 early exit is slower than the backbone: 0.93x, because "
+    lines = verdict(told(report, wall_clock_speed_up=0.93, heads_share=0.35, saved_share=0.3))
+    assert lines[1] == loss + "asking the heads adds 35% of its time, and the blocks not run save 30%"
+    lines = verdict(told(report, wall_clock_speed_up=0.93))
+    assert lines[1].startswith(loss + "fewer rows do not take proportionately less time: it would be 1.40x")
+
+
+def test_a_static_model_that_is_faster(report):
+    report = told(report, static={"mean_ms": 1.0}, static_speed_up=1.5)
+    report["accuracy"] |= {"static_exit": 1, "exits": [0.5, 0.86, 0.8, 0.9]}
+    assert verdict(report)[2:] == [
+        "at batch size 1 the static model that ends at exit 1, depth 3, is faster and no less accurate: 1.50x, "
+        "accuracy 86.0%"
+    ]
+    report["batches"][0]["static_speed_up"] = 1.2
+    assert len(verdict(report)) == 2
+
+
+def test_predictions_and_noise(report):
+    early = {**report["batches"][0]["early_exit"], "mean_ms": 4.0}
+    off = {"predicted_over_measured": 1.2, "predicted_ms": 4.8, "early_exit": early}
+    assert verdict(told(report, **off))[2:] == [
+        "at batch size 1 the cost table does not hold: it predicts 4.80 ms, and 4.00 ms were measured"
+    ]
+    lines = verdict(told(report, **off, noise=0.3))[2:]
+    assert len(lines) == 1 and "the machine was too busy to trust this" in lines[0] and "30%" in lines[0]
+
+
+def test_text_holds_the_figures_side_by_side(report):
+    report = told(report, static=report["batches"][0]["backbone"], static_speed_up=1.11)
+    report["accuracy"]["static_exit"] = 1
+    text = as_text(report)
+    early = next(line for line in text.splitlines() if "early exit   " in line)
+    assert early.endswith("1.25x          1.50x") and early.lstrip().startswith("1  early exit")
+    alone = next(line for line in text.splitlines() if "exit 1 alone" in line)
+    assert alone.endswith("1.11x          2.00x")
+    assert "exit 0, conv1_1" in text and "policy confidence: threshold 0.6" in text
+    assert text.endswith(verdict(report)[-1])
+    assert max(map(len, text.splitlines())) < 180
