@@ -12,7 +12,11 @@ from . import auto
 if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
     from .engine import run_all, run_early
-    from .evaluation.calibration import calibrate
+    from .evaluation.benchmark import benchmark
+    from .evaluation.calibration import Calibration, calibrate
+    from .evaluation.latency import CostTable
+    from .evaluation.metric import HighwayMetric
+    from .evaluation.report import evaluate
     from .evaluation.table import ExitTable, collect
     from .growth import grow
     from .heads import HEADS, register_head
@@ -31,7 +35,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "engine": ("run_all", "run_early"),
-    "evaluation.calibration": ("calibrate",),
+    "evaluation.benchmark": ("benchmark",),
+    "evaluation.calibration": ("Calibration", "calibrate"),
+    "evaluation.latency": ("CostTable",),
+    "evaluation.metric": ("HighwayMetric",),
+    "evaluation.report": ("evaluate",),
     "evaluation.table": ("ExitTable", "collect"),
     "growth": ("grow",),
     "heads": ("HEADS", "register_head"),

@@ -135,6 +135,21 @@ def test_an_exit_whose_head_costs_more_than_it_saves_is_switched_off():
         assert everything.mean_macs >= found.mean_macs
 
 
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
+def test_temperature_undoes_the_scale_of_an_exit(policy):
+    """Logits of some exits are larger by a factor: the fitted temperatures take it back, and the same rows leave."""
+    table, factors = synthetic(600), [3.0, 0.5, 2.0, 1.0]
+    scaled = replace(table, logits=table.logits * torch.tensor(factors)[:, None, None])
+    temperatures = [[fit_temperature(exit, rows.labels) for exit in rows.logits] for rows in (table, scaled)]
+    undone = [factor * value for factor, value in zip(factors, temperatures[0], strict=True)]
+    assert temperatures[1] == pytest.approx(undone, rel=1e-4)
+    assert table.accuracies() == scaled.accuracies()
+    plain = candidates(table, COSTS, policy, tuple(temperatures[0]))
+    found = candidates(scaled, COSTS, policy, tuple(undone))
+    for one, other in zip(plain, found, strict=True):
+        assert (leaving(table, one)[0] == leaving(scaled, other)[0]).float().mean() > 0.99
+
+
 # -- the whole -------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +246,11 @@ def test_two_tables_search_on_all_of_the_first():
     found = calibrate(table, max_accuracy_drop=0.05, delta=0.1, tested=other)
     assert found.n == 300 and found.mean_macs < COSTS.backbone
     halves = split(table)
-    assert calibrate(halves[0], max_accuracy_drop=0.05, tested=halves[1]) == calibrate(table, max_accuracy_drop=0.05)
+    apart, together = (
+        calibrate(halves[0], max_accuracy_drop=0.05, tested=halves[1]),
+        calibrate(table, max_accuracy_drop=0.05),
+    )
+    assert (apart.policy, apart.accuracy, apart.n) == (together.policy, together.accuracy, together.n)
 
 
 @pytest.mark.parametrize("bound", ["drop", "harm"])

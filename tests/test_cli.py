@@ -24,7 +24,10 @@ def test_help_is_quick():
     assert min(seconds) < 1
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "grow", "evaluate", "convert", "env"])
+COMMANDS = ("demo", "train", "grow", "evaluate", "benchmark", "calibrate", "sweep", "convert", "env")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])

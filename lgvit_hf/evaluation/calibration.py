@@ -135,11 +135,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def split(table: ExitTable, seed: int = 0) -> tuple[ExitTable, ExitTable]:
     """Two random halves of a table, to search and to test on; the same whatever the order of its rows."""
+    shuffled = _shuffled(table, seed)
+    rows, half = torch.arange(len(table)), len(table) // 2
+    return shuffled.select(rows[:half]), shuffled.select(rows[half:])
+
+
+def _shuffled(table: ExitTable, seed: int = 0) -> ExitTable:
+    """The rows in a random order that their contents decide, not the order they came in."""
     key = table.logits.double().sum(-1).T @ torch.arange(1, len(table.depths) + 1, dtype=torch.float64)
     shuffle = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
-    rows = key.argsort(stable=True)[shuffle]
-    half = len(rows) // 2
-    return table.select(rows[:half]), table.select(rows[half:])
+    return table.select(key.argsort(stable=True)[shuffle])
 
 
 def calibrate(
@@ -200,7 +205,7 @@ def calibrate(
     _check(policy, max_accuracy_drop, min_speedup, max_macs, max_latency, delta, bound)
     if not labels:
         table, tested = table.without_labels(), None if tested is None else tested.without_labels()
-    searched, tested = split(table) if tested is None else (table, tested)
+    searched, tested = split(table) if tested is None else (_shuffled(table), _shuffled(tested))
     if delta is not None and len(tested) < (needed := rows_needed(bound, max_accuracy_drop, delta)):
         raise ValueError(
             f"{len(tested)} rows to test on are too few to prove a {bound} of {max_accuracy_drop:g} at "

@@ -114,7 +114,7 @@ def as_table(report: dict[str, Any]) -> str:
     ]
     for size, times in report["wall_clock"].items():
         lines.append(
-            f"wall-clock, batch {size:3} {times['wall_clock_speed_up']:.2f}x faster than the backbone without heads "
+            f"wall-clock, batch {size:3} {times['wall_clock_speed_up']:.2f}x the speed of the backbone without heads "
             f"({times['early_exit_seconds'] * 1e3:.0f} ms against {times['backbone_seconds'] * 1e3:.0f} ms)"
         )
     policy = ", ".join(f"{key} {value}" for key, value in report["policy"].items() if key != "name")

@@ -1,0 +1,200 @@
+"""The commands `evaluate`, `benchmark`, `calibrate` and `sweep`, as they are typed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from lgvit_hf import CostTable, ExitTable, ViTHighway, ViTHighwayConfig
+from lgvit_hf.cli import main
+from lgvit_hf.data import make_processor
+
+
+def lgvit(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A ViT with three exits for digits, of random weights."""
+    torch.manual_seed(0)
+    names = [str(digit) for digit in range(10)]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 8, "patch_size": 4, "num_attention_heads": 2}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model = ViTHighway(
+        ViTHighwayConfig(num_hidden_layers=4, exit_positions=[1, 2, 3], exit_types="linear", **sizes, **labels)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    folder = tmp_path_factory.mktemp("models") / "highway"
+    model.save_pretrained(folder)
+    make_processor(8).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# -- evaluate and benchmark ------------------------------------------------------------------------------------
+
+
+def test_evaluate_command_draws(checkpoint, tmp_path, capsys):
+    asked = ["--data", "digits", "--policy", "confidence", "--threshold", 0.6, "--timed-batch-sizes", 4]
+    files = ["--output", tmp_path / "results.json", "--plots", tmp_path / "plots"]
+    assert lgvit("evaluate", checkpoint, *asked, *files) == 0
+    assert "the speed of the backbone without heads" in capsys.readouterr().out
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["name"] for entry in report["classes"]] == [str(digit) for digit in range(10)]
+    assert sum(map(sum, report["confusion"])) == report["overall"]["rows"] == 360
+    right = sum(line[index] for index, line in enumerate(report["confusion"]))
+    assert right / 360 == pytest.approx(report["overall"]["accuracy"])
+    assert [len(entry["reliability_all"]) for entry in report["reliability"]] == [15] * 4
+    names = {"exits", "pareto", "reliability", "classes", "confusion", "gallery", "latency"}
+    assert {file.stem for file in (tmp_path / "plots").iterdir()} == names
+    assert all(Image.open(file).width > 300 for file in (tmp_path / "plots").iterdir())
+
+
+def test_benchmark_command_and_its_cost_table(copy, tmp_path, capsys):
+    asked = ["--data", "digits", "--policy", "confidence", "--threshold", 0.6, "--batch-sizes", 1, 4]
+    fast = ["--limit", 8, "--repeats", 1, "--threads", torch.get_num_threads()]
+    files = {name: tmp_path / f"{name}.json" for name in ("output", "cost-table")}
+    written = [word for name, file in files.items() for word in (f"--{name}", file)]
+    assert lgvit("benchmark", copy, *asked, *fast, *written, "--plot", tmp_path / "speed.png") == 0
+    said = capsys.readouterr().out
+    assert "by blocks run" in said and "at batch size 4" in said and "parameters" in said
+    report = json.loads(files["output"].read_text())
+    assert [entry["batch_size"] for entry in report["batches"]] == [1, 4]
+    assert CostTable.load(files["cost-table"], num_exits=4).batch_sizes[-1] == 4
+    assert Image.open(tmp_path / "speed.png").width > 300
+    wanted = ["--max-latency", 1e4, "--cost-table", files["cost-table"], "--batch-size", 4]
+    assert lgvit("calibrate", copy, "--data", "digits", *wanted) == 0
+    assert "ms per image" in capsys.readouterr().out
+    found = json.loads((copy / "calibration.json").read_text())
+    assert 0 < found["mean_latency"] <= 1e4 and found["bound"] == "none"
+    assert lgvit("calibrate", copy, "--data", "digits", "--max-latency", 1e-9, *wanted[2:]) == 2
+    assert "max_latency=1e-09 is out of reach" in capsys.readouterr().err
+    assert lgvit("calibrate", copy, "--data", "digits", "--max-latency", 1, *wanted[2:4], "--batch-size", 5) == 2
+    assert "batch_size=5 is outside the cost table's 1 to 4" in capsys.readouterr().err
+    assert lgvit("benchmark", copy, "--data", "digits", "--threads", 0) == 2
+    assert "threads=0 must be at least 1" in capsys.readouterr().err
+
+
+# -- sweep -----------------------------------------------------------------------------------------------------
+
+
+def test_sweep_command(checkpoint, tmp_path, capsys):
+    asked = ["sweep", checkpoint, "--data", "digits", "--output", tmp_path / "out", "--range", 0.3, 0.9, 4]
+    assert lgvit(*asked) == 0
+    said = capsys.readouterr().out
+    assert "threshold" in said and len(said.splitlines()) >= 6
+    lines = (tmp_path / "out" / "sweep.jsonl").read_text().splitlines()
+    assert len(lines) == 5 and json.loads(lines[-1])["policy"] == {"name": "confidence", "threshold": 0.9}
+    assert ExitTable.load(tmp_path / "out" / "table.safetensors").logits.shape[:2] == (4, 360)
+    assert Image.open(tmp_path / "out" / "sweep.png").width > 300
+    before = (tmp_path / "out" / "table.safetensors").stat().st_mtime_ns
+    assert lgvit(*asked[:-4], "--values", 0.3, 0.95) == 0
+    assert len((tmp_path / "out" / "sweep.jsonl").read_text().splitlines()) == 6
+    assert (tmp_path / "out" / "table.safetensors").stat().st_mtime_ns == before
+    more = ["--policy", "patience", "--values", 1, 2, "--timed-batch-sizes", 4]
+    assert lgvit(*asked[:4], "--output", tmp_path / "patience", *more) == 0
+    assert "clock, batch 4" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_sweep(checkpoint, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "lgvit_hf.cli",
+        "sweep",
+        checkpoint,
+        "--data",
+        "digits",
+        "--output",
+        tmp_path / "o",
+    ]
+    command += ["--range", "0.1", "0.99", "400", "--timed-batch-sizes", "1"]
+    running = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    file = tmp_path / "o" / "sweep.jsonl"
+    deadline = time.monotonic() + 120
+    while not file.exists() or len(file.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == f"lgvit: stopped; what is done is kept in {file}, the same command goes on"
+    kept = file.read_text()
+    assert kept.endswith("\n") and len(kept.splitlines()) >= 3 and [json.loads(line) for line in kept.splitlines()]
+
+
+# -- calibrate -------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_command_writes_the_policy(copy, tmp_path, capsys):
+    weights = (copy / "model.safetensors").read_bytes()
+    asked = ["--data", "digits", "--split", "train", "--max-accuracy-drop", 0.1, "--delta", 0.1]
+    more = ["--table", tmp_path / "table.safetensors", "--plot", tmp_path / "curve.png"]
+    assert lgvit("calibrate", copy, *asked, *more) == 0
+    said = capsys.readouterr().out
+    assert "with probability 0.9" in said and "full model" in said
+    report = json.loads((copy / "calibration.json").read_text())
+    config = json.loads((copy / "config.json").read_text())
+    assert config["exit_policy"] == report["policy"] and report["bound"] == "drop" and report["n"] == 611
+    assert (copy / "model.safetensors").read_bytes() == weights
+    assert ViTHighway.from_pretrained(copy).exit_policy.to_dict()["name"] == report["policy"]["name"]
+    assert Image.open(tmp_path / "curve.png").width > 300
+    # the table is read the second time, and refused by a model of other weights
+    before = (tmp_path / "table.safetensors").stat().st_mtime_ns
+    assert lgvit("calibrate", copy, *asked, *more, "--output", tmp_path / "new") == 0
+    assert (tmp_path / "table.safetensors").stat().st_mtime_ns == before
+    assert ViTHighway.from_pretrained(tmp_path / "new").config.exit_policy == report["policy"]
+    other = ViTHighway.from_pretrained(copy)
+    torch.nn.init.ones_(other.exits[0].classifiers[0].weight)
+    other.save_pretrained(tmp_path / "new")
+    assert lgvit("calibrate", tmp_path / "new", *asked, *more) == 2
+    assert "is a table of a model with other weights; collect it again" in capsys.readouterr().err
+
+
+def one_line(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lgvit:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_one_clear_line(checkpoint, copy, tmp_path, capsys):
+    images = tmp_path / "photos"
+    for digit in range(9):  # one class is missing
+        (images / str(digit)).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), 20 * digit + number).save(images / str(digit) / f"{number}.png")
+    assert lgvit("calibrate", copy, "--data", images, "--max-accuracy-drop", 0.1) == 2
+    assert "knows 10 classes, the data have 9" in one_line(capsys)
+    assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.01, "--delta", 0.05) == 2
+    assert "rows to test on are too few to prove a drop of 0.01" in one_line(capsys)
+    assert lgvit("calibrate", copy, "--data", "digits", "--max-latency", 1) == 2
+    assert "max_latency needs measured times" in one_line(capsys)
+    assert lgvit("calibrate", copy, "--data", "digits") == 2
+    assert "nothing is asked" in one_line(capsys)
+    (tmp_path / "empty").mkdir()
+    assert lgvit("sweep", checkpoint, "--data", tmp_path / "empty", "--output", tmp_path / "o", "--values", 0.5) == 2
+    assert "empty" in one_line(capsys)
+    assert lgvit("sweep", checkpoint, "--data", "digits", "--output", tmp_path / "o") == 2
+    assert "give either --values or --range" in one_line(capsys)
+    wanted = ["--policy", "patience", "--values", 1.5]
+    assert lgvit("sweep", checkpoint, "--data", "digits", "--output", tmp_path / "o", *wanted) == 2
+    assert "patience is a whole number" in one_line(capsys)
+    (copy / "manifest.json").write_text("{}")
+    assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.1) == 2
+    assert "is a training checkpoint, which must stay as it is; give --output" in one_line(capsys)
