@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# one process per core, each with one thread: several with several threads fight over the cores
+PYTEST_ENV = OMP_NUM_THREADS=1
+PYTEST_SPREAD = -n auto --dist worksteal
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -15,10 +18,10 @@ demo: .venv/.ready ## train a small highway on handwritten digits and write what
 	.venv/bin/lgvit demo --output demo_output $(DEMO_ARGS)
 
 test: .venv/.ready ## run all tests and docstring examples on transformers 4.57.6
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST_ENV) .venv/bin/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 test-5: .venv-5/.ready ## the same on the newest transformers 5, in an environment of its own
-	.venv-5/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST_ENV) .venv-5/bin/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 test-cross: .venv/.ready .venv-5/.ready ## checkpoints of each loaded by the other
 	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv-5/bin/python .venv/bin/python -m pytest tests/test_cross_version.py

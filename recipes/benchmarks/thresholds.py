@@ -2,22 +2,33 @@
 
     lgvit sweep runs/stage2 --data photos/ --output sweep --values 0.5            # keeps sweep/table.safetensors
     lgvit benchmark runs/stage2 --data photos/ --cost-table costs.json --batch-sizes 1 8 32
-    python recipes/benchmarks/thresholds.py sweep/table.safetensors --cost-table costs.json
+    python recipes/benchmarks/thresholds.py sweep/table.safetensors --cost-table costs.json \\
+        --checkpoint runs/stage2 --data photos/
 
 The table is split at random again and again: one half to calibrate on, the other to report on. There the calibrated
 policy is compared with the best single threshold that is at least as accurate, all exits on, temperature 1; it is
 picked on the report rows themselves, which favours it. Costs are MACs with heads counted, or the milliseconds that a
-measured cost table predicts; the full model's is 1, and a single threshold that lets nobody go costs more.
+measured cost table predicts; the full model's is 1, and a single threshold that lets nobody go costs more. With a
+checkpoint and its data (the table's), the policies of the first split are also run on images of its second half, in
+turn with one another: `by the clock` is the median of the ratios of their times.
 """
 
 import argparse
+import statistics
+from functools import partial
 
 import numpy as np
 import torch
 
 from lgvit_hf import ExitTable, calibrate
+from lgvit_hf.data import stack
+from lgvit_hf.engine import run_early
+from lgvit_hf.evaluation.benchmark import time_interleaved
 from lgvit_hf.evaluation.latency import CostTable
+from lgvit_hf.evaluation.run import open_highway
 from lgvit_hf.evaluation.search import RANGES, leaving, shares, sureness, uniform_thresholds
+from lgvit_hf.policies import build_policy
+from lgvit_hf.segments import State
 
 DROPS = (0.0, 0.005, 0.01, 0.02)
 
@@ -30,12 +41,31 @@ def cost_and_drop(table, settings, mean_cost):
 
 
 def best_single(curve, drop):
-    """The least cost of a single threshold with at most that drop; of letting nobody go where none is as accurate."""
-    return min((cost for cost, other in curve if other <= drop + 1e-12), default=curve[-1][0])
+    """Cost and settings of the cheapest single threshold within a drop; of letting nobody go where none is."""
+    within = [(cost, settings) for cost, other, settings in curve if other <= drop + 1e-12]
+    return min(within, key=lambda entry: entry[0], default=(curve[-1][0], curve[-1][2]))
+
+
+@torch.no_grad()
+def by_the_clock(model, dataset, rows, single, calibrated, size, num_images=256):
+    """How many times as long the single threshold takes as the calibrated policy, on some rows of a dataset."""
+    segments, ratios = model.segments(), []
+    policies = {
+        "single": build_policy(single, len(segments) - 1),
+        "calibrated": build_policy(calibrated, len(segments) - 1),
+    }
+    pixels = stack([dataset[row] for row in rows[:num_images].tolist()])["pixel_values"]
+    for batch in pixels.split(size):
+        state = State({"pixel_values": batch})
+        runs = {name: partial(run_early, segments, state, policy) for name, policy in policies.items()}
+        times = time_interleaved(runs, repeats=5, warm_up=1)
+        ratios.append([statistics.median(times[name]) for name in policies])
+    single_seconds, calibrated_seconds = np.sum(ratios, axis=0)
+    return single_seconds / calibrated_seconds
 
 
 def gains(table, splits, policy, cost_table, batch_size):
-    """Per drop asked for and split: the calibrated cost and drop, and the single threshold's cost."""
+    """Per drop and split: calibrated cost and drop, and the single threshold's cost; the first split's policies."""
 
     def mean_cost(leaving_at, asked):
         if cost_table is None:
@@ -43,21 +73,25 @@ def gains(table, splits, policy, cost_table, batch_size):
         return cost_table.mean_latency(leaving_at, asked, batch_size)
 
     full = mean_cost([0.0] * (len(table.depths) - 1) + [1.0], [])
-    found = np.zeros((len(DROPS), splits, 3))
+    found, policies = np.zeros((len(DROPS), splits, 3)), []
     for seed in range(splits):
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
         calibrated_on, reported = table.select(order[: len(order) // 2]), table.select(order[len(order) // 2 :])
         scores = sureness(reported, policy, (1.0,) * len(table.depths)).numpy()
         sign = -1 if policy == "entropy" else 1
         cuts = [sign * cut[0].item() for cut in uniform_thresholds(scores, RANGES[policy], 400)]
-        curve = [cost_and_drop(reported, {"name": policy, "threshold": cut}, mean_cost) for cut in cuts]
+        singles = [{"name": policy, "threshold": cut} for cut in cuts]
+        curve = [(*cost_and_drop(reported, settings, mean_cost), settings) for settings in singles]
         for number, drop in enumerate(DROPS):
             report = calibrate(
                 calibrated_on, policy=policy, max_accuracy_drop=drop, cost_table=cost_table, batch_size=batch_size
             )
             cost, true_drop = cost_and_drop(reported, report.policy, mean_cost)
-            found[number, seed] = cost / full, true_drop, best_single(curve, true_drop) / full
-    return found
+            single_cost, single = best_single(curve, true_drop)
+            found[number, seed] = cost / full, true_drop, single_cost / full
+            if seed == 0:
+                policies.append((order[len(order) // 2 :], single, report.policy))
+    return found, policies
 
 
 def main():
@@ -67,24 +101,26 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="at which times are read")
     parser.add_argument("--policy", default="confidence", choices=sorted(RANGES))
     parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--checkpoint", help="the table's model, to run what was found")
+    parser.add_argument("--data", help="the table's data, whose test split it is")
     options = parser.parse_args()
     table = ExitTable.load(options.table)
     measures = [("MACs", None, 1)]
     if options.cost_table:
         times = CostTable.load(options.cost_table, num_exits=len(table.depths))
         measures += [(f"ms, batch {size}", times, size) for size in options.batch_sizes]
-    print(
-        f"{len(table)} rows, half to calibrate on; exits: " + " ".join(f"{share:.1%}" for share in table.accuracies())
-    )
-    print("cost            asked   true drop   calibrated   single threshold   gain")
+    accuracies = " ".join(f"{share:.1%}" for share in table.accuracies())
+    print(f"{len(table)} rows, half to calibrate on; right at the exits: {accuracies}")
+    model, _, dataset = open_highway(options.checkpoint, options.data) if options.checkpoint else (None,) * 3
+    print("cost            asked   true drop   calibrated   single threshold   gain   by the clock")
     for name, times, size in measures:
-        found = gains(table, options.splits, options.policy, times, size)
-        for drop, rows in zip(DROPS, found, strict=True):
+        found, policies = gains(table, options.splits, options.policy, times, size)
+        for drop, rows, first in zip(DROPS, found, policies, strict=True):
             cost, true_drop, single = rows.mean(0)
             gain = (rows[:, 2] / rows[:, 0]).mean()
-            print(
-                f"{name:14} {drop:6.1%}   {true_drop:9.2%}   {cost:10.3f}   {single:16.3f}   {gain:4.2f}", flush=True
-            )
+            clock = "-" if model is None else f"{by_the_clock(model, dataset, *first, size):.2f}"
+            numbers = f"{drop:6.1%}   {true_drop:9.2%}   {cost:10.3f}   {single:16.3f}   {gain:4.2f}   {clock:>12}"
+            print(f"{name:14} {numbers}", flush=True)
 
 
 if __name__ == "__main__":
