@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .evaluation.metric import HighwayMetric
     from .evaluation.report import evaluate
     from .evaluation.table import ExitTable, collect
+    from .export.onnx_export import export_onnx
+    from .export.runtime import ORTHighway
     from .growth import grow
     from .heads import HEADS, register_head
     from .modeling_deit import DeiTHighway
@@ -41,6 +43,8 @@ _HOMES = {
     "evaluation.metric": ("HighwayMetric",),
     "evaluation.report": ("evaluate",),
     "evaluation.table": ("ExitTable", "collect"),
+    "export.onnx_export": ("export_onnx",),
+    "export.runtime": ("ORTHighway",),
     "growth": ("grow",),
     "heads": ("HEADS", "register_head"),
     "modeling_vit": ("ViTHighway",),

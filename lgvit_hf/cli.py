@@ -26,6 +26,7 @@ EXAMPLES = {
     "sweep": "lgvit sweep runs/stage2 --data photos/ --output sweep --policy confidence --range 0.5 0.99 25\n"
     "  lgvit sweep runs/stage2 --data photos/ --output patience --policy patience --values 1 2 3 4",
     "env": "lgvit env",
+    "export": "lgvit export runs/stage2 onnx/ --layout single",
     "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/",
 }
 
@@ -123,6 +124,18 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--timed-batch-sizes", type=int, nargs="+", default=[], help="also measure wall-clock at these")
     sweep.set_defaults(run=_sweep, required=("data", "output"))
 
+    export = _command(commands, "export", "write ONNX that really skips, and run it against the model")
+    export.add_argument("checkpoint", help="folder or Hub id of a highway")
+    export.add_argument("output", help="folder to write")
+    export.add_argument(
+        "--layout",
+        choices=("single", "segments", "all_exits"),
+        default="single",
+        help="one file with real branches, one per segment, or all exits' logits (default: single)",
+    )
+    _add_policy(export)
+    export.set_defaults(run=_export)
+
     convert = _command(commands, "convert", "turn another project's checkpoint into one of ours")
     convert.add_argument("--from", dest="source_format", choices=("lgvit",), default="lgvit", help="whose checkpoint")
     convert.add_argument("source", help="folder with config.json and model.safetensors or pytorch_model.bin")
@@ -177,6 +190,7 @@ def _add_data(command: argparse.ArgumentParser, which: str, why: str) -> None:
         default=0.15,
         help="of the training rows, where the data have no such split; as in training (default: 0.15)",
     )
+    command.add_argument("--seed", type=int, default=0, help="by which rows are split; as in training (default: 0)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,6 +276,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         plots=options.plots,
         which=options.split,
         validation_share=options.validation_share,
+        seed=options.seed,
         batch_size=options.batch_size,
         timed_batch_sizes=options.timed_batch_sizes,
     )
@@ -282,6 +297,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         table_file=options.table,
         which=options.split,
         validation_share=options.validation_share,
+        seed=options.seed,
         threads=options.threads,
         batch_sizes=options.batch_sizes,
         repeats=options.repeats,
@@ -303,6 +319,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         cost_table=options.cost_table,
         which=options.split,
         validation_share=options.validation_share,
+        seed=options.seed,
         labels=not options.ignore_labels,
         choose_exits=not options.all_exits,
         **{name: getattr(options, name) for name in names},
@@ -318,7 +335,7 @@ def _sweep(options: argparse.Namespace) -> None:
         raise ValueError("give either --values or --range FROM TO STEPS")
     if options.values is None:
         first, last, steps = options.range
-        if steps != int(steps) or steps < 2:
+        if not steps >= 2 or steps % 1:
             raise ValueError(f"--range: STEPS={steps:g} must be a whole number of at least 2")
         options.values = [round(first + (last - first) * step / (steps - 1), 10) for step in range(int(steps))]
     given = {name: getattr(options, name) for name in ("patience", "entropy_threshold")}
@@ -330,10 +347,32 @@ def _sweep(options: argparse.Namespace) -> None:
         values=options.values,
         which=options.split,
         validation_share=options.validation_share,
+        seed=options.seed,
         timed_batch_sizes=options.timed_batch_sizes,
     )
     print(sweep_as_text(rows))
-    print(f"\nkept in {options.output}: sweep.jsonl, sweep.png, and table.safetensors for lgvit calibrate --table")
+    print(f"\nkept in {options.output}: sweep.jsonl, table.safetensors, and sweep.png where matplotlib is installed")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from transformers import AutoImageProcessor
+
+    from .export.onnx_export import export_onnx
+    from .models import open_highway_checkpoint
+
+    model = open_highway_checkpoint(options.checkpoint)
+    policy = _policy_of(options)
+    if policy is not None:
+        model.set_exit_policy(policy)
+    manifest = export_onnx(
+        model, options.output, options.layout, processor=AutoImageProcessor.from_pretrained(options.checkpoint)
+    )
+    difference, sizes = manifest["verified"]["largest_difference"], manifest["verified"]["batch_sizes"]
+    print(f"{', '.join(manifest['files'])} in {options.output}; policy {manifest['policy']['name']}")
+    print(
+        f"run in ONNX Runtime on batches of {', '.join(map(str, sizes))} with every exit taken: answers as the model "
+        f"does, logits within {difference:.1e}"
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:

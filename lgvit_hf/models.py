@@ -6,6 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -22,6 +24,13 @@ from .modeling_swin import SwinHighway
 from .modeling_vit import ViTHighway
 
 BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
+
+
+def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
+    """Random pixels of the size the model was made for, `[B, C, H, W]`."""
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch_size, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
 
 
 def small_config(backbone: str, image_size: int, **settings: Any) -> HighwayConfig:
@@ -166,3 +175,22 @@ def _same_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str
     except ValueError:
         return False
     return all(getattr(wanted, name) == getattr(config, name) for name in names)
+
+
+def open_highway_checkpoint(checkpoint: str) -> PreTrainedModel:
+    """A saved highway, whatever its classes, in `eval()` mode.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id.
+
+    Raises:
+        OSError: There is no saved model.
+        ValueError: It is no highway.
+    """
+    if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
+        raise OSError(f"{checkpoint}: no config.json there, not a saved model")
+    kind = AutoConfig.from_pretrained(checkpoint).model_type
+    kinds = {f"{name}_highway": highway for name, highway in BY_BACKBONE.items()}
+    if kind not in kinds:
+        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(kinds)}")
+    return kinds[kind].from_pretrained(checkpoint).eval()

@@ -158,9 +158,7 @@ def test_temperature_undoes_the_scale_of_an_exit(policy):
 def test_report_is_what_its_policy_replays_to(policy, labels):
     table = synthetic(800)
     found = calibrate(table, policy=policy, max_accuracy_drop=0.06, labels=labels)
-    _, tested = split(table)
-    if not labels:
-        tested = ExitTable(tested.logits, tested.logits[-1].argmax(-1), tested.depths)
+    _, tested = split(table if labels else table.without_labels())
     answers, rule = tested.replay(found.policy), build_policy(found.policy, 3)
     overall = summarise(tested, answers, COSTS, ["head"] * 4, rule)["overall"]
     assert (found.accuracy, found.full_accuracy) == pytest.approx(
@@ -217,10 +215,19 @@ def test_nothing_provable_runs_the_full_model():
     assert "none: the full model answers" in found.as_text() and "with probability 0.9" in found.as_text()
 
 
-def test_nan_is_an_error():
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_none(number):
     table = synthetic(50)
-    table.logits[1, 3] = torch.nan
-    with pytest.raises(ValueError, match="1 of 50 rows have NaN"):
+    table.logits[1, 3, 0] = number
+    with pytest.raises(ValueError, match="1 of 50 rows have NaN or infinite logits"):
+        calibrate(table, max_accuracy_drop=0.05)
+
+
+@pytest.mark.parametrize("label", [-100, 5])
+def test_labels_that_are_no_class(label):
+    table = synthetic(50)
+    table.labels[7] = label
+    with pytest.raises(ValueError, match=f"labels: {label} is none of the 5 classes"):
         calibrate(table, max_accuracy_drop=0.05)
 
 
@@ -239,6 +246,76 @@ def test_budgets():
     assert calibrate(table, max_macs=COSTS.backbone / 1.8) == fast
     both = calibrate(table, min_speedup=1.2, max_accuracy_drop=0.05)
     assert COSTS.backbone / both.mean_macs >= 1.2 and both.full_accuracy - both.accuracy <= 0.05
+
+
+@pytest.mark.parametrize("rows", [788, 1000, 1662])
+def test_halves_are_random_whatever_the_rows_are_like(rows):
+    """Hard rows have the larger logits, and many rows are alike: neither half gets more of the hard ones."""
+    hard_share, drawn = 0.1, []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        hard = torch.rand(rows, generator=generator) < hard_share
+        size = torch.where(hard, 9.0, torch.randint(1, 4, (rows,), generator=generator).float())
+        logits = torch.stack([size, -size / 2], -1).expand(3, rows, 2)
+        _, tested = split(ExitTable(logits, hard.long(), [1, 2, 3]))
+        drawn.append(tested.labels.sum().item() - hard.sum().item() / 2)
+    spread = math.sqrt(rows * hard_share * (1 - hard_share)) / 2
+    assert abs(np.mean(drawn)) < 4 * spread / 10 and 0.7 < np.std(drawn) / spread < 1.4
+
+
+def test_the_search_never_sees_the_rows_that_are_tested_on(monkeypatch):
+    table, seen = synthetic(300), []
+    monkeypatch.setattr(
+        "lgvit_hf.evaluation.calibration.candidates", lambda rows, *rest: seen.append(rows) or candidates(rows, *rest)
+    )
+    found = calibrate(table, max_accuracy_drop=0.05, delta=0.1)
+    searched, tested = split(table)
+    assert len(seen) == 1 and torch.equal(seen[0].logits, searched.logits) and found.n == len(tested) == 150
+    every = torch.cat([searched.logits, tested.logits], 1).sum((0, 2)).sort().values
+    assert torch.equal(every, table.logits.sum((0, 2)).sort().values)
+
+
+def test_tested_must_be_other_rows_of_the_same_model():
+    table = synthetic(300)
+    with pytest.raises(ValueError, match="300 of the 300 rows to test on are in the table that is searched on"):
+        calibrate(table, max_accuracy_drop=0.05, delta=0.1, tested=table)
+    with pytest.raises(ValueError, match=r"tested is a table of another model: depths \[1, 2, 3, 4, 5\]"):
+        five = replace(synthetic(300, exits=5), costs=Costs([1.0] * 5, [1.0] * 5))
+        calibrate(table, max_accuracy_drop=0.05, tested=five)
+    with pytest.raises(ValueError, match="another model: weights"):
+        calibrate(table, max_accuracy_drop=0.05, tested=replace(synthetic(300, seed=1), weights="other"))
+    with pytest.raises(ValueError, match="tested is a table of 7 classes, not 5"):
+        calibrate(table, max_accuracy_drop=0.05, tested=synthetic(300, seed=1, classes=7))
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience", "patience_confidence"])
+def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
+    table = replace(synthetic(400), costs=Costs(COSTS.trunks, [1.5, 1.5, 1.5, 0.1]))
+    found = candidates(table, table.costs, policy, (1.0,) * 4, choose_exits=False)
+    for settings in found:
+        left, asked = leaving(table, settings)
+        reached = [index for index in range(3) if (left >= index).any()]
+        assert set(reached) <= set(asked), settings
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience"])
+def test_exits_behind_one_where_all_leave_are_off(policy):
+    left, asked = leaving(synthetic(400), candidates(synthetic(400), COSTS, policy, (1.0,) * 4)[-1])
+    assert asked == [0] and not left.any()
+
+
+def test_two_neighbouring_scores_are_told_apart():
+    close = np.nextafter(np.float32(0.5), np.float32(0))
+    sureness, right = np.array([[0.5, close]], np.float32), np.array([[True, False], [True, True]])
+    (cut,) = search(sureness, right, Costs([1.0, 9.0], [0.0, 0.0]), 100.0, (0.0, 1.0))
+    assert (sureness[0] > cut).tolist() == [True, False]
+
+
+def test_a_head_that_is_off_is_not_paid_for():
+    """Leaving at the first exit loses 10 where going on costs 9; with the second head, never worth it, 14."""
+    sureness, right = np.array([[0.5], [0.5]], np.float32), np.array([[False], [False], [True]])
+    found = search(sureness, right, Costs([1.0, 4.0, 5.0], [0.0, 5.0, 0.0]), 10.0, (0.0, 1.0))
+    assert found.tolist() == [1.0, 1.0]
 
 
 def test_two_tables_search_on_all_of_the_first():

@@ -24,7 +24,7 @@ def test_help_is_quick():
     assert min(seconds) < 1
 
 
-COMMANDS = ("demo", "train", "grow", "evaluate", "benchmark", "calibrate", "sweep", "convert", "env")
+COMMANDS = ("demo", "train", "grow", "evaluate", "benchmark", "calibrate", "sweep", "export", "convert", "env")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

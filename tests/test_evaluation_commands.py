@@ -167,6 +167,15 @@ def test_calibrate_command_writes_the_policy(copy, tmp_path, capsys):
     assert "is a table of a model with other weights; collect it again" in capsys.readouterr().err
 
 
+def test_a_truncated_model_goes_on_from_its_table(checkpoint, tmp_path):
+    model = ViTHighway.from_pretrained(checkpoint)
+    small = model.truncate(2)
+    small.save_pretrained(tmp_path / "small")
+    make_processor(8).save_pretrained(tmp_path / "small")
+    asked = ["sweep", tmp_path / "small", "--data", "digits", "--output", tmp_path / "out", "--values", 0.5]
+    assert lgvit(*asked) == 0 and lgvit(*asked, 0.6) == 0
+
+
 def one_line(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lgvit:")]
     assert len(lines) == 1
@@ -195,6 +204,20 @@ def test_one_clear_line(checkpoint, copy, tmp_path, capsys):
     wanted = ["--policy", "patience", "--values", 1.5]
     assert lgvit("sweep", checkpoint, "--data", "digits", "--output", tmp_path / "o", *wanted) == 2
     assert "patience is a whole number" in one_line(capsys)
+    # 360 rows too, but others
+    other = ["--table", tmp_path / "table.safetensors", "--max-accuracy-drop", 0.1]
+    assert lgvit("calibrate", copy, "--data", "digits", "--split", "test", *other) == 0
+    shares = ["--split", "validation", "--validation-share", 360 / 1437]
+    capsys.readouterr()
+    assert lgvit("calibrate", copy, "--data", "digits", *shares, *other) == 2
+    assert "is a table of 360 other rows than these" in one_line(capsys)
+    assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.1, "--plot", tmp_path) == 2
+    assert "is a folder; give the PNG's file name" in one_line(capsys)
+    assert lgvit("evaluate", checkpoint, "--data", "digits", "--timed-batch-sizes", 0) == 2
+    assert "timed_batch_sizes=0 must be at least 1" in one_line(capsys)
+    wanted = ["--values", "nan"]
+    assert lgvit("sweep", checkpoint, "--data", "digits", "--output", tmp_path / "o", *wanted) == 2
+    assert "must be numbers" in one_line(capsys)
     (copy / "manifest.json").write_text("{}")
     assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.1) == 2
     assert "is a training checkpoint, which must stay as it is; give --output" in one_line(capsys)

@@ -65,6 +65,12 @@ def test_half_a_line_is_taken_off(cut, tmp_path):
     assert file.read_bytes() == whole
 
 
+def test_equal_policies_are_run_once(tmp_path):
+    rows = sweep(a_table(), [*POLICIES, *POLICIES], tmp_path / "sweep.jsonl", what=WHAT)
+    assert len(rows) == 2 * len(POLICIES)
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + len(POLICIES)
+
+
 def test_file_of_another_sweep(tmp_path):
     file = tmp_path / "sweep.jsonl"
     sweep(a_table(), POLICIES, file, what=WHAT)

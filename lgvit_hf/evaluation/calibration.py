@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from ..policies import probabilities
 from .bounds import drop_p_value, harm_p_value, passed_in_order, rows_needed
 from .costs import Costs
 from .latency import CostTable
+from .metrics import expected_calibration_error
 from .search import SEARCHES, Settings, candidates, consequences, leaving, shares
 from .table import ExitTable
 
@@ -36,8 +40,10 @@ class Calibration:
         n (`int`): Rows tested on, which the search has not seen.
         delta (`float`, *optional*): Probability that the guarantee does not hold, over the calibration rows.
         guaranteed_drop (`float`, *optional*): What the true drop (or harm) then exceeds with that probability at most.
-        frontier (`tuple[dict, ...]`): `accuracy`, `mean_macs` and `mean_latency` of every candidate on the same rows,
-            from the safest to the fastest.
+        frontier (`tuple[dict, ...]`): `policy`, `accuracy`, `mean_macs` and `mean_latency` of every candidate on the
+            same rows, from the safest to the fastest.
+        calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all rows `before` and
+            `after` the temperature, and of those `leaving` there, after it.
     """
 
     policy: dict[str, Any]
@@ -54,7 +60,8 @@ class Calibration:
     n: int
     delta: float | None = None
     guaranteed_drop: float | None = None
-    frontier: tuple[dict[str, float | None], ...] = ()
+    frontier: tuple[dict[str, Any], ...] = ()
+    calibration_errors: tuple[dict[str, float | None], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON takes it."""
@@ -141,10 +148,25 @@ def split(table: ExitTable, seed: int = 0) -> tuple[ExitTable, ExitTable]:
 
 
 def _shuffled(table: ExitTable, seed: int = 0) -> ExitTable:
-    """The rows in a random order that their contents decide, not the order they came in."""
-    key = table.logits.double().sum(-1).T @ torch.arange(1, len(table.depths) + 1, dtype=torch.float64)
-    shuffle = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
-    return table.select(key.argsort(stable=True)[shuffle])
+    """The rows in a random order that does not depend on the order they came in.
+
+    They are sorted by hashes: a smooth function of their values could sort them by difficulty, and half of them would
+    not be a random half. Rows that are alike get hashes of their own, and other rows beside them other hashes.
+    """
+    contents = _row_contents(table)
+    salt = hashlib.sha256(b"%d" % seed + b"".join(sorted(contents))).digest()
+    seen: Counter[bytes] = Counter()
+    keys = []
+    for content in contents:
+        keys.append(hashlib.sha256(salt + content + b"%d" % seen[content]).digest())
+        seen[content] += 1
+    return table.select(torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.long))
+
+
+def _row_contents(table: ExitTable) -> list[bytes]:
+    """A digest of each row's logits and label."""
+    logits, labels = table.logits.transpose(0, 1).contiguous().numpy(), table.labels.tolist()
+    return [hashlib.sha256(b"%d " % label + row.tobytes()).digest() for row, label in zip(logits, labels, strict=True)]
 
 
 def calibrate(
@@ -197,28 +219,24 @@ def calibrate(
         >>> labels, costs = torch.zeros(100, dtype=torch.long), Costs([4e6, 4e6], [1e5, 1e5])
         >>> report = calibrate(ExitTable(logits, labels, [1, 2], costs), max_accuracy_drop=0.01, temperature=False)
         >>> report.accuracy, report.exits, report.mean_macs / 1e6
-        (1.0, (0,), 6.396)
+        (1.0, (0,), 6.232)
     """
-    for rows in (table, tested):
-        if rows is not None:
-            _check_table(rows)
-    _check(policy, max_accuracy_drop, min_speedup, max_macs, max_latency, delta, bound)
+    check_request(policy, max_accuracy_drop, min_speedup, max_macs, max_latency, delta, bound, cost_table is not None)
+    _check_table(table)
+    if tested is not None:
+        _check_table(tested)
+        _check_pair(table, tested)
     if not labels:
         table, tested = table.without_labels(), None if tested is None else tested.without_labels()
     searched, tested = split(table) if tested is None else (_shuffled(table), _shuffled(tested))
-    if delta is not None and len(tested) < (needed := rows_needed(bound, max_accuracy_drop, delta)):
-        raise ValueError(
-            f"{len(tested)} rows to test on are too few to prove a {bound} of {max_accuracy_drop:g} at "
-            f"delta={delta:g}: at least {needed} are needed (a table of {2 * needed}, half of which is searched on), "
-            "more if any answer is lost"
-        )
+    check_rows(len(tested), max_accuracy_drop, delta, bound)
     prices = _Prices(table.costs, cost_table, batch_size, len(table.depths))
     temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in searched.logits)
     # safest first, and always within any drop: the full model
     found = [{"name": "never"}, *candidates(searched, prices.linear, policy, temperatures, choose_exits)]
     results = [_Result.of(tested, settings, prices) for settings in found]
     budgets = {"max_macs": max_macs, "max_latency": max_latency, "min_speedup": min_speedup}
-    chosen = results[_choose(results, prices, max_accuracy_drop, budgets, delta, bound)]
+    chosen = results[_choose(results, max_accuracy_drop, budgets, delta, bound)]
     full_accuracy = tested.right[-1].double().mean().item()
     return Calibration(
         policy=chosen.settings,
@@ -236,16 +254,49 @@ def calibrate(
         delta=delta,
         guaranteed_drop=None if delta is None else max_accuracy_drop,
         frontier=tuple(
-            {"accuracy": full_accuracy - result.drop, "mean_macs": result.macs, "mean_latency": result.latency}
+            {
+                "policy": result.settings,
+                "accuracy": full_accuracy - result.drop,
+                "mean_macs": result.macs,
+                "mean_latency": result.latency,
+            }
             for result in results
         ),
+        calibration_errors=tuple(_errors(tested, chosen.left, temperatures)),
     )
 
 
+def _errors(table: ExitTable, left: Tensor, temperatures: tuple[float, ...]) -> Iterator[dict[str, float | None]]:
+    for index, (logits, temperature) in enumerate(zip(table.logits, temperatures, strict=True)):
+        here = left == index
+        yield {
+            "before": expected_calibration_error(logits, table.labels),
+            "after": expected_calibration_error(logits / temperature, table.labels),
+            "leaving": expected_calibration_error(logits[here] / temperature, table.labels[here])
+            if here.any()
+            else None,
+        }
+
+
+def check_rows(num_tested: int, max_accuracy_drop: float | None, delta: float | None, bound: str) -> None:
+    """Raise `ValueError` where so few rows to test on can prove nothing; it says how many can."""
+    if delta is not None and num_tested < (needed := rows_needed(bound, max_accuracy_drop, delta)):
+        raise ValueError(
+            f"{num_tested} rows to test on are too few to prove a {bound} of {max_accuracy_drop:g} at "
+            f"delta={delta:g}: at least {needed} are needed (a table of {2 * needed}, half of which is searched on), "
+            "more if any answer is lost"
+        )
+
+
 def _check_table(table: ExitTable) -> None:
-    unknown = int(table.logits.isnan().any(-1).any(0).sum())
+    unknown = int((~table.logits.isfinite()).any(-1).any(0).sum())
     if unknown:
-        raise ValueError(f"{unknown} of {len(table)} rows have NaN logits; leave them out, or repair the model")
+        raise ValueError(
+            f"{unknown} of {len(table)} rows have NaN or infinite logits; leave them out, or repair the model"
+        )
+    strange = table.labels[(table.labels < 0) | (table.labels >= table.logits.shape[-1])]
+    if len(strange):
+        raise ValueError(f"labels: {int(strange[0])} is none of the {table.logits.shape[-1]} classes, from 0")
     if len(table) < 2:
         raise ValueError(f"{len(table)} rows are too few: at least 2 are needed, one to search and one to test on")
     if len(table.depths) < 2:
@@ -259,11 +310,35 @@ def _check_table(table: ExitTable) -> None:
         )
 
 
-def _check(policy, max_accuracy_drop, min_speedup, max_macs, max_latency, delta, bound) -> None:
+def _check_pair(table: ExitTable, tested: ExitTable) -> None:
+    for name in ("depths", "weights"):
+        one, other = getattr(table, name), getattr(tested, name)
+        if one != other:
+            raise ValueError(f"tested is a table of another model: {name} {other}, not {one}")
+    if table.logits.shape[-1] != tested.logits.shape[-1]:
+        raise ValueError(f"tested is a table of {tested.logits.shape[-1]} classes, not {table.logits.shape[-1]}")
+    common = len(set(_row_contents(table)) & set(_row_contents(tested)))
+    if 2 * common > len(tested):
+        raise ValueError(f"{common} of the {len(tested)} rows to test on are in the table that is searched on too")
+
+
+def check_request(
+    policy: str,
+    max_accuracy_drop: float | None,
+    min_speedup: float | None,
+    max_macs: float | None,
+    max_latency: float | None,
+    delta: float | None,
+    bound: str,
+    has_cost_table: bool,
+) -> None:
+    """Raise `ValueError` where what is asked of `calibrate` makes no sense, before any row is looked at."""
     if policy not in SEARCHES:
         raise ValueError(f"calibrate knows the policies {', '.join(sorted(SEARCHES))}, not {policy!r}")
     if bound not in ("drop", "harm"):
         raise ValueError(f"bound={bound!r} must be 'drop' or 'harm'")
+    if max_latency is not None and not has_cost_table:
+        raise ValueError("max_latency needs measured times: give cost_table (`lgvit benchmark --cost-table FILE`)")
     budgets = {"min_speedup": min_speedup, "max_macs": max_macs, "max_latency": max_latency}
     if max_accuracy_drop is None and not any(value is not None for value in budgets.values()):
         raise ValueError("nothing is asked: give max_accuracy_drop, min_speedup, max_macs or max_latency")
@@ -332,15 +407,12 @@ class _Result:
 
 def _choose(
     results: list[_Result],
-    prices: _Prices,
     max_accuracy_drop: float | None,
     budgets: dict[str, float | None],
     delta: float | None,
     bound: str,
 ) -> int:
     """Index of the candidate to return; the first is the full model, the others go from safest to fastest."""
-    if budgets["max_latency"] is not None and prices.table is None:
-        raise ValueError("max_latency needs measured times: give cost_table (`lgvit benchmark --cost-table FILE`)")
     allowed = range(len(results))
     if delta is not None:
         p_values = [_p_value(result.drops.numpy(), max_accuracy_drop, delta, bound) for result in results[1:]]

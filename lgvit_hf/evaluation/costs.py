@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..models import example_image
 from ..segments import Segment, State
 
 
@@ -79,13 +79,6 @@ def _counted(run: Callable[[State], Any], state: State) -> tuple[Any, float]:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = run(state)
     return result, counter.get_total_flops() / 2
-
-
-def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
-    """Random pixels of the size the model was made for, `[B, C, H, W]`."""
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(batch_size, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
 
 
 def model_macs(model: PreTrainedModel) -> Costs:

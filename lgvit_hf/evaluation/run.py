@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
@@ -20,7 +20,7 @@ from ..files import add_files, replace_folder, write_json
 from ..models import open_model
 from ..policies import build_policy
 from .benchmark import benchmark, wall_clock_speed_up
-from .calibration import Calibration, calibrate, split
+from .calibration import Calibration, calibrate, check_request, check_rows, split
 from .latency import CostTable, architecture
 from .plots import (
     plot_classes,
@@ -50,8 +50,8 @@ SWEPT = {
 
 
 def open_highway(
-    checkpoint: str, data: str, *, which: str = "test", validation_share: float = 0.15, seed: int = 0
-) -> tuple[PreTrainedModel, BaseImageProcessor, Dataset]:
+    checkpoint: str, data: str, which: str = "test", validation_share: float = 0.15, seed: int = 0
+) -> tuple[PreTrainedModel, BaseImageProcessor, ProcessedImages]:
     """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
 
     Args:
@@ -69,7 +69,9 @@ def open_highway(
     return model, processor, ProcessedImages(getattr(splits, which), processor)
 
 
-def table_of(model: PreTrainedModel, dataset: Dataset, file: str | Path | None, *, batch_size: int = 64) -> ExitTable:
+def table_of(
+    model: PreTrainedModel, dataset: ProcessedImages, file: str | Path | None, *, batch_size: int = 64
+) -> ExitTable:
     """The table of a model and a dataset: read from `file` where that is there, otherwise collected and written to it.
 
     Raises:
@@ -78,14 +80,15 @@ def table_of(model: PreTrainedModel, dataset: Dataset, file: str | Path | None, 
     if file is not None and Path(file).exists():
         table = ExitTable.load(
             file,
-            depths=[*model.config.exit_positions, model.config.num_blocks],
+            depths=[segment.depth for segment in model.segments()],
             num_labels=model.config.num_labels,
             weights=weights_digest(model),
         )
-        if len(table) != len(dataset):
-            raise ValueError(f"{file} is a table of {len(table)} rows, but the data have {len(dataset)}")
+        labels = dataset.images["label"][:]
+        if table.labels.tolist() != list(labels):
+            raise ValueError(f"{file} is a table of {len(table)} other rows than these {len(labels)}: another split?")
         return table
-    table = collect(model, dataset, batch_size=batch_size)
+    table = collect(model, dataset)
     if file is not None:
         table.save(file)
     return table
@@ -100,6 +103,7 @@ def run_evaluate(
     plots: str | None = None,
     which: str = "test",
     validation_share: float = 0.15,
+    seed: int = 0,
     batch_size: int = 64,
     timed_batch_sizes: Sequence[int] = (1, 32),
 ) -> dict[str, Any]:
@@ -113,16 +117,17 @@ def run_evaluate(
         plots (`str`, *optional*):
             Folder for `exits.png`, `pareto.png`, `reliability.png`, `classes.png`, `confusion.png`, `gallery.png` and,
             where wall-clock is measured, `latency.png`.
-        which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15):
-            As of `open_highway`.
+        which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15), seed
+            (`int`, *optional*, defaults to 0): As of `open_highway`.
         batch_size (`int`, *optional*), timed_batch_sizes (`Sequence[int]`, *optional*): As of `evaluate`.
 
     Returns:
         As of `evaluate`.
     """
-    if plots is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('figures are drawn with matplotlib: pip install "lgvit-hf[plots]"')
-    model, _, dataset = open_highway(checkpoint, data, which=which, validation_share=validation_share)
+    if plots is not None:
+        _check_can_draw()
+    _check_counts(batch_size=[batch_size], timed_batch_sizes=timed_batch_sizes)
+    model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed)
     if policy is not None:
         model.set_exit_policy(policy)
     table, answers = collect(model, dataset, batch_size=batch_size), answer_all(model, dataset, batch_size=batch_size)
@@ -217,6 +222,7 @@ def run_calibrate(
     cost_table: str | None = None,
     which: str = "validation",
     validation_share: float = 0.15,
+    seed: int = 0,
     **wanted: Any,
 ) -> Calibration:
     """Calibrate a checkpoint and write the policy into its config, with the report beside it as `calibration.json`.
@@ -229,18 +235,35 @@ def run_calibrate(
         table_file (`str`, *optional*): Where the table is, or is to be, kept.
         cost_table (`str`, *optional*): File of measured times.
         which (`str`, *optional*, defaults to `"validation"`): The split to calibrate on.
-        validation_share (`float`, *optional*, defaults to 0.15): As of `load_images`.
+        validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
+            As of `open_highway`.
         wanted: As of `calibrate`.
     """
     folder = Path(checkpoint)
     if output is None:
         _check_may_change(folder)
-    model, processor, dataset = open_highway(checkpoint, data, which=which, validation_share=validation_share)
-    table = table_of(model, dataset, table_file)
+    elif Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; choose another output")
+    if plot is not None:
+        _check_can_draw(plot)
+    asked = {
+        name: wanted.get(name) for name in ("max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta")
+    }
+    bound = wanted.get("bound", "drop")
+    check_request(wanted.get("policy", "confidence"), **asked, bound=bound, has_cost_table=cost_table is not None)
+    model, processor, dataset = open_highway(
+        checkpoint, data, which=which, validation_share=validation_share, seed=seed
+    )
+    check_rows(len(dataset) - len(dataset) // 2, asked["max_accuracy_drop"], asked["delta"], bound)
     costs = None
     if cost_table is not None:
-        costs = CostTable.load(cost_table, num_exits=len(table.depths), model=architecture(model))
+        costs = CostTable.load(cost_table, num_exits=len(model.segments()), model=architecture(model))
+        costs.at(wanted.get("batch_size", 1))
+    table = table_of(model, dataset, table_file)
     report = calibrate(table, cost_table=costs, **wanted)
+    if plot is not None:
+        labels = wanted.get("labels", True)
+        plot_calibration(plot, table, report, labels=labels, asked_drop=asked["max_accuracy_drop"])
     content = {"what": "lgvit calibrate", "data": data, "split": which, "rows": len(table), **report.to_dict()}
     if output is not None:
         model.set_exit_policy(report.policy)
@@ -253,10 +276,20 @@ def run_calibrate(
         # the report first: whatever the config says then is explained beside it
         write_json(folder / "calibration.json", content)
         write_json(folder / "config.json", {**config, "exit_policy": report.policy})
-    if plot is not None:
-        asked_drop, labels = wanted.get("max_accuracy_drop"), wanted.get("labels", True)
-        plot_calibration(plot, table, report, labels=labels, asked_drop=asked_drop)
     return report
+
+
+def _check_can_draw(file: str | None = None) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('figures are drawn with matplotlib: pip install "lgvit-hf[plots]"')
+    if file is not None and Path(file).is_dir():
+        raise ValueError(f"{file} is a folder; give the PNG's file name")
+
+
+def _check_counts(**counts: Sequence[int]) -> None:
+    for name, numbers in counts.items():
+        if any(number < 1 for number in numbers):
+            raise ValueError(f"{name}={' '.join(map(str, numbers))} must be at least 1")
 
 
 def _check_may_change(folder: Path) -> None:
@@ -301,6 +334,7 @@ def run_sweep(
     values: Sequence[float],
     which: str = "test",
     validation_share: float = 0.15,
+    seed: int = 0,
     timed_batch_sizes: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """A policy at many values of its first parameter: `table.safetensors`, `sweep.jsonl` and `sweep.png` in a folder.
@@ -312,7 +346,8 @@ def run_sweep(
         policy (`dict`): Its name, and the parameters that stay as they are.
         values (`Sequence[float]`): Of the parameter in `SWEPT`.
         which (`str`, *optional*, defaults to `"test"`): The split.
-        validation_share (`float`, *optional*, defaults to 0.15): As of `load_images`.
+        validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
+            As of `open_highway`.
         timed_batch_sizes (`Sequence[int]`, *optional*): Batch sizes at which wall-clock is measured for every value.
 
     Raises:
@@ -321,15 +356,18 @@ def run_sweep(
     parameter = SWEPT.get(policy["name"])
     if parameter is None:
         raise ValueError(f"a sweep knows the policies {', '.join(SWEPT)}, not {policy['name']!r}")
+    _check_counts(timed_batch_sizes=timed_batch_sizes)
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"values={list(values)} must be numbers")
     whole = parameter != "threshold"
     policies = [{**policy, parameter: int(value) if whole else value} for value in values]
     for settings in policies:
         if whole and settings[parameter] not in values:
             raise ValueError(f"{parameter} is a whole number; choose values or a range with steps of 1")
     folder = Path(output)
-    model, _, dataset = open_highway(checkpoint, data, which=which, validation_share=validation_share)
+    model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed)
     for settings in policies:
-        build_policy(settings, len(model.exits))
+        build_policy(settings, len(model.segments()) - 1)
     folder.mkdir(parents=True, exist_ok=True)
     table = table_of(model, dataset, folder / "table.safetensors")
     pixels = torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
@@ -390,6 +428,7 @@ def run_benchmark(
     table_file: str | None = None,
     which: str = "test",
     validation_share: float = 0.15,
+    seed: int = 0,
     threads: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -403,15 +442,18 @@ def run_benchmark(
         plot (`str`, *optional*): PNG of the speed-ups.
         cost_table (`str`, *optional*): JSON file for the measured times, which `calibrate` reads.
         table_file (`str`, *optional*): Table of exits of the whole split, on which accuracies are then compared.
-        which (`str`, *optional*), validation_share (`float`, *optional*): As of `open_highway`.
+        which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
+            As of `open_highway`.
         threads (`int`, *optional*): Of the processor; by default as PyTorch chose.
         settings: `batch_sizes`, `repeats`, `limit`, as of `benchmark`.
     """
+    _check_counts(**{name: [value] for name, value in settings.items() if name in ("repeats", "limit")})
+    if plot is not None:
+        _check_can_draw(plot)
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads={threads} must be at least 1")
+        _check_counts(threads=[threads])
         torch.set_num_threads(threads)
-    model, _, dataset = open_highway(checkpoint, data, which=which, validation_share=validation_share)
+    model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed)
     if policy is not None:
         model.set_exit_policy(policy)
     table = None if table_file is None else table_of(model, dataset, table_file)

@@ -103,6 +103,10 @@ def _thresholds(
         return costs.mean(leaving_at.tolist(), asked), right[-1, rows].mean() - answered.mean()
 
     def settings(thresholds: np.ndarray) -> Settings:
+        all_leave = np.flatnonzero(thresholds <= limits[0])
+        if len(all_leave):
+            # nobody comes to the exits behind
+            thresholds = np.where(np.arange(len(thresholds)) > all_leave[0], limits[1], thresholds)
         numbers = [sign * number + 0.0 for number in thresholds.tolist()]  # no negative zero
         return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
 
@@ -172,9 +176,12 @@ def search(
         >>> search(sureness, right, Costs([1.0, 9.0], [0.0, 0.0]), price=100.0, limits=(0.0, 1.0)).tolist()
         [0.5]
     """
+    # an exit where nobody leaves is switched off, or asked nevertheless
+    floor, ceiling = limits
+    ceiling = ceiling if choose_exits else np.nextafter(sureness.dtype.type(ceiling), sureness.dtype.type(floor))
     orders = (-sureness).argsort(axis=-1, kind="stable")
     lost = price * ~right
-    thresholds = np.full(len(sureness), limits[1], sureness.dtype)
+    thresholds = np.full(len(sureness), ceiling, sureness.dtype)
     best, least = thresholds, np.inf
     for _ in range(_MAX_SWEEPS):
         thresholds = thresholds.copy()
@@ -183,9 +190,10 @@ def search(
         for index in reversed(range(len(sureness))):
             order = orders[index][~leaves[:index].any(0)[orders[index]]]
             head, change = costs.heads[index], (lost[index] - to_go)[order]
-            thresholds[index] = _best_cut(sureness[index][order], change, head if choose_exits else 0.0, limits)
+            spared = head if choose_exits else 0.0
+            thresholds[index] = _best_cut(sureness[index][order], change, spared, (floor, ceiling))
             leaves[index] = sureness[index] > thresholds[index]
-            paid = head if not choose_exits or thresholds[index] < limits[1] else 0.0
+            paid = head if thresholds[index] < limits[1] else 0.0
             to_go = costs.trunks[index] + paid + np.where(leaves[index], lost[index], to_go)
         if to_go.mean() >= least * (1 - 1e-9):
             break
@@ -194,7 +202,10 @@ def search(
 
 
 def _best_cut(sureness: np.ndarray, change: np.ndarray, head: float, limits: tuple[float, float]) -> float:
-    """The threshold for rows sorted from surest down, if `change` is what each one's leaving adds to the objective."""
+    """The threshold for rows sorted from surest down, if `change` is what each one's leaving adds to the objective.
+
+    `head` is what a row is spared where the exit is switched off, which the upper of the `limits` does.
+    """
     floor, ceiling = limits
     if len(sureness) == 0:
         return ceiling
@@ -268,7 +279,12 @@ Combination = Callable[[tuple[int, ...]], Settings]
 
 def _patience(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:
     for patience in range(1, len(table.depths)):
-        yield lambda exits, patience=patience: {"name": "patience", "patience": patience, "exits": list(exits)}
+        yield lambda exits, patience=patience: {
+            "name": "patience",
+            "patience": patience,
+            # with a patience of 1 all leave at the first exit, and nobody comes to the others
+            "exits": list(exits if patience > 1 else exits[:1]),
+        }
 
 
 def _patience_confidence(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:

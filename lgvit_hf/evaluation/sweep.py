@@ -57,7 +57,7 @@ def sweep(
     """
     file = Path(file)
     known = _read(file, what)
-    todo = [policy for policy in policies if _key(policy) not in known]
+    todo = {_key(policy): policy for policy in policies if _key(policy) not in known}.values()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         if not file.stat().st_size:
