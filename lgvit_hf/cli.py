@@ -358,9 +358,9 @@ def _export(options: argparse.Namespace) -> None:
     from transformers import AutoImageProcessor
 
     from .export.onnx_export import export_onnx
-    from .models import open_highway_checkpoint
+    from .models import load_highway
 
-    model = open_highway_checkpoint(options.checkpoint)
+    model = load_highway(options.checkpoint)
     policy = _policy_of(options)
     if policy is not None:
         model.set_exit_policy(policy)

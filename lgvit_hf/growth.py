@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
 from .data import ProcessedImages, class_names, load_unlabelled
@@ -31,7 +31,7 @@ from .evaluation.sweep import threshold_curve
 from .evaluation.table import ExitTable
 from .files import replace_folder, write_json
 from .losses import check_labels
-from .models import BY_BACKBONE, with_exits
+from .models import BY_BACKBONE, read_config, with_exits
 from .training.cached import (
     HeadTraining,
     StateCache,
@@ -197,9 +197,7 @@ def _candidates(
         name, config = type(checkpoint).__name__, checkpoint.config
     else:
         name = str(checkpoint)
-        if Path(name).exists() and not (Path(name) / "config.json").is_file():
-            raise OSError(f"{name}: no config.json there, not a saved model")
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
     kind, is_highway = config.model_type.removesuffix("_highway"), config.model_type.endswith("_highway")
     if kind not in BY_BACKBONE or (is_highway and config.exit_positions):
         has_exits = " that has exits already; `lgvit train` trains those" if is_highway else ""

@@ -24,6 +24,7 @@ from .modeling_swin import SwinHighway
 from .modeling_vit import ViTHighway
 
 BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
+HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
 
 
 def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
@@ -115,20 +116,17 @@ def open_model(
 
     if model_settings:
         raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
-    if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
-        raise OSError(f"{checkpoint}: no config.json there, not a saved model")
-    config = AutoConfig.from_pretrained(checkpoint)
-    kinds = {f"{kind}_highway": kind for kind in BY_BACKBONE}
-    if config.model_type in kinds:
+    config = read_config(checkpoint)
+    if config.model_type in HIGHWAYS:
         _check_labels(checkpoint, config, label_names)
-        model = BY_BACKBONE[kinds[config.model_type]].from_pretrained(checkpoint)
+        model = HIGHWAYS[config.model_type].from_pretrained(checkpoint)
         model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif config.model_type in BY_BACKBONE and not must_be_highway:
         if config.num_labels == len(label_names):
             labels = {} if config.id2label == labels["id2label"] else labels
         model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **exits, **labels)
     else:
-        raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(kinds)}")
+        raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
     return model, AutoImageProcessor.from_pretrained(checkpoint)
 
 
@@ -177,8 +175,8 @@ def _same_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str
     return all(getattr(wanted, name) == getattr(config, name) for name in names)
 
 
-def open_highway_checkpoint(checkpoint: str) -> PreTrainedModel:
-    """A saved highway, whatever its classes, in `eval()` mode.
+def load_highway(checkpoint: str) -> PreTrainedModel:
+    """A saved highway, whatever its classes, ready to answer.
 
     Args:
         checkpoint (`str`): Folder or Hub id.
@@ -187,10 +185,18 @@ def open_highway_checkpoint(checkpoint: str) -> PreTrainedModel:
         OSError: There is no saved model.
         ValueError: It is no highway.
     """
+    kind = read_config(checkpoint).model_type
+    if kind not in HIGHWAYS:
+        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
+    return HIGHWAYS[kind].from_pretrained(checkpoint).eval()
+
+
+def read_config(checkpoint: str) -> PretrainedConfig:
+    """The config of a folder or Hub id.
+
+    Raises:
+        OSError: There is no saved model.
+    """
     if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
         raise OSError(f"{checkpoint}: no config.json there, not a saved model")
-    kind = AutoConfig.from_pretrained(checkpoint).model_type
-    kinds = {f"{name}_highway": highway for name, highway in BY_BACKBONE.items()}
-    if kind not in kinds:
-        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(kinds)}")
-    return kinds[kind].from_pretrained(checkpoint).eval()
+    return AutoConfig.from_pretrained(checkpoint)

@@ -96,7 +96,7 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _at(value: Numbers, exit_index: int, default: float) -> float:
+def number_at(value: Numbers, exit_index: int, default: float) -> float:
     """The number that holds at an exit: the only one, the exit's own, or `default` past the end of the list."""
     if isinstance(value, (int, float)):
         return value
@@ -180,7 +180,7 @@ class _ThresholdPolicy(ExitPolicy):
         _check_numbers("temperature", self.temperature, positive=True)
 
     def probabilities(self, logits: Tensor, exit_index: int) -> Tensor:
-        return probabilities(logits, _at(self.temperature, exit_index, 1.0))
+        return probabilities(logits, number_at(self.temperature, exit_index, 1.0))
 
 
 @register_policy("confidence")
@@ -202,11 +202,11 @@ class ConfidencePolicy(_ThresholdPolicy):
 
     def skips(self, exit_index: int) -> bool:
         """No probability is above 1."""
-        return _at(self.threshold, exit_index, math.inf) >= 1
+        return number_at(self.threshold, exit_index, math.inf) >= 1
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         score = self.probabilities(logits, exit_index).amax(-1)
-        return score > _at(self.threshold, exit_index, math.inf), {"score": score}
+        return score > number_at(self.threshold, exit_index, math.inf), {"score": score}
 
 
 @register_policy("entropy")
@@ -222,11 +222,11 @@ class EntropyPolicy(_ThresholdPolicy):
 
     def skips(self, exit_index: int) -> bool:
         """No entropy is below 0."""
-        return _at(self.threshold, exit_index, -math.inf) <= 0
+        return number_at(self.threshold, exit_index, -math.inf) <= 0
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         score = entropy(self.probabilities(logits, exit_index))
-        return score < _at(self.threshold, exit_index, -math.inf), {"score": score}
+        return score < number_at(self.threshold, exit_index, -math.inf), {"score": score}
 
 
 @register_policy("margin")
@@ -242,11 +242,11 @@ class MarginPolicy(_ThresholdPolicy):
 
     def skips(self, exit_index: int) -> bool:
         """No probability is above 1."""
-        return _at(self.threshold, exit_index, math.inf) >= 1
+        return number_at(self.threshold, exit_index, math.inf) >= 1
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         score = margin(self.probabilities(logits, exit_index))
-        return score > _at(self.threshold, exit_index, math.inf), {"score": score}
+        return score > number_at(self.threshold, exit_index, math.inf), {"score": score}
 
 
 @register_policy("confidence_entropy")
@@ -271,14 +271,14 @@ class ConfidenceEntropyPolicy(_ThresholdPolicy):
 
     def skips(self, exit_index: int) -> bool:
         """No probability is above 1, no entropy below 0."""
-        never_sure = _at(self.threshold, exit_index, math.inf) >= 1
-        return never_sure or _at(self.entropy_threshold, exit_index, -math.inf) <= 0
+        never_sure = number_at(self.threshold, exit_index, math.inf) >= 1
+        return never_sure or number_at(self.entropy_threshold, exit_index, -math.inf) <= 0
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         probs = self.probabilities(logits, exit_index)
         score = probs.amax(-1)
-        sure = score > _at(self.threshold, exit_index, math.inf)
-        return sure & (entropy(probs) < _at(self.entropy_threshold, exit_index, -math.inf)), {"score": score}
+        sure = score > number_at(self.threshold, exit_index, math.inf)
+        return sure & (entropy(probs) < number_at(self.entropy_threshold, exit_index, -math.inf)), {"score": score}
 
 
 @register_policy("patience")
@@ -359,7 +359,7 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
         return {"score": torch.zeros(batch_size, device=device)}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        sure = entropy(self.probabilities(logits, exit_index)) < _at(self.threshold, exit_index, -math.inf)
+        sure = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, -math.inf)
         score = torch.where(sure, memory["score"] + 1, 0.0)
         return score >= self.patience, {"score": score}
 

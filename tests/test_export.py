@@ -76,9 +76,9 @@ def policies(exit_logits):
 @cache
 def decision_of(name):
     """Numbers are inputs: a kind of policy is exported once."""
-    every = {"threshold": 1.0, "entropy_threshold": 1.0, "patience": 1}
+    every = {"threshold": 1.0, "entropy_threshold": 1.0, "patience": 1, "exit_index": 1}
     fields = {"patience": ["patience"], "patience_confidence": ["threshold", "patience"]}
-    fields |= {"confidence_entropy": ["threshold", "entropy_threshold"]}
+    fields |= {"confidence_entropy": ["threshold", "entropy_threshold"], "fixed": ["exit_index"], "never": []}
     settings = {field: every[field] for field in fields.get(name, ["threshold"])}
     return export_decision(build_policy({"name": name, **settings}, 2), NUM_LABELS)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Answers
-from ..policies import ExitPolicy, probabilities
+from ..policies import ExitPolicy, number_at, probabilities
 from .costs import Costs
 from .table import ExitTable
 
@@ -233,7 +233,7 @@ def reliability_by_exit(
     """
     diagrams = []
     for index, depth in enumerate(table.depths):
-        temperature, here = _temperature(policy, index), answers.exit_index == index
+        temperature, here = number_at(getattr(policy, "temperature", 1.0), index, 1.0), answers.exit_index == index
         diagrams.append(
             {
                 "position": depth,
@@ -253,14 +253,6 @@ def _calibration_error(diagram: list[dict[str, int | float | None]]) -> float | 
     rows = sum(bin["rows"] for bin in diagram)
     gaps = sum(bin["rows"] * abs(bin["confidence"] - bin["accuracy"]) for bin in diagram if bin["rows"])
     return _ratio(gaps, rows)
-
-
-def _temperature(policy: ExitPolicy | None, exit_index: int) -> float:
-    """Of one exit; a list may leave out the final classifier."""
-    temperature = getattr(policy, "temperature", 1.0)
-    if isinstance(temperature, (int, float)):
-        return temperature
-    return temperature[exit_index] if exit_index < len(temperature) else 1.0
 
 
 def _sums(values: Tensor, groups: Tensor, num_groups: int) -> list[float]:

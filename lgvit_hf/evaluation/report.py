@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -79,13 +80,18 @@ def judge(
     report["classes"] = per_class(answers, table.labels, table.depths[-1], names)
     report["confusion"] = confusion_matrix(answers, table.labels, len(names))
     report["reliability"] = reliability_by_exit(table, answers, model.exit_policy)
-    pixels = torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
+    pixels = timed_pixels(dataset)
     report["wall_clock"] = {
         str(size): wall_clock_speed_up(model, pixels.split(size), repeats=3, progress=progress)
         for size in timed_batch_sizes
     }
     report["policy"] = model.exit_policy.to_dict()
     return report
+
+
+def timed_pixels(dataset: Dataset) -> Tensor:
+    """The images on which wall-clock is measured, up to 256 of them, `[N, C, H, W]`."""
+    return torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
 
 
 def head_names(model: PreTrainedModel) -> list[str]:

@@ -31,12 +31,12 @@ from .plots import (
     plot_pareto,
     plot_reliability,
 )
-from .report import answer_all, judge
+from .report import answer_all, judge, timed_pixels
 from .search import RANGES
 from .sweep import sweep, threshold_curve
 from .table import ExitTable, collect, weights_digest
 
-TIMED_ROWS = 256
+UNIT = "million MACs per image, heads counted"
 # the parameter that a sweep varies, by policy
 SWEPT = {
     "confidence": "threshold",
@@ -69,13 +69,11 @@ def open_highway(
     return model, processor, ProcessedImages(getattr(splits, which), processor)
 
 
-def table_of(
-    model: PreTrainedModel, dataset: ProcessedImages, file: str | Path | None, *, batch_size: int = 64
-) -> ExitTable:
+def table_of(model: PreTrainedModel, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:
     """The table of a model and a dataset: read from `file` where that is there, otherwise collected and written to it.
 
     Raises:
-        ValueError: The file holds a table of another model or of another number of rows.
+        ValueError: The file holds a table of another model or of other rows.
     """
     if file is not None and Path(file).exists():
         table = ExitTable.load(
@@ -162,7 +160,7 @@ def _draw_all(
             },
             "full model": {"cost": overall["backbone_macs"] / 1e6, "accuracy": overall["accuracy_full_model"]},
         },
-        unit="million MACs per image, heads counted",
+        unit=UNIT,
     )
     diagrams = [
         {
@@ -251,9 +249,7 @@ def run_calibrate(
     }
     bound = wanted.get("bound", "drop")
     check_request(wanted.get("policy", "confidence"), **asked, bound=bound, has_cost_table=cost_table is not None)
-    model, processor, dataset = open_highway(
-        checkpoint, data, which=which, validation_share=validation_share, seed=seed
-    )
+    model, processor, dataset = open_highway(checkpoint, data, which, validation_share, seed)
     check_rows(len(dataset) - len(dataset) // 2, asked["max_accuracy_drop"], asked["delta"], bound)
     costs = None
     if cost_table is not None:
@@ -315,7 +311,7 @@ def plot_calibration(
             "chosen": {"cost": report.mean_macs / 1e6, "accuracy": report.accuracy},
             "full model": {"cost": report.full_macs / 1e6, "accuracy": report.full_accuracy},
         },
-        unit="million MACs per image, heads counted",
+        unit=UNIT,
         measure="accuracy" if labels else "agreement with the full model",
         asked_accuracy=None if asked_drop is None else report.full_accuracy - asked_drop,
     )
@@ -370,7 +366,7 @@ def run_sweep(
         build_policy(settings, len(model.segments()) - 1)
     folder.mkdir(parents=True, exist_ok=True)
     table = table_of(model, dataset, folder / "table.safetensors")
-    pixels = torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
+    pixels = timed_pixels(dataset)
 
     def time(settings: dict[str, Any]) -> dict[str, float]:
         model.set_exit_policy(settings)
@@ -397,7 +393,7 @@ def run_sweep(
             folder / "sweep.png",
             {f"{policy['name']}, {parameter} from {min(values):g} to {max(values):g}": _points(rows)},
             {"full model": full},
-            unit="million MACs per image, heads counted",
+            unit=UNIT,
         )
     return rows
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models import example_image
-from ..policies import ExitPolicy, probabilities
+from ..policies import ExitPolicy
 from ..segments import Segment, State
 
 OPSET = 18
@@ -28,20 +28,15 @@ PARAMETERS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a highway as an ONNX model: state in, state and logits out.
+    """A stretch of a highway as an ONNX model: the state's tensors in; those and `logits` out, of the last one these.
 
     Args:
         exit_index (`int`): Of the exit at its end, counted in the whole highway.
-        depth (`int`): Blocks run before that exit.
-        model (`onnx.ModelProto`): Inputs `inputs`; outputs `outputs`, then `logits`.
-        inputs (`list[str]`), outputs (`list[str]`): Names of the state's tensors; none goes on behind the last part.
+        model (`onnx.ModelProto`): The stretch.
     """
 
     exit_index: int
-    depth: int
     model: Any
-    inputs: list[str]
-    outputs: list[str]
 
 
 def exits_that_run(policy: ExitPolicy, num_exits: int) -> list[int]:
@@ -98,7 +93,7 @@ def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
             # a tensor that keeps its name would be input and output at once
             [*(f"{name}_out" for name in outputs), "logits"],
         )
-        parts.append(Part(index, segments[index].depth, exported, names, [f"{name}_out" for name in outputs]))
+        parts.append(Part(index, exported))
         state, start = after, index + 1
     return parts
 
@@ -158,22 +153,6 @@ def export_decision(policy: ExitPolicy, num_labels: int) -> Decision:
         ["leave", "score", *(f"{name}_out" for name in start)],
     )
     return Decision(exported, parameters, start)
-
-
-def final_score(logits: Tensor) -> Tensor:
-    """The score of rows that no policy has judged."""
-    return probabilities(logits).amax(-1)
-
-
-class _Score(nn.Module):
-    def forward(self, logits: Tensor) -> Tensor:
-        return final_score(logits)
-
-
-def export_score(num_labels: int) -> Any:
-    """The largest probability, `logits` in and `score` out."""
-    batch = {0: torch.export.Dim("batch")}
-    return _exported(_Score(), (torch.randn(2, num_labels),), (batch,), ["logits"], ["score"])
 
 
 def _exported(
