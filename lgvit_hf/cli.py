@@ -284,8 +284,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from .evaluation.benchmark import as_text
     from .evaluation.run import run_benchmark
+    from .evaluation.verdict import as_text
 
     report = run_benchmark(
         options.checkpoint,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +13,6 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -23,7 +20,8 @@ from ..data import stack
 from ..engine import run_early
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
 from ..segments import Segment, State
-from .costs import Costs, count_macs
+from .anatomy import head_names, parameters_by_part, peak_memory, profile
+from .costs import Costs
 from .latency import (
     CostTable,
     PartTimes,
@@ -36,8 +34,6 @@ from .latency import (
 )
 from .table import ExitTable, collect
 
-# relative: above the one a measurement is called noisy, above the other a prediction wrong
-_NOISY, _WRONG = 0.25, 0.1
 _PERCENTILES = (50, 95, 99)
 
 
@@ -145,19 +141,20 @@ def benchmark(
         policies["static"] = FixedPolicy(accuracy["static_exit"])
     pixels = stack(items)["pixel_values"].to(model.device, model.dtype)
     timings = _time_all(segments, policies, pixels, sizes, set(batch_sizes), repeats, progress)
-    costs = cost_table(model, {size: timing.steady_walks() for size, timing in timings.items()})
+    walks = {size: timing.steady_walks() for size, timing in timings.items()}
+    costs = cost_table(model, walks)
     asked = [index for index in range(len(segments) - 1) if not policy.skips(index)]
     depths = [segment.depth for segment in segments]
-    heads = [*model.config.exit_types, *([] if model.config.truncated else ["final"])]
-    profile = _profile(model, segments, heads, pixels[:1], {size: timings[size] for size in (1, sizes[-1])})
+    heads = head_names(model)
+    parts = profile(model, segments, heads, pixels[:1], {size: walks[size] for size in (1, sizes[-1])})
     report = {
         "environment": _environment(model, policy, repeats, len(items)),
         "accuracy": accuracy,
         "batches": [_of_batches(size, timings[size], depths, costs, asked) for size in sorted(set(batch_sizes))],
         "exits": _of_exits(depths, heads, timings[min(batch_sizes)]),
         "memory": _memory(segments, policies, pixels[: sizes[-1]]),
-        "parameters": _parameters(model, profile),
-        "profile": profile,
+        "parameters": parameters_by_part(model, parts),
+        "profile": parts,
         "cost_table": costs.to_dict(),
     }
     model.train(was_training)
@@ -314,109 +311,6 @@ def _of_exits(depths: list[int], heads: list[str], timing: _Timing) -> list[dict
     return exits
 
 
-# -- what it is made of ----------------------------------------------------------------------------------------
-
-
-def _profile(
-    model: PreTrainedModel, segments: Sequence[Segment], heads: list[str], image: Tensor, timings: dict[int, _Timing]
-) -> list[dict[str, Any]]:
-    """Depth, MACs, parameters and milliseconds of the stem, each block and each head, in the order they are run."""
-    state, rows = State({"pixel_values": image}), []
-    for index, (segment, head) in enumerate(zip(segments, heads, strict=True)):
-        first = segment.depth - len(segment.blocks) + 1
-        for number, block in enumerate(segment.blocks):
-            macs = count_macs([Segment(first + number, (block,), lambda state: None)], state).trunks[0]
-            state, parameters = _parameters_called(model, partial(block, state))
-            ms = _medians_ms(timings, lambda walk, index=index, number=number: walk.blocks[index][number])
-            part = "block" if first + number else "stem"
-            rows.append({"part": part, "depth": first + number, "macs": macs, "parameters": parameters, "ms": ms})
-        macs = count_macs([Segment(segment.depth, (), segment.answer)], state).heads[0]
-        _, parameters = _parameters_called(model, partial(segment.answer, state))
-        ms = _medians_ms(timings, lambda walk, index=index: walk.heads[index])
-        part = head if head == "final" else f"exit {index}, {head}"
-        rows.append({"part": part, "depth": segment.depth, "macs": macs, "parameters": parameters, "ms": ms})
-    return rows
-
-
-def _medians_ms(timings: dict[int, _Timing], part: Callable[[PartTimes], float]) -> dict[str, float]:
-    return {str(size): 1e3 * statistics.median(map(part, timing.steady_walks())) for size, timing in timings.items()}
-
-
-def _parameters_called(model: PreTrainedModel, run: Callable[[], Any]) -> tuple[Any, int]:
-    """What a run gives, and how many parameters the modules have that it calls."""
-    called = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
-    try:
-        result = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    own = {parameter for module in called for parameter in module.parameters(recurse=False)}
-    return result, sum(parameter.numel() for parameter in own)
-
-
-def _parameters(model: PreTrainedModel, profile: list[dict[str, Any]]) -> dict[str, Any]:
-    def of(*parts: str) -> int:
-        return sum(row["parameters"] for row in profile if row["part"] in parts)
-
-    heads = [row["parameters"] for row in profile if row["part"].startswith("exit")]
-    return {
-        "stem": of("stem"),
-        "blocks": of("block"),
-        "final": of("final"),
-        "heads": heads,
-        "total": model.num_parameters(),
-    }
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Follows how many bytes of tensors that were made under it are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: weakref.WeakSet = weakref.WeakSet()
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # views and changes in place give storages that were there before
-        self.known.update(_storages((args, kwargs)))
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result).difference(self.known):
-            self.known.add(storage)
-            weakref.finalize(storage, self._add, -storage.nbytes())
-            self._add(storage.nbytes())
-        return result
-
-    def _add(self, num_bytes: int) -> None:
-        self.bytes += num_bytes
-        self.peak = max(self.peak, self.bytes)
-
-
-def _storages(tree: Any) -> set[torch.UntypedStorage]:
-    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-
-
-def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes at a time that a run takes for tensors, beyond those that were there before.
-
-    On CUDA as the allocator counts them, scratch space inside operations included; elsewhere that is not seen.
-
-    Example:
-
-        >>> peak_memory(lambda: (torch.zeros(10) + 1).sum(), torch.device("cpu"))
-        80
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with _LiveTensors() as live:
-        run()
-    return live.peak
-
-
 def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels: Tensor) -> dict[str, Any]:
     state = State({"pixel_values": pixels})
     peaks = {
@@ -440,134 +334,3 @@ def _environment(model: PreTrainedModel, policy: ExitPolicy, repeats: int, num_i
         "images": num_images,
         "repeats": repeats,
     }
-
-
-# -- in words --------------------------------------------------------------------------------------------------
-
-
-def verdict(report: dict[str, Any]) -> list[str]:
-    """What a report of `benchmark` comes to, a sentence each: where early exit loses, to what, and what it gains.
-
-    Args:
-        report (`dict`): As `benchmark` gives it.
-    """
-    lines = [line for entry in report["batches"] for line in _verdict_on(entry, report)]
-    return [_verdict_on_accuracy(report), *lines]
-
-
-def _verdict_on_accuracy(report: dict[str, Any]) -> str:
-    accuracy = report["accuracy"]
-    if accuracy["against"] == "labels":
-        return (
-            f"of {accuracy['rows']} images early exit answers {accuracy['early_exit']:.1%} rightly, the full model "
-            f"{accuracy['full_model']:.1%}"
-        )
-    return f"early exit agrees with the full model on {accuracy['early_exit']:.1%} of {accuracy['rows']} images"
-
-
-def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    where, speed_up = f"at batch size {entry['batch_size']}", entry["wall_clock_speed_up"]
-    if speed_up < 1:
-        lines = [f"{where} early exit is slower than the backbone: {speed_up:.2f}x, because {_reason(entry)}"]
-    else:
-        lines = [
-            f"{where} early exit is {speed_up:.2f}x as fast as the backbone ({entry['layer_speed_up']:.2f}x by blocks "
-            f"run), {entry['realised_over_ideal']:.0%} of the ideal"
-        ]
-    if entry["static"] is not None and entry["static_speed_up"] > speed_up:
-        index = report["accuracy"]["static_exit"]
-        depth, accuracy = report["exits"][index]["depth"], report["accuracy"]["exits"][index]
-        lines.append(
-            f"{where} the static model that ends at exit {index}, depth {depth}, is faster and no less accurate: "
-            f"{entry['static_speed_up']:.2f}x, accuracy {accuracy:.1%}"
-        )
-    if entry["noise"] > _NOISY:
-        lines.append(
-            f"{where} the machine was too busy to trust this: the middle half of the backbone's times spreads over "
-            f"{entry['noise']:.0%} of their median"
-        )
-    elif abs(entry["predicted_over_measured"] - 1) > _WRONG:
-        lines.append(
-            f"{where} the cost table does not hold: it predicts {entry['predicted_ms']:.2f} ms, and "
-            f"{entry['early_exit']['mean_ms']:.2f} ms were measured"
-        )
-    return lines
-
-
-def _reason(entry: dict[str, Any]) -> str:
-    saved, heads = entry["saved_share"], entry["heads_share"]
-    if heads >= saved:
-        return f"asking the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
-    return (
-        f"fewer rows do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
-        "row cost its share of the whole batch"
-    )
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """The report of `benchmark` as tables for a terminal, and its verdict."""
-    parts = (_batches_text, _exits_text, _profile_text, _sizes_text, lambda report: "\n".join(verdict(report)))
-    return "\n\n".join([_environment_text(report), *(part(report) for part in parts)])
-
-
-def _environment_text(report: dict[str, Any]) -> str:
-    about = report["environment"]
-    policy = ", ".join(f"{key} {value}" for key, value in about["policy"].items() if key != "name")
-    return (
-        f"{about['model']}\npolicy {about['policy']['name']}{': ' if policy else ''}{policy}\n"
-        f"{about['device']}, threads: {about['threads']}; torch {about['torch']}, transformers "
-        f"{about['transformers']}; {about['images']} images, {about['repeats']} runs each, in turn"
-    )
-
-
-def _batches_text(report: dict[str, Any]) -> str:
-    lines = ["batch size  run             p50 ms    p95 ms    p99 ms   mean ms  images/s  wall-clock  by blocks run"]
-    depths, static = [exit["depth"] for exit in report["exits"]], report["accuracy"]["static_exit"]
-    for entry in report["batches"]:
-        rows = [
-            ("early exit", entry["early_exit"], entry["wall_clock_speed_up"], f"{entry['layer_speed_up']:.2f}x"),
-            ("- ideal", {"mean_ms": entry["ideal_ms"]}, entry["ideal_speed_up"], ""),
-            ("- predicted", {"mean_ms": entry["predicted_ms"]}, None, ""),
-            ("backbone", entry["backbone"], 1.0, "1.00x"),
-        ]
-        if entry["static"] is not None:
-            layers = f"{depths[-1] / depths[static]:.2f}x"
-            rows.append((f"exit {static} alone", entry["static"], entry["static_speed_up"], layers))
-        for number, (name, times, speed_up, layers) in enumerate(rows):
-            size = "" if number else entry["batch_size"]
-            numbers = "".join(_cell(times.get(key), 10) for key in ("p50_ms", "p95_ms", "p99_ms", "mean_ms"))
-            wall_clock = "" if speed_up is None else f"{speed_up:.2f}x"
-            images = "" if "images_per_second" not in times else f"{times['images_per_second']:.1f}"
-            lines.append(f"{size:>10}  {name:12}{numbers}{images:>10}{wall_clock:>12}{layers:>15}".rstrip())
-    return "\n".join(lines)
-
-
-def _exits_text(report: dict[str, Any]) -> str:
-    lines = ["exit  depth  head            rows    p50 ms    p95 ms    p99 ms   (images one at a time)"]
-    for exit in report["exits"]:
-        numbers = "".join(_cell(exit[key], 10) for key in ("p50_ms", "p95_ms", "p99_ms"))
-        lines.append(f"{exit['exit_index']:4}  {exit['depth']:5}  {exit['head']:14}{exit['rows']:6}{numbers}")
-    return "\n".join(lines)
-
-
-def _profile_text(report: dict[str, Any]) -> str:
-    sizes = list(report["profile"][0]["ms"])
-    lines = [f"{'part':23}depth     MMACs   parameters" + "".join(f"  ms, batch {size:>4}" for size in sizes)]
-    for row in report["profile"]:
-        times = "".join(_cell(row["ms"][size], 16, 3) for size in sizes)
-        lines.append(f"{row['part']:22}{row['depth']:6}{row['macs'] / 1e6:10.2f}{row['parameters']:13,}{times}")
-    return "\n".join(lines)
-
-
-def _sizes_text(report: dict[str, Any]) -> str:
-    memory, parameters = report["memory"], report["parameters"]
-    return (
-        f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
-        f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
-        f"memory      early exit {memory['early_exit_bytes'] / 1e6:.1f} MB, backbone "
-        f"{memory['backbone_bytes'] / 1e6:.1f} MB at batch size {memory['batch_size']} ({memory['what']})"
-    )
-
-
-def _cell(value: float | None, width: int, digits: int = 2) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import probabilities
+from ..policies import in_words, probabilities
 from .bounds import drop_p_value, harm_p_value, passed_in_order, rows_needed
 from .costs import Costs
 from .latency import CostTable
@@ -84,10 +84,8 @@ class Calibration:
                 f"{self.full_latency / self.mean_latency:.2f}x, as the cost table predicts"
             )
         )
-        numbers = {key: value for key, value in self.policy.items() if key != "name"}
-        settings = "; ".join(f"{key} {_short(value)}" for key, value in numbers.items())
         return (
-            f"policy       {self.policy['name']}{': ' if settings else ''}{settings}\n"
+            f"policy       {in_words(self.policy)}\n"
             f"exits on     {', '.join(map(str, self.exits)) or 'none: the full model answers'}\n"
             f"accuracy     {self.accuracy:.2%}, full model {self.full_accuracy:.2%}\n"
             f"mean depth   {self.mean_depth:.2f} blocks\n"
@@ -95,12 +93,6 @@ class Calibration:
             f"plain model: {self.full_macs / self.mean_macs:.2f}x{times}\n"
             f"{promise}"
         )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_short, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ..data import stack
 from ..engine import Answers
+from ..policies import in_words
+from .anatomy import head_names
 from .benchmark import wall_clock_speed_up
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
 from .table import ExitTable, collect
@@ -94,11 +96,6 @@ def timed_pixels(dataset: Dataset) -> Tensor:
     return torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
 
 
-def head_names(model: PreTrainedModel) -> list[str]:
-    """What each classifier of a highway computes; the backbone's own, where it is still there, is called `final`."""
-    return [*model.config.exit_types, *([] if model.config.truncated else ["final"])]
-
-
 def as_table(report: dict[str, Any]) -> str:
     """The report of `evaluate` as text for a terminal."""
     lines = ["exit  position  head            rows leaving   right there   right of all   MMACs until there"]
@@ -123,6 +120,5 @@ def as_table(report: dict[str, Any]) -> str:
             f"wall-clock, batch {size:3} {times['wall_clock_speed_up']:.2f}x the speed of the backbone without heads "
             f"({times['early_exit_seconds'] * 1e3:.0f} ms against {times['backbone_seconds'] * 1e3:.0f} ms)"
         )
-    policy = ", ".join(f"{key} {value}" for key, value in report["policy"].items() if key != "name")
-    lines.append(f"policy                {report['policy']['name']}{': ' if policy else ''}{policy}")
+    lines.append(f"policy                {in_words(report['policy'])}")
     return "\n".join(lines)

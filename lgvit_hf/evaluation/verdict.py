@@ -1,0 +1,137 @@
+"""The report of `benchmark` in words and tables: what was gained, and why early exit loses where it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..policies import in_words
+
+# relative: above the one a measurement is called noisy, above the other a prediction wrong
+_NOISY, _WRONG = 0.25, 0.1
+
+
+def verdict(report: dict[str, Any]) -> list[str]:
+    """What a report of `benchmark` comes to, a sentence each: where early exit loses, to what, and what it gains.
+
+    Args:
+        report (`dict`): As `benchmark` gives it.
+    """
+    lines = [line for entry in report["batches"] for line in _verdict_on(entry, report)]
+    return [_verdict_on_accuracy(report), *lines]
+
+
+def _verdict_on_accuracy(report: dict[str, Any]) -> str:
+    accuracy = report["accuracy"]
+    if accuracy["against"] == "labels":
+        return (
+            f"of {accuracy['rows']} images early exit answers {accuracy['early_exit']:.1%} rightly, the full model "
+            f"{accuracy['full_model']:.1%}"
+        )
+    return f"early exit agrees with the full model on {accuracy['early_exit']:.1%} of {accuracy['rows']} images"
+
+
+def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    where, speed_up = f"at batch size {entry['batch_size']}", entry["wall_clock_speed_up"]
+    if speed_up < 1:
+        lines = [f"{where} early exit is slower than the backbone: {speed_up:.2f}x, because {_reason(entry)}"]
+    else:
+        lines = [
+            f"{where} early exit is {speed_up:.2f}x as fast as the backbone ({entry['layer_speed_up']:.2f}x by blocks "
+            f"run), {entry['realised_over_ideal']:.0%} of the ideal"
+        ]
+    if entry["static"] is not None and entry["static_speed_up"] > speed_up:
+        index = report["accuracy"]["static_exit"]
+        depth, accuracy = report["exits"][index]["depth"], report["accuracy"]["exits"][index]
+        lines.append(
+            f"{where} the static model that ends at exit {index}, depth {depth}, is faster and no less accurate: "
+            f"{entry['static_speed_up']:.2f}x, accuracy {accuracy:.1%}"
+        )
+    if entry["noise"] > _NOISY:
+        lines.append(
+            f"{where} the machine was too busy to trust this: the middle half of the backbone's times spreads over "
+            f"{entry['noise']:.0%} of their median"
+        )
+    elif abs(entry["predicted_over_measured"] - 1) > _WRONG:
+        lines.append(
+            f"{where} the cost table does not hold: it predicts {entry['predicted_ms']:.2f} ms, and "
+            f"{entry['early_exit']['mean_ms']:.2f} ms were measured"
+        )
+    return lines
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    saved, heads = entry["saved_share"], entry["heads_share"]
+    if heads >= saved:
+        return f"asking the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
+    return (
+        f"fewer rows do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
+        "row cost its share of the whole batch"
+    )
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report of `benchmark` as tables for a terminal, and its verdict."""
+    parts = (_batches_text, _exits_text, _profile_text, _sizes_text, lambda report: "\n".join(verdict(report)))
+    return "\n\n".join([_environment_text(report), *(part(report) for part in parts)])
+
+
+def _environment_text(report: dict[str, Any]) -> str:
+    about = report["environment"]
+    return (
+        f"{about['model']}\npolicy {in_words(about['policy'])}\n"
+        f"{about['device']}, threads: {about['threads']}; torch {about['torch']}, transformers "
+        f"{about['transformers']}; {about['images']} images, {about['repeats']} runs each, in turn"
+    )
+
+
+def _batches_text(report: dict[str, Any]) -> str:
+    lines = ["batch size  run             p50 ms    p95 ms    p99 ms   mean ms  images/s  wall-clock  by blocks run"]
+    depths, static = [exit["depth"] for exit in report["exits"]], report["accuracy"]["static_exit"]
+    for entry in report["batches"]:
+        rows = [
+            ("early exit", entry["early_exit"], entry["wall_clock_speed_up"], f"{entry['layer_speed_up']:.2f}x"),
+            ("- ideal", {"mean_ms": entry["ideal_ms"]}, entry["ideal_speed_up"], ""),
+            ("- predicted", {"mean_ms": entry["predicted_ms"]}, None, ""),
+            ("backbone", entry["backbone"], 1.0, "1.00x"),
+        ]
+        if entry["static"] is not None:
+            layers = f"{depths[-1] / depths[static]:.2f}x"
+            rows.append((f"exit {static} alone", entry["static"], entry["static_speed_up"], layers))
+        for number, (name, times, speed_up, layers) in enumerate(rows):
+            size = "" if number else entry["batch_size"]
+            numbers = "".join(_cell(times.get(key), 10) for key in ("p50_ms", "p95_ms", "p99_ms", "mean_ms"))
+            wall_clock = "" if speed_up is None else f"{speed_up:.2f}x"
+            images = "" if "images_per_second" not in times else f"{times['images_per_second']:.1f}"
+            lines.append(f"{size:>10}  {name:12}{numbers}{images:>10}{wall_clock:>12}{layers:>15}".rstrip())
+    return "\n".join(lines)
+
+
+def _exits_text(report: dict[str, Any]) -> str:
+    lines = ["exit  depth  head            rows    p50 ms    p95 ms    p99 ms   (images one at a time)"]
+    for exit in report["exits"]:
+        numbers = "".join(_cell(exit[key], 10) for key in ("p50_ms", "p95_ms", "p99_ms"))
+        lines.append(f"{exit['exit_index']:4}  {exit['depth']:5}  {exit['head']:14}{exit['rows']:6}{numbers}")
+    return "\n".join(lines)
+
+
+def _profile_text(report: dict[str, Any]) -> str:
+    sizes = list(report["profile"][0]["ms"])
+    lines = [f"{'part':23}depth     MMACs   parameters" + "".join(f"  ms, batch {size:>4}" for size in sizes)]
+    for row in report["profile"]:
+        times = "".join(_cell(row["ms"][size], 16, 3) for size in sizes)
+        lines.append(f"{row['part']:22}{row['depth']:6}{row['macs'] / 1e6:10.2f}{row['parameters']:13,}{times}")
+    return "\n".join(lines)
+
+
+def _sizes_text(report: dict[str, Any]) -> str:
+    memory, parameters = report["memory"], report["parameters"]
+    return (
+        f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
+        f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
+        f"memory      early exit {memory['early_exit_bytes'] / 1e6:.1f} MB, backbone "
+        f"{memory['backbone_bytes'] / 1e6:.1f} MB at batch size {memory['batch_size']} ({memory['what']})"
+    )
+
+
+def _cell(value: float | None, width: int, digits: int = 2) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
