@@ -46,7 +46,10 @@ clean: ## remove the environments, the demo's output and every cache
 
 # An environment is ready once its stamp stands: the stamp goes first and comes back last, and where there is none the
 # environment is made from scratch, so an install that was interrupted is never taken for a whole one.
+.venv/.ready: EXTRAS = dev,optimum
 .venv/.ready: pyproject.toml .ci/constraints.txt
+# Optimum does not go with transformers 5
+.venv-5/.ready: EXTRAS = dev
 .venv-5/.ready: pyproject.toml .ci/constraints-5.txt
 
 .venv/.ready .venv-5/.ready:
@@ -54,5 +57,5 @@ clean: ## remove the environments, the demo's output and every cache
 	@test -f $@ || $(PYTHON) -m venv --clear $(@D)
 	@rm -f $@
 	@$(@D)/bin/python -m pip install -qq --upgrade pip
-	@$(@D)/bin/python -m pip install -qq -c $(filter .ci/%,$^) -e ".[dev]"
+	@$(@D)/bin/python -m pip install -qq -c $(filter .ci/%,$^) -e ".[$(EXTRAS)]"
 	@touch $@

@@ -1,26 +1,32 @@
-"""The Auto classes learn the highway model types, without importing any model before one is asked for."""
+"""Libraries that are asked for a model by its type learn of highways, without importing any before they are used."""
 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 AUTO_MODEL_MODULE = "transformers.models.auto.modeling_auto"
+ONNX_CONFIG_MODULE = "optimum.exporters.onnx.model_configs"
 
 
 def register() -> None:
-    """Register the configs with `AutoConfig`: now, or as soon as `AutoConfig` exists.
+    """Do what `AFTER_IMPORT` says: now, where a module has been imported, and otherwise as soon as it has.
 
-    Importing `transformers.models` takes a third of a second; whoever only imports this package does not pay it.
+    Importing `transformers.models` takes a third of a second, Optimum's exporters take several; whoever only imports
+    this package does not pay for them.
     """
-    if AUTO_CONFIG_MODULE in sys.modules:
-        register_configs()
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())
+    for name, action in AFTER_IMPORT.items():
+        if name in sys.modules:
+            action()
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
 
 
 @cache
@@ -49,27 +55,50 @@ def register_models() -> None:
             auto.register(model.config_class, model, exist_ok=True)
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Lets transformers import its Auto classes, then registers the configs, once."""
+@cache
+def register_onnx_configs() -> None:
+    """Make Optimum export the three models as `export_onnx` does."""
+    try:
+        # by its name: a room does not travel with a checkpoint, as the files beside this one do
+        import_module(f"{__package__}.export.onnx_config")
+    except (ImportError, AttributeError) as error:
+        # Optimum is used for other models too, and must go on whatever becomes of ours
+        warnings.warn(
+            f'this version of Optimum does not export highways ({error}); pip install "lgvit-hf[optimum]", or use '
+            "`lgvit export`",
+            stacklevel=2,
+        )
 
-    def find_spec(self, name: str, path=None, target: ModuleType | None = None):
-        """The module's own spec, with the registration behind it; nothing for other modules."""
-        if name not in (AUTO_CONFIG_MODULE, AUTO_MODEL_MODULE):
+
+def _register_configs_alone() -> None:
+    # transformers 5 needs the Auto models to define a config: wait for them where they are being imported
+    if AUTO_MODEL_MODULE not in sys.modules:
+        register_configs()
+
+
+AFTER_IMPORT: dict[str, Callable[[], None]] = {
+    AUTO_CONFIG_MODULE: _register_configs_alone,
+    AUTO_MODEL_MODULE: register_configs,
+    ONNX_CONFIG_MODULE: register_onnx_configs,
+}
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds the modules of `AFTER_IMPORT` as Python does, and puts what is to be done behind their own code."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module's own spec, with the action behind it; nothing for other modules."""
+        action = AFTER_IMPORT.get(name)
+        spec = PathFinder.find_spec(name, path, target) if action else None
+        if spec is None:
             return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            sys.meta_path.insert(0, self)
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            # transformers 5 needs the Auto models to define a config: wait for them where they are being imported
-            if name == AUTO_MODEL_MODULE or AUTO_MODEL_MODULE not in sys.modules:
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                register_configs()
+            action()
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_act
         return spec

@@ -26,7 +26,8 @@ EXAMPLES = {
     "sweep": "lgvit sweep runs/stage2 --data photos/ --output sweep --policy confidence --range 0.5 0.99 25\n"
     "  lgvit sweep runs/stage2 --data photos/ --output patience --policy patience --values 1 2 3 4",
     "env": "lgvit env",
-    "export": "lgvit export runs/stage2 onnx/ --layout single",
+    "export": "lgvit export runs/stage2 onnx/\n"
+    "  lgvit export runs/stage2 small/ --quantize int8 --data photos/ --max-accuracy-drop 0.005",
     "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/",
 }
 
@@ -132,6 +133,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("single", "segments", "all_exits"),
         default="single",
         help="one file with real branches, one per segment, or all exits' logits (default: single)",
+    )
+    export.add_argument(
+        "--quantize", choices=("int8", "float16"), help="smaller and less exact; give --data to know how much"
+    )
+    _add_data(export, "test", "rows on which the files are judged, where --data is given")
+    export.add_argument("--limit", type=int, help="judge on that many of them, drawn at random")
+    export.add_argument(
+        "--max-accuracy-drop", type=float, default=0.005, help="on these rows; more fails the export (default: 0.005)"
     )
     _add_policy(export)
     export.set_defaults(run=_export)
@@ -265,8 +274,8 @@ def _grow(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from .commands import run_evaluate
     from .evaluation.report import as_table
-    from .evaluation.run import run_evaluate
 
     report = run_evaluate(
         options.checkpoint,
@@ -284,7 +293,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from .evaluation.run import run_benchmark
+    from .commands import run_benchmark
     from .evaluation.verdict import as_text
 
     report = run_benchmark(
@@ -307,7 +316,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from .evaluation.run import run_calibrate
+    from .commands import run_calibrate
 
     names = ("policy", "max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta", "bound", "batch_size")
     report = run_calibrate(
@@ -329,7 +338,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from .evaluation.run import run_sweep, sweep_as_text
+    from .commands import run_sweep, sweep_as_text
 
     if (options.values is None) == (options.range is None):
         raise ValueError("give either --values or --range FROM TO STEPS")
@@ -355,24 +364,22 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from transformers import AutoImageProcessor
+    from .commands import export_as_text, run_export
 
-    from .export.onnx_export import export_onnx
-    from .models import load_highway
-
-    model = load_highway(options.checkpoint)
-    policy = _policy_of(options)
-    if policy is not None:
-        model.set_exit_policy(policy)
-    manifest = export_onnx(
-        model, options.output, options.layout, processor=AutoImageProcessor.from_pretrained(options.checkpoint)
+    manifest = run_export(
+        options.checkpoint,
+        options.output,
+        layout=options.layout,
+        precision=options.quantize or "float32",
+        policy=_policy_of(options),
+        data=options.data,
+        max_accuracy_drop=options.max_accuracy_drop,
+        limit=options.limit,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
     )
-    difference, sizes = manifest["verified"]["largest_difference"], manifest["verified"]["batch_sizes"]
-    print(f"{', '.join(manifest['files'])} in {options.output}; policy {manifest['policy']['name']}")
-    print(
-        f"run in ONNX Runtime on batches of {', '.join(map(str, sizes))} with every exit taken: answers as the model "
-        f"does, logits within {difference:.1e}"
-    )
+    print(export_as_text(manifest, options.output))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
+from .costs import Costs, model_macs
 from .data import ProcessedImages, class_names, load_unlabelled
 from .evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
-from .evaluation.costs import Costs, model_macs
 from .evaluation.plots import plot_report
 from .evaluation.report import as_table, evaluate
 from .evaluation.sweep import threshold_curve

@@ -27,6 +27,17 @@ BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
 HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
 
 
+def answer_depths(config: HighwayConfig) -> list[int]:
+    """Blocks run before each answer, from 1: of the exits, and of the final classifier unless it was cut off.
+
+    Example:
+
+        >>> answer_depths(small_config("vit", 32, exit_positions=[4, 8]))
+        [4, 8, 12]
+    """
+    return [*config.exit_positions, *([] if config.truncated else [config.num_blocks])]
+
+
 def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
     """Random pixels of the size the model was made for, `[B, C, H, W]`."""
     size = model.config.image_size
@@ -118,7 +129,7 @@ def open_model(
         raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
     config = read_config(checkpoint)
     if config.model_type in HIGHWAYS:
-        _check_labels(checkpoint, config, label_names)
+        check_class_names(checkpoint, config, label_names)
         model = HIGHWAYS[config.model_type].from_pretrained(checkpoint)
         model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif config.model_type in BY_BACKBONE and not must_be_highway:
@@ -130,7 +141,14 @@ def open_model(
     return model, AutoImageProcessor.from_pretrained(checkpoint)
 
 
-def _check_labels(checkpoint: str, config: PretrainedConfig, label_names: list[str]) -> None:
+def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: list[str]) -> None:
+    """Raise `ValueError` where a model's classes are not those of the data.
+
+    Args:
+        checkpoint (`str`): What the error names.
+        config (`PretrainedConfig`): Of the model; a class that it only calls `LABEL_0` or so may be any.
+        label_names (`list[str]`): Of the data.
+    """
     if config.num_labels != len(label_names):
         raise ValueError(f"{checkpoint} knows {config.num_labels} classes, the data have {len(label_names)}")
     for index, name in enumerate(label_names):

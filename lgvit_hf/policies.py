@@ -359,7 +359,9 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
         return {"score": torch.zeros(batch_size, device=device)}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        sure = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, -math.inf)
+        # the final classifier has no threshold of its own, and counts by the last one
+        last = self.threshold[-1] if isinstance(self.threshold, Sequence) else self.threshold
+        sure = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, last)
         score = torch.where(sure, memory["score"] + 1, 0.0)
         return score >= self.patience, {"score": score}
 

@@ -329,8 +329,8 @@ def _dry_run(
     """The resolved configuration, the exits with what they cost, and one batch."""
     import yaml
 
+    from .costs import model_macs
     from .data import stack
-    from .evaluation.costs import model_macs
     from .evaluation.report import head_names
     from .training.run import arguments_for
 

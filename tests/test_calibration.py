@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from lgvit_hf import ExitTable, calibrate
+from lgvit_hf.costs import Costs
 from lgvit_hf.evaluation.calibration import fit_temperature, split
-from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
 from lgvit_hf.evaluation.search import (
     SEARCHES,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from lgvit_hf.costs import Costs, count_macs, model_macs
 from lgvit_hf.engine import Answers
 from lgvit_hf.evaluation.benchmark import time_interleaved, wall_clock_speed_up
-from lgvit_hf.evaluation.costs import Costs, count_macs, model_macs
 from lgvit_hf.evaluation.metrics import layer_speed_up, summarise
 from lgvit_hf.evaluation.table import ExitTable, collect
 from lgvit_hf.segments import State

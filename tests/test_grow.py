@@ -14,9 +14,9 @@ from transformers import AutoModelForImageClassification
 
 from lgvit_hf import ViTHighway, grow, growth
 from lgvit_hf.cli import main
+from lgvit_hf.costs import Costs
 from lgvit_hf.data import make_processor
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits, measured_costs
-from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.heads import HEADS, HeadShape, build_head
 from lgvit_hf.losses import distillation_loss
 from lgvit_hf.segments import Tokens

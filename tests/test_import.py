@@ -119,3 +119,47 @@ print(json.dumps(answers))
     for kind, (name, depths, logits) in expected.items():
         assert answers[kind][:2] == [name, depths]
         torch.testing.assert_close(torch.tensor(answers[kind][2]), torch.tensor(logits), rtol=1e-5, atol=1e-6)
+
+
+PLUGIN = ROOT / "lgvit_hf/export/optimum_plugin/optimum/commands/register/register_lgvit.py"
+
+
+def test_optimum_cli_pays_only_where_it_opens_models():
+    code = """
+import runpy
+loaded = []
+for command in (["--help"], ["env"], [], ["env", "export"], ["export", "onnx"], ["onnxruntime"]):
+    sys.argv = ["optimum-cli", *command]
+    before = set(sys.modules)
+    assert runpy.run_path(sys.argv_of_test)["REGISTER_COMMANDS"] == []
+    new = set(sys.modules) - before
+    loaded.append(["lgvit_hf" in new, "torch" in new or "transformers" in new or "optimum" in new])
+    for name in [name for name in sys.modules if name.split(".")[0] == "lgvit_hf"]:
+        del sys.modules[name]
+print(json.dumps(loaded))
+"""
+    found = fresh_process(code.replace("sys.argv_of_test", repr(str(PLUGIN))))
+    assert found == 4 * [[False, False]] + 2 * [[True, False]]
+
+
+def test_plugin_leaves_optimum_a_namespace():
+    assert not list(PLUGIN.parents[3].rglob("__init__.py")), "Optimum could not be imported beside it"
+
+
+def test_an_optimum_that_we_do_not_fit_goes_on(tmp_path):
+    module = tmp_path / "optimum/exporters/onnx/model_configs.py"
+    module.parent.mkdir(parents=True)
+    for package in module.parents[:3]:
+        (package / "__init__.py").touch()
+    module.write_text("ANSWER = 42")
+    code = """
+import warnings
+sys.path.insert(0, sys.argv[1])
+import lgvit_hf
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from optimum.exporters.onnx.model_configs import ANSWER
+print(json.dumps([ANSWER, [str(warning.message) for warning in caught if "highways" in str(warning.message)]]))
+"""
+    answer, messages = fresh_process(code, tmp_path)
+    assert answer == 42 and len(messages) == 1 and "does not export highways" in messages[0]

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgvit_hf import build_policy
+from lgvit_hf.costs import Costs, model_macs
 from lgvit_hf.engine import Answers
-from lgvit_hf.evaluation.costs import Costs, model_macs
 from lgvit_hf.evaluation.metric import HighwayMetric
 from lgvit_hf.evaluation.metrics import (
     confusion_matrix,

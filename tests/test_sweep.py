@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lgvit_hf import ExitTable
-from lgvit_hf.evaluation.costs import Costs
+from lgvit_hf.costs import Costs
 from lgvit_hf.evaluation.sweep import sweep, threshold_curve
 
 

@@ -12,26 +12,39 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
+from ..costs import Costs, Highway, count_macs, export_of
 from ..segments import Segment, State
-from .costs import count_macs
 from .latency import PartTimes
 
 
-def head_names(model: PreTrainedModel) -> list[str]:
+def head_names(model: Highway) -> list[str]:
     """What each classifier of a highway computes; the backbone's own, where it is still there, is called `final`."""
     return [*model.config.exit_types, *([] if model.config.truncated else ["final"])]
 
 
+def export_facts(model: Highway) -> dict[str, Any] | None:
+    """`layout`, `precision`, `file_bytes` and `runtime` of an exported highway; `None` of a model of PyTorch."""
+    exported = export_of(model)
+    if exported is None:
+        return None
+    return {name: getattr(exported, name) for name in ("layout", "precision", "file_bytes", "runtime")}
+
+
 def profile(
-    model: PreTrainedModel,
+    model: Highway,
     segments: Sequence[Segment],
     heads: list[str],
     image: Tensor,
     walks: dict[int, Sequence[PartTimes]],
 ) -> list[dict[str, Any]]:
-    """Depth, MACs, parameters and milliseconds of the stem, each block and each head, in the order they are run."""
+    """Depth, MACs, parameters and milliseconds of the stem, each block and each head, in the order they are run.
+
+    Of an exported highway, of each segment with its head, since they are one file; its parameters are `None`.
+    """
+    exported = export_of(model)
+    if exported is not None:
+        return _profile_of_segments(segments, exported.macs, walks)
     state, rows = State({"pixel_values": image}), []
     for index, (segment, head) in enumerate(zip(segments, heads, strict=True)):
         first = segment.depth - len(segment.blocks) + 1
@@ -49,11 +62,26 @@ def profile(
     return rows
 
 
+def _profile_of_segments(
+    segments: Sequence[Segment], macs: Costs, walks: dict[int, Sequence[PartTimes]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "part": f"segment {index}",
+            "depth": segment.depth,
+            "macs": macs.trunks[index] + macs.heads[index],
+            "parameters": None,
+            "ms": _medians_ms(walks, lambda walk, index=index: sum(walk.blocks[index]) + walk.heads[index]),
+        }
+        for index, segment in enumerate(segments)
+    ]
+
+
 def _medians_ms(walks: dict[int, Sequence[PartTimes]], part: Callable[[PartTimes], float]) -> dict[str, float]:
     return {str(size): 1e3 * statistics.median(map(part, some)) for size, some in walks.items()}
 
 
-def _parameters_called(model: PreTrainedModel, run: Callable[[], Any]) -> tuple[Any, int]:
+def _parameters_called(model: Highway, run: Callable[[], Any]) -> tuple[Any, int]:
     """What a run gives, and how many parameters the modules have that it calls."""
     called = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
@@ -66,8 +94,13 @@ def _parameters_called(model: PreTrainedModel, run: Callable[[], Any]) -> tuple[
     return result, sum(parameter.numel() for parameter in own)
 
 
-def parameters_by_part(model: PreTrainedModel, profile: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many parameters each part has, by a `profile`; those of heads in a list, and of all parts together."""
+def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How many parameters each part has, by a `profile`; those of heads in a list, and of all parts together.
+
+    `None` of an exported highway, whose files do not tell weights from other numbers.
+    """
+    if export_of(model) is not None:
+        return None
 
     def of(*parts: str) -> int:
         return sum(row["parameters"] for row in profile if row["part"] in parts)

@@ -14,14 +14,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
+from ..costs import Costs, Highway, decides_inside, export_of
 from ..data import stack
 from ..engine import run_early
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
 from ..segments import Segment, State
-from .anatomy import head_names, parameters_by_part, peak_memory, profile
-from .costs import Costs
+from .anatomy import export_facts, head_names, parameters_by_part, peak_memory, profile
 from .latency import (
     CostTable,
     PartTimes,
@@ -29,8 +28,10 @@ from .latency import (
     cost_table,
     device_name,
     measured_sizes,
+    threads_of,
     time_interleaved,
     time_parts,
+    timed_segments,
 )
 from .table import ExitTable, collect
 
@@ -39,48 +40,55 @@ _PERCENTILES = (50, 95, 99)
 
 @torch.no_grad()
 def wall_clock_speed_up(
-    model: PreTrainedModel,
+    model: Highway,
     batches: Sequence[Tensor],
     *,
     repeats: int = 5,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """How much faster the highway answers `batches` under its policy than the head-free backbone does.
 
-    Each batch is run by both, in turn, `repeats` times; the medians are summed.
+    Each batch is run by both, in turn, `repeats` times; the medians are summed. The heads of exported segments cannot
+    be left out: of such a highway the backbone is the same files, of which nobody leaves. One exported file has no
+    backbone to run.
 
     Args:
-        model (`PreTrainedModel`): A highway; run in `eval()` mode.
+        model (`Highway`): Run in `eval()` mode.
         batches (`Sequence[Tensor]`): `pixel_values`, real images, since what leaves depends on them.
         repeats (`int`, *optional*, defaults to 5): Timed rounds per batch.
         progress (callable, *optional*): Wraps the batches, to show progress.
 
     Returns:
-        `early_exit_seconds`, `backbone_seconds`, and their ratio `wall_clock_speed_up`.
+        `early_exit_seconds`, `backbone_seconds`, and their ratio `wall_clock_speed_up`; the last two `None` of one
+        exported file.
     """
     was_training = model.training
     model.eval()
-    segments, never = model.segments(), NeverPolicy()
-    total = {"early_exit": 0.0, "backbone": 0.0}
+    total: dict[str, float] = {}
     for pixels in progress(batches):
-        state = State({"pixel_values": pixels.to(model.device, model.dtype)})
-        runs = {
-            "early_exit": lambda state=state: run_early(segments, state, model.exit_policy),
-            "backbone": lambda state=state: run_early(segments, state, never),
-        }
+        runs = _runs_to_compare(model, pixels.to(model.device, model.dtype))
         for name, seconds in time_interleaved(runs, repeats=repeats, warm_up=1).items():
-            total[name] += statistics.median(seconds)
+            total[name] = total.get(name, 0.0) + statistics.median(seconds)
     model.train(was_training)
+    early, backbone = total["early_exit"], total.get("backbone")
     return {
-        "early_exit_seconds": total["early_exit"],
-        "backbone_seconds": total["backbone"],
-        "wall_clock_speed_up": total["backbone"] / total["early_exit"],
+        "early_exit_seconds": early,
+        "backbone_seconds": backbone,
+        "wall_clock_speed_up": None if backbone is None else backbone / early,
     }
+
+
+def _runs_to_compare(model: Highway, pixels: Tensor) -> dict[str, Callable[[], Any]]:
+    if decides_inside(model):
+        return {"early_exit": partial(model, pixels)}
+    segments, state = model.segments(), State({"pixel_values": pixels})
+    policies = {"early_exit": model.exit_policy, "backbone": NeverPolicy()}
+    return {name: partial(run_early, segments, state, policy) for name, policy in policies.items()}
 
 
 @torch.no_grad()
 def benchmark(
-    model: PreTrainedModel,
+    model: Highway,
     images: Dataset | Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 8, 32),
@@ -96,8 +104,13 @@ def benchmark(
     by part, which gives the cost table. The ideal is the time of the blocks and heads that each row really runs, a
     row's being its share of the whole batch's.
 
+    The heads of exported segments cannot be left out: of such a highway the backbone and the static model run them
+    too, and so does an exit that is not asked.
+
     Args:
-        model (`PreTrainedModel`): A highway; run in `eval()` mode on its device, with the threads that are set.
+        model (`Highway`):
+            Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode on its device, with the
+            threads that are set.
         images (`Dataset` or `Tensor`):
             Items `pixel_values` and perhaps `labels`, or pixels `[N, C, H, W]`. Real images: what leaves depends on
             them. Without labels, the full model's answers stand for them.
@@ -117,9 +130,11 @@ def benchmark(
         - `exits`: where rows leave, and the latency of single images that leave there, if batch size 1 is timed.
         - `accuracy`, `memory`, `parameters`, the `profile` of each block and head, `environment`, and the
           `cost_table`, which `CostTable(**cost_table)` takes.
+        - `exported`: `layout`, `precision`, `file_bytes` and `runtime` of an exported highway, whose `memory` and
+          `parameters` are not known (`None`), and whose `profile` is of each segment with its head.
 
     Raises:
-        ValueError: A batch size is below 1 or above the number of images.
+        ValueError: A batch size is below 1 or above the number of images, or the model is exported in another layout.
 
     Example:
 
@@ -133,7 +148,7 @@ def benchmark(
     sizes = measured_sizes(batch_sizes, len(items))
     was_training = model.training
     model.eval()
-    segments, policy = model.segments(), model.exit_policy
+    segments, policy = timed_segments(model), model.exit_policy
     table = table or collect(model, items, batch_size=sizes[-1])
     accuracy = _accuracy(table, policy)
     policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
@@ -152,10 +167,11 @@ def benchmark(
         "accuracy": accuracy,
         "batches": [_of_batches(size, timings[size], depths, costs, asked) for size in sorted(set(batch_sizes))],
         "exits": _of_exits(depths, heads, timings[min(batch_sizes)]),
-        "memory": _memory(segments, policies, pixels[: sizes[-1]]),
+        "memory": None if export_of(model) else _memory(segments, policies, pixels[: sizes[-1]]),
         "parameters": parameters_by_part(model, parts),
         "profile": parts,
         "cost_table": costs.to_dict(),
+        "exported": export_facts(model),
     }
     model.train(was_training)
     return report
@@ -321,14 +337,14 @@ def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels
     return {"what": what, "batch_size": len(pixels), **peaks}
 
 
-def _environment(model: PreTrainedModel, policy: ExitPolicy, repeats: int, num_images: int) -> dict[str, Any]:
+def _environment(model: Highway, policy: ExitPolicy, repeats: int, num_images: int) -> dict[str, Any]:
     return {
         "model": architecture(model),
         "policy": policy.to_dict(),
         "image_size": model.config.image_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(model.device),
-        "threads": torch.get_num_threads(),
+        "threads": threads_of(model),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "images": num_images,

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..costs import Costs
 from ..policies import in_words, probabilities
 from .bounds import drop_p_value, harm_p_value, passed_in_order, rows_needed
-from .costs import Costs
 from .latency import CostTable
 from .metrics import expected_calibration_error
 from .search import SEARCHES, Settings, candidates, consequences, leaving, shares

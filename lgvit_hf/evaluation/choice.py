@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..costs import Costs
 from ..policies import ConfidencePolicy, probabilities
 from ..segments import State
 from .benchmark import time_interleaved
-from .costs import Costs
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from ..costs import Costs, Highway, export_of
 from ..engine import Answers
 from ..files import write_json
 from ..policies import ExitPolicy, Memory, probabilities
 from ..segments import Segment, State
-from .costs import Costs
 
 
 def time_interleaved(
@@ -69,10 +68,11 @@ class CostTable:
     Args:
         batch_sizes (`list[int]`): Ascending. Between two of them times are interpolated linearly; no rows, no time.
         trunks (`list[list[float]]`):
-            Seconds of each segment's blocks at each batch size, `[segment][batch size]`, the stem in the first.
+            Seconds of each segment's blocks at each batch size, `[segment][batch size]`, the stem in the first. Of an
+            exported highway, with the head, which is in one file with them and always run.
         heads (`list[list[float]]`):
             Likewise of each segment's exit: its head, the policy, and the wait for how many rows leave; last, the
-            final classifier and writing down its answers.
+            final classifier and writing down its answers. Of an exported highway, without the head itself.
         select (`list[list[float]]`):
             Likewise of letting some rows go at an exit and carrying the others on; paid where neither none nor all
             leave. 0 behind the final classifier.
@@ -319,7 +319,7 @@ def _let_go(segment: Segment, state: State, memory: Memory, logits: Tensor, exit
         tensor.index_select(0, stay)
 
 
-def cost_table(model: PreTrainedModel, walks: Mapping[int, Sequence[PartTimes]]) -> CostTable:
+def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> CostTable:
     """The table of medians of several walks at each batch size, brought to add up to the whole walks' median.
 
     On a busy machine an interruption hits few of the parts, and so no part's median, but most of the walks.
@@ -336,7 +336,7 @@ def cost_table(model: PreTrainedModel, walks: Mapping[int, Sequence[PartTimes]])
         trunks=medians(PartTimes.trunks),
         heads=medians(lambda walk: walk.heads),
         select=medians(lambda walk: walk.select),
-        threads=torch.get_num_threads(),
+        threads=threads_of(model),
         device=device_name(model.device),
         model=architecture(model),
     )
@@ -349,19 +349,19 @@ def _pace(walks: Sequence[PartTimes]) -> float:
 
 @torch.no_grad()
 def measure_cost_table(
-    model: PreTrainedModel, pixels: Tensor, batch_sizes: Sequence[int] = (1, 8, 32), *, repeats: int = 15
+    model: Highway, pixels: Tensor, batch_sizes: Sequence[int] = (1, 8, 32), *, repeats: int = 15
 ) -> CostTable:
     """Time each part of a highway at several batch sizes, in turn, with the device and threads that are set.
 
     Args:
-        model (`PreTrainedModel`): A highway; run in `eval()` mode under its own policy.
+        model (`Highway`): Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode.
         pixels (`Tensor`): `[B, C, H, W]`, at least as many images as the largest batch; their content does not matter.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8, 32)`):
             The powers of two below the largest are measured too, since fewer and fewer rows of a batch go on.
         repeats (`int`, *optional*, defaults to 15): Walks at each batch size, after two to warm up.
 
     Raises:
-        ValueError: A batch size is below 1 or above the number of images.
+        ValueError: A batch size is below 1 or above the number of images, or the model is exported in another layout.
 
     Example:
 
@@ -374,7 +374,7 @@ def measure_cost_table(
     sizes = measured_sizes(batch_sizes, len(pixels))
     was_training = model.training
     model.eval()
-    segments, policy = model.segments(), model.exit_policy
+    segments, policy = timed_segments(model), model.exit_policy
     walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
 
     def walk(size: int) -> None:
@@ -405,17 +405,43 @@ def measured_sizes(batch_sizes: Sequence[int], num_images: int) -> list[int]:
     return sorted({*batch_sizes, *(2**power for power in range(max(batch_sizes).bit_length()))})
 
 
+def timed_segments(model: Highway) -> list[Segment]:
+    """The segments of a highway that leaves early.
+
+    Raises:
+        ValueError: It is exported in one file, which decides inside, or in one that runs every exit.
+    """
+    exported = export_of(model)
+    if exported is not None and exported.layout == "all_exits":
+        raise ValueError(
+            "layout 'all_exits' runs every exit of every row, which no policy makes faster; export with "
+            "layout='segments' to see what each part takes"
+        )
+    return model.segments()
+
+
 def device_name(device: torch.device) -> str:
     """`cpu`, or the accelerator's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def architecture(model: PreTrainedModel) -> str:
+def threads_of(model: Highway) -> int:
+    """How many threads of the processor a highway is run with."""
+    exported = export_of(model)
+    return torch.get_num_threads() if exported is None else exported.threads
+
+
+def architecture(model: Highway) -> str:
     """What decides how long a highway takes, in a line; two models of one architecture may share a cost table."""
-    config, size = model.config, model.config.image_size
+    config, size, exported = model.config, model.config.image_size, export_of(model)
     height, width = (size, size) if isinstance(size, int) else size
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
+    if exported is None:
+        extent, numbers = f"{model.num_parameters()} parameters", str(model.dtype).removeprefix("torch.")
+    else:
+        extent = f"{exported.file_bytes / 1e6:.1f} MB of ONNX, layout {exported.layout}"
+        numbers = exported.precision
     return (
-        f"{config.model_type}: {config.num_blocks} blocks, {model.num_parameters()} parameters, {height} x {width} px,"
-        f" {str(model.dtype).removeprefix('torch.')}, exits after {exits or 'none'}"
+        f"{config.model_type}: {config.num_blocks} blocks, {extent}, {height} x {width} px, {numbers}, exits after "
+        f"{exits or 'none'}"
     )

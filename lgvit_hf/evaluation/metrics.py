@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..costs import Costs
 from ..engine import Answers
 from ..policies import ExitPolicy, number_at, probabilities
-from .costs import Costs
 from .table import ExitTable
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
+from ..costs import Highway, decides_inside, model_macs
 from ..data import stack
 from ..engine import Answers
+from ..models import answer_depths
 from ..policies import in_words
-from .anatomy import head_names
+from .anatomy import export_facts, head_names
 from .benchmark import wall_clock_speed_up
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
 from .table import ExitTable, collect
@@ -23,7 +24,7 @@ TIMED_ROWS = 256
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
+    model: Highway,
     dataset: Dataset,
     *,
     batch_size: int = 64,
@@ -33,7 +34,7 @@ def evaluate(
     """Run a highway on a dataset, once with every exit and once leaving early, and time it.
 
     Args:
-        model (`PreTrainedModel`): A highway, with the exit policy to be judged.
+        model (`Highway`): With the exit policy to be judged; of PyTorch, or an `ORTHighway` of any layout.
         dataset (`Dataset`): Items `pixel_values` and `labels`.
         batch_size (`int`, *optional*, defaults to 64): Of the evaluation.
         timed_batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`):
@@ -42,14 +43,30 @@ def evaluate(
 
     Returns:
         `exits` and `overall` as of `summarise`, `classes` as of `per_class`, `confusion` as of `confusion_matrix`,
-        `reliability` as of `reliability_by_exit`, `wall_clock` by batch size, and the `policy`.
+        `reliability` as of `reliability_by_exit`, `wall_clock` by batch size, the `policy`, and `exported`: `layout`,
+        `precision`, `file_bytes` and `runtime` of an exported highway. One exported file does not say what an exit
+        answers where a row does not leave: what is told of all rows at an exit is then `None`.
     """
-    table, answers = collect(model, dataset, batch_size=batch_size), answer_all(model, dataset, batch_size=batch_size)
+    table, answers = look(model, dataset, batch_size=batch_size)
     return judge(model, dataset, table, answers, timed_batch_sizes=timed_batch_sizes, progress=progress)
 
 
+def look(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> tuple[ExitTable, Answers]:
+    """What every exit of a highway says of a dataset, and what the highway answers, run by itself.
+
+    Of one exported file, which does not say what exits answer where a row does not leave, the table holds the row's
+    answer at every exit.
+    """
+    if not decides_inside(model):
+        return collect(model, dataset, batch_size=batch_size), answer_all(model, dataset, batch_size=batch_size)
+    answers = answer_all(model, dataset, batch_size=batch_size)
+    depths = answer_depths(model.config)
+    labels = torch.tensor([int(dataset[index]["labels"]) for index in range(len(dataset))])
+    return ExitTable(answers.logits.expand(len(depths), -1, -1), labels, depths, model_macs(model)), answers
+
+
 @torch.no_grad()
-def answer_all(model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 64) -> Answers:
+def answer_all(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> Answers:
     """The answers of a highway to every row of a dataset, each row leaving by the model's policy; on the CPU."""
     model.eval()
     outs = [
@@ -61,7 +78,7 @@ def answer_all(model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 64
 
 
 def judge(
-    model: PreTrainedModel,
+    model: Highway,
     dataset: Dataset,
     table: ExitTable,
     answers: Answers,
@@ -72,9 +89,9 @@ def judge(
     """The report of `evaluate`, from what was already run.
 
     Args:
-        model (`PreTrainedModel`): A highway.
+        model (`Highway`): The highway.
         dataset (`Dataset`): The rows, of which some are timed.
-        table (`ExitTable`), answers (`Answers`): Of these rows, as of `collect` and `answer_all`.
+        table (`ExitTable`), answers (`Answers`): Of these rows, as of `look`.
         timed_batch_sizes (`Sequence[int]`, *optional*), progress (callable, *optional*): As of `evaluate`.
     """
     report = summarise(table, answers, table.costs, head_names(model), model.exit_policy)
@@ -87,8 +104,17 @@ def judge(
         str(size): wall_clock_speed_up(model, pixels.split(size), repeats=3, progress=progress)
         for size in timed_batch_sizes
     }
-    report["policy"] = model.exit_policy.to_dict()
+    report["policy"], report["exported"] = model.exit_policy.to_dict(), export_facts(model)
+    if decides_inside(model):
+        _forget_all_rows(report)
     return report
+
+
+def _forget_all_rows(report: dict[str, Any]) -> None:
+    """Take out what is said of exits where rows do not leave."""
+    for exit, bins in zip(report["exits"], report["reliability"], strict=True):
+        exit["accuracy_all"] = exit["calibration_error_all"] = bins["reliability_all"] = None
+    report["overall"]["accuracy_full_model"] = None
 
 
 def timed_pixels(dataset: Dataset) -> Tensor:
@@ -100,25 +126,42 @@ def as_table(report: dict[str, Any]) -> str:
     """The report of `evaluate` as text for a terminal."""
     lines = ["exit  position  head            rows leaving   right there   right of all   MMACs until there"]
     for index, row in enumerate(report["exits"]):
-        leaving = "-" if row["accuracy_leaving"] is None else f"{row['accuracy_leaving']:.1%}"
         lines.append(
-            f"{index:4}  {row['position']:8}  {row['head']:14}  {row['rows']:5} ({row['share']:4.0%})  {leaving:>11}  "
-            f"{row['accuracy_all']:13.1%}  {row['macs'] / 1e6:18.1f}"
+            f"{index:4}  {row['position']:8}  {row['head']:14}  {row['rows']:5} ({row['share']:4.0%})  "
+            f"{_percent(row['accuracy_leaving']):>11}  {_percent(row['accuracy_all']):>13}  {row['macs'] / 1e6:18.1f}"
         )
-    overall = report["overall"]
+    overall, exported = report["overall"], report["exported"]
+    full = "" if overall["accuracy_full_model"] is None else f"full model {overall['accuracy_full_model']:.1%}, "
     lines += [
         "",
-        f"accuracy              {overall['accuracy']:.1%}   (full model {overall['accuracy_full_model']:.1%}, "
-        f"{overall['rows']} rows)",
+        f"accuracy              {overall['accuracy']:.1%}   ({full}{overall['rows']} rows)",
         f"mean depth            {overall['mean_depth']:.2f} of {report['exits'][-1]['position']} blocks, "
         f"layer speed-up {overall['layer_speed_up']:.2f}x",
         f"MACs                  {overall['mean_macs'] / 1e6:.1f} M per image, heads counted, against "
         f"{overall['backbone_macs'] / 1e6:.1f} M: {overall['macs_speed_up']:.2f}x",
     ]
+    against = "the backbone without heads" if exported is None else "the same files when nobody leaves"
     for size, times in report["wall_clock"].items():
-        lines.append(
-            f"wall-clock, batch {size:3} {times['wall_clock_speed_up']:.2f}x the speed of the backbone without heads "
-            f"({times['early_exit_seconds'] * 1e3:.0f} ms against {times['backbone_seconds'] * 1e3:.0f} ms)"
+        early, backbone = 1e3 * times["early_exit_seconds"], times["backbone_seconds"]
+        told = (
+            f"{early / min(TIMED_ROWS, overall['rows']):.2f} ms per image"
+            if backbone is None
+            else f"{times['wall_clock_speed_up']:.2f}x the speed of {against} ({early:.0f} ms against "
+            f"{backbone * 1e3:.0f} ms)"
         )
+        lines.append(f"wall-clock, batch {size:3} {told}")
     lines.append(f"policy                {in_words(report['policy'])}")
+    if exported is not None:
+        lines.append(
+            f"files                 {exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}, "
+            f"{exported['precision']}, in {exported['runtime']}"
+        )
+    if exported is not None and exported["layout"] == "all_exits":
+        lines.append(
+            "                      this layout runs every exit of every row: the MACs are those of the others"
+        )
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..costs import Costs, Highway, export_of, model_macs
 from ..data import stack
 from ..engine import Answers, replay, run_all
 from ..files import add_files
 from ..policies import ExitPolicy, build_policy
 from ..segments import State
-from .costs import Costs, count_macs
 
 
 @dataclass(frozen=True)
@@ -131,18 +130,18 @@ class ExitTable:
 
 
 @torch.no_grad()
-def collect(model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 64) -> ExitTable:
+def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> ExitTable:
     """Run every exit of a highway on every row of a dataset, in `eval()` mode, and count the MACs of one row.
 
     Args:
-        model (`PreTrainedModel`): A highway.
+        model (`Highway`): Of PyTorch, or an `ORTHighway` of the layouts `segments` and `all_exits`.
         dataset (`Dataset`):
             Items `{"pixel_values": [C, H, W], "labels": int}`; where there are no labels, the full model's answers
             stand for them.
         batch_size (`int`, *optional*, defaults to 64): Rows at a time.
 
     Raises:
-        ValueError: The dataset is empty.
+        ValueError: The dataset is empty, or the model is one exported file, which does not say what exits answer.
     """
     if len(dataset) == 0:
         raise ValueError("there is no image to collect exits for: the dataset is empty")
@@ -153,14 +152,17 @@ def collect(model: PreTrainedModel, dataset: Dataset, *, batch_size: int = 64) -
         pixels = batch["pixel_values"].to(model.device, model.dtype)
         logits.append(torch.stack(run_all(segments, State({"pixel_values": pixels}))).float().cpu())
         labels.append(batch.get("labels", logits[-1][-1].argmax(-1)))
-        costs = costs or count_macs(segments, State({"pixel_values": pixels[:1]}))
+        costs = costs or model_macs(model, pixels[:1])
     model.train(was_training)
     depths = [segment.depth for segment in segments]
     return ExitTable(torch.cat(logits, dim=1), torch.cat(labels), depths, costs, weights_digest(model))
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A SHA-256 of the names and values of a model's weights."""
+def weights_digest(model: Highway) -> str:
+    """A SHA-256 of the names and values of a model's weights; of an exported one, of its files."""
+    exported = export_of(model)
+    if exported is not None:
+        return exported.digest
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

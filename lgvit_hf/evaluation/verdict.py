@@ -17,6 +17,11 @@ def verdict(report: dict[str, Any]) -> list[str]:
         report (`dict`): As `benchmark` gives it.
     """
     lines = [line for entry in report["batches"] for line in _verdict_on(entry, report)]
+    if report["exported"] is not None:
+        lines.append(
+            "an exported segment always runs its head: the times of the backbone, of an exit alone and of exits that "
+            "are not asked include the heads"
+        )
     return [_verdict_on_accuracy(report), *lines]
 
 
@@ -119,18 +124,27 @@ def _profile_text(report: dict[str, Any]) -> str:
     lines = [f"{'part':23}depth     MMACs   parameters" + "".join(f"  ms, batch {size:>4}" for size in sizes)]
     for row in report["profile"]:
         times = "".join(_cell(row["ms"][size], 16, 3) for size in sizes)
-        lines.append(f"{row['part']:22}{row['depth']:6}{row['macs'] / 1e6:10.2f}{row['parameters']:13,}{times}")
+        lines.append(f"{row['part']:22}{row['depth']:6}{row['macs'] / 1e6:10.2f}{_count(row['parameters'])}{times}")
     return "\n".join(lines)
 
 
 def _sizes_text(report: dict[str, Any]) -> str:
-    memory, parameters = report["memory"], report["parameters"]
+    memory, parameters, exported = report["memory"], report["parameters"], report["exported"]
+    if exported is not None:
+        return (
+            f"files       {exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}, "
+            f"{exported['precision']}, in {exported['runtime']}; parameters and memory are not known"
+        )
     return (
         f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
         f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
         f"memory      early exit {memory['early_exit_bytes'] / 1e6:.1f} MB, backbone "
         f"{memory['backbone_bytes'] / 1e6:.1f} MB at batch size {memory['batch_size']} ({memory['what']})"
     )
+
+
+def _count(number: int | None) -> str:
+    return f"{'-':>13}" if number is None else f"{number:13,}"
 
 
 def _cell(value: float | None, width: int, digits: int = 2) -> str:

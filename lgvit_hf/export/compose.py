@@ -86,8 +86,9 @@ def _body(
     rows = graph.add("Shape", [logits], f"{here}rows", start=0, end=1)
     exit_index = graph.add("Expand", [index, rows], f"{here}exit_index")
     last_part = number == len(parts) - 1
-    # the final classifier has no threshold: any will do, since nobody asks who leaves there
-    leave, score, *memory = _decide(graph, here, 0 if last_part else part.exit_index, part, logits, memory, decision)
+    # the final classifier has no threshold: nobody asks who leaves there, and a score that counts goes by the last
+    threshold = max(0, part.exit_index - 1) if last_part else part.exit_index
+    leave, score, *memory = _decide(graph, here, threshold, part, logits, memory, decision)
     if last_part:
         return logits, exit_index, score
 
@@ -103,7 +104,7 @@ def _body(
     kept = on.add("Squeeze", [found, on.constant(f"{here}first_axis", np.array([0]))], f"{here}kept")
     carried = [on.add("Gather", [name, kept], f"{name}_kept", axis=0) for name in (*after, *memory)]
     deeper = _body(on, number + 1, carried[: len(after)], carried[len(after) :], parts, decision)
-    places = on.add("Transpose", [found], f"{here}places", perm=[1, 0])
+    places = on.add("Unsqueeze", [kept, on.constant(f"{here}last_axis", np.array([1]))], f"{here}places")
     merged = [
         on.add("ScatterND", [old, places, new], f"{here}merged_{place}")
         for place, (old, new) in enumerate(zip(answers, deeper, strict=True))

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import transformers
-from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..engine import replay, run_all, run_early
-from ..files import replace_folder, write_json
-from ..models import example_image
-from ..policies import build_policy
-from ..segments import State
-from .parts import exits_that_run, export_decision, export_parts
-from .runtime import LAYOUTS, MANIFEST, ORTHighway, file_digest, parameter_inputs
-
-BATCH_SIZES = (1, 2, 7, 32)
-TOLERANCE = 1e-4
-ROUNDING = 1e-5
-EXPORTABLE = (
-    "confidence",
-    "entropy",
-    "margin",
-    "confidence_entropy",
-    "patience",
-    "patience_confidence",
-    "fixed",
-    "never",
-)
+from ..costs import model_macs
+from ..files import replace_folder
+from ..policies import ExitPolicy
+from .manifest import LAYOUTS, PRECISIONS, Manifest, file_digest
+from .parts import EXPORTABLE, exits_that_run, export_decision, export_parts
+from .runtime import ORTHighway, parameter_inputs
+from .verification import compare, verify
 
 # what a machine without torch needs to answer an image; the processor's own arithmetic
 INFER = '''"""python infer.py IMAGE...: needs numpy, pillow and onnxruntime."""
@@ -43,10 +30,12 @@ from PIL import Image
 here = pathlib.Path(__file__).parent
 config, processor = (json.loads((here / name).read_text()) for name in ("config.json", "preprocessor_config.json"))
 session, size = onnxruntime.InferenceSession(here / "model.onnx"), processor["size"]
+crop = CROP
 for file in sys.argv[1:]:
-    image = Image.open(file).convert("RGB").resize((size["width"], size["height"]), processor.get("resample", 2))
-    pixels = np.asarray(image, np.float32) * processor["rescale_factor"]
-    pixels = (pixels - np.array(processor["image_mean"])) / np.array(processor["image_std"])
+    image = Image.open(file).convert("RGB").resize((size["width"], size["height"]), processor["resample"])
+    left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
+    pixels = np.asarray(image.crop((left, top, left + crop["width"], top + crop["height"])), np.float32)
+    pixels = (pixels * processor["rescale_factor"] - processor["image_mean"]) / processor["image_std"]
     logits, depth, _, score = session.run(None, {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})
     print(file, config["id2label"][str(logits[0].argmax())], f"after {depth[0]} blocks, score {score[0]:.3f}")
 '''
@@ -57,168 +46,165 @@ def export_onnx(
     folder: str | Path,
     layout: str = "single",
     *,
+    precision: str = "float32",
     processor: BaseImageProcessor | None = None,
-) -> dict[str, Any]:
+    images: Dataset | None = None,
+    max_accuracy_drop: float = 0.005,
+) -> Manifest:
     """Write a highway as ONNX, run it in ONNX Runtime against PyTorch, and keep it only if they agree.
 
     Args:
-        model (`PreTrainedModel`): A highway, with its exit policy; exported in `eval()` mode, on the CPU.
+        model (`PreTrainedModel`): A highway, with its exit policy; exported in `eval()` mode and float32, on the CPU.
         folder (`str` or `Path`): To be made: the model, config, processor, `manifest.json` and `infer.py`.
         layout (`str`, *optional*, defaults to `"single"`):
             `"single"`: one file whose exits are real branches and which drops rows that have left; its thresholds are
             inputs with defaults. `"segments"`: one file per segment, for any policy. `"all_exits"`: all exits' logits.
+        precision (`str`, *optional*, defaults to `"float32"`):
+            `"float16"`: weights and arithmetic of half the width. `"int8"`: weights of matrix products in 8 bits,
+            what they are multiplied with too, scaled as it comes. Pixels and logits are float32 in every case.
         processor (`BaseImageProcessor`, *optional*): Saved beside the model.
+        images (`Dataset`, *optional*):
+            Items `pixel_values` and perhaps `labels`, on which the files are judged as well; where there are no
+            labels, the model's answers stand for them. The one way to know what `float16` and `int8` cost.
+        max_accuracy_drop (`float`, *optional*, defaults to 0.005): On `images`; more fails the export.
 
     Returns:
-        The manifest: `layout`, `files` with their SHA-256, `depths`, `exits` (indices that are in the files),
-        `policy`, and `verified`: the largest difference of logits on inputs that take every exit.
+        What is in the folder, and in `checks` what was run against PyTorch: `largest_difference` of logits on batches
+        of `batch_sizes` that take every exit, and on `images` the accuracies, agreement and mean depths.
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        ValueError: Unknown layout or policy, the folder is in use, or the files do not answer as the model does.
+        ValueError: Unknown layout, precision or policy, the folder is in use, or the files do not answer as the model
+            does.
     """
-    try:
-        from .compose import compose_all_exits, compose_single
-    except ImportError as error:
-        raise ImportError('export needs onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
-    import onnx
-
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
-    policy = model.exit_policy
-    if policy.name not in EXPORTABLE and layout == "single":
-        raise ValueError(
-            f"exit_policy {policy.name!r} is not built in and does not export; layout='segments' runs any policy"
-        )
-    was_training, device = model.training, model.device
-    model.eval().cpu()
-    try:
-        with replace_folder(folder) as new:
-            depths = [segment.depth for segment in model.segments()]
-            exits = exits_that_run(policy, len(depths)) if layout == "single" else list(range(len(depths)))
-            parts = export_parts(model, exits)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
+    _check_exportable(model, layout)
+    model = copy.deepcopy(model).eval().cpu().float()
+    with replace_folder(folder) as new:
+        names = write_onnx(model, new, layout, precision=precision)
+        model.config.save_pretrained(new)
+        if processor is not None:
+            processor.save_pretrained(new)
             if layout == "single":
-                decision = export_decision(policy, model.config.num_labels)
-                inputs = parameter_inputs(policy, len(depths))
-                models = {"model.onnx": compose_single(parts, decision, depths, inputs)}
-            elif layout == "all_exits":
-                models = {"model.onnx": compose_all_exits(parts)}
-            else:
-                models = {f"segment_{part.exit_index:02}.onnx": part.model for part in parts}
-            for name, content in models.items():
-                onnx.save(content, new / name)
-            model.config.save_pretrained(new)
-            if processor is not None:
-                processor.save_pretrained(new)
-                if layout == "single":
-                    (new / "infer.py").write_text(INFER, encoding="utf-8")
-            manifest = {
-                "what": "lgvit export",
-                "layout": layout,
-                "files": {name: file_digest(new / name) for name in models},
-                "depths": depths,
-                "exits": exits,
-                "policy": policy.to_dict(),
-                "versions": {
-                    "lgvit_hf": version("lgvit-hf"),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-            }
-            write_json(new / MANIFEST, manifest)
-            manifest["verified"] = {"batch_sizes": list(BATCH_SIZES), "largest_difference": verify(model, new)}
-            write_json(new / MANIFEST, manifest)
-    finally:
-        model.train(was_training).to(device)
+                _write_infer(new, processor)
+        manifest = describe(model, new, names, layout, precision)
+        manifest.save(new)
+        checks: dict[str, Any] = verify(model, new)
+        if images is not None:
+            checks["images"] = compare(model, ORTHighway.from_pretrained(new), images, max_accuracy_drop)
+        manifest = replace(manifest, checks=checks)
+        manifest.save(new)
     return manifest
 
 
-@torch.no_grad()
-def verify(model: PreTrainedModel, folder: str | Path) -> float:
-    """Run an exported folder against its model: every exit forced, mixed batches, and batches of 1, 2, 7 and 32.
+def exits_in_files(policy: ExitPolicy, num_exits: int, layout: str) -> list[int]:
+    """Indices of the exits that a layout holds: a single file those that its policy asks, others all."""
+    return exits_that_run(policy, num_exits) if layout == "single" else list(range(num_exits))
 
-    Rows with a score within 1e-5 of its threshold may leave elsewhere.
+
+def _check_exportable(model: PreTrainedModel, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+    if layout == "single" and model.exit_policy.name not in EXPORTABLE:
+        raise ValueError(
+            f"exit_policy {model.exit_policy.name!r} is not built in and does not export; layout='segments' runs any "
+            "policy"
+        )
+
+
+def write_onnx(
+    model: PreTrainedModel,
+    folder: str | Path,
+    layout: str = "single",
+    *,
+    precision: str = "float32",
+    file: str = "model.onnx",
+) -> list[str]:
+    """Write a highway's ONNX files into a folder that is there, without running them.
+
+    Args:
+        model (`PreTrainedModel`): A highway in `eval()` mode, float32, on the CPU.
+        folder (`str` or `Path`): Where to.
+        layout (`str`, *optional*), precision (`str`, *optional*): As of `export_onnx`.
+        file (`str`, *optional*, defaults to `"model.onnx"`): Name of the file; one per segment has names of its own.
 
     Returns:
-        The largest difference of logits.
+        Names of the files, in the order in which they run.
 
     Raises:
-        ValueError: Logits differ by more than 1e-4 of the largest, or a row leaves elsewhere; with the numbers.
+        ImportError: The extra `onnx` is not installed.
+        ValueError: Unknown layout, or a policy that is not built in in a single file.
     """
-    exported = ORTHighway.from_pretrained(folder)
-    images = example_image(model, batch_size=max(BATCH_SIZES))
-    segments, largest = model.segments(), 0.0
-    exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
-    scale = max(1.0, exit_logits.abs().max().item())
-    for settings in _policies_to_try(exported, exit_logits):
-        policy = build_policy(settings, len(segments) - 1)
-        exported.set_exit_policy(settings)
-        undecided = _undecided(settings, exit_logits, exported.depths)
-        for size in BATCH_SIZES:
-            expected = run_early(segments, State({"pixel_values": images[:size]}), policy)
-            found = exported(images[:size])
-            decided = ~undecided[:size]
-            difference = ((found.logits - expected.logits).abs().amax(-1) * decided).max().item()
-            elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
-            elsewhere &= decided
-            if elsewhere.any() or not difference <= TOLERANCE * scale:
-                raise ValueError(
-                    f"the export does not answer as the model does: of a batch of {size} under {settings}, "
-                    f"{int(elsewhere.sum())} rows leave elsewhere, and logits differ by {difference:.2g} "
-                    f"(largest {scale:.2g}); nothing was written"
-                )
-            largest = max(largest, difference)
-    return largest
+    try:
+        import onnx
+
+        from .compose import compose_all_exits, compose_single
+        from .quantization import quantize
+    except ImportError as error:
+        raise ImportError('export needs onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
+    _check_exportable(model, layout)
+    if precision == "float16":
+        model = copy.deepcopy(model).half()
+    policy, depths = model.exit_policy, [segment.depth for segment in model.segments()]
+    exits = exits_in_files(policy, len(depths), layout)
+    parts = export_parts(model, exits)
+    if layout == "single":
+        decision = export_decision(policy, model.config.num_labels)
+        models = {file: compose_single(parts, decision, depths, parameter_inputs(policy, len(depths)))}
+    elif layout == "all_exits":
+        models = {file: compose_all_exits(parts)}
+    else:
+        models = {f"segment_{part.exit_index:02}.onnx": part.model for part in parts}
+    for name, content in models.items():
+        if precision == "int8":
+            with tempfile.TemporaryDirectory() as temporary:
+                onnx.save(content, Path(temporary) / name)
+                quantize(Path(temporary) / name, Path(folder) / name)
+        else:
+            onnx.save(content, Path(folder) / name)
+    return list(models)
 
 
-def _policies_to_try(exported: ORTHighway, exit_logits: Tensor) -> Iterator[dict[str, Any]]:
-    """The policy as it is; and such that all rows leave at one exit, or different rows at different ones."""
-    held = exported.manifest["policy"]
-    policy = build_policy(held, len(exit_logits) - 1)
-    if "temperature" in held or policy.name == "patience":
-        yield from _with_other_numbers(held, exit_logits, exported.manifest["exits"])
-    yield held
+def describe(
+    model: PreTrainedModel,
+    folder: str | Path,
+    files: Sequence[str],
+    layout: str = "single",
+    precision: str = "float32",
+) -> Manifest:
+    """The manifest of files that `write_onnx` wrote, of which nothing has been checked yet.
+
+    Args:
+        model (`PreTrainedModel`), folder (`str` or `Path`), layout (`str`, *optional*), precision (`str`, *optional*):
+            As given to `write_onnx`.
+        files (`Sequence[str]`): As it returned.
+    """
+    policy, depths, macs = model.exit_policy, [segment.depth for segment in model.segments()], model_macs(model)
+    return Manifest(
+        layout=layout,
+        precision=precision,
+        files={name: file_digest(Path(folder) / name) for name in files},
+        depths=depths,
+        exits=exits_in_files(policy, len(depths), layout),
+        policy=policy.to_dict(),
+        macs={"trunks": macs.trunks, "heads": macs.heads},
+        versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
+        checks={},
+    )
 
 
-def _with_other_numbers(held: dict[str, Any], exit_logits: Tensor, exits: list[int]) -> Iterator[dict[str, Any]]:
-    early = len(exit_logits) - 1
-    if "patience" in held:
-        for patience in range(1, early + 1):
-            yield {**held, "patience": patience}
-    if "threshold" not in held:
+def _write_infer(folder: Path, processor: BaseImageProcessor) -> None:
+    """The script that answers images without torch, where it can do what the processor does."""
+    settings = processor.to_dict()
+    plain = all(settings.get(f"do_{step}") for step in ("resize", "rescale", "normalize"))
+    if not plain or not {"height", "width"} <= set(settings["size"]):
+        does = ", ".join(f"{name} {value}" for name, value in settings.items() if name == "size" or "do_" in name)
+        warnings.warn(
+            "infer.py is left out: it resizes to a height and width, rescales and normalizes, but this processor has "
+            f"{does}",
+            stacklevel=3,
+        )
         return
-    never, always = {"entropy": (-1.0, 1e6), "patience_confidence": (-1.0, 1e6)}.get(held["name"], (2.0, -2.0))
-    entropies = {} if "entropy_threshold" not in held else {"entropy_threshold": [1e6] * early}
-    for target in exits[:-1]:
-        numbers = [always if index >= target and index in exits else never for index in range(early)]
-        yield {**held, **entropies, "threshold": numbers}
-    policy = build_policy({**held, **entropies, "threshold": 0.0}, early)
-    mixed = []
-    for index in range(early):
-        memory = policy.start(exit_logits.shape[1], "cpu")
-        _, after = policy(exit_logits[index], memory, index)
-        mixed.append(_between(after["score"]) if index in exits else never)
-    if held["name"] != "patience_confidence":
-        yield {**held, **entropies, "threshold": mixed}
-
-
-def _undecided(settings: dict[str, Any], exit_logits: Tensor, depths: list[int]) -> Tensor:
-    """Which rows leave elsewhere when every threshold moves by as much as rounding may, `[B]` bool."""
-
-    def left(step: float) -> Tensor:
-        moved = {
-            name: [number + step for number in value] if isinstance(value, list) else value + step
-            for name, value in settings.items()
-            if name in ("threshold", "entropy_threshold")
-        }
-        return replay(exit_logits, depths, build_policy({**settings, **moved}, len(depths) - 1)).exit_index
-
-    return (left(-ROUNDING) != left(0.0)) | (left(ROUNDING) != left(0.0))
-
-
-def _between(scores: Tensor) -> float:
-    """A number in the widest gap of the middle half of some scores, so that rounding decides nothing."""
-    ranked = np.sort(scores.numpy())
-    middle = ranked[len(ranked) // 4 : 3 * len(ranked) // 4 + 1]
-    widest = int(np.diff(middle).argmax())
-    return float((middle[widest] + middle[widest + 1]) / 2)
+    crop = 'processor["crop_size"]' if settings.get("do_center_crop") else "size"
+    (folder / "infer.py").write_text(INFER.replace("CROP", crop), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,17 @@ from ..policies import ExitPolicy
 from ..segments import Segment, State
 
 OPSET = 18
+# policies that a single file can decide by
+EXPORTABLE = (
+    "confidence",
+    "entropy",
+    "margin",
+    "confidence_entropy",
+    "patience",
+    "patience_confidence",
+    "fixed",
+    "never",
+)
 # fields of a policy that stay adjustable in the exported file, and what their inputs are called there
 PARAMETERS = {
     "threshold": "exit_thresholds",
@@ -61,10 +72,11 @@ class _Stretch(nn.Module):
         self.model, self.segments, self.names, self.grid, self.ends = model, segments, names, state.grid, ends
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        tensors = [tensor.to(self.model.dtype) for tensor in tensors]
         state = State(dict(zip(self.names, tensors, strict=True)), self.grid)
         for segment in self.segments:
             state = segment.advance(state)
-        logits = self.segments[-1].answer(state)
+        logits = self.segments[-1].answer(state).float()
         return [logits] if self.ends else [*state.tensors.values(), logits]
 
 
@@ -72,16 +84,23 @@ class _Stretch(nn.Module):
 def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
     """The stretches between some exits of a highway; the heads of other exits are left out.
 
+    Pixels and logits are float32, the state between stretches is of the model's dtype.
+
     Args:
         model (`PreTrainedModel`): A highway, in `eval()` mode.
         exits (`Sequence[int]`): Ascending indices.
     """
-    segments, state = model.segments(), State({"pixel_values": example_image(model, batch_size=2)})
+    with _attention(model):
+        return _export_parts(model, exits)
+
+
+def _export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
+    segments, state = model.segments(), State({"pixel_values": example_image(model, batch_size=2).float()})
     parts, start = [], 0
     for index in exits:
         names, ends = list(state.tensors), index == exits[-1]
         stretch = _Stretch(model, segments[start : index + 1], names, state, ends)
-        after = state
+        after = State({name: tensor.to(model.dtype) for name, tensor in state.tensors.items()}, state.grid)
         for segment in segments[start : index + 1]:
             after = segment.advance(after)
         outputs = [] if ends else list(after.tensors)
@@ -96,6 +115,18 @@ def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
         parts.append(Part(index, exported))
         state, start = after, index + 1
     return parts
+
+
+@contextmanager
+def _attention(model: PreTrainedModel) -> Iterator[None]:
+    """Swin's attention as all versions of transformers have it, so that they export the same file."""
+    before = model.config._attn_implementation
+    if model.config.model_type == "swin_highway":
+        model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 class _Decision(nn.Module):

@@ -28,11 +28,11 @@ from lgvit_hf.segments import State
 MIX = [0.43, 0.16, 0.09, 0.09, 0.11, 0.05, 0.02, 0.01, 0.03]
 
 MODELS = {
-    "deit-tiny": lambda: DeiTHighway(
-        DeiTHighwayConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=100)
+    "deit-tiny": lambda **settings: DeiTHighway(
+        DeiTHighwayConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=100, **settings)
     ),
-    "swin-tiny": lambda: SwinHighway(SwinHighwayConfig(num_labels=100)),
-    "vit-base": lambda: ViTHighway(ViTHighwayConfig(num_labels=100)),
+    "swin-tiny": lambda **settings: SwinHighway(SwinHighwayConfig(num_labels=100, **settings)),
+    "vit-base": lambda **settings: ViTHighway(ViTHighwayConfig(num_labels=100, **settings)),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the commands `evaluate`, `calibrate`, `sweep` and `benchmark` do: a checkpoint and a dataset in, files out."""
+"""What the commands `evaluate`, `calibrate`, `sweep`, `benchmark` and `export` do: a checkpoint in, files out."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from torch.utils.data import Subset
+from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.utils import logging
 
-from ..data import ProcessedImages, load_images
-from ..engine import Answers
-from ..files import add_files, replace_folder, write_json
-from ..models import open_model
-from ..policies import build_policy
-from .benchmark import benchmark, wall_clock_speed_up
-from .calibration import Calibration, calibrate, check_request, check_rows, split
-from .latency import CostTable, architecture
-from .plots import (
+from .costs import Highway, decides_inside
+from .data import ProcessedImages, load_images
+from .engine import Answers
+from .evaluation.benchmark import benchmark, wall_clock_speed_up
+from .evaluation.calibration import Calibration, calibrate, check_request, check_rows, split
+from .evaluation.latency import CostTable, architecture
+from .evaluation.plots import (
     plot_classes,
     plot_confusion,
     plot_exits,
@@ -31,10 +30,16 @@ from .plots import (
     plot_pareto,
     plot_reliability,
 )
-from .report import answer_all, judge, timed_pixels
-from .search import RANGES
-from .sweep import sweep, threshold_curve
-from .table import ExitTable, collect, weights_digest
+from .evaluation.report import judge, look, timed_pixels
+from .evaluation.search import RANGES
+from .evaluation.sweep import sweep, threshold_curve
+from .evaluation.table import ExitTable, collect, weights_digest
+from .export.manifest import Manifest
+from .export.onnx_export import export_onnx
+from .export.runtime import ORTHighway, is_exported
+from .files import add_files, replace_folder, write_json
+from .models import check_class_names, load_highway, open_model
+from .policies import build_policy, in_words
 
 UNIT = "million MACs per image, heads counted"
 # the parameter that a sweep varies, by policy
@@ -50,30 +55,41 @@ SWEPT = {
 
 
 def open_highway(
-    checkpoint: str, data: str, which: str = "test", validation_share: float = 0.15, seed: int = 0
-) -> tuple[PreTrainedModel, BaseImageProcessor, ProcessedImages]:
+    checkpoint: str,
+    data: str,
+    which: str = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+    threads: int | None = None,
+) -> tuple[Highway, BaseImageProcessor, ProcessedImages]:
     """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
 
     Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
+        checkpoint (`str`): Folder or Hub id of a highway, or folder of an exported one.
         data (`str`): As of `load_images`.
         which (`str`, *optional*, defaults to `"test"`): Or `"validation"`, `"train"`.
         validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
             As of `load_images`; those of the training keep its validation rows apart.
+        threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
     """
     splits = load_images(data, validation_share=validation_share, seed=seed)
-    model, processor = open_model(checkpoint, label_names=splits.label_names, must_be_highway=True)
-    if not model.exits:
+    if is_exported(checkpoint):
+        model = ORTHighway.from_pretrained(checkpoint, threads=threads)
+        check_class_names(checkpoint, model.config, splits.label_names)
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+    else:
+        model, processor = open_model(checkpoint, label_names=splits.label_names, must_be_highway=True)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if not model.config.exits:
         raise ValueError(f"{checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model, processor, ProcessedImages(getattr(splits, which), processor)
 
 
-def table_of(model: PreTrainedModel, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:
+def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:
     """The table of a model and a dataset: read from `file` where that is there, otherwise collected and written to it.
 
     Raises:
-        ValueError: The file holds a table of another model or of other rows.
+        ValueError: The file holds a table of another model or of other rows; the model is one exported file.
     """
     if file is not None and Path(file).exists():
         table = ExitTable.load(
@@ -108,13 +124,13 @@ def run_evaluate(
     """Judge a checkpoint under its own policy or another one, and draw what was found.
 
     Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
+        checkpoint (`str`): As of `open_highway`.
         data (`str`): As of `load_images`.
         policy (`dict`, *optional*): Instead of the saved one.
         output (`str`, *optional*): JSON file for the report.
         plots (`str`, *optional*):
             Folder for `exits.png`, `pareto.png`, `reliability.png`, `classes.png`, `confusion.png`, `gallery.png` and,
-            where wall-clock is measured, `latency.png`.
+            where wall-clock is measured, `latency.png`; not of one exported file.
         which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15), seed
             (`int`, *optional*, defaults to 0): As of `open_highway`.
         batch_size (`int`, *optional*), timed_batch_sizes (`Sequence[int]`, *optional*): As of `evaluate`.
@@ -126,9 +142,11 @@ def run_evaluate(
         _check_can_draw()
     _check_counts(batch_size=[batch_size], timed_batch_sizes=timed_batch_sizes)
     model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed)
+    if plots is not None and decides_inside(model):
+        raise ValueError(f"{checkpoint}: figures show what every exit answers; export with --layout segments for that")
     if policy is not None:
         model.set_exit_policy(policy)
-    table, answers = collect(model, dataset, batch_size=batch_size), answer_all(model, dataset, batch_size=batch_size)
+    table, answers = look(model, dataset, batch_size=batch_size)
     progress = partial(logging.tqdm, desc="timing", leave=False)
     report = judge(model, dataset, table, answers, timed_batch_sizes=timed_batch_sizes, progress=progress)
     if output is not None:
@@ -141,7 +159,7 @@ def run_evaluate(
 
 def _draw_all(
     folder: Path,
-    model: PreTrainedModel,
+    model: Highway,
     dataset: ProcessedImages,
     table: ExitTable,
     answers: Answers,
@@ -226,7 +244,7 @@ def run_calibrate(
     """Calibrate a checkpoint and write the policy into its config, with the report beside it as `calibration.json`.
 
     Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
+        checkpoint (`str`): As of `open_highway`.
         data (`str`): As of `load_images`.
         output (`str`, *optional*): Folder for a calibrated copy; by default the checkpoint's own files are changed.
         plot (`str`, *optional*): PNG of accuracy against cost.
@@ -291,7 +309,7 @@ def _check_counts(**counts: Sequence[int]) -> None:
 def _check_may_change(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder with a config.json to write the policy into; give --output FOLDER")
-    if (folder / "manifest.json").exists():
+    if (folder / "manifest.json").exists() and not is_exported(folder):
         raise ValueError(f"{folder} is a training checkpoint, which must stay as it is; give --output FOLDER")
 
 
@@ -336,7 +354,7 @@ def run_sweep(
     """A policy at many values of its first parameter: `table.safetensors`, `sweep.jsonl` and `sweep.png` in a folder.
 
     Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
+        checkpoint (`str`): As of `open_highway`.
         data (`str`): As of `load_images`.
         output (`str`): The folder; what an earlier run of the same sweep left there is not run again.
         policy (`dict`): Its name, and the parameters that stay as they are.
@@ -431,7 +449,7 @@ def run_benchmark(
     """Time a checkpoint on real images against the backbone, a static model of equal accuracy, and the ideal.
 
     Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
+        checkpoint (`str`): As of `open_highway`.
         data (`str`): As of `load_images`.
         policy (`dict`, *optional*): Instead of the saved one.
         output (`str`, *optional*): JSON file for the report.
@@ -440,7 +458,7 @@ def run_benchmark(
         table_file (`str`, *optional*): Table of exits of the whole split, on which accuracies are then compared.
         which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
             As of `open_highway`.
-        threads (`int`, *optional*): Of the processor; by default as PyTorch chose.
+        threads (`int`, *optional*): Of the processor, of an exported highway too; by default as PyTorch chose.
         settings: `batch_sizes`, `repeats`, `limit`, as of `benchmark`.
     """
     _check_counts(**{name: [value] for name, value in settings.items() if name in ("repeats", "limit")})
@@ -449,7 +467,7 @@ def run_benchmark(
     if threads is not None:
         _check_counts(threads=[threads])
         torch.set_num_threads(threads)
-    model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed)
+    model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed, threads)
     if policy is not None:
         model.set_exit_policy(policy)
     table = None if table_file is None else table_of(model, dataset, table_file)
@@ -462,3 +480,76 @@ def run_benchmark(
     if plot is not None:
         plot_latency(plot, report["batches"])
     return report
+
+
+def run_export(
+    checkpoint: str,
+    output: str,
+    *,
+    layout: str = "single",
+    precision: str = "float32",
+    policy: dict[str, Any] | None = None,
+    data: str | None = None,
+    max_accuracy_drop: float = 0.005,
+    limit: int | None = None,
+    which: str = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+) -> Manifest:
+    """Write a checkpoint as ONNX, run against PyTorch before it is kept.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of a highway.
+        output (`str`): Folder to make.
+        layout (`str`, *optional*), precision (`str`, *optional*), max_accuracy_drop (`float`, *optional*):
+            As of `export_onnx`.
+        policy (`dict`, *optional*): Instead of the saved one.
+        data (`str`, *optional*): As of `load_images`: rows on which the export is judged as well.
+        limit (`int`, *optional*): At most so many of them, drawn at random, always the same.
+        which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
+            As of `open_highway`.
+    """
+    if is_exported(checkpoint):
+        raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
+    if data is None:
+        model, processor, images = load_highway(checkpoint), AutoImageProcessor.from_pretrained(checkpoint), None
+    else:
+        model, processor, images = open_highway(checkpoint, data, which, validation_share, seed)
+        if limit is not None:
+            _check_counts(limit=[limit])
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            images = Subset(images, order[:limit].tolist())
+    if policy is not None:
+        model.set_exit_policy(policy)
+    return export_onnx(
+        model,
+        output,
+        layout,
+        precision=precision,
+        processor=processor,
+        images=images,
+        max_accuracy_drop=max_accuracy_drop,
+    )
+
+
+def export_as_text(manifest: Manifest, folder: str | Path) -> str:
+    """What `run_export` wrote and how it was checked, for a terminal."""
+    size = sum((Path(folder) / name).stat().st_size for name in manifest.files)
+    checks, sizes = manifest.checks, ", ".join(map(str, manifest.checks["batch_sizes"]))
+    lines = [
+        f"{', '.join(manifest.files)} in {folder}: {manifest.precision}, {size / 1e6:.1f} MB; policy "
+        f"{in_words(manifest.policy)}",
+        f"run in ONNX Runtime on batches of {sizes} with every exit taken: "
+        + ("answers as the model does, " if manifest.precision == "float32" else "")
+        + f"logits within {checks['largest_difference']:.1e}",
+    ]
+    if "images" in checks:
+        found = checks["images"]
+        lines.append(
+            f"on {found['rows']} images {found['accuracy']:.2%} right, the model {found['accuracy_of_model']:.2%}; "
+            f"the same answer on {found['agreement']:.2%}; mean depth {found['mean_depth']:.2f}, the model "
+            f"{found['mean_depth_of_model']:.2f}"
+        )
+    elif manifest.precision != "float32":
+        lines.append(f"what {manifest.precision} costs in accuracy was not measured; --data says on which images to")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""An exported folder against the model it comes from, in ONNX Runtime and PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from ..data import stack
+from ..engine import replay, run_all, run_early
+from ..models import example_image
+from ..policies import ExitPolicy, build_policy
+from ..segments import State
+from .parts import EXPORTABLE
+from .runtime import ORTHighway
+
+BATCH_SIZES = (1, 2, 7, 32)
+TOLERANCE = 1e-4
+ROUNDING = 1e-5
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
+    """Run an exported folder against its model: every exit forced, mixed batches, and batches of 1, 2, 7 and 32.
+
+    Rows with a score within 1e-5 of its threshold may leave elsewhere. Files of less than float32 precision may differ
+    by more, and only have to give numbers: `compare` says what they are worth.
+
+    Returns:
+        `batch_sizes`, and the `largest_difference` of logits of rows that leave at the same exit.
+
+    Raises:
+        ValueError: Logits differ by more than 1e-4 of the largest, or a row leaves elsewhere; with the numbers.
+    """
+    exported = ORTHighway.from_pretrained(folder)
+    images = example_image(model, batch_size=max(BATCH_SIZES))
+    segments, largest = model.segments(), 0.0
+    exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
+    exact = exported.manifest.precision == "float32"
+    scale = max(1.0, exit_logits.abs().max().item())
+    for settings in _policies_to_try(model, exported.manifest.exits, exit_logits):
+        policy = build_policy(settings, len(model.config.exit_positions))
+        exported.set_exit_policy(settings)
+        undecided = _undecided(policy, exit_logits, exported.depths, len(model.config.exit_positions))
+        for size in BATCH_SIZES:
+            expected = run_early(segments, State({"pixel_values": images[:size]}), policy)
+            found = exported(images[:size])
+            elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
+            # not where rounding decides; and NaN is larger than any difference
+            compared = ~undecided[:size] if exact else ~elsewhere
+            difference = torch.where(compared, (found.logits - expected.logits).abs().amax(-1), 0.0).max().item()
+            wrong = bool((elsewhere & compared).any()) or not difference <= TOLERANCE * scale
+            if wrong if exact else not found.logits.isfinite().all():
+                raise ValueError(
+                    f"the export does not answer as the model does: of a batch of {size} under {policy}, "
+                    f"{int((elsewhere & compared).sum())} rows leave elsewhere, and logits differ by {difference:.2g} "
+                    f"(largest {scale:.2g}); nothing was written"
+                )
+            largest = max(largest, difference)
+    return {"batch_sizes": list(BATCH_SIZES), "largest_difference": largest}
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel, exported: ORTHighway, images: Dataset, max_accuracy_drop: float, *, batch_size: int = 64
+) -> dict[str, float]:
+    """What an export is worth on real images, both leaving early under their policies.
+
+    Args:
+        model (`PreTrainedModel`): What was exported.
+        exported (`ORTHighway`): The export.
+        images (`Dataset`): Items `pixel_values` and perhaps `labels`; otherwise the model's answers stand for them.
+        max_accuracy_drop (`float`): Share of the rows by which the export may be right less often than the model.
+        batch_size (`int`, *optional*, defaults to 64): Rows at a time.
+
+    Returns:
+        `rows`, `accuracy`, `accuracy_of_model`, `agreement` of the answers, `mean_depth`, `mean_depth_of_model`.
+
+    Raises:
+        ValueError: There is no image, or the accuracy drops by more.
+    """
+    if len(images) == 0:
+        raise ValueError("there is no image to judge the export on: the dataset is empty")
+    sums = dict.fromkeys(("accuracy", "accuracy_of_model", "agreement", "mean_depth", "mean_depth_of_model"), 0)
+    for batch in DataLoader(images, batch_size=batch_size, collate_fn=stack):
+        ours, theirs = exported(batch["pixel_values"]), model(batch["pixel_values"].float())
+        answers, expected = ours.logits.argmax(-1), theirs.logits.argmax(-1)
+        labels = batch.get("labels", expected)
+        sums["accuracy"] += int((answers == labels).sum())
+        sums["accuracy_of_model"] += int((expected == labels).sum())
+        sums["agreement"] += int((answers == expected).sum())
+        sums["mean_depth"] += int(ours.exit_layer.sum())
+        sums["mean_depth_of_model"] += int(theirs.exit_layer.sum())
+    found = {"rows": len(images), **{name: total / len(images) for name, total in sums.items()}}
+    if found["accuracy_of_model"] - found["accuracy"] > max_accuracy_drop:
+        raise ValueError(
+            f"the {exported.manifest.precision} export is right on {found['accuracy']:.2%} of {len(images)} images, "
+            f"the model on {found['accuracy_of_model']:.2%}: more than {max_accuracy_drop:.2%} lost; "
+            "nothing was written"
+        )
+    return found
+
+
+def _policies_to_try(
+    model: PreTrainedModel, exits: list[int], exit_logits: Tensor
+) -> Iterator[dict[str, Any] | ExitPolicy]:
+    """Numbers by which all rows leave at one exit, or different rows at different ones; and the policy as it is."""
+    policy, num_policy_exits = model.exit_policy, len(model.config.exit_positions)
+    if policy.name in EXPORTABLE:
+        yield from _with_other_numbers(policy.to_dict(), exit_logits, exits, num_policy_exits)
+    yield policy
+
+
+def _with_other_numbers(
+    held: dict[str, Any], exit_logits: Tensor, exits: list[int], num_policy_exits: int
+) -> Iterator[dict[str, Any]]:
+    indices = range(num_policy_exits)
+    if "patience" in held:
+        for patience in range(1, num_policy_exits + 1):
+            yield {**held, "patience": patience}
+    if "threshold" not in held:
+        return
+    never, always = {"entropy": (-1.0, 1e6), "patience_confidence": (-1.0, 1e6)}.get(held["name"], (2.0, -2.0))
+    entropies = {} if "entropy_threshold" not in held else {"entropy_threshold": [1e6] * num_policy_exits}
+    for target in exits[:-1]:
+        numbers = [always if index >= target and index in exits else never for index in indices]
+        yield {**held, **entropies, "threshold": numbers}
+    policy = build_policy({**held, **entropies, "threshold": 0.0}, num_policy_exits)
+    mixed = []
+    for index in indices:
+        memory = policy.start(exit_logits.shape[1], "cpu")
+        _, after = policy(exit_logits[index], memory, index)
+        mixed.append(_between(after["score"]) if index in exits else never)
+    if held["name"] != "patience_confidence":
+        yield {**held, **entropies, "threshold": mixed}
+
+
+def _undecided(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
+    """Which rows leave elsewhere when every threshold moves by as much as rounding may, `[B]` bool."""
+    held = policy.to_dict() if policy.name in EXPORTABLE else {}
+
+    def left(step: float) -> Tensor:
+        moved = {
+            name: [number + step for number in value] if isinstance(value, list) else value + step
+            for name, value in held.items()
+            if name in ("threshold", "entropy_threshold")
+        }
+        judge = build_policy({**held, **moved}, num_policy_exits) if moved else policy
+        return replay(exit_logits, depths, judge).exit_index
+
+    return (left(-ROUNDING) != left(0.0)) | (left(ROUNDING) != left(0.0))
+
+
+def _between(scores: Tensor) -> float:
+    """A number in the widest gap of the middle half of some scores, so that rounding decides nothing."""
+    ranked = np.sort(scores.numpy())
+    middle = ranked[len(ranked) // 4 : 3 * len(ranked) // 4 + 1]
+    widest = int(np.diff(middle).argmax())
+    return float((middle[widest] + middle[widest + 1]) / 2)

@@ -1,0 +1,482 @@
+"""An exported highway is taken where a PyTorch model is: the same call and tables, calibrated and timed; honestly."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from lgvit_hf import ExitTable, ORTHighway, ViTHighway, ViTHighwayConfig, build_policy
+from lgvit_hf.cli import main
+from lgvit_hf.costs import Costs, model_macs
+from lgvit_hf.data import make_processor
+from lgvit_hf.evaluation.benchmark import benchmark, wall_clock_speed_up
+from lgvit_hf.evaluation.calibration import calibrate
+from lgvit_hf.evaluation.latency import architecture, measure_cost_table
+from lgvit_hf.evaluation.report import as_table, evaluate
+from lgvit_hf.evaluation.table import collect, weights_digest
+from lgvit_hf.evaluation.verdict import as_text, verdict
+from tests.tiny import scrambled
+
+pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
+pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
+
+from lgvit_hf.export.manifest import Manifest, file_digest  # noqa: E402
+from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.quantization import quantize  # noqa: E402
+
+LAYOUTS = ("single", "segments", "all_exits")
+FIELDS = ("logits", "exit_layer", "exit_index", "exit_score")
+SAVED = {"name": "confidence", "threshold": [0.6, 0.25]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random highway for digits, with exits behind blocks 1 and 2 of 3."""
+    torch.manual_seed(1)
+    names = [str(digit) for digit in range(10)]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    exits = {"exit_positions": [1, 2], "exit_types": ["conv1_1", "linear"], "exit_policy": SAVED}
+    folder = tmp_path_factory.mktemp("models") / "highway"
+    scrambled(ViTHighway(ViTHighwayConfig(image_size=8, patch_size=4, **sizes, **labels, **exits))).save_pretrained(
+        folder
+    )
+    make_processor(8).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint):
+    return ViTHighway.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, tmp_path_factory):
+    """The highway in each layout."""
+    home, model = tmp_path_factory.mktemp("exports"), ViTHighway.from_pretrained(checkpoint).eval()
+    for layout in LAYOUTS:
+        export_onnx(model, home / layout, layout, processor=make_processor(8))
+    return {layout: home / layout for layout in LAYOUTS}
+
+
+@pytest.fixture
+def copies(folders, tmp_path):
+    """The same, to be changed."""
+    return {layout: shutil.copytree(folder, tmp_path / layout) for layout, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return 2 * torch.randn(40, 3, 1, 1, generator=generator) + torch.randn(40, 3, 8, 8, generator=generator)
+
+
+def rows_of(model, images):
+    """A dataset whose labels are what the full model answers."""
+    with torch.no_grad():
+        labels = model(images, early_exit=False).logits.argmax(-1).tolist()
+    return [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+
+
+def assert_same(found, expected):
+    for name in FIELDS:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, equal_nan=True)
+
+
+def lgvit(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+# -- the call --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_same_call_and_answers(layout, folders, model, images):
+    ort = ORTHighway.from_pretrained(str(folders[layout]), threads=1)
+    assert not ort.training and ort.exit_policy == model.exit_policy
+    for rows in (images, images[:1], images[5:7], images.flip(0)):
+        assert_same(ort(rows), model(rows))
+    assert len(set(model(images).exit_index.tolist())) == 3, "or nothing is compared"
+    labels = torch.arange(40) % 10
+    found, expected = ort(images, labels=labels), model(images, labels=labels)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-4, rtol=0)
+    assert list(found) == list(expected)
+    as_tuple = ort(images, labels=labels, return_dict=False)
+    assert [tensor.dtype for tensor in as_tuple] == [tensor.dtype for tensor in expected.values()]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_same(ort(pixel_values=images.to(dtype)), model(images.to(dtype).float()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_row_of_nan_never_leaves(layout, folders, model, images):
+    images = images.clone()
+    images[[0, 3, 4]] = float("nan")
+    found = ORTHighway.from_pretrained(folders[layout])(images)
+    assert_same(found, model(images))
+    assert found.exit_index[[0, 3, 4]].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("layout", ["segments", "all_exits"])
+@torch.no_grad()
+def test_all_exits_and_bounds(layout, folders, model, images):
+    ort, labels = ORTHighway.from_pretrained(folders[layout]), torch.arange(40) % 10
+    found, expected = (m(images, labels=labels, early_exit=False) for m in (ort, model))
+    assert set(expected) - set(found) == {"exit_features"} and found.exit_score is None
+    for name in ("loss", "logits", "exit_logits", "exit_layer", "exit_index"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0)
+    for bounds in ({"min_depth": 2}, {"max_depth": 2}, {"min_depth": 2, "max_depth": 2}, {"max_depth": 1}):
+        assert_same(ort(images, **bounds), model(images, **bounds))
+    for m in (ort, model):
+        with pytest.raises(ValueError, match="max_depth=0 lies above the first exit"):
+            m(images, max_depth=0)
+        with pytest.raises(ValueError, match="they mean nothing when all exits run"):
+            m(images, early_exit=False, max_depth=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_no_batch(layout, folders, images):
+    ort = ORTHighway.from_pretrained(folders[layout])
+    for bad in (images[:0], images[0], images[:, :1], images[..., :4]):
+        with pytest.raises(ValueError, match=r"must be \(batch, 3, 8, 8\), with at least one image"):
+            ort(bad)
+    with pytest.raises(ValueError, match="You have to specify pixel_values"):
+        ort()
+    with pytest.raises(ValueError, match="label"):
+        ort(images[:2], labels=torch.tensor([0, 10]))
+    if layout == "single":
+        for settings in ({"early_exit": False}, {"min_depth": 2}, {"max_depth": 2}):
+            with pytest.raises(ValueError, match="a single file always leaves early"):
+                ort(images, **settings)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pipeline_at_any_batch_size(layout, folders, model):
+    photos = [Image.new("RGB", (9, 7), (30 * shade, 255 - 30 * shade, 90)) for shade in range(7)]
+    processor = make_processor(8)
+    with torch.no_grad():
+        expected = model(processor(photos, return_tensors="pt")["pixel_values"]).logits.softmax(-1).max(-1)
+    ort = ORTHighway.from_pretrained(folders[layout])
+    classify = pipeline("image-classification", model=ort, image_processor=processor, device="cpu")
+    for batch_size in (1, 3, 7):
+        answers = [answer[0] for answer in classify(photos, batch_size=batch_size)]
+        assert [answer["label"] for answer in answers] == [str(index) for index in expected.indices.tolist()]
+        assert [answer["score"] for answer in answers] == pytest.approx(expected.values.tolist(), abs=1e-4)
+
+
+# -- policies --------------------------------------------------------------------------------------------------
+
+
+def counting(logits, memory):
+    """Leave at the second exit that is sure, as a policy with a memory of its own."""
+    sure = memory["sure"] + (logits.softmax(-1).amax(-1) > 0.3)
+    return sure >= 2, {"sure": sure}
+
+
+counting.start = lambda batch_size, device: {"sure": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+
+POLICIES = (
+    {"name": "patience", "patience": 2},
+    {"name": "patience", "patience": 1, "exits": [1]},
+    {"name": "patience_confidence", "threshold": 1.5, "patience": 2},
+    {"name": "entropy", "threshold": [0.5, 1.2]},
+    {"name": "margin", "threshold": 0.3, "temperature": [2.0, 0.5]},
+    {"name": "fixed", "exit_index": 1},
+    {"name": "never"},
+    lambda logits, memory: (logits[:, 0] > 0, memory),
+    counting,
+)
+
+
+@pytest.mark.parametrize("layout", ["segments", "all_exits"])
+@pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
+@torch.no_grad()
+def test_any_policy_on_segments(layout, policy, folders, model, images):
+    ort = ORTHighway.from_pretrained(folders[layout])
+    for m in (ort, model):
+        m.set_exit_policy(policy)
+    assert_same(ort(images), model(images))
+    assert ort.config.exit_policy == model.config.exit_policy
+
+
+def edit(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_policy_comes_from_the_config(layout, copies, model, images):
+    changed = {"name": "confidence", "threshold": [0.3, 0.7], "temperature": [1.5, 1.0]}
+    edit(copies[layout], exit_policy=changed)
+    before = model(images).exit_index.tolist()
+    model.set_exit_policy(changed)
+    ort = ORTHighway.from_pretrained(copies[layout])
+    assert_same(ort(images), model(images))
+    assert ort(images).exit_index.tolist() != before
+
+
+def test_what_a_single_file_does_not_hold(copies):
+    with pytest.raises(ValueError, match="parameters .'threshold'. go with a policy name"):
+        ORTHighway.from_pretrained(copies["single"]).set_exit_policy(SAVED, threshold=0.1)
+    edit(copies["single"], exit_policy={"name": "patience", "patience": 2})
+    with pytest.raises(ValueError, match="this file decides by 'confidence', not by 'patience'; .*layout 'segments'"):
+        ORTHighway.from_pretrained(copies["single"])
+    edit(copies["single"], exit_policy=SAVED)
+    manifest = Manifest.load(copies["single"])
+    replace(manifest, exits=[1, 2]).save(copies["single"])
+    with pytest.raises(ValueError, match=r"exit 0 was switched off .* its exits: \[1, 2\]"):
+        ORTHighway.from_pretrained(copies["single"])
+    edit(copies["single"], exit_policy={**SAVED, "threshold": [1.0, 0.25]})
+    assert ORTHighway.from_pretrained(copies["single"]).exported.macs.heads[0] == 0.0
+
+
+def test_config_of_another_highway(copies):
+    edit(copies["segments"], exit_positions=[1], exit_types=["linear"], exit_policy="never")
+    with pytest.raises(ValueError, match=r"answers at depths \[1, 3\], the files beside it at \[1, 2, 3\]"):
+        ORTHighway.from_pretrained(copies["segments"])
+    edit(copies["segments"], model_type="vit")
+    with pytest.raises(ValueError, match="config.json: model type 'vit' is no highway"):
+        ORTHighway.from_pretrained(copies["segments"])
+
+
+@torch.no_grad()
+def test_saved_with_its_policy(folders, images, tmp_path):
+    ort = ORTHighway.from_pretrained(folders["segments"])
+    ort.set_exit_policy("patience", patience=2)
+    ort.save_pretrained(tmp_path / "copy")
+    again = ORTHighway.from_pretrained(tmp_path / "copy")
+    assert again.exit_policy == ort.exit_policy and again.manifest == ort.manifest
+    assert_same(again(images), ort(images))
+
+
+# -- tables and calibration ------------------------------------------------------------------------------------
+
+
+def test_table_is_that_of_the_model(folders, model, images):
+    rows, digests = rows_of(model, images), set()
+    expected = collect(model, rows, batch_size=16)
+    for layout in ("segments", "all_exits"):
+        found = collect(ORTHighway.from_pretrained(folders[layout]), rows, batch_size=16)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        assert found.labels.tolist() == expected.labels.tolist() and found.depths == expected.depths == [1, 2, 3]
+        assert found.costs.trunks == expected.costs.trunks and found.costs.heads == expected.costs.heads
+        assert found.costs.backbone == expected.costs.backbone > 0
+        digests.add(found.weights)
+    assert len({*digests, expected.weights}) == 3
+
+
+def test_heads_of_files_are_run_unasked(folders, model):
+    counted = model_macs(model)
+    exported = model_macs(ORTHighway.from_pretrained(folders["segments"]))
+    assert not counted.fused and exported == replace(counted, fused=True)
+    assert exported.of_exit(1, asked=[]) == counted.of_exit(1) > counted.of_exit(1, asked=[])
+    assert Costs([4.0, 8.0], [1.0, 0.5], fused=True).mean([0.0, 1.0], asked=[]) == 13.5
+
+
+def test_table_survives_a_file(folders, model, images, tmp_path):
+    ort = ORTHighway.from_pretrained(folders["segments"])
+    table = collect(ort, rows_of(model, images))
+    table.save(tmp_path / "table.safetensors")
+    assert ExitTable.load(tmp_path / "table.safetensors", weights=weights_digest(ort)).costs == table.costs
+    with pytest.raises(ValueError, match="a table of a model with other weights"):
+        ExitTable.load(tmp_path / "table.safetensors", weights=weights_digest(model))
+
+
+def test_quantized_is_another_model(copies, folders, model, images, tmp_path):
+    folder, small = copies["segments"], tmp_path / "small.onnx"
+    manifest = Manifest.load(folder)
+    for name in manifest.files:
+        quantize(folder / name, small)
+        shutil.move(small, folder / name)
+    files = {name: file_digest(folder / name) for name in manifest.files}
+    replace(manifest, precision="int8", files=files).save(folder)
+    ort, exact = ORTHighway.from_pretrained(folder), ORTHighway.from_pretrained(folders["segments"])
+    assert weights_digest(ort) != weights_digest(exact) and "int8" in architecture(ort)
+    assert len({architecture(m) for m in (ort, exact, model)}) == 3
+    rows = rows_of(model, images)
+    assert not torch.allclose(collect(ort, rows).logits, collect(exact, rows).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_calibrates_to_the_same_policy(folders, model, images):
+    ort = ORTHighway.from_pretrained(folders["segments"])
+    expected, found = (collect(m, rows_of(model, images)) for m in (model, ort))
+    # the surer half is answered rightly at the first exit, the others only at the end
+    first, _, last = expected.logits
+    sure = first.softmax(-1).amax(-1)
+    labels = torch.where(sure > sure.median(), first.argmax(-1), last.argmax(-1))
+    expected, found = (replace(table, labels=labels) for table in (expected, found))
+    rows = torch.arange(40)
+    for policy in ("confidence", "entropy"):
+        # halves by number: where logits differ by a bit, calibration would draw others
+        reports = [
+            calibrate(table.select(rows[::2]), tested=table.select(rows[1::2]), max_accuracy_drop=0.1, policy=policy)
+            for table in (expected, replace(found, costs=expected.costs), found)
+        ]
+        of_model, of_export, honest = reports
+        assert of_export.policy["threshold"] == pytest.approx(of_model.policy["threshold"], abs=1e-3)
+        assert of_export.mean_macs == of_model.mean_macs < of_model.full_macs
+        assert honest.mean_macs >= of_model.mean_macs, "heads that are not asked are run too"
+        for m in (model, ort):
+            m.set_exit_policy(of_model.policy)
+        assert ort(images).exit_index.tolist() == model(images).exit_index.tolist()
+
+
+# -- clocks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports(checkpoint, folders, images):
+    """The benchmark of the model and of its segments."""
+    model = ViTHighway.from_pretrained(checkpoint)
+    rows, ort = rows_of(model.eval(), images[:8]), ORTHighway.from_pretrained(folders["segments"], threads=2)
+    return [benchmark(m, rows, batch_sizes=[1, 4], repeats=1) for m in (model, ort)]
+
+
+def test_benchmark_has_every_key(reports):
+    of_model, of_export = reports
+    assert of_export.keys() == of_model.keys() and json.loads(json.dumps(of_export)) == of_export
+    assert of_export["batches"][0].keys() == of_model["batches"][0].keys()
+    assert of_export["environment"].keys() == of_model["environment"].keys()
+    assert of_export["environment"]["threads"] == of_export["cost_table"]["threads"] == 2
+    assert of_export["accuracy"] == of_model["accuracy"]
+    assert [exit["rows"] for exit in of_export["exits"]] == [exit["rows"] for exit in of_model["exits"]]
+
+
+def test_benchmark_does_not_say_what_is_not_known(reports):
+    of_model, of_export = reports
+    assert of_model["exported"] is None and of_export["exported"]["layout"] == "segments"
+    assert of_export["exported"]["precision"] == "float32" and of_export["exported"]["file_bytes"] > 1000
+    assert of_export["memory"] is None and of_export["parameters"] is None
+    parts = of_export["profile"]
+    assert [row["part"] for row in parts] == ["segment 0", "segment 1", "segment 2"]
+    assert [row["depth"] for row in parts] == [1, 2, 3] and {row["parameters"] for row in parts} == {None}
+    assert sum(row["macs"] for row in parts) == pytest.approx(sum(row["macs"] for row in of_model["profile"]))
+    assert all(milliseconds > 0 for row in parts for milliseconds in row["ms"].values())
+
+
+def test_benchmark_text(reports):
+    of_model, of_export = reports
+    said = as_text(of_export)
+    assert "MB of ONNX, layout segments, float32, in onnxruntime" in said and "threads: 2" in said
+    assert "an exported segment always runs its head" in verdict(of_export)[-1]
+    assert "ONNX" not in as_text(of_model)
+    line = next(line for line in said.splitlines() if line.startswith("segment 2"))
+    assert line.split()[2] == "3" and line.split()[4] == "-"
+
+
+def test_cost_table(folders, model, images):
+    ort = ORTHighway.from_pretrained(folders["segments"], threads=1)
+    table = measure_cost_table(ort, images, [2], repeats=2)
+    table.check(3, architecture(ort))
+    with pytest.raises(ValueError, match="the cost table is of vit_highway: 3 blocks, .* MB of ONNX"):
+        table.check(3, architecture(model))
+    assert min(map(min, table.trunks)) > 0
+
+
+# -- the other layouts -----------------------------------------------------------------------------------------
+
+
+def test_a_single_file_is_judged_by_what_it_answers(folders, model, images):
+    rows, single = rows_of(model, images), ORTHighway.from_pretrained(folders["single"])
+    expected, found = (evaluate(m, rows, timed_batch_sizes=[8]) for m in (model, single))
+    unknown = {"accuracy_full_model"}
+    for name in set(expected["overall"]) - unknown:
+        assert found["overall"][name] == pytest.approx(expected["overall"][name]), name
+    for here, there in zip(found["exits"], expected["exits"], strict=True):
+        for name in set(there) - {"accuracy_all", "calibration_error_all"}:
+            assert here[name] == (there[name] if isinstance(there[name], str) else pytest.approx(there[name])), name
+        assert here["accuracy_all"] is here["calibration_error_all"] is None
+    assert found["confusion"] == expected["confusion"] and found["classes"] == expected["classes"]
+    assert found["wall_clock"]["8"]["early_exit_seconds"] > 0 and found["wall_clock"]["8"]["backbone_seconds"] is None
+    said = as_table(json.loads(json.dumps(found)))
+    assert "full model" not in said and "ms per image" in said and "layout single, float32, in onnxruntime" in said
+
+
+def test_what_a_single_file_cannot_say(folders, model, images):
+    rows, single = rows_of(model, images), ORTHighway.from_pretrained(folders["single"])
+    for run in (
+        lambda: collect(single, rows),
+        lambda: benchmark(single, rows),
+        lambda: measure_cost_table(single, images, [1]),
+    ):
+        with pytest.raises(ValueError, match="decides inside its file, .* export with layout='segments'"):
+            run()
+
+
+def test_all_exits_saves_nothing_and_says_so(folders, model, images):
+    ort = ORTHighway.from_pretrained(folders["all_exits"])
+    report = evaluate(ort, rows_of(model, images), timed_batch_sizes=[])
+    assert report["exits"][0]["accuracy_all"] is not None and report["wall_clock"] == {}
+    assert "this layout runs every exit of every row" in as_table(report)
+    assert wall_clock_speed_up(ort, [images], repeats=1)["wall_clock_speed_up"] > 0
+    for run in (lambda: benchmark(ort, images), lambda: measure_cost_table(ort, images, [1])):
+        with pytest.raises(ValueError, match="runs every exit of every row, .* export with layout='segments'"):
+            run()
+
+
+# -- commands --------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_command(folders, tmp_path, capsys):
+    accuracies = set()
+    for layout in LAYOUTS:
+        asked = ["--data", "digits", "--timed-batch-sizes", 32, "--output", tmp_path / f"{layout}.json"]
+        assert lgvit("evaluate", folders[layout], *asked) == 0
+        said = capsys.readouterr().out
+        assert f"layout {layout}" in said and "wall-clock, batch 32" in said
+        accuracies.add(json.loads((tmp_path / f"{layout}.json").read_text())["overall"]["accuracy"])
+    assert len(accuracies) == 1
+    assert lgvit("evaluate", folders["single"], "--data", "digits", "--plots", tmp_path / "plots") == 2
+    assert "export with --layout segments" in capsys.readouterr().err
+
+
+@pytest.fixture
+def threads():
+    """A number of threads that is not the usual one, which is set again afterwards."""
+    usual = torch.get_num_threads()
+    yield usual + 1
+    torch.set_num_threads(usual)
+
+
+def test_threads_reach_the_sessions(folders, threads):
+    for asked, given in ((None, torch.get_num_threads()), (threads, threads)):
+        ort = ORTHighway.from_pretrained(folders["segments"], threads=asked)
+        assert {session.get_session_options().intra_op_num_threads for session in ort.sessions} == {given}
+        assert ort.exported.threads == given
+
+
+def test_calibrate_and_benchmark_commands(copies, tmp_path, capsys, threads):
+    folder, costs = copies["segments"], tmp_path / "costs.json"
+    fast = ["--limit", 8, "--repeats", 1, "--batch-sizes", 4, "--threads", threads]
+    assert lgvit("benchmark", folder, "--data", "digits", *fast, "--cost-table", costs) == 0
+    assert "an exported segment always runs its head" in capsys.readouterr().out
+    assert json.loads(costs.read_text())["threads"] == threads
+    asked = ["--data", "digits", "--ignore-labels", "--max-latency", 1e4, "--cost-table", costs, "--batch-size", 4]
+    assert lgvit("calibrate", folder, *asked, "--policy", "entropy", "--output", tmp_path / "calibrated") == 0
+    written = json.loads((tmp_path / "calibrated" / "calibration.json").read_text())
+    assert ORTHighway.from_pretrained(tmp_path / "calibrated").exit_policy == build_policy(written["policy"], 2)
+    assert ORTHighway.from_pretrained(folder).exit_policy == build_policy(SAVED, 2), "left as it was"
+    assert lgvit("calibrate", folder, "--data", "digits", "--ignore-labels", "--max-accuracy-drop", 0.5) == 0
+    written = json.loads((folder / "calibration.json").read_text())
+    assert ORTHighway.from_pretrained(folder).exit_policy == build_policy(written["policy"], 2)
+    capsys.readouterr()
+    for command in (["calibrate", "--max-accuracy-drop", 0.5], ["benchmark"]):
+        assert lgvit(command[0], copies["single"], "--data", "digits", *command[1:]) == 2
+        assert "export with layout='segments'" in capsys.readouterr().err
+    (folder / "manifest.json").write_text("{}")
+    assert lgvit("evaluate", folder, "--data", "digits") == 2
+    assert "manifest.json" in capsys.readouterr().err
+
+
+def test_sweep_command(folders, tmp_path, capsys):
+    asked = ["--data", "digits", "--output", tmp_path / "sweep", "--values", 0.3, 0.6]
+    assert lgvit("sweep", folders["segments"], *asked, "--timed-batch-sizes", 32) == 0
+    assert "clock, batch 32" in capsys.readouterr().out
+    assert ExitTable.load(tmp_path / "sweep" / "table.safetensors").costs.fused

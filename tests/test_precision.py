@@ -1,0 +1,158 @@
+"""Exports of less precision: smaller, still real branches, judged on images; and infer.py for every processor."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Subset
+from transformers import DeiTImageProcessor, ViTImageProcessor
+
+from lgvit_hf import ViTHighway
+from lgvit_hf.cli import main
+from lgvit_hf.commands import open_highway
+from lgvit_hf.data import make_processor
+from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_images, tiny_model
+
+onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
+pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
+
+from lgvit_hf.export.manifest import Manifest  # noqa: E402
+from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.runtime import ORTHighway  # noqa: E402
+
+
+def every_node(graph):
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from every_node(attribute.g)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Wide enough for its weights to be most of the file."""
+    model = tiny_model("vit", exit_positions=[2, 4], exit_types="linear", hidden_size=96, intermediate_size=384)
+    model.set_exit_policy("confidence", threshold=0.5)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["single", "segments"])
+@pytest.mark.parametrize(("precision", "share"), [("float16", 0.6), ("int8", 0.5)])
+def test_smaller_files(wide, precision, share, layout, tmp_path):
+    full = export_onnx(wide, tmp_path / "full", layout)
+    small = export_onnx(
+        wide, tmp_path / "small", layout, precision=precision, images=tiny_dataset(64), max_accuracy_drop=1
+    )
+    sizes = [
+        sum((tmp_path / folder / name).stat().st_size for name in manifest.files)
+        for folder, manifest in (("full", full), ("small", small))
+    ]
+    assert sizes[1] < share * sizes[0]
+    assert 0 < small.checks["largest_difference"] < 0.5
+    assert small.checks["images"]["agreement"] > 0.8 and small.checks["images"]["rows"] == 64
+
+    graphs = [onnx.load(tmp_path / "small" / name).graph for name in small.files]
+    operators = [node.op_type for graph in graphs for node in every_node(graph)]
+    # query, key, value, output, and both layers of the MLP, in each of six blocks; and what heads have
+    assert operators.count("MatMulInteger") >= 36 if precision == "int8" else "MatMulInteger" not in operators
+    outside = [node.op_type for graph in graphs for node in graph.node]
+    assert operators.count("If") == (2 if layout == "single" else 0)
+    if layout == "single" and precision == "int8":
+        assert outside.count("MatMulInteger") < 36, "what lies inside branches is quantized too"
+
+    exported = ORTHighway.from_pretrained(tmp_path / "small")
+    out = exported(tiny_images(5))
+    assert out.logits.dtype == torch.float32 and exported.dtype == torch.float32
+    for threshold, exit_index in ((-1.0, 0), (2.0, 2)):
+        exported.set_exit_policy("confidence", threshold=threshold)
+        assert set(exported(tiny_images(5)).exit_index.tolist()) == {exit_index}, "thresholds are still inputs"
+
+
+def test_a_model_in_half_precision_exports_as_float32(wide, tmp_path):
+    half = tiny_model("vit", exit_positions=[2], exit_types="linear").half()
+    half.set_exit_policy("confidence", threshold=0.5)
+    manifest = export_onnx(half, tmp_path / "out")
+    assert manifest.precision == "float32" and half.dtype == torch.float16
+    images = tiny_images(4)
+    torch.testing.assert_close(
+        ORTHighway.from_pretrained(tmp_path / "out")(images).logits, half.float()(images).logits, atol=1e-4, rtol=0
+    )
+
+
+def test_accuracy_lost_fails_the_export(wide, tmp_path):
+    images = [{"pixel_values": item["pixel_values"]} for item in tiny_dataset(40)]
+    with pytest.raises(ValueError, match=r"float32 export is right on 100.00% of 40 images, the model on 100.00%"):
+        export_onnx(wide, tmp_path / "out", images=images, max_accuracy_drop=-0.01)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        export_onnx(wide, tmp_path / "out", images=[])
+    with pytest.raises(ValueError, match="precision='int4' is none of float32, float16, int8"):
+        export_onnx(wide, tmp_path / "out", precision="int4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_on_a_real_model(shared, tmp_path):
+    """Exits were never trained here: what is judged is the backbone's answers, 60,000 images' worth of training."""
+    model = ViTHighway.from_backbone(shared / "models" / "fashion_vit", exit_positions=[3], exit_types="linear")
+    model.set_exit_policy("never")
+    model.save_pretrained(tmp_path / "model")
+    make_processor(28).from_pretrained(shared / "models" / "fashion_vit").save_pretrained(tmp_path / "model")
+    data = str(shared / "data" / "fashion_mnist")
+    model, processor, dataset = open_highway(str(tmp_path / "model"), data)
+    images = Subset(dataset, range(1000))
+    checks = export_onnx(model, tmp_path / "int8", precision="int8", images=images).checks["images"]
+    assert checks["accuracy_of_model"] > 0.8 and checks["accuracy"] >= checks["accuracy_of_model"] - 0.005
+    assert checks["agreement"] > 0.97
+
+
+def test_quantize_from_the_command_line(tmp_path, capsys):
+    names = [str(digit) for digit in range(10)]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model = tiny_model("vit", exit_positions=[3], exit_types="linear", num_labels=10, **labels)
+    model.set_exit_policy("confidence", threshold=0.5)
+    model.save_pretrained(tmp_path / "model")
+    make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "plain"), "--quantize", "int8"]
+    assert main(command) == 0
+    assert "what int8 costs in accuracy was not measured" in capsys.readouterr().out
+    command[2] = str(tmp_path / "judged")
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    assert main([*command, "--data", "digits", "--limit", "50", "--max-accuracy-drop", "0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "model.onnx in" in out and "int8" in out and "on 50 images" in out
+    assert Manifest.load(tmp_path / "judged").checks["images"]["rows"] == 50
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_infer_does_what_the_processor_does(crop, tmp_path):
+    model = tiny_model("deit", exit_positions=[3], exit_types="linear")
+    model.set_exit_policy("confidence", threshold=0.4)
+    size, crop_size = {"height": 20, "width": 20}, {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = (
+        DeiTImageProcessor(size=size, crop_size=crop_size) if crop else ViTImageProcessor(size=crop_size, resample=3)
+    )
+    export_onnx(model, tmp_path / "onnx", processor=processor)
+    generator = np.random.default_rng(0)
+    photo = Image.fromarray(generator.integers(0, 255, (24, 31, 3), np.uint8))
+    photo.save(tmp_path / "photo.png")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "onnx" / "infer.py", tmp_path / "photo.png"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with torch.no_grad():
+        expected = model(processor(photo, return_tensors="pt")["pixel_values"])
+    label = model.config.id2label[int(expected.logits.argmax())]
+    assert f"{label} after {int(expected.exit_layer)} blocks, score {float(expected.exit_score):.3f}" in done.stdout
+
+
+def test_no_infer_for_another_processor(tmp_path):
+    model = tiny_model("vit", exit_positions=[3], exit_types="linear")
+    model.set_exit_policy("confidence", threshold=0.4)
+    with pytest.warns(UserWarning, match="infer.py is left out: .* do_normalize False"):
+        export_onnx(model, tmp_path / "onnx", processor=ViTImageProcessor(do_normalize=False))
+    assert not (tmp_path / "onnx" / "infer.py").exists() and (tmp_path / "onnx" / "preprocessor_config.json").exists()
