@@ -148,6 +148,8 @@ for name, changes in {"whole": {}, "list": {"eval_do_concat_batches": False}}.it
     metrics[name] = figures_of(trainer.evaluate())
 if trainer.is_world_process_zero():
     (Path(sys.argv[1]) / "metrics.json").write_text(json.dumps(metrics))
+del trainer  # its model holds the group
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 

@@ -169,7 +169,7 @@ def test_highways_without_a_decision(case, tmp_path):
 def test_what_does_not_export_leaves_no_model(tmp_path):
     model = small_model("vit")
     model.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="dtype 'fp16': .* 'fp32'; for others, `lgvit export --precision`"):
+    with pytest.raises(ValueError, match="dtype 'fp16': .* 'fp32'; for others, `lgvit export --quantize`"):
         main_export(str(tmp_path / "checkpoint"), tmp_path / "half", task=TASK, dtype="fp16")
     model.set_exit_policy(lambda logits, memory: (logits[:, 0] > 0, memory))
     with pytest.raises(ValueError, match="not built in and does not export"):

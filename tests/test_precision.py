@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,16 +13,19 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 
 from lgvit_hf import ViTHighway
 from lgvit_hf.cli import main
-from lgvit_hf.commands import open_highway
+from lgvit_hf.commands import export_as_text, open_highway
 from lgvit_hf.data import make_processor
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_images, tiny_model
 
 onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
-from lgvit_hf.export.manifest import Manifest  # noqa: E402
+from lgvit_hf.export.manifest import PRECISIONS, Manifest  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
 from lgvit_hf.export.runtime import ORTHighway  # noqa: E402
+from lgvit_hf.export.verification import compare  # noqa: E402
+
+NUM_BLOCKS = 3
 
 
 def every_node(graph):
@@ -35,36 +39,48 @@ def every_node(graph):
 @pytest.fixture(scope="module")
 def wide():
     """Wide enough for its weights to be most of the file."""
-    model = tiny_model("vit", exit_positions=[2, 4], exit_types="linear", hidden_size=96, intermediate_size=384)
+    size = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": NUM_BLOCKS}
+    model = tiny_model("vit", exit_positions=[1, 2], exit_types="linear", **size)
     model.set_exit_policy("confidence", threshold=0.5)
     return model
 
 
-@pytest.mark.parametrize("layout", ["single", "segments"])
+@pytest.fixture(scope="module", params=["single", "segments"])
+def exports(request, wide, tmp_path_factory):
+    """Layout, folders and manifests in each precision."""
+    layout, found = request.param, {}
+    for precision in PRECISIONS:
+        folder = tmp_path_factory.mktemp(layout) / precision
+        found[precision] = (
+            folder,
+            export_onnx(wide, folder, layout, precision=precision, images=tiny_dataset(64), max_accuracy_drop=1),
+        )
+    return layout, found
+
+
 @pytest.mark.parametrize(("precision", "share"), [("float16", 0.6), ("int8", 0.5)])
-def test_smaller_files(wide, precision, share, layout, tmp_path):
-    full = export_onnx(wide, tmp_path / "full", layout)
-    small = export_onnx(
-        wide, tmp_path / "small", layout, precision=precision, images=tiny_dataset(64), max_accuracy_drop=1
-    )
-    sizes = [
-        sum((tmp_path / folder / name).stat().st_size for name in manifest.files)
-        for folder, manifest in (("full", full), ("small", small))
+def test_smaller_files(exports, precision, share):
+    layout, found = exports
+    folder, small = found[precision]
+    full, *sizes = [
+        sum((folder / name).stat().st_size for name in manifest.files)
+        for folder, manifest in (found["float32"], found[precision])
     ]
-    assert sizes[1] < share * sizes[0]
+    assert sizes[0] < share * full
     assert 0 < small.checks["largest_difference"] < 0.5
     assert small.checks["images"]["agreement"] > 0.8 and small.checks["images"]["rows"] == 64
 
-    graphs = [onnx.load(tmp_path / "small" / name).graph for name in small.files]
+    graphs = [onnx.load(folder / name).graph for name in small.files]
     operators = [node.op_type for graph in graphs for node in every_node(graph)]
-    # query, key, value, output, and both layers of the MLP, in each of six blocks; and what heads have
-    assert operators.count("MatMulInteger") >= 36 if precision == "int8" else "MatMulInteger" not in operators
-    outside = [node.op_type for graph in graphs for node in graph.node]
+    # query, key, value, output, and both layers of the MLP, in each block; and what heads have
+    matrices = 6 * NUM_BLOCKS
+    assert operators.count("MatMulInteger") >= matrices if precision == "int8" else "MatMulInteger" not in operators
     assert operators.count("If") == (2 if layout == "single" else 0)
     if layout == "single" and precision == "int8":
-        assert outside.count("MatMulInteger") < 36, "what lies inside branches is quantized too"
+        outside = [node.op_type for graph in graphs for node in graph.node]
+        assert outside.count("MatMulInteger") < matrices, "what lies inside branches is quantized too"
 
-    exported = ORTHighway.from_pretrained(tmp_path / "small")
+    exported = ORTHighway.from_pretrained(folder)
     out = exported(tiny_images(5))
     assert out.logits.dtype == torch.float32 and exported.dtype == torch.float32
     for threshold, exit_index in ((-1.0, 0), (2.0, 2)):
@@ -72,9 +88,17 @@ def test_smaller_files(wide, precision, share, layout, tmp_path):
         assert set(exported(tiny_images(5)).exit_index.tolist()) == {exit_index}, "thresholds are still inputs"
 
 
-def test_a_model_in_half_precision_exports_as_float32(wide, tmp_path):
+def test_what_is_said_of_an_export(exports):
+    folder, manifest = exports[1]["int8"]
+    told = export_as_text(manifest, folder)
+    assert "int8" in told and "on 64 images" in told and "as the model does" not in told
+    told = export_as_text(replace(manifest, checks={"batch_sizes": [1], "largest_difference": 0.1}), folder)
+    assert "what int8 costs in accuracy was not measured" in told
+
+
+def test_a_model_in_half_precision_exports_as_float32(tmp_path):
     half = tiny_model("vit", exit_positions=[2], exit_types="linear").half()
-    half.set_exit_policy("confidence", threshold=0.5)
+    half.set_exit_policy("fixed", exit_index=0)
     manifest = export_onnx(half, tmp_path / "out")
     assert manifest.precision == "float32" and half.dtype == torch.float16
     images = tiny_images(4)
@@ -83,14 +107,22 @@ def test_a_model_in_half_precision_exports_as_float32(wide, tmp_path):
     )
 
 
-def test_accuracy_lost_fails_the_export(wide, tmp_path):
+def test_accuracy_lost_is_an_error(wide, exports, tmp_path):
+    exported = ORTHighway.from_pretrained(exports[1]["float32"][0])
     images = [{"pixel_values": item["pixel_values"]} for item in tiny_dataset(40)]
     with pytest.raises(ValueError, match=r"float32 export is right on 100.00% of 40 images, the model on 100.00%"):
-        export_onnx(wide, tmp_path / "out", images=images, max_accuracy_drop=-0.01)
+        compare(wide, exported, images, -0.01)
     with pytest.raises(ValueError, match="the dataset is empty"):
-        export_onnx(wide, tmp_path / "out", images=[])
+        compare(wide, exported, [], 0.01)
     with pytest.raises(ValueError, match="precision='int4' is none of float32, float16, int8"):
         export_onnx(wide, tmp_path / "out", precision="int4")
+
+
+def test_an_export_that_loses_accuracy_is_not_kept(tmp_path):
+    model = tiny_model("vit", exit_positions=[1], exit_types="linear")
+    model.set_exit_policy("fixed", exit_index=0)
+    with pytest.raises(ValueError, match="nothing was written"):
+        export_onnx(model, tmp_path / "out", images=tiny_dataset(20), max_accuracy_drop=-0.01)
     assert not (tmp_path / "out").exists()
 
 
@@ -111,25 +143,24 @@ def test_int8_on_a_real_model(shared, tmp_path):
 def test_quantize_from_the_command_line(tmp_path, capsys):
     names = [str(digit) for digit in range(10)]
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    model = tiny_model("vit", exit_positions=[3], exit_types="linear", num_labels=10, **labels)
+    model = tiny_model("vit", exit_positions=[1], exit_types="linear", num_hidden_layers=2, num_labels=10, **labels)
     model.set_exit_policy("confidence", threshold=0.5)
     model.save_pretrained(tmp_path / "model")
     make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "model")
-    command = ["export", str(tmp_path / "model"), str(tmp_path / "plain"), "--quantize", "int8"]
-    assert main(command) == 0
-    assert "what int8 costs in accuracy was not measured" in capsys.readouterr().out
-    command[2] = str(tmp_path / "judged")
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "judged"), "--quantize", "int8"]
     assert main([*command, "--data", "digits", "--limit", "50", "--max-accuracy-drop", "0.3"]) == 0
     out = capsys.readouterr().out
     assert "model.onnx in" in out and "int8" in out and "on 50 images" in out
     assert Manifest.load(tmp_path / "judged").checks["images"]["rows"] == 50
+    assert main(["export", str(tmp_path / "judged"), str(tmp_path / "again")]) == 2
+    assert "is exported already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("crop", [False, True])
 def test_infer_does_what_the_processor_does(crop, tmp_path):
-    model = tiny_model("deit", exit_positions=[3], exit_types="linear")
-    model.set_exit_policy("confidence", threshold=0.4)
+    model = tiny_model("deit", exit_positions=[1], exit_types="linear")
+    model.set_exit_policy("fixed", exit_index=0)
     size, crop_size = {"height": 20, "width": 20}, {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = (
         DeiTImageProcessor(size=size, crop_size=crop_size) if crop else ViTImageProcessor(size=crop_size, resample=3)
@@ -151,8 +182,8 @@ def test_infer_does_what_the_processor_does(crop, tmp_path):
 
 
 def test_no_infer_for_another_processor(tmp_path):
-    model = tiny_model("vit", exit_positions=[3], exit_types="linear")
-    model.set_exit_policy("confidence", threshold=0.4)
+    model = tiny_model("vit", exit_positions=[1], exit_types="linear")
+    model.set_exit_policy("fixed", exit_index=0)
     with pytest.warns(UserWarning, match="infer.py is left out: .* do_normalize False"):
         export_onnx(model, tmp_path / "onnx", processor=ViTImageProcessor(do_normalize=False))
     assert not (tmp_path / "onnx" / "infer.py").exists() and (tmp_path / "onnx" / "preprocessor_config.json").exists()

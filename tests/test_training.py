@@ -453,6 +453,8 @@ for name in LAUNCHED:
     trainer, log = launched(folder, name)
     if trainer.is_world_process_zero():
         (folder / f"{name}.json").write_text(json.dumps(log))
+    del trainer  # its model holds the group
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
