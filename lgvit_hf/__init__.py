@@ -1,7 +1,7 @@
 """Early exits for Vision Transformers, as an extension of Hugging Face transformers.
 
-Importing this package registers the model types `vit_highway`, `deit_highway` and `swin_highway` with transformers'
-Auto classes and does nothing else; every public name is imported when it is first used.
+Importing this package registers the model types `vit_highway`, `deit_highway`, `swin_highway` and `avit` with
+transformers' Auto classes and does nothing else; every public name is imported when it is first used.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from . import auto
 
 if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
+    from .configuration_avit import AViTConfig
     from .engine import run_all, run_early
     from .evaluation.benchmark import benchmark
     from .evaluation.calibration import Calibration, calibrate
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from .export.onnx_export import export_onnx
     from .export.runtime import ORTHighway
     from .growth import grow
+    from .halting import token_macs
     from .heads import HEADS, register_head
+    from .modeling_avit import AViT, AViTOutput
     from .modeling_deit import DeiTHighway
     from .modeling_highway import HighwayOutput
     from .modeling_swin import SwinHighway
@@ -30,12 +33,14 @@ if TYPE_CHECKING:
     from .recipe import train_recipe
     from .segments import Segment, State, Tokens
     from .training.arguments import HighwayTrainingArguments
+    from .training.avit import AViTTrainer
     from .training.trainer import DistillationTrainer, HighwayTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
+    "configuration_avit": ("AViTConfig",),
     "engine": ("run_all", "run_early"),
     "evaluation.benchmark": ("benchmark",),
     "evaluation.calibration": ("Calibration", "calibrate"),
@@ -46,7 +51,9 @@ _HOMES = {
     "export.onnx_export": ("export_onnx",),
     "export.runtime": ("ORTHighway",),
     "growth": ("grow",),
+    "halting": ("token_macs",),
     "heads": ("HEADS", "register_head"),
+    "modeling_avit": ("AViT", "AViTOutput"),
     "modeling_vit": ("ViTHighway",),
     "modeling_deit": ("DeiTHighway",),
     "modeling_swin": ("SwinHighway",),
@@ -55,6 +62,7 @@ _HOMES = {
     "segments": ("Segment", "State", "Tokens"),
     "recipe": ("train_recipe",),
     "training.arguments": ("HighwayTrainingArguments",),
+    "training.avit": ("AViTTrainer",),
     "training.trainer": ("HighwayTrainer", "DistillationTrainer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

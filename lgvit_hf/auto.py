@@ -31,26 +31,28 @@ def register() -> None:
 
 @cache
 def register_configs() -> None:
-    """Make `AutoConfig` know `vit_highway`, `deit_highway` and `swin_highway`."""
+    """Make `AutoConfig` know `vit_highway`, `deit_highway`, `swin_highway` and `avit`."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
+    from .configuration_avit import AViTConfig
 
-    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig):
+    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig, AViTConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 @cache
 def register_models() -> None:
-    """Make `AutoModel` and `AutoModelForImageClassification` know the three models."""
+    """Make `AutoModel` and `AutoModelForImageClassification` know the four models."""
     from transformers import AutoModel, AutoModelForImageClassification
 
+    from .modeling_avit import AViT
     from .modeling_deit import DeiTHighway
     from .modeling_swin import SwinHighway
     from .modeling_vit import ViTHighway
 
     register_configs()
-    for model in (ViTHighway, DeiTHighway, SwinHighway):
+    for model in (ViTHighway, DeiTHighway, SwinHighway, AViT):
         for auto in (AutoModel, AutoModelForImageClassification):
             auto.register(model.config_class, model, exist_ok=True)
 

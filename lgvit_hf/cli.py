@@ -28,7 +28,9 @@ EXAMPLES = {
     "env": "lgvit env",
     "export": "lgvit export runs/stage2 onnx/\n"
     "  lgvit export runs/stage2 small/ --quantize int8 --data photos/ --max-accuracy-drop 0.005",
-    "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/",
+    "visualize": "lgvit visualize runs/avit --data photos/ --output pictures --images 8",
+    "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/\n"
+    "  lgvit convert --from avit small-10-75.pth avit_small/",
 }
 
 
@@ -145,10 +147,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_policy(export)
     export.set_defaults(run=_export)
 
+    visualize = _command(commands, "visualize", "draw how deep tokens went, or which images left first and last")
+    visualize.add_argument("checkpoint", help="folder or Hub id of an AViT or of a highway")
+    _add_data(visualize, "test", "images to choose from, where they have labels")
+    visualize.add_argument("--output", help="folder for the pictures")
+    visualize.add_argument("--images", type=int, default=8, help="how many are drawn (default: 8)")
+    visualize.set_defaults(run=_visualize, required=("data", "output"))
+
     convert = _command(commands, "convert", "turn another project's checkpoint into one of ours")
-    convert.add_argument("--from", dest="source_format", choices=("lgvit",), default="lgvit", help="whose checkpoint")
-    convert.add_argument("source", help="folder with config.json and model.safetensors or pytorch_model.bin")
+    convert.add_argument(
+        "--from", dest="source_format", choices=("lgvit", "avit"), default="lgvit", help="whose checkpoint (lgvit)"
+    )
+    convert.add_argument("source", help="folder with config.json and weights; of avit, a .pth file too")
     convert.add_argument("output", help="folder to write")
+    convert.add_argument("--gate-scale", type=float, help="of avit, where the file's name does not say it")
+    convert.add_argument("--gate-center", type=float, help="likewise")
+    convert.add_argument("--num-attention-heads", type=int, help="of avit (default: one for every 64 channels)")
     convert.set_defaults(run=_convert)
 
     env = _command(commands, "env", "print the versions to paste in an issue")
@@ -274,7 +288,7 @@ def _grow(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .commands import run_evaluate
+    from .commands.evaluate import run_evaluate
     from .evaluation.report import as_table
 
     report = run_evaluate(
@@ -293,7 +307,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from .commands import run_benchmark
+    from .commands.benchmark import run_benchmark
     from .evaluation.verdict import as_text
 
     report = run_benchmark(
@@ -316,7 +330,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from .commands import run_calibrate
+    from .commands.calibrate import run_calibrate
 
     names = ("policy", "max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta", "bound", "batch_size")
     report = run_calibrate(
@@ -338,7 +352,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from .commands import run_sweep, sweep_as_text
+    from .commands.sweep import run_sweep, sweep_as_text
 
     if (options.values is None) == (options.range is None):
         raise ValueError("give either --values or --range FROM TO STEPS")
@@ -364,7 +378,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .commands import export_as_text, run_export
+    from .commands.export import export_as_text, run_export
 
     manifest = run_export(
         options.checkpoint,
@@ -382,9 +396,35 @@ def _export(options: argparse.Namespace) -> None:
     print(export_as_text(manifest, options.output))
 
 
-def _convert(options: argparse.Namespace) -> None:
-    from .hub.convert import convert_lgvit
+def _visualize(options: argparse.Namespace) -> None:
+    from .commands.visualize import run_visualize
 
+    files = run_visualize(
+        options.checkpoint,
+        options.data,
+        options.output,
+        images=options.images,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+    )
+    print(f"drawn in {options.output}: {', '.join(files)}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .hub.convert import convert_avit, convert_lgvit
+
+    given = {name: getattr(options, name) for name in ("gate_scale", "gate_center", "num_attention_heads")}
+    if options.source_format == "avit":
+        config = convert_avit(options.source, options.output, **given)
+        print(
+            f"all tensors matched: avit on {config.backbone}, gate {config.gate_scale:g} and {config.gate_center:g}; "
+            f"written to {options.output}"
+        )
+        return
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --from avit")
     config = convert_lgvit(options.source, options.output)
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
     print(f"all tensors matched: {config.model_type}, exits after {exits}; written to {options.output}")

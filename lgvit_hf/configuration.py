@@ -16,8 +16,10 @@ from .heads import is_head, known_heads, lgvit_heads
 from .policies import build_policy
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
-OWN_FIELDS = (*EXIT_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
+PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
+OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
 DEFAULT_POLICY = {"name": "confidence", "threshold": 0.8}
+DEFAULT_FEATURES = 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class HighwayConfig:
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
             Written by `model.truncate`: the one exit stands behind the last block and is the model's only answer.
+        feature_map_dim (`int`, *optional*):
+            Random features of `attn_implementation="performer"`, 256 by default there; not given, attention is exact.
+            transformers saves no `attn_implementation`: this field is how a saved model knows that it is a Performer.
+        feature_map_seed (`int`, *optional*):
+            With `feature_map_dim`, what the directions of the first block are drawn from, 0 by default; each block
+            counts on by one.
 
     Raises:
         ValueError: Naming the field, its value and what it may be.
@@ -78,6 +86,8 @@ class HighwayConfig:
         "attentions",
     ]
     pools = ("cls", "mean")
+    takes_performer = True
+    feature_map_dim = feature_map_seed = None
 
     def _set_exits(
         self,
@@ -102,6 +112,47 @@ class HighwayConfig:
         self.pool = self.pools[0] if pool is None else pool
         self.validate_exits()
         _offer_models()
+
+    def _set_performer(self, feature_map_dim: int | None, feature_map_seed: int | None) -> None:
+        self.feature_map_dim, self.feature_map_seed = feature_map_dim, feature_map_seed
+        if self._attn_implementation is None and feature_map_dim is not None:
+            self._attn_implementation = "performer"
+        self.validate_performer()
+
+    def validate_performer(self) -> None:
+        """Check `attn_implementation` and the fields that go with it, and fill in their defaults.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        given = {field: getattr(self, field) for field in PERFORMER_FIELDS if getattr(self, field) is not None}
+        if self._attn_implementation != "performer":
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: {', '.join(map(repr, given.values()))} takes no effect with "
+                    f"attn_implementation={self._attn_implementation!r}, only with 'performer'"
+                )
+            return
+        self.check_performer()
+        for field, least, default in (("feature_map_dim", 1, DEFAULT_FEATURES), ("feature_map_seed", 0, 0)):
+            value = given.get(field, default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field}: {value!r} must be an integer of at least {least}")
+            setattr(self, field, value)
+
+    def check_performer(self) -> None:
+        """Raise `ValueError` where `attn_implementation="performer"` cannot take effect."""
+        if not self.takes_performer:
+            raise ValueError(
+                f"attn_implementation='performer' is not possible for {self.model_type}: the attention of a window "
+                "adds a bias to every pair of tokens, and an estimate in linear time never forms the pairs; choices: "
+                "'eager', 'sdpa'"
+            )
+        if self.attention_probs_dropout_prob > 0:
+            raise ValueError(
+                f"attention_probs_dropout_prob: {self.attention_probs_dropout_prob} takes no effect with "
+                "attn_implementation='performer', which never forms the probabilities; set it to 0.0"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -150,7 +201,10 @@ class HighwayConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HighwayConfig:
         """As upstream's; exit settings among `kwargs` replace those of the dict and are checked with it."""
         settings = without_attention_code(config_dict)
-        ours = [key for key in kwargs if key.startswith("exit_") or key in ("exits", "pool", "truncated")]
+        if kwargs.get("attn_implementation") not in (None, "performer"):
+            settings = {key: value for key, value in settings.items() if key not in PERFORMER_FIELDS}
+        names = ("exits", "pool", "truncated", *PERFORMER_FIELDS)
+        ours = [key for key in kwargs if key.startswith("exit_") or key in names]
         settings.update((key, kwargs.pop(key)) for key in ours)
         if "exit_positions" in ours and "exit_types" not in ours:
             settings.pop("exit_types", None)
@@ -265,10 +319,13 @@ class ViTHighwayConfig(HighwayConfig, ViTConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        feature_map_dim=None,
+        feature_map_seed=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
         self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_performer(feature_map_dim, feature_map_seed)
 
 
 class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
@@ -295,6 +352,8 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        feature_map_dim=None,
+        feature_map_seed=None,
         distilled=None,
         **kwargs,
     ):
@@ -303,6 +362,7 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         super().__init__(**_own_settings(kwargs))
         self.distilled = distilled
         self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_performer(feature_map_dim, feature_map_seed)
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -321,6 +381,7 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
 
     model_type = "swin_highway"
     pools = ("mean",)
+    takes_performer = False
 
     def __init__(
         self,
@@ -334,6 +395,7 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
     ):
         super().__init__(**_own_settings(kwargs))
         self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self.validate_performer()
 
     @property
     def num_blocks(self) -> int:

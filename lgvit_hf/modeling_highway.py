@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .attention import FeatureMap
 from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
@@ -53,9 +54,11 @@ class HighwayOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def run_block(layer: nn.Module, state: State) -> State:
+def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
     """One transformer block of `[B, N, D]` hidden states, as ViT's and DeiT's are."""
-    return State({"hidden": layer(state["hidden"])}, state.grid)
+    # what a layer is given beside the state goes to the attention function as it is
+    given = () if feature_map is None else (feature_map.random_features,)
+    return State({"hidden": layer(state["hidden"], *given)}, state.grid)
 
 
 class HighwayMixin(PretrainedHighway):
@@ -76,6 +79,7 @@ class HighwayMixin(PretrainedHighway):
         self.exits = nn.ModuleList(build_head(exit.head, self.head_shape(exit.after)) for exit in config.exits)
         if config.truncated:
             self._remove_final()
+        self._set_feature_maps()
         self._policy: ExitPolicy | None = None
         self._policy_settings: dict[str, Any] | None = None
         self.post_init()
@@ -115,7 +119,10 @@ class HighwayMixin(PretrainedHighway):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether images of other sizes than `config.image_size` are taken.
         """
-        blocks = [partial(self.stem, interpolate_pos_encoding=interpolate_pos_encoding), *self.blocks()]
+        blocks = self.blocks()
+        if self.config._attn_implementation == "performer" and self.feature_maps:
+            blocks = [partial(block, feature_map=each) for block, each in zip(blocks, self.feature_maps, strict=True)]
+        blocks = [partial(self.stem, interpolate_pos_encoding=interpolate_pos_encoding), *blocks]
         segments, start = [], 0
         for exit, head in zip(self.config.exits, self.exits, strict=True):
             passed = tuple(blocks[start : exit.after + 1])
@@ -294,6 +301,35 @@ class HighwayMixin(PretrainedHighway):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
             module.reset_running_stats()
+        if isinstance(module, FeatureMap) and not getattr(module.random_features, "_is_hf_initialized", False):
+            module.reset()
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """As upstream's; `"performer"` with the config's `feature_map_dim` and `feature_map_seed`, or their defaults.
+
+        Raises:
+            ValueError: Unknown, or not possible for this backbone.
+        """
+        if attn_implementation == "performer":
+            self.config.check_performer()
+        before = self.config._attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if self.config._attn_implementation != before:
+            self._set_feature_maps()
+            self.feature_maps.to(self.device, self.dtype)
+
+    def _set_feature_maps(self) -> None:
+        """What `attn_implementation="performer"` needs, and nothing for any other."""
+        config = self.config
+        performer = config._attn_implementation == "performer"
+        if config.feature_map_dim is not None and not performer:
+            # another choice was made since the config was
+            config.feature_map_dim = config.feature_map_seed = None
+        config.validate_performer()
+        self.feature_maps = nn.ModuleList()
+        for block in range(config.num_blocks if performer else 0):
+            head_dim = config.hidden_size // config.num_attention_heads
+            self.feature_maps.append(FeatureMap(config.feature_map_dim, head_dim, config.feature_map_seed + block))
 
     def _remove_final(self) -> None:
         self.base_model.layernorm = nn.Identity()

@@ -29,7 +29,7 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 # buffers that are made, not learned
-RECOMPUTED = ("relative_position_index", "num_batches_tracked")
+RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -38,6 +38,9 @@ class PretrainedHighway:
 
     # transformers' classes whose checkpoints warm-start this one, the bare backbone last
     native_classes: tuple[type[PreTrainedModel], ...]
+    # softmax checkpoints load as Performers, and Performers as softmax
+    _keys_to_ignore_on_load_missing = [r"random_features"]
+    _keys_to_ignore_on_load_unexpected = [r"random_features"]
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
         """As upstream's; the names of checkpoint files are understood as well as those of the modules.
@@ -73,11 +76,12 @@ class PretrainedHighway:
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-            for field in ("exit_positions", "exit_types"):
-                if stored.get(field, getattr(model.config, field)) != getattr(model.config, field):
+            for field in ("exit_positions", "exit_types", "feature_map_dim", "feature_map_seed"):
+                asked = getattr(model.config, field, None)
+                if asked is not None and stored.get(field) not in (None, asked):
                     raise ValueError(
-                        f"{field}: {getattr(model.config, field)!r} was asked for, but the exits of "
-                        f"{pretrained_model_name_or_path} were trained with {stored[field]!r}"
+                        f"{field}: {asked!r} was asked for, but {pretrained_model_name_or_path} was saved with "
+                        f"{stored[field]!r}"
                     )
         missing = sorted(key for key in info["missing_keys"] if not key.endswith(RECOMPUTED))
         exits = [key for key in missing if key.startswith("exits.")]
@@ -129,7 +133,7 @@ class PretrainedHighway:
             state = {f"{prefix}.{name}": tensor for name, tensor in state.items()}
         # a bare backbone may carry a pooler, which no classifier of transformers uses
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.pooler.")}
-        classifiers = [name for name in ours if not name.startswith(("exits.", f"{prefix}."))]
+        classifiers = [name for name in ours if not name.startswith(("exits.", "feature_maps.", f"{prefix}."))]
         reset = [name for name in classifiers if name not in state or state[name].shape != ours[name].shape]
         if reset and not {"num_labels", "id2label"} & set(kwargs):
             raise ValueError(f"{_name(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")

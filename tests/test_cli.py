@@ -24,7 +24,19 @@ def test_help_is_quick():
     assert min(seconds) < 1
 
 
-COMMANDS = ("demo", "train", "grow", "evaluate", "benchmark", "calibrate", "sweep", "export", "convert", "env")
+COMMANDS = (
+    "demo",
+    "train",
+    "grow",
+    "evaluate",
+    "benchmark",
+    "calibrate",
+    "sweep",
+    "export",
+    "visualize",
+    "convert",
+    "env",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

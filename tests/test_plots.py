@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lgvit_hf.evaluation import plots
+from lgvit_hf.evaluation.plots.style import short, short_names
 
 LONG_NAMES = ["hand-held computer, hand-held microcomputer", "crane", "a $5 note or $10"]
 EMPTY = {"rows": 0, "confidence": None, "accuracy": None}
@@ -62,6 +63,26 @@ def answer(depth, predicted="cat", label="cat", score=0.5):
 def gallery_of(number, **changes):
     images = [np.full((8, 8, 3), index, dtype=np.uint8) for index in range(number)]
     return images, [answer(index % 12 + 1, **changes) for index in range(number)]
+
+
+def scores_of(number, num_exits=2, **changes):
+    images, answers = gallery_of(number, **changes)
+    return images, [{**one, "depth": 4, "scores": np.linspace(0.2, 1, num_exits).tolist()} for one in answers]
+
+
+def tokens_of(number, size=(16, 16), **changes):
+    """Patches of 4 x 4 pixels, whose depths go from 1 to 12."""
+    (height, width), images = size, []
+    answers = [{"class_token": 12, **answer(12, **changes)} for _ in range(number)]
+    for index, one in enumerate(answers):
+        images.append(np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        one["depths"] = np.arange(height * width // 16).reshape(height // 4, width // 4) % 12 + 1
+    return images, answers
+
+
+def depths_of(number):
+    """Of 17 tokens of each image."""
+    return (np.arange(17) * (np.arange(number)[:, None] + 3) // 5) % 12 + 1
 
 
 def latency_of(*sizes, ideal=1.5):
@@ -118,6 +139,22 @@ PLOTS = {
     "gallery, 30": lambda file: plots.plot_gallery(
         file, *gallery_of(30, predicted=LONG_NAMES[0], label=LONG_NAMES[2])
     ),
+    "scores, 1": lambda file: plots.plot_scores(file, *scores_of(1, label=None), depths=[4, 12]),
+    "scores, 5 of 24 exits": lambda file: plots.plot_scores(
+        file,
+        *scores_of(5, num_exits=24, predicted=LONG_NAMES[0], label=LONG_NAMES[2]),
+        depths=range(1, 25),
+        score="largest probability",
+        thresholds=23 * [0.8] + [None],
+    ),
+    "tokens, 1": lambda file: plots.plot_token_depths(file, *tokens_of(1, label=None), num_blocks=2),
+    "tokens, 9 wide": lambda file: plots.plot_token_depths(
+        file, *tokens_of(9, size=(16, 64), predicted=LONG_NAMES[0], label=LONG_NAMES[2]), num_blocks=24
+    ),
+    "tokens, 2 tall": lambda file: plots.plot_token_depths(file, *tokens_of(2, size=(64, 8)), num_blocks=12),
+    "alive, 8 of 20": lambda file: plots.plot_tokens_alive(file, depths_of(20), shown=range(8), num_blocks=12),
+    "alive, 20": lambda file: plots.plot_tokens_alive(file, depths_of(20), shown=range(20), num_blocks=12),
+    "alive, 1": lambda file: plots.plot_tokens_alive(file, depths_of(1), shown=[0], num_blocks=24),
     "latency": lambda file: plots.plot_latency(file, latency_of(1, 8, 32, 128)),
     "latency, no ideal": lambda file: plots.plot_latency(file, latency_of(1, ideal=None)),
 }
@@ -127,7 +164,7 @@ PLOTS = {
 def draw(monkeypatch, tmp_path):
     """Runs a function of `plots` and hands over its figure, which is not written."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **settings: figures.append(figure))
 
     def drawn(plot, *arguments, **settings):
         plot(tmp_path / "a.png", *arguments, **settings)
@@ -314,10 +351,55 @@ def test_latency_beside_what_was_promised(draw):
     assert len(axes.containers) == 2
 
 
+def test_scores_at_every_exit(draw):
+    images, answers = gallery_of(5)
+    for one, depth in zip(answers, (6, 4, 12, 6, 4), strict=True):
+        one.update(depth=depth, scores=[0.25, None, 0.75])
+    figure = draw(plots.plot_scores, images, answers, depths=[4, 6, 12], score="margin", thresholds=[0.7, None, None])
+    pictures, charts = figure.axes[::2], figure.axes[1::2]
+    assert [int(axes.images[0].get_array().max()) for axes in pictures] == [1, 4, 0, 2, 3]
+    assert [axes.get_title(loc="left") for axes in charts[:3:2]] == ["block 4, 0.25: cat ✓", "block 6: cat ✓"]
+    assert charts[3].get_title(loc="left") == "block 12, 0.75: cat ✓" and charts[0].get_ylabel() == "margin"
+    lines = {line.get_label(): line for line in charts[0].lines}
+    assert lines["seen by the policy"].get_xydata().tolist() == [[4, 0.25]]
+    assert lines["not run any more"].get_xydata() == pytest.approx(np.array([[6, np.nan], [12, 0.75]]), nan_ok=True)
+    assert lines["where it left"].get_xydata().tolist() == [[4, 0.25]]
+    assert lines["threshold"].get_ydata() == pytest.approx([0.7, np.nan, np.nan], nan_ok=True)
+    last = {line.get_label(): line for line in charts[3].lines}
+    assert last["where it left"].get_xydata().tolist() == [[12, 0.75]]
+
+
+def test_depths_lie_on_their_patches(draw):
+    images = np.zeros((2, 8, 16, 3), dtype=np.uint8)
+    images[0, :4, 12:] = (30, 60, 90)
+    depths = np.array([[1, 2, 3, 6], [6, 5, 4, 3]])
+    answers = [{"depths": depths, "class_token": 5, **answer(6, "dog", "cat")}] * 2
+    figure = draw(plots.plot_token_depths, images, answers, num_blocks=6)
+    image, _, heat, _, both, _, bar = figure.axes
+    assert image.get_title() == "image 1\ndog ✗\nis cat\nCLS 5, patches 3.8"
+    assert heat.images[0].get_array().tolist() == depths.tolist()
+    assert {tuple(one.get_extent()) for axes in (image, heat, both) for one in axes.images} == {(0, 16, 8, 0)}
+    grey, over = both.images
+    assert (grey.get_array()[:4, 12:] == 60).all() and 0.3 < over.get_alpha() < 0.9
+    # a colour for each block, and as many numbers beside it
+    colors = {tuple(over.cmap(over.norm(block))) for block in range(1, 7)}
+    assert len(colors) == 6 and sorted(bar.get_yticks()) == [1, 2, 3, 4, 5, 6]
+    light = [np.dot(over.cmap(over.norm(block))[:3], (0.299, 0.587, 0.114)) for block in range(1, 7)]
+    assert light == sorted(light)
+
+
+def test_tokens_alive_by_hand(draw):
+    (axes,) = draw(plots.plot_tokens_alive, [[1, 3, 3, 4], [4, 4, 4, 4]], shown=[0], num_blocks=4).axes
+    one, mean = axes.lines
+    assert one.get_xdata().tolist() == [1, 2, 3, 4] and one.get_ydata().tolist() == [100, 75, 75, 25]
+    assert mean.get_ydata().tolist() == [100, 87.5, 87.5, 62.5]
+    assert one.get_label() == "image 1" and mean.get_label() == "mean of all 2 images: 3.4 blocks a token"
+
+
 def test_names_are_short_and_differ():
-    assert plots._short("a  name\nof $5", 40) == r"a name of \$5"
-    assert plots._short("hand-held microcomputer", 10) == "hand-held…"
-    assert plots._short_names(LONG_NAMES[:2] + ["hand-held computer"], 24) == [
+    assert short("a  name\nof $5", 40) == r"a name of \$5"
+    assert short("hand-held microcomputer", 10) == "hand-held…"
+    assert short_names(LONG_NAMES[:2] + ["hand-held computer"], 24) == [
         "hand-held computer #0",
         "crane",
         "hand-held computer #2",
@@ -334,6 +416,9 @@ def test_names_are_short_and_differ():
         (plots.plot_classes, ([{"name": "cat", "rows": 0, "accuracy": None, "mean_depth": None}],)),
         (plots.plot_gallery, ([], [])),
         (plots.plot_latency, ([],)),
+        (partial(plots.plot_scores, depths=[4]), ([], [])),
+        (partial(plots.plot_token_depths, num_blocks=4), ([], [])),
+        (partial(plots.plot_tokens_alive, shown=[], num_blocks=4), (np.zeros((0, 5)),)),
     ],
 )
 def test_nothing_to_draw(plot, arguments, tmp_path):
@@ -350,6 +435,8 @@ def test_parts_that_do_not_fit(tmp_path):
         plots.plot_confusion(tmp_path / "a.png", np.zeros((0, 0)), [])
     with pytest.raises(ValueError, match="2 images but 1 answers"):
         plots.plot_gallery(tmp_path / "a.png", [1, 2], [answer(4)])
+    with pytest.raises(ValueError, match="1 images but 0 answers"):
+        plots.plot_token_depths(tmp_path / "a.png", [1], [], num_blocks=4)
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

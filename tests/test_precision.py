@@ -13,7 +13,8 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 
 from lgvit_hf import ViTHighway
 from lgvit_hf.cli import main
-from lgvit_hf.commands import export_as_text, open_highway
+from lgvit_hf.commands.export import export_as_text
+from lgvit_hf.commands.opening import open_highway
 from lgvit_hf.data import make_processor
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_images, tiny_model
 

@@ -74,8 +74,8 @@ def export_onnx(
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        ValueError: Unknown layout, precision or policy, the folder is in use, or the files do not answer as the model
-            does.
+        ValueError: An `AViT`, unknown layout, precision or policy, the folder is in use, or the files do not answer as
+            the model does.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
@@ -104,6 +104,8 @@ def exits_in_files(policy: ExitPolicy, num_exits: int, layout: str) -> list[int]
 
 
 def _check_exportable(model: PreTrainedModel, layout: str) -> None:
+    if model.config.model_type == "avit":
+        raise ValueError("an AViT does not export to ONNX: which tokens stay depends on the image; run it in PyTorch")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
     if layout == "single" and model.exit_policy.name not in EXPORTABLE:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import pickle
 import re
 import tempfile
@@ -16,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
+from ..configuration_avit import AViTConfig
 from ..files import replace_folder, write_json
 from ..heads import lgvit_heads
+from ..modeling_avit import AViT
 from ..models import BY_BACKBONE
 
 # settings of LGViT's config that are ours under another name, or that only its training code read
@@ -51,6 +55,23 @@ LGVIT_HEAD_NAMES = [
     (r"(?:classifier\.)?(?:cls_)?classifier\.", "classifiers.0."),
 ]
 
+# timm's name (regular expression) -> that of a checkpoint of transformers
+AVIT_NAMES = [
+    (r"cls_token", "backbone.embeddings.cls_token"),
+    (r"dist_token", "backbone.embeddings.distillation_token"),
+    (r"pos_embed", "backbone.embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(\w+)", r"backbone.embeddings.patch_embeddings.projection.\1"),
+    (r"blocks\.(\d+)\.norm1\.(\w+)", r"backbone.encoder.layer.\1.layernorm_before.\2"),
+    (r"blocks\.(\d+)\.attn\.(query|key|value)\.(\w+)", r"backbone.encoder.layer.\1.attention.attention.\2.\3"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"backbone.encoder.layer.\1.attention.output.dense.\2"),
+    (r"blocks\.(\d+)\.norm2\.(\w+)", r"backbone.encoder.layer.\1.layernorm_after.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"backbone.encoder.layer.\1.intermediate.dense.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"backbone.encoder.layer.\1.output.dense.\2"),
+    (r"norm\.(\w+)", r"backbone.layernorm.\1"),
+    (r"head\.(\w+)", r"classifiers.0.\1"),
+    (r"head_dist\.(\w+)", r"classifiers.1.\1"),
+]
+
 
 def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
     """Turn an original LGViT checkpoint into one of ours that gives the same logits at every exit.
@@ -77,6 +98,147 @@ def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
         if renamed is not None:
             state[renamed], original_names[renamed] = tensor, name
     return _write(config, state, original_names, config_file.parent / "preprocessor_config.json", Path(output))
+
+
+def convert_avit(
+    source: str | Path,
+    output: str | Path,
+    *,
+    gate_scale: float | None = None,
+    gate_center: float | None = None,
+    num_attention_heads: int | None = None,
+) -> AViTConfig:
+    """Turn an original A-ViT checkpoint, with timm's names, into an `AViT` that gives the same logits and depths.
+
+    Args:
+        source (`str` or `Path`):
+            A `.safetensors`, `.pth` or `.bin` file, or a folder with one of these. Pickles are read with
+            `weights_only=True`; a training checkpoint's `"model"` is taken. A `config.json` beside it may say what
+            weights do not, in the words of `AViTConfig`.
+        output (`str` or `Path`): Folder to write; must not exist or be empty.
+        gate_scale (`float`, *optional*), gate_center (`float`, *optional*):
+            Of the gate. By default as the config or the name of the file says: official ones are called
+            `<size>-<scale>-<center>.pth`.
+        num_attention_heads (`int`, *optional*): By default one for every 64 channels.
+
+    Returns:
+        The config of the written model.
+
+    Raises:
+        ValueError: The gate is not known; a tensor has no place in the model or is missing.
+        OSError: A file is missing or damaged.
+    """
+    weights = _find_weights(Path(source))
+    config_file = weights.parent / "config.json"
+    settings = _read_json(config_file) if config_file.is_file() else {}
+    given = {"gate_scale": gate_scale, "gate_center": gate_center, "num_attention_heads": num_attention_heads}
+    settings |= {key: value for key, value in given.items() if value is not None}
+    settings = {**_gate_of_name(weights.stem), **settings}
+    if not {"gate_scale", "gate_center"} <= set(settings):
+        raise ValueError(
+            f"{weights.name}: gate_scale and gate_center are not in the name (<size>-<scale>-<center>); give both "
+            "--gate-scale and --gate-center, 10 and 30 for A-ViT-T, 10 and 75 for A-ViT-S"
+        )
+    state = _split_qkv(_read_checkpoint(weights))
+    config = AViTConfig(**{**_avit_sizes(state), **settings})
+    renamed = {_avit_name(name): tensor.contiguous().clone() for name, tensor in state.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        save_file(renamed, Path(folder) / "model.safetensors", {"format": "pt"})
+        try:
+            model, info = AViT.from_pretrained(folder, output_loading_info=True)
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, weights.name)) from None
+    unknown = sorted(name for name in state if _avit_name(name) in info["unexpected_keys"])
+    if unknown:
+        raise ValueError(
+            f"{weights.name}: {len(unknown)} tensors have no place in the model ({', '.join(unknown[:5])})"
+        )
+    with replace_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor = weights.parent / "preprocessor_config.json"
+        if processor.is_file():
+            write_json(folder / processor.name, _read_json(processor))
+    return model.config
+
+
+def _find_weights(source: Path) -> Path:
+    suffixes = (".safetensors", ".pth", ".bin")
+    found = [source] if source.is_file() else sorted(file for file in source.glob("*") if file.suffix in suffixes)
+    if len(found) != 1 or found[0].suffix not in suffixes:
+        raise OSError(f"{source}: {len(found) or 'no'} files of weights there; name one {', '.join(suffixes)} file")
+    return found[0]
+
+
+def _read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """The weights in a file, which may be a training checkpoint with weights under `"model"`."""
+    if file.suffix == ".safetensors":
+        return _read_weights(file)
+    try:
+        # official checkpoints hold the options of their run, a bag of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise OSError(f"{file}: damaged, or a pickle that holds more than tensors and is not run") from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: not a state dict (names to tensors), nor one under 'model'")
+    return state
+
+
+def _gate_of_name(name: str) -> dict[str, float]:
+    """Scale and centre of the gate in the name of an official checkpoint, if they are.
+
+    Example:
+
+        >>> _gate_of_name("avit_tiny-10-30")
+        {'gate_scale': 10.0, 'gate_center': 30.0}
+    """
+    match = re.fullmatch(r".*?-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", name)
+    return {"gate_scale": float(match[1]), "gate_center": float(match[2])} if match else {}
+
+
+def _avit_name(name: str) -> str:
+    for pattern, ours in AVIT_NAMES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(ours)
+    return name
+
+
+def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value as three tensors each."""
+    split = {name: tensor for name, tensor in state.items() if ".attn.qkv." not in name}
+    for name in state.keys() - split.keys():
+        for part, tensor in zip(("query", "key", "value"), state[name].chunk(3), strict=True):
+            split[name.replace(".qkv.", f".{part}.")] = tensor
+    return split
+
+
+def _avit_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of the config that the weights say."""
+    try:
+        width, channels, *patch = state["patch_embed.proj.weight"].shape
+        distilled = "dist_token" in state
+        num_patches = state["pos_embed"].shape[1] - (2 if distilled else 1)
+        blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        intermediate, num_labels = len(state["blocks.0.mlp.fc1.weight"]), len(state["head.weight"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"no tensor {error} there: not a checkpoint of A-ViT with timm's names") from None
+    side = math.isqrt(num_patches)
+    return {
+        "backbone": "deit" if distilled else "vit",
+        "distilled": distilled,
+        "hidden_size": width,
+        "num_channels": channels,
+        "patch_size": patch[0],
+        "image_size": side * patch[0],
+        "num_hidden_layers": blocks,
+        "num_attention_heads": max(1, width // 64),
+        "intermediate_size": intermediate,
+        "num_labels": num_labels,
+        "qkv_bias": "blocks.0.attn.query.bias" in state,
+        "layer_norm_eps": 1e-6,
+    }
 
 
 def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from lgvit_hf.commands import open_highway
+from lgvit_hf.commands.opening import open_highway
 from lgvit_hf.data import stack
 from lgvit_hf.evaluation.latency import time_interleaved
 from lgvit_hf.export.onnx_export import export_onnx

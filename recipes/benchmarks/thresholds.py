@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lgvit_hf import ExitTable, calibrate
-from lgvit_hf.commands import open_highway
+from lgvit_hf.commands.opening import open_highway
 from lgvit_hf.data import stack
 from lgvit_hf.engine import run_early
 from lgvit_hf.evaluation.benchmark import time_interleaved

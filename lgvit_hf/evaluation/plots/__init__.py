@@ -1,0 +1,27 @@
+"""Figures, as PNG files, from plain numbers. The only room that imports matplotlib.
+
+A file per subject; `style.py` is what all share.
+"""
+
+from .classes import plot_classes
+from .confusion import plot_confusion
+from .costs import plot_pareto
+from .exits import plot_exits, plot_report
+from .images import plot_gallery, plot_scores
+from .latency import plot_latency
+from .reliability import plot_reliability
+from .tokens import plot_token_depths, plot_tokens_alive
+
+__all__ = [
+    "plot_classes",
+    "plot_confusion",
+    "plot_exits",
+    "plot_gallery",
+    "plot_latency",
+    "plot_pareto",
+    "plot_reliability",
+    "plot_report",
+    "plot_scores",
+    "plot_token_depths",
+    "plot_tokens_alive",
+]

@@ -1,0 +1,111 @@
+"""Where rows leave, and how right they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .costs import FULL_MODEL, draw_costs
+from .style import BLUE, RED, hide_frame, legend_below, need, new_figure, percent, save, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
+
+
+def plot_report(
+    report: dict[str, Any], curve: list[dict[str, float]], file: str | Path, *, measure: str = "accuracy"
+) -> None:
+    """Draw where rows leave, how right they are and what that costs, as a PNG.
+
+    Args:
+        report (`dict`): Of `evaluate`.
+        curve (`list[dict]`): Points `{"mean_macs", "accuracy"}` of the same model under other thresholds.
+        file (`str` or `Path`): The PNG to write.
+        measure (`str`, *optional*, defaults to `"accuracy"`): What the shares are of, `"agreement"` without labels.
+
+    Raises:
+        ImportError: The extra `plots` is not installed.
+
+    Example:
+
+        >>> from tempfile import TemporaryDirectory
+        >>> final = {"position": 2, "head": "final", "rows": 4, "share": 1.0}
+        >>> final |= {"accuracy_leaving": 0.5, "accuracy_all": 0.5}
+        >>> overall = {"accuracy": 0.5, "mean_macs": 9e6, "accuracy_full_model": 0.5, "backbone_macs": 9e6}
+        >>> curve = [{"accuracy": 0.4, "mean_macs": 6e6}]
+        >>> with TemporaryDirectory() as folder:
+        ...     plot_report({"exits": [final], "overall": overall}, curve, f"{folder}/report.png")
+    """
+    overall = report["overall"]
+    width = _width(len(report["exits"]))
+    figure = new_figure(width + 6, 6)
+    left, right = figure.subfigures(1, 2, width_ratios=[width, 6])
+    _draw_exits(left, report["exits"], measure)
+    draw_costs(
+        right,
+        {"other thresholds": [{"cost": point["mean_macs"] / 1e6, **point} for point in curve]},
+        {
+            "chosen": {"cost": overall["mean_macs"] / 1e6, "accuracy": overall["accuracy"]},
+            FULL_MODEL: {"cost": overall["backbone_macs"] / 1e6, "accuracy": overall["accuracy_full_model"]},
+        },
+        unit="million MACs per image, heads counted",
+        measure=measure,
+    )
+    save(figure, file)
+
+
+def plot_exits(file: str | Path, report: Mapping[str, Any], *, measure: str = "accuracy") -> None:
+    """Draw how many rows leave at each exit, and how right they are there and over all rows.
+
+    Args:
+        file (`str` or `Path`): The PNG to write.
+        report (`dict`): Of `summarise`.
+        measure (`str`, *optional*, defaults to `"accuracy"`): What the shares are of, `"agreement"` without labels.
+
+    Raises:
+        ImportError: The extra `plots` is not installed.
+        ValueError: There is no exit.
+
+    Example:
+
+        >>> from tempfile import TemporaryDirectory
+        >>> first = {"position": 1, "head": "linear", "rows": 3, "share": 0.75}
+        >>> final = {"position": 2, "head": "final", "rows": 1, "share": 0.25}
+        >>> right = {"accuracy_leaving": 1.0, "accuracy_all": 0.5}
+        >>> with TemporaryDirectory() as folder:
+        ...     plot_exits(f"{folder}/exits.png", {"exits": [{**first, **right}, {**final, **right}]})
+    """
+    exits = report["exits"]
+    need(exits, "exits", "exit")
+    figure = new_figure(_width(len(exits)), 6)
+    _draw_exits(figure, exits, measure)
+    save(figure, file)
+
+
+def _width(num_exits: int) -> float:
+    """Inches that a panel with this many exits needs."""
+    return min(14, max(6, 2 + 0.6 * num_exits))
+
+
+def _draw_exits(figure: FigureBase, exits: Sequence[Mapping[str, Any]], measure: str) -> None:
+    leaving, right = figure.subplots(2, 1)
+    places, many = range(len(exits)), len(exits) > 12
+    bars = leaving.bar(places, [percent(row["share"]) for row in exits], color=BLUE)
+    leaving.bar_label(bars, [f"{row['rows']:,}" for row in exits], fontsize=8)
+    leaving.set(title="How many rows leave at each exit", ylabel="rows leaving, %")
+    leaving.margins(y=0.15)
+    leaving.tick_params(labelbottom=False)
+    leaving.set_xticks(places)
+
+    accuracies_all = [percent(row["accuracy_all"]) for row in exits]
+    accuracies_leaving = [percent(row["accuracy_leaving"]) for row in exits]
+    right.plot(places, accuracies_all, color=BLUE, marker="o", label="all rows")
+    right.plot(places, accuracies_leaving, "D", color=RED, markersize=7, label="rows leaving there")
+    names = [f"{row['position']} {short(row['head'], 14)}" for row in exits]
+    right.set_xticks(places, names, fontsize=8, rotation=60 if many else 30, ha="right", rotation_mode="anchor")
+    right.set(title="How right they are", xlabel="blocks run, and head", ylabel=f"{measure}, %", ylim=(-4, 104))
+    for axes in (leaving, right):
+        axes.set_xlim(-0.6, len(exits) - 0.4)
+        hide_frame(axes)
+    legend_below(figure, right, columns=2)

@@ -1,0 +1,408 @@
+"""AViT: a plain ViT or DeiT whose tokens halt one by one, and leave the computation where nothing is trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.utils import ModelOutput
+
+from .configuration import without_attention_code
+from .configuration_avit import AViTConfig
+from .halting import (
+    Halting,
+    Packed,
+    attend_live_tokens,
+    distribution_loss,
+    halting_scores,
+    halting_target,
+    settle,
+)
+from .losses import check_labels, task_loss
+from .pretrained import HUB_ARGUMENTS, _check_files, _name, _renamed, name_conversions
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = "live_tokens"
+AttentionInterface.register(ATTENTION, attend_live_tokens)
+
+# what a backbone is made of, and which plain checkpoints have one inside: the bare backbone last
+BACKBONES = {"vit": (ViTConfig, ViTModel), "deit": (DeiTConfig, DeiTModel)}
+NATIVES = {
+    "vit": (ViTForImageClassification, ViTModel),
+    "deit": (DeiTForImageClassificationWithTeacher, DeiTForImageClassification, DeiTModel),
+}
+# their classifiers, of the class token and of the distillation token
+CLASSIFIERS = (("classifier", "cls_classifier"), ("distillation_classifier",))
+# what is done by the blocks: any other way to attend would see tokens that have halted
+ATTENTIONS = (None, "sdpa", "eager")
+
+
+@dataclass
+class AViTOutput(ModelOutput):
+    """What an `AViT` answers.
+
+    Args:
+        loss (`Tensor`, *optional*):
+            When labels were given: the task's, and the ponder and distribution losses with the config's weights.
+        logits (`Tensor`): `[B, C]`.
+        token_depth (`Tensor`): `[B, N]` int64, blocks that each token ran, from 1; prefix tokens first.
+        ponder_cost (`Tensor`): `[B, N]`, `rho`: blocks that each token ran, and the weight of the last.
+        exit_layer (`Tensor`): `[B]` int64, blocks run until all tokens of the image had halted.
+        halting_scores (`Tensor`, *optional*):
+            `[B, L]`, mean over the tokens behind the class token, behind each block; not where tokens are removed,
+            since those that have halted count.
+        ponder_loss (`Tensor`): Mean of `ponder_cost`.
+        distribution_loss (`Tensor`, *optional*): Of `halting_scores` against their target.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    token_depth: Tensor | None = None
+    ponder_cost: Tensor | None = None
+    exit_layer: Tensor | None = None
+    halting_scores: Tensor | None = None
+    ponder_loss: Tensor | None = None
+    distribution_loss: Tensor | None = None
+
+
+class AViT(PreTrainedModel):
+    """A ViT or DeiT whose tokens halt one by one (A-ViT, https://arxiv.org/abs/2112.07658). No new parameters.
+
+    In training a token that has halted is zeroed and is no key of the others (*masked*). Otherwise it leaves: the live
+    tokens of all images stand in a row, so that every block computes on these alone (*removed*). Both give the same
+    logits and depths.
+
+    Example:
+
+        >>> import torch
+        >>> from lgvit_hf import AViT, AViTConfig
+        >>> small = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2)
+        >>> model = AViT(AViTConfig(**small, image_size=32, gate_scale=1.0, gate_center=0.0)).eval()
+        >>> out = model(torch.randn(5, 3, 32, 32))
+        >>> out.logits.shape, out.token_depth.shape
+        (torch.Size([5, 2]), torch.Size([5, 5]))
+    """
+
+    config_class = AViTConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer", "DeiTEmbeddings", "DeiTLayer"]
+    # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: AViTConfig):
+        config.validate_halting()
+        super().__init__(config)
+        _check_attention(config._attn_implementation)
+        config_class, backbone_class = BACKBONES[config.backbone]
+        sizes = set(config_class().to_dict()) - set(PretrainedConfig().to_dict())
+        inner = config_class(attn_implementation=ATTENTION, **{name: getattr(config, name) for name in sizes})
+        self.backbone = backbone_class(inner, add_pooling_layer=False)
+        self.classifiers = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.num_labels) for _ in range(config.num_read_tokens)
+        )
+        self.post_init()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, as transformers has them."""
+        # `encoder.layer` in transformers 4, `layers` in 5
+        return getattr(self.backbone, "layers", None) or self.backbone.encoder.layer
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        remove_tokens: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> AViTOutput | tuple:
+        """Answer images.
+
+        Args:
+            pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor.
+            labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
+            remove_tokens (`bool`, *optional*):
+                Whether tokens that have halted leave the computation. By default in `eval()` mode without labels. The
+                loss is without the distribution's part then, for which halted tokens count too.
+            interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
+            return_dict (`bool`, *optional*): `False` gives a tuple.
+
+        Raises:
+            ValueError: No, an empty or a misshapen batch; a label out of range; tokens to be removed in training.
+        """
+        config = self.config
+        if pixel_values is None or len(pixel_values) == 0:
+            raise ValueError("pixel_values: give at least one image, [batch, channels, height, width]")
+        if labels is not None:
+            check_labels(labels, config.num_labels)
+        remove = (not self.training and labels is None) if remove_tokens is None else remove_tokens
+        if remove and self.training:
+            raise ValueError("remove_tokens: True in training; the gradient needs every token, call model.eval()")
+        patches = self.backbone.embeddings.patch_embeddings
+        hidden = self.backbone.embeddings(
+            pixel_values.to(patches.projection.weight.dtype), interpolate_pos_encoding=bool(interpolate_pos_encoding)
+        )
+        scores = None
+        if remove:
+            answer, depth, ponder = self._run_removed(hidden)
+        else:
+            answer, depth, ponder, scores = self._run_masked(hidden)
+        answer = self.backbone.layernorm(answer.to(hidden.dtype))
+        logits = sum(classifier(answer[:, token]) for token, classifier in enumerate(self.classifiers))
+        logits = logits / len(self.classifiers)
+        ponder_loss, spread_loss, loss = ponder.mean(), None, None
+        if scores is not None:
+            target = halting_target(config.num_hidden_layers, config.target_depth, config.published_target)
+            spread_loss = distribution_loss(scores.mean(0), target)
+        if labels is not None:
+            loss = task_loss(logits, labels, config.problem_type) + config.ponder_weight * ponder_loss
+            if scores is not None:
+                # clamped values need not add up to 1, and may seem nearer than equal
+                loss = loss + config.distribution_weight * spread_loss.clamp(min=0)
+        output = AViTOutput(
+            loss=loss,
+            logits=logits,
+            token_depth=depth,
+            ponder_cost=ponder,
+            exit_layer=depth.amax(-1),
+            halting_scores=scores,
+            ponder_loss=ponder_loss,
+            distribution_loss=spread_loss,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _run_masked(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All tokens in all blocks: what the read tokens give, every token's depth and ponder cost, mean scores."""
+        config, read = self.config, self.config.num_read_tokens
+        state = Halting.start(hidden.shape[:2], hidden.device)
+        answer, means = 0.0, []
+        for index, layer in enumerate(self.layers):
+            hidden = masked_block(layer, hidden, state.live)
+            scores = halting_scores(hidden, config.gate_scale, config.gate_center)
+            means.append(scores[:, 1:].mean(1))  # of the last block too, although all tokens halt behind it
+            if index == config.num_hidden_layers - 1:
+                scores = torch.ones_like(scores)
+            weights, state = state.step(scores, config.eps)
+            answer = answer + weights[:, :read, None] * hidden[:, :read]
+        return answer, state.depth, state.ponder, torch.stack(means, dim=1)
+
+    def _run_removed(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Live tokens only, all images' in a row: what the read tokens give, every token's depth and ponder cost."""
+        (batch_size, num_tokens, _), config = hidden.shape, self.config
+        scale, center, enough, num_read = config.gate_scale, config.gate_center, 1 - config.eps, config.num_read_tokens
+        token = torch.arange(batch_size * num_tokens, device=hidden.device)  # number of each live token
+        read = token.view(batch_size, num_tokens)[:, :num_read].flatten()
+        # the first tokens of every image, and an end: where these would stand is where images begin
+        marks = torch.cat([read, token[-1:] + 1])
+        total = torch.zeros(token.shape, device=hidden.device)
+        hidden, lengths, at = hidden.flatten(0, 1)[None], (num_tokens,) * batch_size, read
+        # of each block: who ran it, with what scores, and what the read tokens were then
+        ran, ran_scores, states = [], [], []
+        for layer in self.layers:
+            hidden = layer(hidden, Packed(lengths))
+            row = hidden[0]
+            scores = halting_scores(row, scale, center)
+            ran.append(token)
+            ran_scores.append(scores)
+            states.append(row.index_select(0, at))
+            total = total + scores
+            stay = (total < enough).nonzero().squeeze(1)
+            if stay.shape[0] == 0:
+                break
+            if stay.shape[0] < total.shape[0]:
+                hidden = row.index_select(0, stay)[None]
+                total, token = total.index_select(0, stay), token.index_select(0, stay)
+                places = torch.searchsorted(token, marks)
+                begins = places.tolist()[::num_read]
+                lengths = tuple(end - begin for begin, end in pairwise(begins) if begin < end)
+                # a read token that has left stands nowhere: its weight is 0
+                at = places[:-1].clamp(max=token.shape[0] - 1)
+        weights, depth, ponder = settle(ran, ran_scores, batch_size * num_tokens)
+        weights = weights[:, read, None]
+        answer = torch.where(weights > 0, weights * torch.stack(states), 0.0).sum(0)
+        shape = (batch_size, num_tokens)
+        return answer.unflatten(0, (batch_size, num_read)), depth.view(shape), ponder.view(shape)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
+        """As upstream's; the names of checkpoint files are understood as well as those of the modules."""
+        known, conversions = set(self.state_dict()), name_conversions(self)
+        state_dict = {name if name in known else _renamed(name, conversions): t for name, t in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """Live tokens attend in one way only, that of `"sdpa"`.
+
+        Raises:
+            ValueError: Another one is asked for.
+        """
+        _check_attention(attn_implementation)
+        self.config._attn_implementation = attn_implementation
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As upstream's, from safetensors only; a missing tensor raises.
+
+        Raises:
+            ValueError: A tensor is missing; a pickle was asked for.
+            OSError: No config or no safetensors there.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
+        kwargs["use_safetensors"] = True
+        _check_files(pretrained_model_name_or_path)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {len(missing)} tensors are missing, such as {missing[0]!r}; "
+                "a plain ViT or DeiT is for AViT.from_backbone"
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> AViT:
+        """Let the tokens of a plain ViT or DeiT halt.
+
+        Its tensors are copied. Nothing is new, but for the classifier where it has none for these labels.
+
+        Args:
+            backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory.
+            kwargs:
+                Fields of `AViTConfig` to set, such as `gate="small"`, `num_labels` or `id2label`. Hub arguments
+                (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`) are passed on.
+
+        Raises:
+            ValueError: The checkpoint is neither ViT nor DeiT, or lacks a tensor; an unknown field.
+
+        Example:
+
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> small = dict(num_hidden_layers=4, hidden_size=24, intermediate_size=24, num_attention_heads=2)
+            >>> plain = ViTForImageClassification(ViTConfig(**small))
+            >>> AViT.from_backbone(plain, gate="student").config.gate_center
+            10.0
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        native = backbone if isinstance(backbone, PreTrainedModel) else _load_native(backbone, hub)
+        _check_kind(backbone, native.config.model_type)
+        model = cls(_config_of(native, kwargs)).to(native.device, native.dtype)
+        model.backbone.load_state_dict(_without_pooler(native.base_model.state_dict()))
+        named = dict(native.named_children())
+        for classifier, names in zip(model.classifiers, CLASSIFIERS, strict=False):
+            trained = next((named[name] for name in names if isinstance(named.get(name), nn.Linear)), None)
+            if trained is not None and trained.weight.shape == classifier.weight.shape:
+                classifier.load_state_dict(trained.state_dict())
+            elif {"num_labels", "id2label"} & set(kwargs):
+                logger.warning("AViT: the classifier is new, for %d labels. Train it.", model.config.num_labels)
+            else:
+                raise ValueError(f"{_name(backbone)}: no classifier; give num_labels to make a new one")
+        return model.eval()
+
+
+def masked_block(layer: nn.Module, hidden: Tensor, live: Tensor) -> Tensor:
+    """One block where tokens that have halted are zero, and no key of the others.
+
+    Args:
+        layer (`nn.Module`): A block of transformers' ViT or DeiT.
+        hidden (`Tensor`): `[B, N, D]`.
+        live (`Tensor`): `[B, N]` bool.
+
+    Returns:
+        `[B, N, D]`. Halted tokens give what zeros do, which counts in the distribution of halting scores.
+    """
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(_masked_block, layer, hidden, live)
+    return _masked_block(layer, hidden, live)
+
+
+def _masked_block(layer: nn.Module, hidden: Tensor, live: Tensor) -> Tensor:
+    mask = live[..., None]
+    # where no token is live, the class token stands for them: of no key at all the mean is not a number
+    first = torch.arange(live.shape[1], device=live.device) == 0
+    keys = (live | (first & ~live.any(1, keepdim=True)))[:, None, None]
+    hidden = hidden * mask
+    attended = layer.attention(layer.layernorm_before(hidden) * mask, keys)
+    if isinstance(attended, tuple):  # transformers 5
+        hidden = hidden + layer.dropout(attended[0])
+        return hidden + layer.dropout(layer.mlp(layer.layernorm_after(hidden) * mask))
+    hidden = hidden + attended
+    return layer.output(layer.intermediate(layer.layernorm_after(hidden) * mask), hidden)
+
+
+def _check_attention(name: str | dict[str, str] | None) -> None:
+    if name not in ATTENTIONS:
+        raise ValueError(
+            f"attn_implementation: {name!r} does not go with halting, where live tokens alone attend to each other; "
+            'leave it at "sdpa"'
+        )
+
+
+def _check_kind(backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
+    if model_type not in NATIVES:
+        raise ValueError(f"{_name(backbone)}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
+
+
+def _load_native(path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
+    _check_files(path)
+    settings, _ = PretrainedConfig.get_config_dict(path, **hub)
+    _check_kind(path, settings.get("model_type"))
+    natives = NATIVES[settings["model_type"]]
+    named = [native for native in natives if native.__name__ in (settings.get("architectures") or [])]
+    config = natives[0].config_class.from_dict(without_attention_code(settings))
+    model, info = (named or [natives[-1]])[0].from_pretrained(
+        path, config=config, use_safetensors=True, output_loading_info=True, **hub
+    )
+    lost = sorted(_without_pooler(dict.fromkeys(info["missing_keys"])))
+    if lost:
+        raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
+    return model
+
+
+def _without_pooler(names: dict[str, Any]) -> dict[str, Any]:
+    # a bare backbone may carry a pooler, which no classifier of transformers uses
+    return {name: value for name, value in names.items() if not name.startswith("pooler.")}
+
+
+def _config_of(native: PreTrainedModel, changes: dict[str, Any]) -> AViTConfig:
+    """The native model's config as ours, with `changes`."""
+    settings = native.config.to_dict()
+    for key in ("model_type", "transformers_version", "_name_or_path", "architectures"):
+        settings.pop(key, None)
+    own = set(AViTConfig().to_dict()) | {"gate", "num_labels"}
+    unknown = sorted(set(changes) - set(settings) - own)
+    if unknown and not unknown[0].startswith("exit"):
+        raise ValueError(f"{unknown[0]!r} is no field of AViTConfig")
+    if changes.get("num_labels", native.config.num_labels) != native.config.num_labels or "id2label" in changes:
+        for key in ("num_labels", "id2label", "label2id"):
+            settings.pop(key, None)
+    settings["backbone"] = native.config.model_type
+    settings["distilled"] = isinstance(native, DeiTForImageClassificationWithTeacher)
+    return AViTConfig(**{**settings, **changes})
