@@ -78,7 +78,7 @@ def main():
     trainer.train()
     figures = trainer.evaluate(ProcessedImages(splits.test, processor), metric_key_prefix="test")
     if trainer.is_world_process_zero():
-        trainer.save_model(options.output)
+        model.save_pretrained(options.output)
         processor.save_pretrained(options.output)
         write_json(Path(options.output) / "training.json", {"test": figures, "log": trainer.state.log_history})
         print(
