@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+from lgvit_hf import AViT, AViTConfig
 from tests.tiny import KINDS, MODELS, tiny_images, tiny_model, tiny_native
 
 OTHER_PYTHON = os.environ.get("LGVIT_OTHER_PYTHON")
@@ -47,8 +48,21 @@ PORTABLE = {
 OF_TRANSFORMERS_5 = re.compile(r"q_proj|k_proj|v_proj|o_proj|mlp\.fc|(vit|deit)\.layers\.")
 
 
+def tiny_avit(backbone):
+    torch.manual_seed(3)
+    size = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4}
+    gate = {"gate_scale": 1.0, "gate_center": 1.0}
+    return AViT(
+        AViTConfig(backbone=backbone, distilled=backbone == "deit", num_attention_heads=2, **size, **gate)
+    ).eval()
+
+
 def save_all(folder):
-    """Highways and plain models, with their logits."""
+    """Highways, adaptive and plain models, with their logits."""
+    for backbone in ("vit", "deit"):
+        model = tiny_avit(backbone)
+        model.save_pretrained(folder / f"{backbone}-avit")
+        save_file({"avit": model(tiny_images(4)).logits.detach()}, folder / f"{backbone}-avit.safetensors")
     for kind in KINDS:
         highway, native = tiny_model(kind, seed=1, **EXITS), tiny_native(kind, seed=2)
         highway.save_pretrained(folder / f"{kind}-highway")
@@ -61,6 +75,10 @@ def save_all(folder):
 
 def compare_all(folder):
     """What `save_all` has left, loaded here."""
+    for backbone in ("vit", "deit"):
+        expected = load_file(folder / f"{backbone}-avit.safetensors")["avit"]
+        model = AutoModelForImageClassification.from_pretrained(folder / f"{backbone}-avit").eval()
+        torch.testing.assert_close(model(tiny_images(4)).logits, expected, atol=1e-5, rtol=0)
     for kind in KINDS:
         expected = load_file(folder / f"{kind}.safetensors")
         highway, info = AutoModelForImageClassification.from_pretrained(
