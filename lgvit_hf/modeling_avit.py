@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -38,7 +36,7 @@ from .halting import (
     settle,
 )
 from .losses import check_labels, task_loss
-from .pretrained import HUB_ARGUMENTS, _check_files, _name, _renamed, name_conversions
+from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, check_files, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +83,7 @@ class AViTOutput(ModelOutput):
     distribution_loss: Tensor | None = None
 
 
-class AViT(PreTrainedModel):
+class AViT(SafeCheckpoint, PreTrainedModel):
     """A ViT or DeiT whose tokens halt one by one (A-ViT, https://arxiv.org/abs/2112.07658). No new parameters.
 
     In training a token that has halted is zeroed and is no key of the others (*masked*). Otherwise it leaves: the live
@@ -246,12 +244,6 @@ class AViT(PreTrainedModel):
         shape = (batch_size, num_tokens)
         return answer.unflatten(0, (batch_size, num_read)), depth.view(shape), ponder.view(shape)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
-        """As upstream's; the names of checkpoint files are understood as well as those of the modules."""
-        known, conversions = set(self.state_dict()), name_conversions(self)
-        state_dict = {name if name in known else _renamed(name, conversions): t for name, t in state_dict.items()}
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """Live tokens attend in one way only, that of `"sdpa"`.
 
@@ -269,16 +261,7 @@ class AViT(PreTrainedModel):
             ValueError: A tensor is missing; a pickle was asked for.
             OSError: No config or no safetensors there.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
-        kwargs["use_safetensors"] = True
-        _check_files(pretrained_model_name_or_path)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
@@ -323,7 +306,7 @@ class AViT(PreTrainedModel):
             elif {"num_labels", "id2label"} & set(kwargs):
                 logger.warning("AViT: the classifier is new, for %d labels. Train it.", model.config.num_labels)
             else:
-                raise ValueError(f"{_name(backbone)}: no classifier; give num_labels to make a new one")
+                raise ValueError(f"{name_of(backbone)}: no classifier; give num_labels to make a new one")
         return model.eval()
 
 
@@ -367,11 +350,11 @@ def _check_attention(name: str | dict[str, str] | None) -> None:
 
 def _check_kind(backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
     if model_type not in NATIVES:
-        raise ValueError(f"{_name(backbone)}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
+        raise ValueError(f"{name_of(backbone)}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
 
 
 def _load_native(path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-    _check_files(path)
+    check_files(path)
     settings, _ = PretrainedConfig.get_config_dict(path, **hub)
     _check_kind(path, settings.get("model_type"))
     natives = NATIVES[settings["model_type"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from .attention import FeatureMap
@@ -52,6 +53,20 @@ class HighwayOutput(ModelOutput):
     exit_features: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def exits_loss(exit_logits: Sequence[Tensor], labels: Tensor, config: PretrainedConfig) -> Tensor:
+    """The loss of a highway of which every exit was run: of all exits, by the config's weights.
+
+    Args:
+        exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last.
+        labels (`Tensor`): As of `task_loss`.
+        config (`PretrainedConfig`): Of the highway; a truncated one has its last exit's loss alone.
+    """
+    if config.truncated:
+        return task_loss(exit_logits[-1], labels, config.problem_type)
+    weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
+    return weighted_loss(exit_logits, labels, weights, config.problem_type)
 
 
 def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
@@ -236,7 +251,7 @@ class HighwayMixin(PretrainedHighway):
                 exit_logits, exit_features = study_all(segments, state)
             logits, last = exit_logits[-1], segments[-1]
             output = HighwayOutput(
-                loss=None if labels is None else self._loss(exit_logits, labels),
+                loss=None if labels is None else exits_loss(exit_logits, labels, config),
                 logits=logits,
                 exit_layer=torch.full((len(logits),), last.depth, device=logits.device),
                 exit_index=torch.full((len(logits),), len(segments) - 1, device=logits.device),
@@ -246,13 +261,6 @@ class HighwayMixin(PretrainedHighway):
             )
         keep_dict = config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
-
-    def _loss(self, exit_logits: list[Tensor], labels: Tensor) -> Tensor:
-        config = self.config
-        if config.truncated:
-            return task_loss(exit_logits[-1], labels, config.problem_type)
-        weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
-        return weighted_loss(exit_logits, labels, weights, config.problem_type)
 
     @contextmanager
     def _recording(self, names: list[str]) -> Iterator[dict[str, tuple[Tensor, ...]]]:

@@ -468,24 +468,6 @@ def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits
     return policy
 
 
-def in_words(settings: dict[str, Any]) -> str:
-    """A policy's settings for a reader, numbers to four digits.
-
-    Example:
-
-        >>> in_words({"name": "confidence", "threshold": [0.91234, 1.0], "temperature": 1.0})
-        'confidence: threshold 0.9123 1; temperature 1'
-    """
-    numbers = "; ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
-    return f"{settings['name']}: {numbers}" if numbers else settings["name"]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_short, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _from_dict(settings: dict[str, Any]) -> Any:
     settings = dict(settings)
     name = settings.pop("name", None)

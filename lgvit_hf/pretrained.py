@@ -33,14 +33,8 @@ RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
-class PretrainedHighway:
-    """Loading, growing and cutting, for a class that also derives from one of transformers' image classifiers."""
-
-    # transformers' classes whose checkpoints warm-start this one, the bare backbone last
-    native_classes: tuple[type[PreTrainedModel], ...]
-    # softmax checkpoints load as Performers, and Performers as softmax
-    _keys_to_ignore_on_load_missing = [r"random_features"]
-    _keys_to_ignore_on_load_unexpected = [r"random_features"]
+class SafeCheckpoint:
+    """Loading from safetensors alone, for a class that also derives from one of transformers' models."""
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
         """As upstream's; the names of checkpoint files are understood as well as those of the modules.
@@ -50,6 +44,31 @@ class PretrainedHighway:
         known, conversions = set(self.state_dict()), name_conversions(self)
         state_dict = {name if name in known else _renamed(name, conversions): t for name, t in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @classmethod
+    def _load_safely(cls, pretrained_model_name_or_path, *args, **kwargs) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model as upstream loads it, and which tensors were missing or left over."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
+        kwargs["use_safetensors"] = True
+        check_files(pretrained_model_name_or_path)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        return model, info
+
+
+class PretrainedHighway(SafeCheckpoint):
+    """Loading, growing and cutting, for a class that also derives from one of transformers' image classifiers."""
+
+    # transformers' classes whose checkpoints warm-start this one, the bare backbone last
+    native_classes: tuple[type[PreTrainedModel], ...]
+    # softmax checkpoints load as Performers, and Performers as softmax
+    _keys_to_ignore_on_load_missing = [r"random_features"]
+    _keys_to_ignore_on_load_unexpected = [r"random_features"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -63,16 +82,7 @@ class PretrainedHighway:
                 asked for other exits than it was trained with.
             OSError: No config or no safetensors there.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
-        kwargs["use_safetensors"] = True
-        _check_files(pretrained_model_name_or_path)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
@@ -136,14 +146,14 @@ class PretrainedHighway:
         classifiers = [name for name in ours if not name.startswith(("exits.", "feature_maps.", f"{prefix}."))]
         reset = [name for name in classifiers if name not in state or state[name].shape != ours[name].shape]
         if reset and not {"num_labels", "id2label"} & set(kwargs):
-            raise ValueError(f"{_name(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")
+            raise ValueError(f"{name_of(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")
         kept = {name: tensor for name, tensor in state.items() if name not in reset}
         missing, unexpected = model.load_state_dict(kept, strict=False)
         exits = [name for name in missing if name.startswith("exits.")]
         lost = [name for name in missing if name not in exits + reset and not name.endswith(RECOMPUTED)]
         if lost or unexpected:
             what = f"no tensor {lost[0]!r}" if lost else f"unknown tensor {unexpected[0]!r}"
-            raise ValueError(f"{_name(backbone)}: {what}; a plain {cls.native_classes[0].__name__} is needed")
+            raise ValueError(f"{name_of(backbone)}: {what}; a plain {cls.native_classes[0].__name__} is needed")
         logger.warning(
             "%s: all %d tensors of the backbone are loaded. New: %d exits (%d tensors)%s. Train them before use.",
             cls.__name__,
@@ -160,7 +170,7 @@ class PretrainedHighway:
 
     @classmethod
     def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-        _check_files(path)
+        check_files(path)
         native_config = cls.native_classes[0].config_class
         settings, _ = PretrainedConfig.get_config_dict(path, **hub)
         cls._check_kind(path, settings.get("model_type"))
@@ -182,7 +192,7 @@ class PretrainedHighway:
         wanted = cls.native_classes[0].config_class.model_type
         if model_type != wanted:
             raise ValueError(
-                f"{_name(backbone)}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
+                f"{name_of(backbone)}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
             )
 
     @classmethod
@@ -250,11 +260,12 @@ def _renamed(name: str, conversions: list[Any]) -> str:
     return name
 
 
-def _name(backbone: str | os.PathLike | PreTrainedModel) -> str:
+def name_of(backbone: str | os.PathLike | PreTrainedModel) -> str:
+    """What an error calls a checkpoint, or a model in memory."""
     return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
 
 
-def _check_files(path: str | os.PathLike | None) -> None:
+def check_files(path: str | os.PathLike | None) -> None:
     """Refuse a folder whose weights are a pickle, or whose index leads out of it."""
     folder = Path(path) if path is not None else None
     if folder is None or not folder.is_dir():

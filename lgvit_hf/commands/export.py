@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import Subset
 from transformers import AutoImageProcessor
 
+from ..evaluation.verdict import in_words
 from ..export.manifest import Manifest
 from ..export.onnx_export import export_onnx
 from ..export.runtime import is_exported
 from ..models import load_highway
-from ..policies import in_words
 from .opening import check_counts, open_highway
 
 

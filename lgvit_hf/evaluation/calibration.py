@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..costs import Costs
-from ..policies import in_words, probabilities
+from ..policies import probabilities
 from .bounds import drop_p_value, harm_p_value, passed_in_order, rows_needed
 from .latency import CostTable
 from .metrics import expected_calibration_error
 from .search import SEARCHES, Settings, candidates, consequences, leaving, shares
 from .table import ExitTable
+from .verdict import in_words
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from ..costs import Highway, decides_inside, model_macs
 from ..data import stack
 from ..engine import Answers
 from ..models import answer_depths
-from ..policies import in_words
 from .anatomy import export_facts, head_names
 from .benchmark import wall_clock_speed_up
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
 from .table import ExitTable, collect
+from .verdict import in_words
 
 TIMED_ROWS = 256
 

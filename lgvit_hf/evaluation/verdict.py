@@ -1,10 +1,8 @@
-"""The report of `benchmark` in words and tables: what was gained, and why early exit loses where it does."""
+"""The report of `benchmark` in words and tables: what was gained, and why early exit loses; and a policy in words."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from ..policies import in_words
 
 # relative: above the one a measurement is called noisy, above the other a prediction wrong
 _NOISY, _WRONG = 0.25, 0.1
@@ -149,3 +147,21 @@ def _count(number: int | None) -> str:
 
 def _cell(value: float | None, width: int, digits: int = 2) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """A policy's settings for a reader, numbers to four digits.
+
+    Example:
+
+        >>> in_words({"name": "confidence", "threshold": [0.91234, 1.0], "temperature": 1.0})
+        'confidence: threshold 0.9123 1; temperature 1'
+    """
+    numbers = "; ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
+    return f"{settings['name']}: {numbers}" if numbers else settings["name"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

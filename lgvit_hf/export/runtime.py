@@ -21,8 +21,8 @@ from ..configuration import HighwayConfig
 from ..costs import Costs, Exported
 from ..engine import Answers, run_all, run_early
 from ..files import add_files
-from ..losses import check_labels, loss_weights, task_loss, weighted_loss
-from ..modeling_highway import HighwayOutput
+from ..losses import check_labels, task_loss
+from ..modeling_highway import HighwayOutput, exits_loss
 from ..models import answer_depths
 from ..policies import ExitPolicy, build_policy
 from ..segments import Segment, State
@@ -278,14 +278,8 @@ class ORTHighway(nn.Module):
         return Answers(*map(torch.from_numpy, found))
 
     def _all_exits(self, exit_logits: list[Tensor], labels: Tensor | None) -> HighwayOutput:
-        config, logits = self.config, exit_logits[-1]
-        if labels is None:
-            loss = None
-        elif config.truncated:
-            loss = task_loss(logits, labels, config.problem_type)
-        else:
-            weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
-            loss = weighted_loss(exit_logits, labels, weights, config.problem_type)
+        logits = exit_logits[-1]
+        loss = None if labels is None else exits_loss(exit_logits, labels, self.config)
         return HighwayOutput(
             loss=loss,
             logits=logits,
