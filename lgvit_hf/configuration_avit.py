@@ -7,13 +7,27 @@ from typing import Any
 
 from transformers import ViTConfig
 
-from .configuration import _offer_models, without_attention_code
+from .configuration import SafeConfig, _offer_models, check_num_labels
 from .halting import GATES
+from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+from .policies import POLICIES  # noqa: F401
+from .segments import State  # noqa: F401
 
 BACKBONES = ("vit", "deit")
+# how tokens halt, and what that weighs in training
+HALTING_FIELDS = (
+    "gate",
+    "gate_scale",
+    "gate_center",
+    "eps",
+    "ponder_weight",
+    "distribution_weight",
+    "target_depth",
+    "published_target",
+)
 
 
-class AViTConfig(ViTConfig):
+class AViTConfig(SafeConfig, ViTConfig):
     """A `ViTConfig`, whose fields are also those of `DeiTConfig`, with the settings of halting.
 
     Args:
@@ -71,6 +85,7 @@ class AViTConfig(ViTConfig):
         **kwargs,
     ):
         _refuse_exits(kwargs)
+        check_num_labels(kwargs.get("num_labels"))
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
         self.backbone = backbone
@@ -114,11 +129,10 @@ class AViTConfig(ViTConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> AViTConfig:
         """As upstream's; halting settings among `kwargs` replace those of the dict and are checked with it."""
-        settings = without_attention_code(config_dict)
+        settings = dict(config_dict)
         if "gate" in kwargs:
             settings = {key: value for key, value in settings.items() if key not in ("gate_scale", "gate_center")}
-        own = ("gate", "gate_scale", "gate_center", "eps", "target_depth")
-        settings.update((key, kwargs.pop(key)) for key in own if key in kwargs)
+        settings.update((key, kwargs.pop(key)) for key in HALTING_FIELDS if key in kwargs)
         return super().from_dict(settings, **kwargs)
 
 

@@ -187,13 +187,36 @@ def attend_live_tokens(
     Returns:
         `[B, N, heads, d]`, and `None` for the weights, which are not kept.
     """
-    if not isinstance(attention_mask, Packed):
+    if attention_mask is None or isinstance(attention_mask, Tensor):
         mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     elif query.device.type == "cpu":
         mixed = _attend_in_turn(query, key, value, attention_mask.lengths, scaling)
     else:
         mixed = _attend_padded(query, key, value, attention_mask.lengths, scaling)
     return mixed.transpose(1, 2), None
+
+
+def weigh_live_tokens(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Packed | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attend_live_tokens`, in plain steps: slower, but the attention weights `[B, heads, N, N]` are there.
+
+    Of images in a row there are none, since each has another number of tokens.
+    """
+    if isinstance(attention_mask, Packed):
+        return attend_live_tokens(module, query, key, value, attention_mask, scaling)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+    return (weights @ value).transpose(1, 2), weights
 
 
 def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:

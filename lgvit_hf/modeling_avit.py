@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.models.deit.modeling_deit import DeiTLayer
+from transformers.models.vit.modeling_vit import ViTLayer
 from transformers.utils import ModelOutput
 
-from .configuration import without_attention_code
+from .configuration import OWN_FIELDS, without_attention_code
 from .configuration_avit import AViTConfig
+from .files import add_files  # noqa: F401
 from .halting import (
     Halting,
     Packed,
@@ -34,25 +38,63 @@ from .halting import (
     halting_scores,
     halting_target,
     settle,
+    weigh_live_tokens,
 )
+from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .losses import check_labels, task_loss
+from .policies import POLICIES  # noqa: F401
 from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, check_files, name_of
+from .recording import Selection, recording, requested
+from .remote_code import write_code  # noqa: F401
+from .segments import State  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = "live_tokens"
-AttentionInterface.register(ATTENTION, attend_live_tokens)
+
+class _HaltingBlock:
+    """One of transformers' blocks, which is told which of its tokens are live.
+
+    Where that is a mask, tokens that have halted are zero, and no key of the others. They give what zeros do, which
+    counts in the distribution of halting scores.
+    """
+
+    def forward(self, hidden_states: Tensor, live: Tensor | Packed | None = None, *args, **kwargs) -> Tensor:
+        if not isinstance(live, Tensor):
+            return super().forward(hidden_states, live, *args, **kwargs)
+        mask = live[..., None]
+        # where no token is live, the class token stands for them: of no key at all the mean is not a number
+        first = torch.arange(live.shape[1], device=live.device) == 0
+        keys = (live | (first & ~live.any(1, keepdim=True)))[:, None, None]
+        hidden = hidden_states * mask
+        attended = self.attention(self.layernorm_before(hidden) * mask, keys)
+        if isinstance(attended, tuple):  # transformers 5
+            hidden = hidden + self.dropout(attended[0])
+            return hidden + self.dropout(self.mlp(self.layernorm_after(hidden) * mask))
+        hidden = hidden + attended
+        return self.output(self.intermediate(self.layernorm_after(hidden) * mask), hidden)
+
+
+class HaltingViTLayer(_HaltingBlock, ViTLayer):
+    """A block of ViT."""
+
+
+class HaltingDeiTLayer(_HaltingBlock, DeiTLayer):
+    """A block of DeiT."""
+
+
+# how live tokens attend, and what that is called in the blocks: any other way would see tokens that have halted
+ATTENTIONS = {"sdpa": "live_tokens", "eager": "live_tokens_eager"}
+AttentionInterface.register(ATTENTIONS["sdpa"], attend_live_tokens)
+AttentionInterface.register(ATTENTIONS["eager"], weigh_live_tokens)
 
 # what a backbone is made of, and which plain checkpoints have one inside: the bare backbone last
-BACKBONES = {"vit": (ViTConfig, ViTModel), "deit": (DeiTConfig, DeiTModel)}
+BACKBONES = {"vit": (ViTConfig, ViTModel, HaltingViTLayer), "deit": (DeiTConfig, DeiTModel, HaltingDeiTLayer)}
 NATIVES = {
     "vit": (ViTForImageClassification, ViTModel),
     "deit": (DeiTForImageClassificationWithTeacher, DeiTForImageClassification, DeiTModel),
 }
 # their classifiers, of the class token and of the distillation token
 CLASSIFIERS = (("classifier", "cls_classifier"), ("distillation_classifier",))
-# what is done by the blocks: any other way to attend would see tokens that have halted
-ATTENTIONS = (None, "sdpa", "eager")
 
 
 @dataclass
@@ -69,8 +111,10 @@ class AViTOutput(ModelOutput):
         halting_scores (`Tensor`, *optional*):
             `[B, L]`, mean over the tokens behind the class token, behind each block; not where tokens are removed,
             since those that have halted count.
-        ponder_loss (`Tensor`): Mean of `ponder_cost`.
+        ponder_loss (`Tensor`, *optional*): Mean of `ponder_cost`; not where tokens are removed and no labels given.
         distribution_loss (`Tensor`, *optional*): Of `halting_scores` against their target.
+        hidden_states (`tuple[Tensor]`, *optional*), attentions (`tuple[Tensor]`, *optional*):
+            As of ViT; tokens that have halted are zero behind the block where they do.
     """
 
     loss: Tensor | None = None
@@ -81,6 +125,8 @@ class AViTOutput(ModelOutput):
     halting_scores: Tensor | None = None
     ponder_loss: Tensor | None = None
     distribution_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class AViT(SafeCheckpoint, PreTrainedModel):
@@ -106,7 +152,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["ViTEmbeddings", "ViTLayer", "DeiTEmbeddings", "DeiTLayer"]
+    _no_split_modules = ["ViTEmbeddings", "HaltingViTLayer", "DeiTEmbeddings", "HaltingDeiTLayer"]
     # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
     accepts_loss_kwargs = False
 
@@ -114,10 +160,16 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         config.validate_halting()
         super().__init__(config)
         _check_attention(config._attn_implementation)
-        config_class, backbone_class = BACKBONES[config.backbone]
+        config_class, backbone_class, block_class = BACKBONES[config.backbone]
         sizes = set(config_class().to_dict()) - set(PretrainedConfig().to_dict())
-        inner = config_class(attn_implementation=ATTENTION, **{name: getattr(config, name) for name in sizes})
+        inner = config_class(**{name: getattr(config, name) for name in sizes})
         self.backbone = backbone_class(inner, add_pooling_layer=False)
+        for layer in self.layers:
+            layer.__class__ = block_class  # with the weights that it has
+        # the backbone says what the user chose; the blocks go by a config that says how live tokens do that
+        self._block_config, self.backbone.config = inner, copy.copy(inner)
+        self.backbone.config._attn_implementation = config._attn_implementation
+        inner._attn_implementation = ATTENTIONS[config._attn_implementation]
         self.classifiers = nn.ModuleList(
             nn.Linear(config.hidden_size, config.num_labels) for _ in range(config.num_read_tokens)
         )
@@ -135,6 +187,8 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         labels: Tensor | None = None,
         remove_tokens: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
+        output_hidden_states: Selection | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> AViTOutput | tuple:
         """Answer images.
@@ -143,31 +197,37 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor.
             labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
             remove_tokens (`bool`, *optional*):
-                Whether tokens that have halted leave the computation. By default in `eval()` mode without labels. The
-                loss is without the distribution's part then, for which halted tokens count too.
+                Whether tokens that have halted leave the computation. By default in `eval()` mode without labels,
+                unless hidden states or attentions are asked for. The loss is without the distribution's part then, for
+                which halted tokens count too.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
+            output_hidden_states (`bool` or numbers of some, *optional*), output_attentions (`bool`, *optional*):
+                Also return what the backbone would; all tokens stay then.
             return_dict (`bool`, *optional*): `False` gives a tuple.
 
         Raises:
-            ValueError: No, an empty or a misshapen batch; a label out of range; tokens to be removed in training.
+            ValueError:
+                No, an empty or a misshapen batch; a label out of range; tokens to be removed where all are needed.
         """
         config = self.config
         if pixel_values is None or len(pixel_values) == 0:
             raise ValueError("pixel_values: give at least one image, [batch, channels, height, width]")
         if labels is not None:
             check_labels(labels, config.num_labels)
-        remove = (not self.training and labels is None) if remove_tokens is None else remove_tokens
+        recorded = requested(config, hidden_states=output_hidden_states, attentions=output_attentions)
+        remove = (not self.training and labels is None and not recorded) if remove_tokens is None else remove_tokens
         if remove and self.training:
             raise ValueError("remove_tokens: True in training; the gradient needs every token, call model.eval()")
-        patches = self.backbone.embeddings.patch_embeddings
-        hidden = self.backbone.embeddings(
-            pixel_values.to(patches.projection.weight.dtype), interpolate_pos_encoding=bool(interpolate_pos_encoding)
-        )
-        scores = None
-        if remove:
-            answer, depth, ponder = self._run_removed(hidden)
-        else:
-            answer, depth, ponder, scores = self._run_masked(hidden)
+        if remove and recorded:
+            raise ValueError(f"output_{next(iter(recorded))} needs every token in every block: remove_tokens=False")
+        embeddings, scores = self.backbone.embeddings, None
+        pixel_values = pixel_values.to(embeddings.patch_embeddings.projection.weight.dtype)
+        with recording(recorded, self._recorded_modules) as records:
+            hidden = embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
+            if remove:
+                answer, depth, ponder = self._run_removed(hidden)
+            else:
+                answer, depth, ponder, scores = self._run_masked(hidden)
         answer = self.backbone.layernorm(answer.to(hidden.dtype))
         logits = sum(classifier(answer[:, token]) for token, classifier in enumerate(self.classifiers))
         logits = logits / len(self.classifiers)
@@ -187,8 +247,10 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             ponder_cost=ponder,
             exit_layer=depth.amax(-1),
             halting_scores=scores,
-            ponder_loss=ponder_loss,
+            # a pipeline takes batches apart, and this is of all images: not where only answers are wanted
+            ponder_loss=None if remove and labels is None else ponder_loss,
             distribution_loss=spread_loss,
+            **records,
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -198,7 +260,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         state = Halting.start(hidden.shape[:2], hidden.device)
         answer, means = 0.0, []
         for index, layer in enumerate(self.layers):
-            hidden = masked_block(layer, hidden, state.live)
+            hidden = layer(hidden, state.live)
             scores = halting_scores(hidden, config.gate_scale, config.gate_center)
             means.append(scores[:, 1:].mean(1))  # of the last block too, although all tokens halt behind it
             if index == config.num_hidden_layers - 1:
@@ -244,31 +306,44 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         shape = (batch_size, num_tokens)
         return answer.unflatten(0, (batch_size, num_read)), depth.view(shape), ponder.view(shape)
 
+    def _recorded_modules(self, name: str) -> list[nn.Module]:
+        if name == "hidden_states":
+            return [self.backbone.embeddings, *self.layers]
+        # the weights are given by `attention.attention` in transformers 4, by `attention` in 5
+        return [getattr(layer.attention, "attention", layer.attention) for layer in self.layers]
+
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """Live tokens attend in one way only, that of `"sdpa"`.
+        """As upstream's: `"sdpa"`, or `"eager"`, which also gives attention weights.
 
         Raises:
             ValueError: Another one is asked for.
         """
         _check_attention(attn_implementation)
-        self.config._attn_implementation = attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        self._block_config._attn_implementation = ATTENTIONS[self.config._attn_implementation]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As upstream's, from safetensors only; a missing tensor raises.
+
+        Args:
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Also return which tensors are missing or left over, and leave it to the caller to judge them.
 
         Raises:
             ValueError: A tensor is missing; a pickle was asked for.
             OSError: No config or no safetensors there.
         """
         model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
+        if output_loading_info:
+            return model, info
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
                 f"{pretrained_model_name_or_path}: {len(missing)} tensors are missing, such as {missing[0]!r}; "
                 "a plain ViT or DeiT is for AViT.from_backbone"
             )
-        return (model, info) if output_loading_info else model
+        return model
 
     @classmethod
     def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs: Any) -> AViT:
@@ -277,7 +352,8 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         Its tensors are copied. Nothing is new, but for the classifier where it has none for these labels.
 
         Args:
-            backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory.
+            backbone (`str`, path or `PreTrainedModel`):
+                Hub id, folder, or a model in memory, which may also be a highway without exits.
             kwargs:
                 Fields of `AViTConfig` to set, such as `gate="small"`, `num_labels` or `id2label`. Hub arguments
                 (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`) are passed on.
@@ -295,7 +371,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         native = backbone if isinstance(backbone, PreTrainedModel) else _load_native(backbone, hub)
-        _check_kind(backbone, native.config.model_type)
+        _check_kind(backbone, _kind_of(native))
         model = cls(_config_of(native, kwargs)).to(native.device, native.dtype)
         model.backbone.load_state_dict(_without_pooler(native.base_model.state_dict()))
         named = dict(native.named_children())
@@ -310,47 +386,25 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         return model.eval()
 
 
-def masked_block(layer: nn.Module, hidden: Tensor, live: Tensor) -> Tensor:
-    """One block where tokens that have halted are zero, and no key of the others.
-
-    Args:
-        layer (`nn.Module`): A block of transformers' ViT or DeiT.
-        hidden (`Tensor`): `[B, N, D]`.
-        live (`Tensor`): `[B, N]` bool.
-
-    Returns:
-        `[B, N, D]`. Halted tokens give what zeros do, which counts in the distribution of halting scores.
-    """
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(_masked_block, layer, hidden, live)
-    return _masked_block(layer, hidden, live)
-
-
-def _masked_block(layer: nn.Module, hidden: Tensor, live: Tensor) -> Tensor:
-    mask = live[..., None]
-    # where no token is live, the class token stands for them: of no key at all the mean is not a number
-    first = torch.arange(live.shape[1], device=live.device) == 0
-    keys = (live | (first & ~live.any(1, keepdim=True)))[:, None, None]
-    hidden = hidden * mask
-    attended = layer.attention(layer.layernorm_before(hidden) * mask, keys)
-    if isinstance(attended, tuple):  # transformers 5
-        hidden = hidden + layer.dropout(attended[0])
-        return hidden + layer.dropout(layer.mlp(layer.layernorm_after(hidden) * mask))
-    hidden = hidden + attended
-    return layer.output(layer.intermediate(layer.layernorm_after(hidden) * mask), hidden)
-
-
-def _check_attention(name: str | dict[str, str] | None) -> None:
-    if name not in ATTENTIONS:
+def _check_attention(name: str | dict[str, str]) -> None:
+    if name not in tuple(ATTENTIONS):
         raise ValueError(
-            f"attn_implementation: {name!r} does not go with halting, where live tokens alone attend to each other; "
-            'leave it at "sdpa"'
+            f'Specified `attn_implementation="{name}"` is not supported by AViT, whose live tokens alone attend to '
+            'each other; leave it at "sdpa", or "eager" for attention weights'
         )
 
 
 def _check_kind(backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
     if model_type not in NATIVES:
         raise ValueError(f"{name_of(backbone)}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
+
+
+def _kind_of(model: PreTrainedModel) -> str:
+    """The model type; of a highway that has no exits and reads the class token, that of its backbone."""
+    config = model.config
+    plain = not getattr(config, "exit_positions", None) and getattr(config, "pool", "cls") == "cls"
+    attends = getattr(config, "_attn_implementation", None) != "performer"
+    return config.model_type.removesuffix("_highway") if plain and attends else config.model_type
 
 
 def _load_native(path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
@@ -377,15 +431,16 @@ def _without_pooler(names: dict[str, Any]) -> dict[str, Any]:
 def _config_of(native: PreTrainedModel, changes: dict[str, Any]) -> AViTConfig:
     """The native model's config as ours, with `changes`."""
     settings = native.config.to_dict()
-    for key in ("model_type", "transformers_version", "_name_or_path", "architectures"):
+    for key in ("model_type", "transformers_version", "_name_or_path", "architectures", "auto_map", *OWN_FIELDS):
         settings.pop(key, None)
     own = set(AViTConfig().to_dict()) | {"gate", "num_labels"}
     unknown = sorted(set(changes) - set(settings) - own)
     if unknown and not unknown[0].startswith("exit"):
         raise ValueError(f"{unknown[0]!r} is no field of AViTConfig")
     if changes.get("num_labels", native.config.num_labels) != native.config.num_labels or "id2label" in changes:
-        for key in ("num_labels", "id2label", "label2id"):
+        for key in ("id2label", "label2id"):
             settings.pop(key, None)
-    settings["backbone"] = native.config.model_type
-    settings["distilled"] = isinstance(native, DeiTForImageClassificationWithTeacher)
+    settings["backbone"] = _kind_of(native)
+    with_teacher = isinstance(native, DeiTForImageClassificationWithTeacher)
+    settings["distilled"] = with_teacher and getattr(native.config, "distilled", True)
     return AViTConfig(**{**settings, **changes})

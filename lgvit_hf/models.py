@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ from transformers import (
 )
 
 from .configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
+from .configuration_avit import HALTING_FIELDS, AViTConfig
 from .data import make_processor
+from .modeling_avit import AViT
 from .modeling_deit import DeiTHighway
 from .modeling_swin import SwinHighway
 from .modeling_vit import ViTHighway
+from .wrapper import HighwayWrapper
 
 BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
 HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
+# those whose module is one of transformers' own; of any other, only whoever has its class can open them
+SAVED = {**HIGHWAYS, HighwayWrapper.config_class.model_type: HighwayWrapper}
 
 
 def answer_depths(config: HighwayConfig) -> list[int]:
@@ -57,14 +63,14 @@ def small_config(backbone: str, image_size: int, **settings: Any) -> HighwayConf
         [2, 4, 6]
     """
     config_class = BY_BACKBONE[backbone].config_class
-    unknown = sorted(set(settings) - set(config_class().to_dict()) - set(OWN_FIELDS) - {"label2id"})
-    if unknown:
-        known = [*config_class().to_dict(), *OWN_FIELDS]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"model_settings: {unknown[0]!r} is no field of {config_class.__name__}{hint}")
+    _check_fields(config_class, settings, OWN_FIELDS)
+    return config_class(**{**_small_sizes(backbone, image_size), **settings})
+
+
+def _small_sizes(backbone: str, image_size: int) -> dict[str, Any]:
     if backbone == "swin":
-        small = {
+        return {
+            "image_size": image_size,
             "patch_size": max(1, image_size // 16),
             "embed_dim": 32,
             # three stages: a fourth would have a smaller grid than a window
@@ -73,15 +79,37 @@ def small_config(backbone: str, image_size: int, **settings: Any) -> HighwayConf
             "window_size": 4,
             "drop_path_rate": 0.0,
         }
-    else:
-        small = {
-            "patch_size": max(1, image_size // 8),
-            "hidden_size": 96,
-            "intermediate_size": 384,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 3,
-        }
-    return config_class(**{"image_size": image_size, **small, **settings})
+    return {
+        "image_size": image_size,
+        "patch_size": max(1, image_size // 8),
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+    }
+
+
+def _check_fields(config_class: type[PretrainedConfig], settings: dict[str, Any], own: Iterable[str] = ()) -> None:
+    known = [*config_class().to_dict(), *own]
+    unknown = sorted(set(settings) - set(known) - {"label2id"})
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"model_settings: {unknown[0]!r} is no field of {config_class.__name__}{hint}")
+
+
+def _labels(label_names: list[str]) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+
+
+def _check_source(checkpoint: str | None, backbone: str | None, model_settings: dict[str, Any] | None) -> None:
+    if (checkpoint is None) == (backbone is None):
+        raise ValueError("give either --model CHECKPOINT or --backbone vit|deit|swin")
+    if checkpoint is not None and model_settings:
+        raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
 
 
 def open_model(
@@ -113,24 +141,17 @@ def open_model(
         ValueError: Neither or both of checkpoint and backbone; other exits asked of a highway than it has; classes of
             the data and of a highway that differ.
     """
-    if (checkpoint is None) == (backbone is None):
-        raise ValueError("give either --model CHECKPOINT or --backbone vit|deit|swin")
-    exits = dict(exits or {})
-    labels = {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
+    _check_source(checkpoint, backbone, model_settings)
+    exits, labels = dict(exits or {}), _labels(label_names)
     set_seed(seed)
     if backbone is not None:
         config = small_config(backbone, image_size, **(model_settings or {}), **exits, **labels)
         return BY_BACKBONE[backbone](config), make_processor(config.image_size)
 
-    if model_settings:
-        raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
     config = read_config(checkpoint)
-    if config.model_type in HIGHWAYS:
+    if config.model_type in SAVED:
         check_class_names(checkpoint, config, label_names)
-        model = HIGHWAYS[config.model_type].from_pretrained(checkpoint)
+        model = SAVED[config.model_type].from_pretrained(checkpoint)
         model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif config.model_type in BY_BACKBONE and not must_be_highway:
         if config.num_labels == len(label_names):
@@ -138,6 +159,52 @@ def open_model(
         model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **exits, **labels)
     else:
         raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
+    return model, AutoImageProcessor.from_pretrained(checkpoint)
+
+
+def open_avit(
+    checkpoint: str | None = None,
+    *,
+    backbone: str | None = None,
+    image_size: int = 32,
+    model_settings: dict[str, Any] | None = None,
+    label_names: list[str],
+    halting: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[AViT, BaseImageProcessor]:
+    """Open a model whose tokens halt and the image processor that goes with it.
+
+    Args:
+        checkpoint (`str`, *optional*):
+            Folder or Hub id of an `AViT`, of a plain ViT or DeiT, or of a highway that has no exits.
+        backbone (`str`, *optional*): `vit` or `deit`, for a small new one where no checkpoint is given.
+        image_size, model_settings, label_names, seed: As of `open_model`.
+        halting (`dict`, *optional*): Fields of `AViTConfig` such as `gate` and `target_depth`.
+
+    Raises:
+        ValueError: Neither or both of checkpoint and backbone; an unknown field; classes of the data and of an `AViT`
+            that differ.
+    """
+    _check_source(checkpoint, backbone, model_settings)
+    halting, labels = dict(halting or {}), _labels(label_names)
+    unknown = sorted(set(halting) - set(HALTING_FIELDS))
+    if unknown:
+        raise ValueError(f"halting: {unknown[0]!r} must be one of {', '.join(HALTING_FIELDS)}")
+    set_seed(seed)
+    if backbone is not None:
+        settings = {**_small_sizes(backbone, image_size), **(model_settings or {})}
+        _check_fields(AViTConfig, settings)
+        config = AViTConfig(backbone=backbone, **settings, **halting, **labels)
+        return AViT(config), make_processor(config.image_size)
+    config = read_config(checkpoint)
+    if config.model_type == AViTConfig.model_type:
+        check_class_names(checkpoint, config, label_names)
+        model = AViT.from_pretrained(checkpoint, **halting)
+    else:
+        if config.id2label == labels["id2label"]:
+            labels = {}
+        source = load_highway(checkpoint) if config.model_type in HIGHWAYS else checkpoint
+        model = AViT.from_backbone(source, **halting, **labels)
     return model, AutoImageProcessor.from_pretrained(checkpoint)
 
 
@@ -204,9 +271,9 @@ def load_highway(checkpoint: str) -> PreTrainedModel:
         ValueError: It is no highway.
     """
     kind = read_config(checkpoint).model_type
-    if kind not in HIGHWAYS:
-        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
-    return HIGHWAYS[kind].from_pretrained(checkpoint).eval()
+    if kind not in SAVED:
+        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(SAVED)}")
+    return SAVED[kind].from_pretrained(checkpoint).eval()
 
 
 def read_config(checkpoint: str) -> PretrainedConfig:

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .eevit import is_eevit, translate_eevit
 from .settings import apply_settings, names_of, read_yaml
-from .training.eevit import is_eevit, translate_eevit
 
 REQUIRED = ("data", "output")
 # what is held in memory of decoded images, so that small sets are decoded once
 KEPT_BYTES = 1_000_000_000
 EXIT_OPTIONS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights", "pool")
+# of an A-ViT's config
+HALTING_RESOLVED = ("gate_scale", "gate_center", "eps", "ponder_weight", "distribution_weight", "target_depth")
 # our short words for `TrainingArguments`
 TRAINING_NAMES = {
     "output": "output_dir",
@@ -37,8 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", help="digits, a folder of images, parquet files or a Hub id")
     add("--output", help="folder for the model and its checkpoints")
-    add("--stage", choices=("backbone", "1", "2"), default="1", help="what to train (default: 1)")
-    add("--model", help="checkpoint to start from: a highway, or a plain ViT, DeiT or Swin")
+    add("--stage", choices=("backbone", "1", "2", "avit"), default="1", help="what to train (default: 1)")
+    add("--model", help="checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
     add("--backbone", choices=("vit", "deit", "swin"), help="or: start from a small new one")
     add("--image-size", type=int, default=32, help="of a new backbone (default: 32)")
     add("--model-settings", type=mapping, help="of a new backbone, such as '{hidden_size: 192, num_hidden_layers: 6}'")
@@ -49,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--exit-policy", type=policy, help="a name, or such as '{name: confidence, threshold: 0.8}'")
     add("--exit-loss-weights", type=weight, nargs="+", metavar="W", help="depth, uniform, or exits + 1 numbers")
     add("--pool", choices=("cls", "mean"), help="what exits and classifier read")
+    add("--halting", type=mapping, help="of stage avit, how tokens halt: such as '{gate: tiny, target_depth: 8}'")
     add("--strategy", help="how exits share the loss; default alternating_weighted, distillation_lgvit")
     add("--augment", choices=("random_resized", "pad", "none"), default="none", help="crops of training images")
     add("--crop-scale", type=float, nargs="+", help="shares of the image that random_resized takes (0.08 1.0)")
@@ -241,9 +244,9 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
     from .data import ProcessedImages, load_images
     from .files import write_json
-    from .models import open_model
     from .training.run import train
 
+    _check_stage(options)
     arguments = training_arguments(options)
     splits = load_images(
         options.data,
@@ -252,19 +255,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         image_column=options.image_column,
         label_column=options.label_column,
     )
-    exits = {name: _one_or_all(getattr(options, name)) for name in EXIT_OPTIONS if getattr(options, name) is not None}
-    if options.stage == "backbone":
-        # exits come with the stage that trains them
-        exits.setdefault("exit_positions", [])
-    model, processor = open_model(
-        options.model,
-        backbone=options.backbone,
-        image_size=options.image_size,
-        model_settings=options.model_settings,
-        label_names=splits.label_names,
-        exits=exits,
-        seed=options.seed,
-    )
+    model, processor = _open(options, splits.label_names)
 
     def images(rows: Any, most: int | None, **training: Any) -> ProcessedImages:
         if most is not None and most < len(rows):
@@ -291,9 +282,40 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     )
     if result.pop("main_process"):
         write_json(Path(options.output) / "training.json", result)
-        print(as_table(result["test"]))
+        print(as_words_of_halting(result["test"], model) if options.stage == "avit" else as_table(result["test"]))
         print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {options.output}")
     return result
+
+
+def _check_stage(options: argparse.Namespace) -> None:
+    """Settings of exits and of tokens that halt do not go together."""
+    if options.stage != "avit":
+        if options.halting is not None:
+            raise ValueError(f"halting: {options.halting} is for --stage avit, this is stage {options.stage}")
+        return
+    for name in (*EXIT_OPTIONS, "strategy"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: {getattr(options, name)!r} is for exits, which an A-ViT has not; leave it out")
+
+
+def _open(options: argparse.Namespace, label_names: list[str]) -> tuple[Any, Any]:
+    """The model that the stage trains, and its image processor."""
+    from .models import open_avit, open_model
+
+    source = {
+        "backbone": options.backbone,
+        "image_size": options.image_size,
+        "model_settings": options.model_settings,
+        "label_names": label_names,
+        "seed": options.seed,
+    }
+    if options.stage == "avit":
+        return open_avit(options.model, halting=options.halting, **source)
+    exits = {name: _one_or_all(getattr(options, name)) for name in EXIT_OPTIONS if getattr(options, name) is not None}
+    if options.stage == "backbone":
+        # exits come with the stage that trains them
+        exits.setdefault("exit_positions", [])
+    return open_model(options.model, exits=exits, **source)
 
 
 def _one_or_all(value: Any) -> Any:
@@ -323,47 +345,41 @@ def as_table(figures: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def as_words_of_halting(figures: dict[str, float], model: Any) -> str:
+    """Figures of `AViTMetrics` on the test rows as a line of text."""
+    return (
+        f"on the test rows: {figures['accuracy']:.1%} right, macro F1 {figures['macro_f1']:.3f}; tokens run "
+        f"{figures['mean_token_depth']:.2f} of {model.config.num_hidden_layers} blocks on average, "
+        f"{figures['macs'] / 1e6:.1f} MMACs an image"
+    )
+
+
 def _dry_run(
     options: argparse.Namespace, arguments: dict[str, Any], model: Any, images: Any, others: dict[str, Any]
 ) -> str:
-    """The resolved configuration, the exits with what they cost, and one batch."""
+    """The resolved configuration, the model with what it costs, and one batch."""
     import yaml
 
-    from .costs import model_macs
     from .data import stack
-    from .evaluation.report import head_names
     from .training.run import arguments_for
 
     arguments["strategy"] = arguments_for(options.stage, options.output or "dry-run", arguments).strategy
     hidden = {*TRAINING_NAMES, "command", "commands", "config", "required", "run", "others", "dry_run", "resume"}
     settings = {name: value for name, value in vars(options).items() if name not in hidden and value is not None}
-    config = model.config
+    if options.stage == "avit":
+        fields, described = HALTING_RESOLVED, _halting_lines(model)
+    else:
+        fields, described = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights"), _exit_lines(model)
     resolved = {
         **settings,
-        "exit_positions": config.exit_positions,
-        "exit_types": config.exit_types,
-        "exit_policy": config.exit_policy,
-        "exit_loss_weights": config.exit_loss_weights,
+        **{name: getattr(model.config, name) for name in fields},
         **{name: value for name, value in arguments.items() if value is not None},
     }
-    costs = model_macs(model)
-    parameters = [sum(p.numel() for p in head.parameters()) for head in model.exits]
-    total = sum(p.numel() for p in model.parameters())
-    backbone = total - sum(parameters)
     lines = [
         yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=110).rstrip(),
         "",
-        f"{type(model).__name__}: {config.num_blocks} blocks, {total / 1e6:.2f} M parameters, "
-        f"{sum(parameters) / total:.1%} of them in {len(parameters)} exits; {config.num_labels} classes",
-        "exit  position  head            parameters  MMACs of the head  MMACs until there",
+        *described,
     ]
-    depths = [*config.exit_positions, config.num_blocks]
-    for index, (depth, head, size) in enumerate(zip(depths, head_names(model), [*parameters, None], strict=True)):
-        lines.append(
-            f"{index:4}  {depth:8}  {head:14}  {'-' if size is None else size:>10}  {costs.heads[index] / 1e6:17.2f}  "
-            f"{costs.of_exit(index) / 1e6:17.1f}"
-        )
-    lines.append(f"without exits: {backbone / 1e6:.2f} M parameters, {costs.backbone / 1e6:.1f} MMACs per image")
     size = arguments["per_device_train_batch_size"]
     batch = stack([images[index] for index in range(min(size, len(images)))])
     pixels = batch["pixel_values"]
@@ -375,3 +391,43 @@ def _dry_run(
         "nothing was written",
     ]
     return "\n".join(lines)
+
+
+def _exit_lines(model: Any) -> list[str]:
+    """Exits with what they cost."""
+    from .costs import model_macs
+    from .evaluation.report import head_names
+
+    config, costs = model.config, model_macs(model)
+    parameters = [sum(p.numel() for p in head.parameters()) for head in model.exits]
+    total = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"{type(model).__name__}: {config.num_blocks} blocks, {total / 1e6:.2f} M parameters, "
+        f"{sum(parameters) / total:.1%} of them in {len(parameters)} exits; {config.num_labels} classes",
+        "exit  position  head            parameters  MMACs of the head  MMACs until there",
+    ]
+    depths = [*config.exit_positions, config.num_blocks]
+    for index, (depth, head, size) in enumerate(zip(depths, head_names(model), [*parameters, None], strict=True)):
+        lines.append(
+            f"{index:4}  {depth:8}  {head:14}  {'-' if size is None else size:>10}  {costs.heads[index] / 1e6:17.2f}  "
+            f"{costs.of_exit(index) / 1e6:17.1f}"
+        )
+    backbone = total - sum(parameters)
+    return [*lines, f"without exits: {backbone / 1e6:.2f} M parameters, {costs.backbone / 1e6:.1f} MMACs per image"]
+
+
+def _halting_lines(model: Any) -> list[str]:
+    """What an image costs as long as no token halts."""
+    import torch
+
+    from .halting import token_macs
+
+    config = model.config
+    num_tokens = model.backbone.embeddings.position_embeddings.shape[1]
+    macs = token_macs(config, torch.full((1, num_tokens), config.num_hidden_layers)).item()
+    total = sum(p.numel() for p in model.parameters())
+    return [
+        f"AViT: {config.num_hidden_layers} blocks, {total / 1e6:.2f} M parameters, none of them for halting; "
+        f"{config.num_labels} classes",
+        f"until tokens halt: {num_tokens} tokens, {macs / 1e6:.1f} MMACs per image",
+    ]

@@ -120,7 +120,8 @@ def test_answers_and_depths_are_the_published_ones(reference, remove):
     assert_close_to_largest(out.ponder_cost, reference.tensors["rho_token"])
     assert torch.equal(out.token_depth, reference.tensors["counter_token"].long())
     assert torch.equal(out.exit_layer, out.token_depth.amax(1))
-    assert out.ponder_loss.item() == pytest.approx(reference.case["ponder_loss"], rel=1e-5)
+    assert out.ponder_cost.mean().item() == pytest.approx(reference.case["ponder_loss"], rel=1e-5)
+    assert out.ponder_loss is None if remove else out.ponder_loss == out.ponder_cost.mean()
 
 
 @torch.no_grad()
@@ -228,7 +229,7 @@ def test_gradient_is_that_of_tokens_that_are_not_there(kind):
     for remove in (True, False):
         model.zero_grad()
         out = model(images, remove_tokens=remove)
-        (out.logits.square().sum() + out.ponder_loss).backward()
+        (out.logits.square().sum() + out.ponder_cost.mean()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
     for name, gradient in gradients[0].items():
@@ -259,6 +260,27 @@ def test_gradient_checkpointing_changes_nothing():
         model(tiny_images(3), labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append(model.backbone.embeddings.cls_token.grad)
     assert torch.equal(*gradients)
+
+
+@every_kind
+@torch.no_grad()
+def test_attention_weights_and_states_of_live_tokens(kind):
+    model, images = tiny_avit(kind, gate_center=0.0), tiny_images(3)
+    expected = model(images, output_hidden_states=True)
+    model.set_attn_implementation("eager")
+    out = model(images, output_hidden_states=True, output_attentions=True)
+    assert_close_to_largest(out.logits, expected.logits)
+    depth, blocks = out.token_depth, len(out.attentions)
+    assert 1 < depth.float().mean() < blocks and len(out.hidden_states) == blocks + 1
+    torch.testing.assert_close(out.hidden_states, expected.hidden_states)
+    for block, weights in enumerate(out.attentions):
+        live = depth > block
+        of_halted = weights * ~live[:, None, None]
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        # where all have halted the class token stands for them
+        assert of_halted[live.any(1)].sum() == 0
+    with pytest.raises(ValueError, match="output_attentions needs every token in every block: remove_tokens=False"):
+        model(images, remove_tokens=True, output_attentions=True)
 
 
 def test_loss_in_the_removed_mode_leaves_the_distribution_out():
@@ -471,7 +493,7 @@ def test_attention_is_ours_and_the_users_choice_is_kept(tmp_path):
     assert model.config._attn_implementation in ("sdpa", "eager")
     model.set_attn_implementation("eager")
     assert model(tiny_images(2)).logits.shape == (2, NUM_LABELS)
-    with pytest.raises(ValueError, match="attn_implementation: 'performer'"):
+    with pytest.raises(ValueError, match='attn_implementation="performer"'):
         model.set_attn_implementation("performer")
     assert native.config._attn_implementation in ("sdpa", "eager")
     model.save_pretrained(tmp_path)

@@ -16,8 +16,8 @@ import lgvit_hf.data
 from lgvit_hf import HighwayTrainingArguments, train_recipe
 from lgvit_hf.cli import build_parser, main
 from lgvit_hf.data import load_images, make_processor
+from lgvit_hf.eevit import translate_eevit
 from lgvit_hf.recipe import as_words, others_as_arguments
-from lgvit_hf.training.eevit import translate_eevit
 from tests.tiny import tiny_model, tiny_native
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -77,6 +77,8 @@ def starts(tmp_path_factory):
 def start_of(file, starts):
     """Options that put a tiny model, or a tiny new backbone, in the place of the recipe's."""
     settings, size = yaml.safe_load(file.read_text()), file.parent.name
+    if settings.get("stage") == "avit":
+        return ["--model", starts / "deit_small" / "plain"]
     if settings.get("backbone") or file.stem.startswith("eevit"):
         tiny = TINY_SWIN if settings.get("backbone") == "swin" else TINY
         return ["--image-size", 16, "--model-settings", json.dumps(tiny)]
@@ -95,6 +97,10 @@ def test_every_recipe_trains(file, starts, photos, tmp_path, capsys):
     result, config = json.loads((out / "training.json").read_text()), json.loads((out / "config.json").read_text())
     assert result["steps"] == 2 and len(config["id2label"]) == 3
     settings = yaml.safe_load(file.read_text())
+    if settings.get("stage") == "avit":
+        assert config["model_type"] == "avit" and result["test"]["mean_token_depth"] <= 12
+        assert config["target_depth"] == settings["halting"]["target_depth"]
+        return
     if file.stem == "backbone":
         assert config["exit_positions"] == []
         return
@@ -338,3 +344,53 @@ def test_three_classes_in_one_command(photos, tmp_path, capsys):
     assert lgvit("evaluate", tmp_path / "highway", "--data", photos, "--timed-batch-sizes", 4) == 0
     labels = json.loads((tmp_path / "highway" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == ["blue", "green", "red"]
+
+
+# -- A-ViT -----------------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_of_ours_becomes_an_avit_whose_run_goes_on(photos, tmp_path, capsys):
+    new = ["--data", photos, "--backbone", "vit", "--image-size", 16, "--model-settings", json.dumps(TINY)]
+    base, whole, cut = tmp_path / "base", tmp_path / "whole", tmp_path / "cut"
+    assert lgvit("train", "--stage", "backbone", *new, *FAST, "--output", base) == 0
+    halting = ["--halting", "{gate_scale: 1, gate_center: 1, target_depth: 4}", "--augment", "pad"]
+    place = ["--stage", "avit", "--model", base, "--data", photos]
+    saves = ["--save-strategy", "steps", "--save-steps", 3, "--disable-tqdm", "true"]
+    train = ["train", *place, *halting, "--batch-size", 4, "--warmup-steps", 0, "--epochs", 1, *saves]
+    assert lgvit(*train, "--output", whole) == 0
+    said = capsys.readouterr().out
+    assert "macro F1" in said and "of 12 blocks on average" in said
+    assert lgvit(*train, "--output", cut) == 0
+    (cut / "model.safetensors").unlink()
+    for folder in sorted(cut.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))[1:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    assert lgvit(*train, "--output", cut, "--resume", "auto") == 0
+    first, second = (json.loads((out / "training.json").read_text()) for out in (whole, cut))
+    assert first["test"]["loss"] == second["test"]["loss"] and first["steps"] == second["steps"] > 3
+    assert lgvit(*train, "--output", cut, "--resume", "auto", "--halting", "{gate: tiny}") == 2
+    assert "gate_scale: 1 then, 10.0 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stage", "avit", "--exit-positions", 3], "exit_positions: [3] is for exits"),
+        (["--stage", "avit", "--strategy", "weighted"], "strategy: 'weighted' is for exits"),
+        (["--stage", "1", "--halting", "{gate: tiny}"], "is for --stage avit, this is stage 1"),
+        (["--stage", "avit", "--halting", "{gait: tiny}"], "halting: 'gait' must be one of gate, gate_scale"),
+        (["--stage", "avit", "--halting", "{gate: huge}"], "gate: 'huge' must be one of"),
+        (["--stage", "avit", "--model-settings", "{hiden_size: 3}"], "did you mean 'hidden_size'?"),
+    ],
+)
+def test_settings_of_exits_and_of_halting_do_not_mix(words, message, photos, tmp_path, capsys):
+    assert lgvit("train", "--data", photos, "--backbone", "vit", *words, *FAST, "--output", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_of_an_avit_says_how_tokens_halt(starts, photos, capsys):
+    file = RECIPES / "configs" / "avit" / "tiny.yaml"
+    assert lgvit("train", "--config", file, *start_of(file, starts), "--data", photos, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "gate_center: 30" in said and "none of them for halting" in said and "nothing was written" in said

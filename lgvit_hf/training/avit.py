@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, PretrainedConfig, Trainer, TrainingArguments
+from transformers import EvalPrediction, PretrainedConfig, TrainingArguments
 
 from ..halting import token_macs
 from ..modeling_avit import AViT
+from .checkpoints import ResumableTrainer
 
 # of the model's output, beside the loss
 LOGGED = ("mean_token_depth", "ponder_loss", "distribution_loss")
 
 
-class AViTTrainer(Trainer):
+class AViTTrainer(ResumableTrainer):
     """Trains an `AViT` by the loss it gives, as the plain `Trainer` does, and says what becomes of the tokens.
 
     Each log holds the means of `mean_token_depth` (blocks), `ponder_loss` and `distribution_loss` over the batches

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from .arguments import HighwayTrainingArguments
+from .publishing import CardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,19 @@ SETTINGS = (
     "max_steps",
     "num_train_epochs",
 )
-MODEL = ("model_type", "exit_positions", "exit_types", "exit_loss_weights")
+# of the model's config, where it has them
+MODEL = (
+    "model_type",
+    "exit_positions",
+    "exit_types",
+    "exit_loss_weights",
+    "gate_scale",
+    "gate_center",
+    "eps",
+    "ponder_weight",
+    "distribution_weight",
+    "target_depth",
+)
 # these learning rates do not depend on how long the run will be: it may be made longer
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
@@ -177,7 +189,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(CardTrainer):
     """A `Trainer` whose checkpoints are complete or skipped, and which Ctrl-C stops behind a checkpoint.
 
     A run that goes on from one gives the losses and weights of a run that was never stopped. Augmentation must follow
@@ -189,6 +201,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._saving = Saving()
         self.add_callback(self._saving)
+        self.add_callback(_TellEpoch(self.train_dataset))
         self._loss_since_log = torch.zeros(())
         self._carried_loss = None
 
@@ -230,9 +243,11 @@ class ResumableTrainer(Trainer):
         """The settings that a resumed run must share, as they are read back from JSON."""
         rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         run = {"trainer": type(self).__name__, "rows": rows}
-        ours = [field.name for field in fields(HighwayTrainingArguments) if field not in fields(TrainingArguments)]
+        upstreams = {field.name for field in fields(TrainingArguments)}
+        ours = [field.name for field in fields(self.args) if field.name not in upstreams]
         run |= {name: getattr(self.args, name) for name in (*SETTINGS, *ours)}
-        run |= {name: getattr(self.model.config, name) for name in MODEL}
+        config = self.model.config.to_dict()
+        run |= {name: config[name] for name in MODEL if name in config}
         return json.loads(json.dumps(run))
 
     def _save_checkpoint(self, model, trial):
@@ -342,6 +357,18 @@ class Saving(TrainerCallback):
             asked = torch.tensor(float(self.asked_to_leave), device=args.device)
             return reduce(asked, "sum").item() > 0
         return self.asked_to_leave
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a dataset that augments its images which epoch it is, also where a run goes on."""
+
+    def __init__(self, dataset: Any):
+        self.set_epoch = getattr(dataset, "set_epoch", None)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self.set_epoch is not None:
+            # whole epochs are sums of fractions
+            self.set_epoch(int(state.epoch + 1e-6))
 
 
 def _checkpoints(output: str | Path) -> list[Path]:

@@ -16,9 +16,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..files import add_files
 from .arguments import HighwayTrainingArguments
+from .avit import AViTTrainer
 from .trainer import DistillationTrainer, HighwayTrainer
 
-STAGES = ("backbone", "1", "2")
+STAGES = {"backbone": HighwayTrainer, "1": HighwayTrainer, "2": DistillationTrainer, "avit": AViTTrainer}
 
 
 def train(
@@ -34,16 +35,16 @@ def train(
     resume: bool | str | Path = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train a highway for one stage and save model and image processor to `output`.
+    """Train a model for one stage and save model and image processor to `output`.
 
     Args:
-        model (`PreTrainedModel`): A highway; trained in place.
+        model (`PreTrainedModel`): A highway, or an `AViT` for the stage of that name; trained in place.
         processor (`BaseImageProcessor`): Saved beside the model.
         train_dataset (`Dataset`): Items `pixel_values` and `labels`.
         output (`str` or `Path`): Folder for the model, and for the checkpoints of the run.
         stage (`str`):
-            `"backbone"` (no exits), `"1"` (backbone and exits, `alternating_weighted` unless `strategy` is given) or
-            `"2"` (exits only, distilled from the frozen backbone).
+            `"backbone"` (no exits), `"1"` (backbone and exits, `alternating_weighted` unless `strategy` is given),
+            `"2"` (exits only, distilled from the frozen backbone) or `"avit"` (tokens that halt).
         eval_dataset (`Dataset`, *optional*): For `eval_strategy` and early stopping.
         test_dataset (`Dataset`, *optional*): Evaluated at the end, under `test` of what is returned.
         early_stopping_patience (`int`, *optional*):
@@ -65,8 +66,7 @@ def train(
     args = arguments_for(stage, output, arguments)
     if not resume and any(Path(output).glob("checkpoint-*")):
         raise ValueError(f"{output} holds checkpoints of another run: resume it, or choose another output")
-    trainer_class = DistillationTrainer if stage == "2" else HighwayTrainer
-    trainer = trainer_class(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    trainer = STAGES[stage](model, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     for plain in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(plain)
     progress = ProgressLines()
@@ -129,9 +129,16 @@ class ProgressLines(ProgressCallback):
             self.training_bar.close()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        """One line: what every exit, and the policy, gets right."""
+        """One line: what every exit, and the policy, gets right; how deep the tokens of an A-ViT go."""
         super().on_evaluate(args, state, control, **kwargs)
-        if self.training_bar is not None and metrics and "eval_accuracy" in metrics:
+        if self.training_bar is None or not metrics or "eval_accuracy" not in metrics:
+            return
+        if "eval_mean_token_depth" in metrics:
+            self.training_bar.write(
+                f"epoch {state.epoch:g}: {100 * metrics['eval_accuracy']:.1f} % right in validation, tokens run "
+                f"{metrics['eval_mean_token_depth']:.2f} blocks"
+            )
+        else:
             exits = [value for name, value in metrics.items() if re.fullmatch(r"eval_exit_\d+_accuracy", name)]
             self.training_bar.write(
                 f"epoch {state.epoch:g}: % right in validation, by exit: {' '.join(f'{100 * x:.1f}' for x in exits)}; "
@@ -152,7 +159,7 @@ def _save(model: PreTrainedModel, processor: BaseImageProcessor, output: Path) -
             model.save_pretrained(weights)
             with add_files(output) as others:
                 processor.save_pretrained(others)
-                for file in weights.glob("*.json"):
+                for file in [*weights.glob("*.json"), *weights.glob("*.py")]:
                     os.replace(file, others / file.name)
                 if any(_content(output / file.name) != _content(file) for file in others.iterdir()):
                     for file in output.glob("*.safetensors"):

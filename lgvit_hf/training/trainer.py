@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine import replay
 from ..losses import task_loss
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
 from .checkpoints import ResumableTrainer
+from .images import with_pixels
 from .metrics import ExitMetrics, row_answers
 from .strategies import only_depth, stage_one_loss, stage_two_loss
 
@@ -25,7 +26,9 @@ class HighwayTrainer(ResumableTrainer):
     Args:
         model (`PreTrainedModel`): A highway.
         args (`HighwayTrainingArguments`): See there for the strategies.
-        kwargs: As of `transformers.Trainer`.
+        kwargs:
+            As of `transformers.Trainer`. Datasets may be as `datasets` loads images, with columns `image` and `label`:
+            they go through `processing_class`, or the image processor that stands beside the model's checkpoint.
 
     Example:
 
@@ -71,8 +74,7 @@ class HighwayTrainer(ResumableTrainer):
                 module.requires_grad_(True)
         elif not any(parameter.requires_grad for parameter in model.base_model.parameters()):
             logger.warning("the backbone is frozen, only exits are trained; model.requires_grad_(True) thaws it")
-        super().__init__(model, args, **kwargs)
-        self.add_callback(_TellEpoch(self.train_dataset))
+        super().__init__(model, args, **with_pixels(model, kwargs))
         self._counting = False
         if self.compute_metrics is None and _names_one_class(model.config):
             depth = only_depth(args, model.config)
@@ -140,18 +142,6 @@ class DistillationTrainer(HighwayTrainer):
 
     def _training_loss(self, model, config, pixel_values, labels, **inputs):
         return stage_two_loss(model, config, pixel_values, labels, self.args, **inputs)
-
-
-class _TellEpoch(TrainerCallback):
-    """Tells a dataset that augments its images which epoch it is, also where a run goes on."""
-
-    def __init__(self, dataset: Any):
-        self.set_epoch = getattr(dataset, "set_epoch", None)
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        if self.set_epoch is not None:
-            # whole epochs are sums of fractions
-            self.set_epoch(int(state.epoch + 1e-6))
 
 
 def _names_one_class(config: PretrainedConfig) -> bool:
