@@ -230,6 +230,29 @@ class LinearHead(ExitHead):
         return [pooled], pooled
 
 
+@register_head("average")
+class AverageHead(ExitHead):
+    """How convolutional networks end: the mean over all places, layer norm, classifier; no feature map.
+
+    Each prefix token that is read is added to the mean of the patches; features `[B, D]`, of two such tokens
+    `[B, 2, D]`. With `pool="mean"` all tokens count alike. On the maps of early layers far faster than `linear`, which
+    normalises every place.
+    """
+
+    def __init__(self, shape: HeadShape):
+        super().__init__(shape)
+        self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+
+    def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
+        prefixes = self.prefixes(tokens)
+        if prefixes:
+            vectors = [self.norm(tokens.patches.mean(1) + prefix) for prefix in prefixes]
+            return vectors, vectors[0] if len(vectors) == 1 else torch.stack(vectors, dim=1)
+        everything = torch.cat([tokens.prefix, tokens.patches], dim=1) if tokens.prefix.shape[1] else tokens.patches
+        pooled = self.norm(everything.mean(1))
+        return [pooled], pooled
+
+
 @register_head("vit")
 class ViTHead(LinearHead):
     """One more transformer block on all tokens, then the `linear` head (ViT-EE)."""
@@ -289,6 +312,11 @@ class SelfAttention(nn.Module):
         return _attend(self.query(patches), self.key(patches), self.value(patches), self.num_heads)
 
 
+def num_sparse_heads(width: int) -> int:
+    """Attention heads of `attention_r{n}`: 8, or the largest smaller number that divides the width."""
+    return max(n for n in range(1, 9) if width % n == 0)
+
+
 @register_head("attention")
 class SubsampledAttention(nn.Module):
     """Global aggregation (LGViT): self-attention on every `ratio`-th patch of every `ratio`-th row.
@@ -302,7 +330,7 @@ class SubsampledAttention(nn.Module):
     def __init__(self, shape: HeadShape, ratio: int):
         super().__init__()
         self.ratio = ratio
-        self.num_heads = max(n for n in range(1, 9) if shape.width % n == 0)
+        self.num_heads = num_sparse_heads(shape.width)
         self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
         self.proj = nn.Linear(shape.width, shape.width)
 

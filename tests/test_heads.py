@@ -231,6 +231,22 @@ class TestLinear(HeadTesterMixin):
         return mean_of_classifiers(head, [normed[:, 0], normed[:, 1]]), normed
 
 
+class TestAverage(HeadTesterMixin):
+    name, kind = "average", None
+    num_parameters = 2 * 768 + (768 * 100 + 100)
+
+    def formula(self, head, tokens):
+        num_prefix = tokens.prefix.shape[1]
+        if head.pool == "mean" or num_prefix == 0:
+            total = tokens.prefix.sum(1) + tokens.patches.sum(1)
+            pooled = layer_norm(total / (num_prefix + tokens.patches.shape[1]), head.norm)
+            return mean_of_classifiers(head, [pooled]), pooled
+        average = tokens.patches.sum(1) / tokens.patches.shape[1]
+        vectors = [layer_norm(average + tokens.prefix[:, index], head.norm) for index in range(num_prefix)]
+        features = vectors[0] if num_prefix == 1 else torch.stack(vectors, dim=1)
+        return mean_of_classifiers(head, vectors), features
+
+
 class TestViT(TestLinear):
     name, num_parameters, kind = "vit", 7_755_364, None
 

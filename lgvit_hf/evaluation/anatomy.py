@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,15 +82,16 @@ def _medians_ms(walks: dict[int, Sequence[PartTimes]], part: Callable[[PartTimes
 
 
 def _parameters_called(model: Highway, run: Callable[[], Any]) -> tuple[Any, int]:
-    """What a run gives, and how many parameters the modules have that it calls."""
+    """What a run gives, and how many parameters the modules have that it calls, or its operations are given."""
     called = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
     try:
-        result = run()
+        with _Parameters() as given:
+            result = run()
     finally:
         for hook in hooks:
             hook.remove()
-    own = {parameter for module in called for parameter in module.parameters(recurse=False)}
+    own = {parameter for module in called for parameter in module.parameters(recurse=False)} | given.found
     return result, sum(parameter.numel() for parameter in own)
 
 
@@ -113,6 +114,18 @@ def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[st
         "heads": heads,
         "total": model.num_parameters(),
     }
+
+
+class _Parameters(TorchDispatchMode):
+    """Follows which parameters operations are given; a traced module runs without calling any module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[nn.Parameter] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.update(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
+        return func(*args, **(kwargs or {}))
 
 
 class _LiveTensors(TorchDispatchMode):

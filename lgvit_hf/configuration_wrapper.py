@@ -1,0 +1,115 @@
+"""HighwayWrapperConfig: where a module of any kind is cut, and what stands there. Everything is checked when built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .configuration import HighwayConfig, _own_settings
+
+# an exit whose head is a module of the user's own
+OWN = "own"
+
+
+class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
+    """Exits behind named submodules of any module; see `HighwayConfig` for the exit settings.
+
+    A block is a stretch between two cuts: exit number `i` stands behind block `i + 1`, the module's own answer behind
+    the last.
+
+    Args:
+        after (`list[str]`): Names of the submodules that are cut behind, in the order in which they run.
+        exit_types (`list[str]` or `str`, *optional*, defaults to `"average"`):
+            Head of each exit, or one for all; `"own"` is a module that is given with the model.
+        exit_shapes (`list[list[int]]`): What each exit reads, without the batch.
+        image_size (`int` or `list[int]`, *optional*, defaults to 224): Height and width of the images.
+        num_channels (`int`, *optional*, defaults to 3): Of the images.
+        module_class (`str`, *optional*): What was wrapped, for messages.
+        module_config (`dict`, *optional*): The config of a transformers model, from which it is built when loaded.
+        kwargs: Other exit settings, and fields of `PretrainedConfig` such as `id2label`.
+
+    Raises:
+        ValueError: Naming the field, its value and what it may be.
+
+    Example:
+
+        >>> config = HighwayWrapperConfig(after=["layer1", "layer2"], exit_shapes=[[8, 4, 4], [16, 2, 2]])
+        >>> config.exits, config.num_blocks
+        ((Exit(after=1, head='average'), Exit(after=2, head='average')), 3)
+    """
+
+    model_type = "wrapped_highway"
+    pools = ("mean",)
+    other_types = (OWN,)
+    takes_performer = False
+
+    def __init__(
+        self,
+        after=(),
+        exit_types="average",
+        exit_shapes=(),
+        image_size=224,
+        num_channels=3,
+        module_class=None,
+        module_config=None,
+        exit_positions=None,
+        exit_policy=None,
+        exit_loss_weights="depth",
+        pool=None,
+        truncated=False,
+        **kwargs,
+    ):
+        super().__init__(**_own_settings(kwargs))
+        self.after = after
+        self.exit_shapes = exit_shapes
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.module_class = module_class
+        self.module_config = module_config
+        self.validate_cuts()
+        positions = list(range(1, self.num_blocks))
+        if exit_positions is not None and list(exit_positions) != positions:
+            raise ValueError(
+                f"exit_positions: {exit_positions!r} must be {positions}: every cut has its exit; `after` says where"
+            )
+        self._set_exits(positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+
+    @property
+    def num_blocks(self) -> int:
+        """Stretches between cuts."""
+        return len(self.after) + 1
+
+    def validate_cuts(self) -> None:
+        """Check the places of the cuts; lists are copied and made plain.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        if not _is_list(self.after) or not all(isinstance(name, str) and name for name in self.after):
+            raise ValueError(
+                f"after: {self.after!r} must be a list of names of submodules, such as ['layer1', 'layer2']"
+            )
+        if not _is_list(self.exit_shapes) or len(self.exit_shapes) != len(self.after):
+            raise ValueError(f"exit_shapes: {self.exit_shapes!r} must be a list of {len(self.after)}, one per exit")
+        for shape in self.exit_shapes:
+            if not _is_list(shape) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise ValueError(f"exit_shapes: {shape!r} must be a list of sizes, without the batch")
+        self.after = list(self.after)
+        self.exit_shapes = [list(shape) for shape in self.exit_shapes]
+
+    def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
+        """Not known: the last block of a wrapped module ends in its logits.
+
+        Raises:
+            ValueError: Always; features are compared by one strategy alone.
+        """
+        raise ValueError(
+            "strategy: 'distillation_lgvit' compares the maps of exits with the backbone's last patches, which a "
+            "wrapped module does not show; use strategy='distillation'"
+        )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
