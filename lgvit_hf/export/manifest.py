@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import leads_out, write_json
 
 LAYOUTS = ("single", "segments", "all_exits")
 PRECISIONS = ("float32", "float16", "int8")
@@ -62,7 +62,7 @@ class Manifest:
         file = folder / MANIFEST
         if not file.is_file():
             raise OSError(f"{folder}: no {MANIFEST} there, not an exported highway")
-        _check_inside(file)
+        _check_link(file)
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             manifest = cls(**{name: value for name, value in settings.items() if name != "what"})
@@ -72,7 +72,7 @@ class Manifest:
         for name, digest in manifest.files.items():
             if not (folder / name).is_file():
                 raise ValueError(f"{folder / name} is missing; export it again")
-            _check_inside(folder / name)
+            _check_link(folder / name)
             if file_digest(folder / name) != digest:
                 raise ValueError(f"{folder / name} is not the file that was exported; export it again")
         return manifest
@@ -125,10 +125,6 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _check_inside(file: Path) -> None:
-    """Raise `ValueError` where a file of a folder is a link that leads out of it."""
-    folder, target = file.parent.resolve(), file.resolve()
-    # the Hub's cache: snapshots/<commit>/<file> is a link to a file in blobs
-    allowed = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
-    if not any(target.is_relative_to(place) for place in allowed):
+def _check_link(file: Path) -> None:
+    if leads_out(file):
         raise ValueError(f"{file} is a link out of its folder, which is not followed")

@@ -44,10 +44,10 @@ def verify(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
     exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
     exact = exported.manifest.precision == "float32"
     scale = max(1.0, exit_logits.abs().max().item())
-    for settings in _policies_to_try(model, exported.manifest.exits, exit_logits):
+    for settings in policies_to_try(model, exported.manifest.exits, exit_logits):
         policy = build_policy(settings, len(model.config.exit_positions))
         exported.set_exit_policy(settings)
-        undecided = _undecided(policy, exit_logits, exported.depths, len(model.config.exit_positions))
+        undecided = undecided_rows(policy, exit_logits, exported.depths, len(model.config.exit_positions))
         for size in BATCH_SIZES:
             expected = run_early(segments, State({"pixel_values": images[:size]}), policy)
             found = exported(images[:size])
@@ -107,7 +107,7 @@ def compare(
     return found
 
 
-def _policies_to_try(
+def policies_to_try(
     model: PreTrainedModel, exits: list[int], exit_logits: Tensor
 ) -> Iterator[dict[str, Any] | ExitPolicy]:
     """Numbers by which all rows leave at one exit, or different rows at different ones; and the policy as it is."""
@@ -141,7 +141,7 @@ def _with_other_numbers(
         yield {**held, **entropies, "threshold": mixed}
 
 
-def _undecided(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
+def undecided_rows(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
     """Which rows leave elsewhere when every threshold moves by as much as rounding may, `[B]` bool."""
     held = policy.to_dict() if policy.name in EXPORTABLE else {}
 

@@ -1,0 +1,1 @@
+"""Room: highways that answer for others, in batch engines and as services."""

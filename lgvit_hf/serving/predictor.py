@@ -1,0 +1,282 @@
+"""`Predictor`: numpy arrays in, numpy arrays out, from a checkpoint or an exported folder; for any batch engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoImageProcessor, BaseImageProcessor
+
+from ..costs import Highway
+from ..data import ProcessedImages
+from ..export.runtime import ORTHighway, is_exported
+from ..models import load_highway
+from ..policies import number_at
+
+ANSWERS = ("logits", "label", "exit_index", "exit_layer", "exit_score")
+
+
+class Predictor:
+    """Answers batches of images, wherever it is called: in a script, a service, Ray Data's or Spark's workers.
+
+    It holds its arguments alone and can be pickled; the model is opened at the first batch, once in each process.
+    Batches larger than `max_batch_size` are run in parts. A row's answer does not depend on the rows beside it.
+
+    A batch is a dict of numpy arrays with one of these two:
+
+    - `pixel_values` `[B, C, H, W]`: what the checkpoint's image processor gives, of any floating dtype, every value
+      finite. Whole numbers are refused: raw bytes from 0 to 255 are no `pixel_values`.
+    - `image`: raw images, which the checkpoint's image processor resizes, rescales and normalises: `[B, H, W, 3]`
+      uint8 from 0 to 255 (or `[B, H, W]`, grey), or an object array of such images in different sizes, or of what
+      image files hold (`bytes`).
+
+    Other columns are handed back as they are, beside
+
+    - `logits` `[B, num_labels]` float32,
+    - `label` `[B]` int64, the class with the largest,
+    - `exit_index` `[B]` int64, which exit answered, from 0, the final classifier last,
+    - `exit_layer` `[B]` int64, blocks run before the answer, from 1,
+    - `exit_score` `[B]` float32, the exit policy's score where the row left.
+
+    Args:
+        path (`str` or `Path`): Folder or Hub id of a highway, or a folder that `lgvit export` wrote.
+        policy (`dict` or `str`, *optional*): Exit policy instead of the saved one.
+        max_batch_size (`int`, *optional*, defaults to 64): Rows that run at once.
+
+    Raises:
+        ValueError:
+            `max_batch_size` is below 1. At the first batch: this is no highway, or none that chooses one label; a
+            policy that it cannot have. At any batch: columns that are missing, or not as said above.
+        OSError: At the first batch: there is no saved model.
+
+    Example:
+
+        >>> import tempfile
+        >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+        >>> small = dict(image_size=16, patch_size=8, hidden_size=24, intermediate_size=24, num_attention_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ViTHighway(ViTHighwayConfig(**small, num_labels=5)).save_pretrained(folder)
+        ...     predictor = Predictor(folder, policy="never")
+        ...     answers = predictor({"pixel_values": np.zeros((3, 3, 16, 16)), "name": np.array(["a", "b", "c"])})
+        >>> answers["logits"].shape, answers["exit_layer"].tolist(), answers["name"].tolist()
+        ((3, 5), [12, 12, 12], ['a', 'b', 'c'])
+    """
+
+    def __init__(
+        self, path: str | Path, policy: dict[str, Any] | str | None = None, *, max_batch_size: int = 64
+    ) -> None:
+        if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size!r} must be an integer of at least 1")
+        self.path, self.policy, self.max_batch_size = path, policy, max_batch_size
+        self._opened: _Opened | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": None}
+
+    def __repr__(self) -> str:
+        return f"Predictor({str(self.path)!r}, {self.policy!r}, max_batch_size={self.max_batch_size})"
+
+    @property
+    def model(self) -> Highway:
+        """The highway, opened on first use."""
+        return self._here().model
+
+    @property
+    def processor(self) -> BaseImageProcessor:
+        """The checkpoint's image processor, opened on first use."""
+        return self._here().images.processor
+
+    @property
+    def label_names(self) -> list[str]:
+        """What the numbers in `label` stand for."""
+        config = self.model.config
+        return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Answer a batch, as the class says; an empty one gets empty arrays."""
+        given = [name for name in ("pixel_values", "image") if name in batch]
+        if len(given) != 1:
+            raise ValueError(
+                f"a batch must have one column 'pixel_values' or one column 'image'; it has {sorted(batch) or 'none'}"
+            )
+        taken = sorted(set(ANSWERS) & set(batch))
+        if taken:
+            raise ValueError(f"{taken[0]!r} is a column of the answers; give that of the batch another name")
+        rows = batch[given[0]]
+        if given[0] == "pixel_values":
+            pixels = _checked_pixels(rows)
+            chunks = (pixels[part] for part in self._parts(len(pixels)))
+        else:
+            paths = [row for row in rows if isinstance(row, (str, Path))]
+            if paths:
+                raise ValueError(f"image: {str(paths[0])!r} is a path; Predictor.images takes those")
+            chunks = self._processed(rows)
+        kept = {name: column for name, column in batch.items() if name != given[0]}
+        return {**kept, **self._answers(chunks)}
+
+    def images(self, sources: Sequence[str | Path | bytes | Image.Image | np.ndarray]) -> dict[str, np.ndarray]:
+        """Answer images that the checkpoint's image processor still has to prepare.
+
+        Args:
+            sources (`Sequence`): Of whatever [`read_image`] reads.
+
+        Raises:
+            ValueError: One of them is no readable image, by its path or number.
+        """
+        return self._answers(self._processed(sources))
+
+    def pixel_values(self, source: str | Path | bytes | Image.Image | np.ndarray) -> np.ndarray:
+        """One image as the model takes it, `[C, H, W]` float32.
+
+        Raises:
+            OSError: The checkpoint has no image processor.
+            ValueError: The image cannot be read.
+        """
+        return self._here().images.pixels(read_image(source)).numpy()
+
+    def probabilities(self, answers: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Probability of each class, `[B, num_labels]` float32: the softmax, with the policy's temperature if any.
+
+        Args:
+            answers (`Mapping`): As they were given.
+        """
+        temperature = getattr(self.model.exit_policy, "temperature", 1.0)
+        divisors = [number_at(temperature, index, 1.0) for index in answers["exit_index"].tolist()]
+        logits = torch.from_numpy(answers["logits"]) / torch.tensor(divisors, dtype=torch.float32)[:, None]
+        return torch.softmax(logits, dim=-1).numpy()
+
+    def _here(self) -> _Opened:
+        """The opened model; a forked process opens its own, for threads and sessions do not survive a fork."""
+        if self._opened is None or self._opened.process != os.getpid():
+            self._opened = _Opened.of(self.path, self.policy)
+        return self._opened
+
+    def _parts(self, num_rows: int) -> list[slice]:
+        return [slice(start, start + self.max_batch_size) for start in range(0, num_rows, self.max_batch_size)]
+
+    def _processed(self, sources: Sequence[Any]) -> Iterator[np.ndarray]:
+        for part in self._parts(len(sources)):
+            pixels = []
+            for row, source in enumerate(sources[part], start=part.start):
+                try:
+                    pixels.append(self.pixel_values(source))
+                except ValueError as error:
+                    raise ValueError(f"image {row}: {error}") from error
+            yield np.stack(pixels)
+
+    @torch.inference_mode()
+    def _answers(self, chunks: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
+        model, parts = self.model, []
+        for pixels in chunks:
+            # a copy, for others' arrays may be read-only
+            found = model(pixel_values=torch.tensor(pixels, device=model.device, dtype=model.dtype))
+            logits = found.logits.float().cpu().numpy()
+            numbers = [getattr(found, name).cpu().numpy() for name in ("exit_index", "exit_layer", "exit_score")]
+            parts.append((logits, logits.argmax(-1), *numbers))
+        if not parts:
+            counts = np.zeros(0, dtype=np.int64)
+            empty = np.zeros((0, model.config.num_labels), dtype=np.float32)
+            parts.append((empty, counts, counts, counts, np.zeros(0, dtype=np.float32)))
+        return dict(zip(ANSWERS, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a process has opened."""
+
+    path: str
+    model: Highway
+    process: int
+
+    @classmethod
+    def of(cls, path: str | Path, policy: dict[str, Any] | str | None) -> _Opened:
+        path = str(path)
+        if is_exported(path):
+            model: Highway = ORTHighway.from_pretrained(path)
+        else:
+            model = load_highway(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        kind = model.config.problem_type
+        if model.config.num_labels < 2 or kind not in (None, "single_label_classification"):
+            raise ValueError(
+                f"{path}: {model.config.num_labels} label(s), problem_type {kind!r}: it does not choose one label of "
+                "several; call the model itself"
+            )
+        if policy is not None:
+            model.set_exit_policy(policy)
+        return cls(path, model, os.getpid())
+
+    @cached_property
+    def images(self) -> ProcessedImages:
+        return ProcessedImages([], AutoImageProcessor.from_pretrained(self.path))
+
+
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+    """A whole image in RGB, upright, as images of datasets are.
+
+    Args:
+        source (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`):
+            A file, what a file holds, an open image, or `[H, W, 3]`, `[H, W, 1]` or `[H, W]` uint8.
+
+    Raises:
+        ValueError: It is no image, or damaged.
+
+    Example:
+
+        >>> read_image(np.zeros((4, 6), dtype=np.uint8)).size
+        (6, 4)
+        >>> read_image(b"GIF89a")
+        Traceback (most recent call last):
+        ...
+        ValueError: no readable image: not an image, or of an unknown format
+    """
+    if isinstance(source, np.ndarray):
+        good = source.dtype == np.uint8 and source.ndim in (2, 3) and source.size
+        if not good or source.shape[2:] not in ((), (1,), (3,)):
+            raise ValueError(
+                f"an image of shape {source.shape} and dtype {source.dtype} must be [H, W, 3] or [H, W] uint8, values "
+                "from 0 to 255"
+            )
+        grey = source.shape[2:] == (1,)
+        return Image.fromarray(np.ascontiguousarray(source[..., 0] if grey else source)).convert("RGB")
+    where = f"{source} is " if isinstance(source, (str, Path)) else ""
+    try:
+        if isinstance(source, Image.Image):
+            return _upright(source)
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return _upright(opened)
+    except UnidentifiedImageError:
+        raise ValueError(f"{where}no readable image: not an image, or of an unknown format") from None
+    # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... for what it cannot read
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{where}no readable image: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _checked_pixels(pixels: Any) -> np.ndarray:
+    """`pixel_values` as float32; what only the model can say of them, it says itself."""
+    if not isinstance(pixels, np.ndarray) or pixels.dtype.kind != "f":
+        kind = pixels.dtype if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise ValueError(
+            f"pixel_values: {kind} must be a numpy array of floats, from the image processor; raw images, uint8 from "
+            "0 to 255, go into the column 'image'"
+        )
+    if pixels.ndim != 4:
+        raise ValueError(f"pixel_values: shape {pixels.shape} must be (batch, channels, height, width)")
+    with np.errstate(over="ignore"):
+        pixels = np.asarray(pixels, dtype=np.float32)
+    finite = np.isfinite(pixels).all(axis=(1, 2, 3))
+    if not finite.all():
+        raise ValueError(f"pixel_values: row {int(finite.argmin())} has values that are NaN or infinite")
+    return pixels

@@ -1,0 +1,290 @@
+"""The HTTP service of a part or of a whole highway: /predict, /continue, /health and /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from .batching import Batcher, Busy
+from .device.info import SCHEMA
+from .device.loop import Arrays, probabilities
+from .device.message import CONTENT_TYPE, MessageError, pack, unpack
+from .device.pixels import read_image
+from .device.remote import TIMEOUT_HEADER, RemoteHighway
+
+PATHS = ("/predict", "/continue", "/health", "/metrics")
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+BODY_TIMEOUT = 30.0
+
+
+class Refused(Exception):
+    """A request that is not answered; says why."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+def make_app(
+    highway: RemoteHighway,
+    *,
+    max_batch_size: int = 32,
+    max_wait: float = 0.002,
+    max_body: int = 32 * 1024 * 1024,
+    max_request_rows: int = 256,
+) -> FastAPI:
+    """The service around a highway.
+
+    `POST /predict` takes, of a first part or a whole highway, an image file, JSON with base64 `image` or `images`, or
+    a safetensors message with `pixel_values`; the answer is JSON, or a message where the request accepts one. `POST
+    /continue` takes and gives the messages of parts behind the first. A bad request gets a status of 400 to 499 and a
+    reason.
+
+    Args:
+        highway (`RemoteHighway`): What answers.
+        max_batch_size (`int`, *optional*, defaults to 32), max_wait (`float`, *optional*, defaults to 0.002):
+            Of the batches that requests share, rows and seconds.
+        max_body (`int`, *optional*, defaults to 32 MiB): Bytes of a request.
+        max_request_rows (`int`, *optional*, defaults to 256): Rows of a request.
+    """
+    metrics = Metrics()
+    batcher = Batcher(highway, max_rows=max_batch_size, max_wait=max_wait)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(batcher.close)
+
+    app = FastAPI(title="lgvit serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    info = highway.info
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, refused: Refused) -> JSONResponse:
+        headers = {"retry-after": "1"} if refused.status == 503 else {}
+        return JSONResponse({"error": refused.reason}, refused.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def refuse_address(request: Request, error: HTTPException) -> JSONResponse:
+        reason = f"{error.detail}: {request.method} {request.url.path[:100]}; there is {', '.join(PATHS)}"
+        return JSONResponse({"error": reason}, error.status_code)
+
+    @app.middleware("http")
+    async def count(request: Request, call_next: Any) -> Response:
+        start = time.perf_counter()
+        response = await call_next(request)
+        metrics.request(request.url.path, response.status_code, time.perf_counter() - start)
+        return response
+
+    @app.post("/predict")
+    async def predict(request: Request) -> Response:
+        if info.index > 0:
+            raise Refused(400, f"this is part {info.index}, which takes states at /continue; images go to part 0")
+        body = await _body(request, max_body)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        inputs = await asyncio.to_thread(_inputs, highway, body, kind, max_request_rows)
+        answers = await _answers(batcher, inputs, _timeout(request), metrics)
+        if CONTENT_TYPE in request.headers.get("accept", ""):
+            return _message(highway, answers)
+        return JSONResponse({"answers": _as_json(highway, answers)})
+
+    @app.post("/continue")
+    async def go_on(request: Request) -> Response:
+        if info.index == 0:
+            raise Refused(400, "this is the first part: images go to /predict")
+        body = await _body(request, max_body)
+        inputs = await asyncio.to_thread(_checked, body, info.takes, info.words, max_request_rows)
+        return _message(highway, await _answers(batcher, inputs, _timeout(request), metrics))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {
+            "status": "ok",
+            "schema": SCHEMA,
+            "model": info.model,
+            "part": info.index,
+            "parts": info.parts,
+            "format": info.format,
+            "takes": info.takes,
+            "labels": info.labels,
+            "policy": info.policy,
+            "next": None if highway.hop is None else highway.hop.url,
+        }
+
+    @app.get("/metrics")
+    async def show_metrics() -> PlainTextResponse:
+        return PlainTextResponse(metrics.text({**highway.counts, "batches": batcher.batches}))
+
+    return app
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body of a request, if it is no longer than it may be."""
+    try:
+        body, size = await asyncio.wait_for(_received(request, limit), BODY_TIMEOUT)
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the body did not arrive within {BODY_TIMEOUT:g} s") from None
+    except ClientDisconnect:
+        raise Refused(400, "the body was not sent to its end") from None
+    if size > limit:
+        raise Refused(413, f"the body has more than {limit} bytes")
+    if not size:
+        raise Refused(400, "the body is empty")
+    return body
+
+
+async def _received(request: Request, limit: int) -> tuple[bytes, int]:
+    size, chunks = 0, []
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            chunks.append(chunk)
+        else:
+            # read on without keeping anything, so that who is still sending can read the answer; but not forever
+            chunks.clear()
+            if size > 4 * limit:
+                break
+    return b"".join(chunks), size
+
+
+def _timeout(request: Request) -> float | None:
+    """Seconds that the sender leaves us for the next part."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 3600:
+        raise Refused(400, f"{TIMEOUT_HEADER}: {given[:40]!r} is no number of seconds")
+    return seconds
+
+
+def _inputs(highway: RemoteHighway, body: bytes, kind: str, max_rows: int) -> Arrays:
+    """Pixels, from whatever a request to `/predict` holds."""
+    if kind == CONTENT_TYPE:
+        return _checked(body, highway.info.takes, {}, max_rows)
+    images = _decoded(body, max_rows) if kind == "application/json" else [body]
+    pixels = []
+    for number, image in enumerate(images):
+        try:
+            pixels.append(highway.part.pixels(read_image(image)))
+        # also where a checkpoint has no image processor
+        except (ValueError, OSError) as error:
+            raise Refused(400, f"image {number}: {error}") from error
+    return {"pixel_values": np.stack(pixels)}
+
+
+def _decoded(body: bytes, max_rows: int) -> list[bytes]:
+    """The files in a JSON body."""
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON") from None
+    given = said.get("images", [said.get("image")]) if isinstance(said, dict) else None
+    if not isinstance(given, list) or not given or not all(isinstance(image, str) for image in given):
+        raise Refused(400, 'the body must be {"image": BASE64} or {"images": [BASE64, ...]}')
+    if len(given) > max_rows:
+        raise Refused(413, f"{len(given)} images, but at most {max_rows} are taken at once")
+    try:
+        return [base64.b64decode(image, validate=True) for image in given]
+    except (binascii.Error, ValueError) as error:
+        raise Refused(400, f"not base64: {error}") from error
+
+
+def _checked(body: bytes, takes: dict[str, Any], words: dict[str, str], max_rows: int) -> Arrays:
+    try:
+        return unpack(body, takes, words, max_rows=max_rows)
+    except MessageError as error:
+        raise Refused(400, str(error)) from error
+
+
+async def _answers(batcher: Batcher, inputs: Arrays, timeout: float | None, metrics: Metrics) -> Arrays:
+    try:
+        answers = await asyncio.wrap_future(batcher.submit(inputs, timeout))
+    except Busy as error:
+        raise Refused(503, str(error)) from error
+    wrong = ~np.isfinite(answers["logits"]).all(-1)
+    if wrong.any():
+        raise Refused(422, f"row {int(wrong.argmax())}: what the model makes of it are no numbers")
+    metrics.answered(answers)
+    return answers
+
+
+def _as_json(highway: RemoteHighway, answers: Arrays) -> list[dict[str, Any]]:
+    labels, probs = answers["logits"].argmax(-1), probabilities(highway.info, answers)
+    return [
+        {
+            "label": highway.info.labels[label],
+            "probability": round(float(probs[row, label]), 6),
+            "exit_index": int(answers["exit_index"][row]),
+            "exit_layer": int(answers["exit_layer"][row]),
+            "exit_score": float(answers["exit_score"][row]),
+            "degraded": bool(answers["degraded"][row]),
+        }
+        for row, label in enumerate(labels.tolist())
+    ]
+
+
+def _message(highway: RemoteHighway, answers: Arrays) -> Response:
+    words = {"schema": str(SCHEMA), "model": highway.info.model}
+    return Response(pack({name: answers[name] for name in highway.info.answers}, words), media_type=CONTENT_TYPE)
+
+
+class Metrics:
+    """Counts of one service, as Prometheus reads them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._exits: Counter[int] = Counter()
+        self._buckets: Counter[float] = Counter()
+        self._seconds, self._degraded = 0.0, 0
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        """Count a request that was answered with a status."""
+        with self._lock:
+            self._requests[path if path in PATHS else "other", status] += 1
+            if path in ("/predict", "/continue"):
+                self._seconds += seconds
+                self._buckets.update(bound for bound in (*SECONDS, float("inf")) if seconds <= bound)
+
+    def answered(self, answers: Arrays) -> None:
+        """Count where rows left."""
+        with self._lock:
+            self._exits.update(answers["exit_layer"].tolist())
+            self._degraded += int(answers["degraded"].sum())
+
+    def text(self, others: dict[str, int]) -> str:
+        """All counts, and others by name."""
+        with self._lock:
+            lines = ["# TYPE lgvit_requests_total counter"]
+            for (path, status), number in sorted(self._requests.items()):
+                lines.append(f'lgvit_requests_total{{path="{path}",status="{status}"}} {number}')
+            lines.append("# HELP lgvit_exits_total rows by the blocks run before their answer, here or further on")
+            lines.append("# TYPE lgvit_exits_total counter")
+            lines += [f'lgvit_exits_total{{exit_layer="{depth}"}} {n}' for depth, n in sorted(self._exits.items())]
+            lines += ["# TYPE lgvit_answers_degraded_total counter", f"lgvit_answers_degraded_total {self._degraded}"]
+            for name, number in others.items():
+                lines += [f"# TYPE lgvit_{name}_total counter", f"lgvit_{name}_total {number}"]
+            lines.append("# TYPE lgvit_request_seconds histogram")
+            for bound in (*SECONDS, float("inf")):
+                name = "+Inf" if bound == float("inf") else f"{bound:g}"
+                lines.append(f'lgvit_request_seconds_bucket{{le="{name}"}} {self._buckets[bound]}')
+            lines.append(f"lgvit_request_seconds_sum {self._seconds:.6f}")
+            lines.append(f"lgvit_request_seconds_count {self._buckets[float('inf')]}")
+        return "\n".join(lines) + "\n"

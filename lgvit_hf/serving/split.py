@@ -1,0 +1,324 @@
+"""`split`: a highway cut at exits into parts for device, edge and cloud, chained and compared before they are kept."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data import ProcessedImages
+from ..engine import Answers, run_all, run_early
+from ..evaluation.table import weights_digest
+from ..export.parts import EXPORTABLE, exits_that_run, export_decision, export_parts
+from ..export.verification import BATCH_SIZES, TOLERANCE, policies_to_try, undecided_rows
+from ..files import replace_folder, write_json
+from ..models import HIGHWAYS, example_image
+from ..policies import POLICIES, ExitPolicy, build_policy
+from ..segments import Segment, State
+from .device.info import FORMATS, MEMORY, PART_FILE, WEIGHTS, PartInfo, file_digest
+from .device.pixels import pixel_settings, prepare
+from .opening import open_part
+
+# the folder beside an ONNX part with what runs it
+RUNNER = "lgvit_part"
+PIXEL_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A part before it is written: its segments, and what comes in."""
+
+    index: int
+    start: int
+    exits: list[dict[str, Any]]
+    segments: list[Segment]
+    state: State
+
+
+@torch.no_grad()
+def split(
+    model: PreTrainedModel,
+    positions: Sequence[int],
+    folder: str | Path,
+    format: str = "safetensors",
+    *,
+    processor: BaseImageProcessor | None = None,
+) -> list[PartInfo]:
+    """Cut a highway behind exits into parts that run on machines in a row, and keep them only if they answer alike.
+
+    Every part answers the rows that are sure at its exits and gives the state of the rest, with the policy's memory.
+    Of each part the last exit is run even where the policy does not ask it: its answer stands in when nobody deeper
+    can be reached.
+
+    Args:
+        model (`PreTrainedModel`): A highway, with its exit policy; split in `eval()` mode and float32, on the CPU.
+        positions (`Sequence[int]`): Blocks run before each cut, ascending; there must be exits.
+        folder (`str` or `Path`): To be made, with `part0`, `part1`, ... in it.
+        format (`str`, *optional*, defaults to `"safetensors"`):
+            `"safetensors"`: of the weights those that the part uses; runs with this package. `"onnx"`: runs on numpy,
+            pillow and onnxruntime alone, by the code in its folder `lgvit_part`.
+        processor (`BaseImageProcessor`, *optional*):
+            What prepares images: written into the first part if that can do the same with numpy and pillow.
+
+    Returns:
+        What is in the parts; their `checks` hold the `largest_difference` of logits from the unsplit model's.
+
+    Raises:
+        ImportError: For `"onnx"`, the extra `onnx` is not installed.
+        ValueError: Unknown format, no exit at a position, a policy that cannot travel, the folder is in use, or the
+            parts do not answer as the model does.
+
+    Example:
+
+        >>> import tempfile
+        >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+        >>> small = dict(hidden_size=24, intermediate_size=24, num_attention_heads=2, image_size=32)
+        >>> model = ViTHighway(ViTHighwayConfig(**small, num_hidden_layers=4, exit_positions=[1, 2, 3])).eval()
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     parts = split(model, [2], f"{home}/parts")
+        >>> [[exit["index"] for exit in part.exits] for part in parts], parts[0].gives["hidden"]["shape"]
+        ([[0, 1], [2, 3]], [5, 24])
+    """
+    _check(model, positions, format)
+    model = copy.deepcopy(model).eval().cpu().float()
+    cuts = _cuts(model, positions)
+    infos = _described(model, cuts, list(positions), format, processor)
+    with replace_folder(folder) as new:
+        write = _write_onnx if format == "onnx" else _write_safetensors
+        names = write(model, cuts, new)
+        for info, files in zip(infos, names, strict=True):
+            part = new / f"part{info.index}"
+            info = replace(info, files={name: file_digest(part / name) for name in files})
+            write_json(part / PART_FILE, info.as_json())
+        checks = _verify(model, new, infos)
+        infos = [replace(PartInfo.load(new / f"part{info.index}"), checks=checks) for info in infos]
+        for info in infos:
+            write_json(new / f"part{info.index}" / PART_FILE, info.as_json())
+    return infos
+
+
+def _check(model: PreTrainedModel, positions: Sequence[int], format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}")
+    if model.config.model_type == "avit":
+        raise ValueError("an AViT has no exits to be split at")
+    choices = [segment.depth for segment in model.segments()[:-1]]
+    ascending = all(before < after for before, after in zip(positions, positions[1:], strict=False))
+    if not positions or not ascending or not set(positions) <= set(choices):
+        raise ValueError(
+            f"positions={list(positions)}: a highway is split behind exits, here at {choices or 'none'}; give some of "
+            "them, ascending"
+        )
+    policy = model.exit_policy
+    if format == "safetensors" and model.config.model_type not in HIGHWAYS:
+        raise ValueError(f"format='safetensors': parts of a {type(model).__name__} are split as format='onnx'")
+    known = EXPORTABLE if format == "onnx" else POLICIES
+    if policy.name not in known:
+        raise ValueError(
+            f"exit_policy {policy.name!r} cannot travel with format={format!r}; it takes {', '.join(known)}"
+        )
+
+
+def _cuts(model: PreTrainedModel, positions: Sequence[int]) -> list[_Cut]:
+    """The segments of each part, of which those whose exits nobody asks are run through to the next exit."""
+    segments, policy = model.segments(), model.exit_policy
+    asked, last = exits_that_run(policy, len(segments)), len(segments) - 1
+    cuts, state, start, passed = [], State({"pixel_values": example_image(model)}), 0, ()
+    for number, position in enumerate([*positions, segments[last].depth]):
+        exits, here, first, grid = [], [], state, state.grid
+        for index, segment in enumerate(segments[start:], start):
+            passed = (*passed, *segment.blocks)
+            state = segment.advance(state)
+            if index in asked or segment.depth == position:
+                here.append(replace(segment, blocks=passed))
+                leave = _who_leaves(policy, index, index in asked, last)
+                exits.append({"index": index, "leave": leave, "grid": None if grid is None else list(grid)})
+                passed, grid = (), state.grid
+            if segment.depth == position:
+                break
+        cuts.append(_Cut(number, start, exits, here, first))
+        start = index + 1
+    return cuts
+
+
+def _who_leaves(policy: ExitPolicy, index: int, is_asked: bool, last: int) -> str:
+    if index == last:
+        return "everybody"
+    if not is_asked:
+        return "nobody"
+    return "everybody" if policy.name == "fixed" else "policy"
+
+
+def _described(
+    model: PreTrainedModel,
+    cuts: list[_Cut],
+    positions: list[int],
+    format: str,
+    processor: BaseImageProcessor | None,
+) -> list[PartInfo]:
+    policy, depths = model.exit_policy, [segment.depth for segment in model.segments()]
+    memory = policy.start(1, "cpu")
+    carried = {f"{MEMORY}{name}": tensor for name, tensor in memory.items()}
+    states = [cut.state.tensors if cut.index == 0 else {**cut.state.tensors, **carried} for cut in cuts]
+    arrays = [{name: _array(tensor) for name, tensor in state.items()} for state in states] + [{}]
+    settings = {"policy": policy.to_dict(), "positions": positions, "depths": depths}
+    digest = hashlib.sha256((weights_digest(model) + json.dumps(settings)).encode()).hexdigest()
+    image = None if processor is None else _image_settings(processor, model.config.num_channels)
+    return [
+        PartInfo(
+            model=digest,
+            index=cut.index,
+            parts=len(cuts),
+            format=format,
+            takes=arrays[cut.index],
+            gives=arrays[cut.index + 1],
+            memory={name: tensor.item() for name, tensor in memory.items()},
+            depths=depths,
+            start=cut.start,
+            exits=cut.exits,
+            policy=policy.to_dict(),
+            labels=[str(model.config.id2label[index]) for index in range(model.config.num_labels)],
+            image=image if cut.index == 0 else None,
+            files={},
+            versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers")},
+        )
+        for cut in cuts
+    ]
+
+
+def _array(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
+
+
+def _image_settings(processor: BaseImageProcessor, num_channels: int) -> dict[str, Any] | None:
+    """How numpy and pillow do what the processor does, tried on images; nothing, and a warning, where they cannot."""
+    random = np.random.default_rng(0)
+    images = ProcessedImages([], processor)
+    try:
+        settings = pixel_settings(processor.to_dict(), num_channels)
+        for height, width in ((37, 53), (224, 224), (300, 80), (9, 9)):
+            image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            expected, found = images.pixels(image).numpy(), prepare(image, settings)
+            difference = np.abs(found - expected).max() if found.shape == expected.shape else np.inf
+            if not difference <= PIXEL_TOLERANCE:
+                raise ValueError(f"pixels differ by {difference:.2g}")
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"the first part takes pixel_values, no images: numpy and pillow cannot do what the image processor does "
+            f"({error})",
+            stacklevel=2,
+        )
+        return None
+    return settings
+
+
+def _write_onnx(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[list[str]]:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError('parts in ONNX need onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
+    exits = [exit["index"] for cut in cuts for exit in cut.exits]
+    stretches = dict(zip(exits, export_parts(model, exits), strict=True))
+    decision = export_decision(model.exit_policy, model.config.num_labels)
+    names = []
+    for cut in cuts:
+        part = folder / f"part{cut.index}"
+        part.mkdir()
+        names.append([*(f"segment_{exit['index']:02}.onnx" for exit in cut.exits), "decision.onnx"])
+        models = [*(stretches[exit["index"]].model for exit in cut.exits), decision.model]
+        for name, content in zip(names[-1], models, strict=True):
+            onnx.save(content, part / name)
+        shutil.copytree(Path(__file__).parent / "device", part / RUNNER, ignore=shutil.ignore_patterns("__pycache__"))
+    return names
+
+
+class _Touched(TorchDispatchMode):
+    """Remembers the storages of all tensors that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.storages.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _write_safetensors(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[list[str]]:
+    held = model.state_dict()
+    for cut in cuts:
+        with _Touched() as touched:
+            run_all(cut.segments, cut.state)
+        used = {
+            name: tensor.contiguous()
+            for name, tensor in held.items()
+            if tensor.untyped_storage().data_ptr() in touched.storages
+        }
+        # upstream's own writing: under the names that files have, whatever this version calls its modules
+        PreTrainedModel.save_pretrained(model, folder / f"part{cut.index}", state_dict=used)
+    return [["config.json", WEIGHTS] for _ in cuts]
+
+
+def _verify(model: PreTrainedModel, folder: Path, infos: list[PartInfo]) -> dict[str, Any]:
+    """Run the parts as a chain against the model: every exit forced, mixed batches, and several batch sizes."""
+    images = example_image(model, batch_size=max(BATCH_SIZES))
+    segments, largest = model.segments(), 0.0
+    exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
+    depths, num_exits = [segment.depth for segment in segments], len(segments) - 1
+    scale = max(1.0, exit_logits.abs().max().item())
+    asked = [exit["index"] for info in infos for exit in info.exits if exit["leave"] != "nobody"]
+    parts = [open_part(folder / f"part{info.index}", threads=torch.get_num_threads()) for info in infos]
+    for settings in policies_to_try(model, asked, exit_logits):
+        policy = build_policy(settings, num_exits)
+        undecided = undecided_rows(policy, exit_logits, depths, num_exits)
+        for part in parts:
+            part.set_policy(policy.to_dict())
+        for size in BATCH_SIZES:
+            expected = run_early(segments, State({"pixel_values": images[:size]}), policy)
+            found = run_chain(parts, {"pixel_values": images[:size].numpy()})
+            elsewhere = (found.exit_index != expected.exit_index) & ~undecided[:size]
+            apart = (found.logits - expected.logits).abs().amax(-1)
+            difference = torch.where(undecided[:size], 0.0, apart).max().item()
+            if bool(elsewhere.any()) or not difference <= TOLERANCE * scale:
+                raise ValueError(
+                    f"the parts do not answer as the model does: of a batch of {size} under {policy}, "
+                    f"{int(elsewhere.sum())} rows leave elsewhere, and logits differ by {difference:.2g} (largest "
+                    f"{scale:.2g}); nothing was written"
+                )
+            largest = max(largest, difference)
+    return {"batch_sizes": list(BATCH_SIZES), "largest_difference": largest}
+
+
+def run_chain(parts: Sequence[Any], inputs: dict[str, np.ndarray]) -> Answers:
+    """The answers of parts in a row, in one process.
+
+    Args:
+        parts (`Sequence`): Opened, all of one split.
+        inputs (`dict[str, np.ndarray]`): What the first takes.
+    """
+    answers, rows, state = parts[0](inputs)
+    for part in parts[1:]:
+        if not len(rows):
+            break
+        deeper, further, state = part(state)
+        for name, array in deeper.items():
+            answers[name][rows] = array
+        rows = rows[further]
+    order = ("logits", "exit_index", "exit_layer", "exit_score")
+    return Answers(*(torch.from_numpy(answers[name]) for name in order))

@@ -1,0 +1,114 @@
+"""`TorchPart`: a part of a split highway in PyTorch, with the weights of that part alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..models import HIGHWAYS, read_config
+from ..policies import build_policy, probabilities
+from ..pretrained import RECOMPUTED
+from ..segments import Segment, State
+from .device.info import MEMORY, WEIGHTS, PartInfo
+from .device.loop import Arrays, run_part, try_part
+from .device.pixels import prepare
+
+
+class TorchPart:
+    """A part that `split(..., format="safetensors")` wrote; called as `Part` is.
+
+    Args:
+        folder (`str` or `Path`): Of the part.
+        device (`str`, *optional*, defaults to `"cpu"`): Where it runs.
+
+    Raises:
+        OSError: There is no part.
+        ValueError: It is damaged, of another format, or does not run as its description says.
+    """
+
+    def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu"):
+        self.folder, self.info, self.device = Path(folder), PartInfo.load(folder), torch.device(device)
+        if self.info.format != "safetensors":
+            raise ValueError(f"{folder}: this is no safetensors part, but {self.info.format}")
+        config = read_config(str(folder))
+        if config.model_type not in HIGHWAYS:
+            raise ValueError(f"{folder}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
+        self.model = HIGHWAYS[config.model_type](config).eval()
+        try:
+            missing, unexpected = self.model.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder / WEIGHTS} is not of this model ({error})") from error
+        strange = [name for name in unexpected if not name.endswith(RECOMPUTED)]
+        if strange:
+            raise ValueError(f"{self.folder / WEIGHTS}: unknown tensor {strange[0]!r}")
+        _let_go(self.model, set(missing))
+        self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
+        self.policy = build_policy(self.info.policy, len(self.model.exits))
+        self._segments = [
+            partial(self._run, segment, exit["grid"])
+            for segment, exit in zip(self._cut(), self.info.exits, strict=True)
+        ]
+        try_part(self)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
+        """Answer rows, as `run_part` says."""
+        # copies, for an array may be a piece of a message, which is read-only; the state stays where the model is
+        given = {
+            name: array if name.startswith(MEMORY) else torch.tensor(array, device=self.device)
+            for name, array in inputs.items()
+        }
+        answers, rows, state = run_part(self.info, self._segments, self._decide, given)
+        return answers, rows, {name: np.asarray(torch.as_tensor(array).cpu()) for name, array in state.items()}
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """One image as the part takes it, float32 `[C, H, W]`.
+
+        Raises:
+            ValueError: It takes no images.
+        """
+        return prepare(image, self.info.image)
+
+    def set_policy(self, policy: dict[str, Any]) -> None:
+        """Give the policy other numbers; the exits that it asks stay."""
+        self.policy = build_policy(policy, len(self.model.exits))
+        self.info = replace(self.info, policy=policy)
+
+    def _cut(self) -> list[Segment]:
+        """The highway's segments of this part, run through where nobody asks an exit."""
+        whole, indices = self.model.segments(), [exit["index"] for exit in self.info.exits]
+        segments, passed = [], ()
+        for index in range(self.info.start, indices[-1] + 1):
+            passed = (*passed, *whole[index].blocks)
+            if index in indices:
+                segments.append(replace(whole[index], blocks=passed))
+                passed = ()
+        return segments
+
+    def _run(self, segment: Segment, grid: list[int] | None, tensors: dict[str, Tensor]) -> tuple[Any, np.ndarray]:
+        state = segment.advance(State(tensors, None if grid is None else tuple(grid)))
+        return state.tensors, segment.answer(state).float().cpu().numpy()
+
+    def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
+        scores, before = torch.from_numpy(logits), {name: torch.tensor(array) for name, array in memory.items()}
+        leave, after = self.policy(scores, before, index)
+        score = after["score"] if "score" in after else probabilities(scores).amax(-1)
+        return leave.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
+
+
+def _let_go(model: nn.Module, names: set[str]) -> None:
+    """Free the memory of parameters that are another part's."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if name in names:
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                setattr(module, name.rpartition(".")[2], empty)

@@ -1,0 +1,731 @@
+"""Messages, the service and its client: equal answers, refusals with a reason, answers when the next part is gone."""
+
+import base64
+import contextlib
+import http.server
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lgvit_hf.cli import main
+from lgvit_hf.data import make_processor
+from lgvit_hf.serving.batching import Batcher, Busy
+from lgvit_hf.serving.device import remote
+from lgvit_hf.serving.device.message import CONTENT_TYPE, MessageError, pack, unpack
+from lgvit_hf.serving.device.remote import Hop, NextPartGone, RemoteHighway
+from lgvit_hf.serving.opening import open_any, open_part
+from tests.test_split import SMALL, random_image
+from tests.tiny import IMAGE_SIZE, tiny_images, tiny_model
+
+pytest.importorskip("fastapi", reason='pip install "lgvit-hf[serve]"')
+import uvicorn  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from lgvit_hf.serving import server  # noqa: E402
+from lgvit_hf.serving.server import make_app  # noqa: E402
+
+WANTED = {"hidden": {"dtype": "float32", "shape": [2, 3]}, "memory.label": {"dtype": "int64", "shape": []}}
+TENSORS = {"content-type": CONTENT_TYPE, "accept": CONTENT_TYPE}
+
+
+# -- messages ------------------------------------------------------------------------------------------------
+
+
+def arrays(rows=4):
+    random = np.random.default_rng(0)
+    return {"hidden": random.standard_normal((rows, 2, 3)).astype(np.float32), "memory.label": np.arange(rows)}
+
+
+def test_a_message_is_a_safetensors_file():
+    body = pack(arrays(), {"part": "1"})
+    for found in (safetensors.numpy.load(body), unpack(body, WANTED, {"part": "1"})):
+        for name, array in arrays().items():
+            np.testing.assert_array_equal(found[name], array)
+    theirs = unpack(safetensors.numpy.save(arrays()), WANTED)
+    np.testing.assert_array_equal(theirs["hidden"], arrays()["hidden"])
+
+
+def test_half_a_state_is_a_whole_one_again():
+    half = {**arrays(), "hidden": arrays()["hidden"].astype(np.float16)}
+    found = unpack(pack(half), WANTED)["hidden"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, arrays()["hidden"], rtol=1e-3)
+    assert len(pack(arrays())) - len(pack(half)) == 4 * 2 * 3 * 2
+
+
+def test_numbers_that_are_none_are_refused():
+    for value in (np.nan, np.inf, -np.inf):
+        bad = arrays()
+        bad["hidden"][1, 1, 1] = value
+        with pytest.raises(MessageError, match="hidden: NaN or infinity"):
+            unpack(pack(bad), WANTED)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": np.zeros((4, 3, 2), np.float32)}, r"hidden: shape \[4, 3, 2\], but must be \[rows, 2, 3\]"),
+        ({"hidden": np.zeros((4, 2, 3), np.int64)}, "hidden: dtype 'int64', but must be float32"),
+        ({"hidden": np.zeros((5, 2, 3), np.float32)}, "every array must have the same"),
+        ({"more": np.zeros(4, np.float32)}, "but must hold hidden, memory.label"),
+        ({"memory.label": np.zeros(4, np.uint8)}, "memory.label: dtype 'uint8'"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_said(change, message):
+    with pytest.raises(MessageError, match=message):
+        unpack(pack({**arrays(), **change}), WANTED)
+
+
+def test_messages_of_others_are_refused():
+    body = pack(arrays(), {"model": "a", "part": "1"})
+    with pytest.raises(MessageError, match="says model='a', but this is for model='b'"):
+        unpack(body, WANTED, {"model": "b"})
+    with pytest.raises(MessageError, match="says schema=None"):
+        unpack(body, WANTED, {"schema": "1"})
+    with pytest.raises(MessageError, match="4 rows, but at most 3"):
+        unpack(body, WANTED, max_rows=3)
+    with pytest.raises(MessageError, match="at least one"):
+        unpack(pack({name: array[:0] for name, array in arrays().items()}), WANTED)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_bytes_do_more_than_be_refused(data):
+    body = bytearray(pack(arrays(), {"part": "1"}))
+    kind = data.draw(st.sampled_from(["flip", "cut", "grow", "header", "noise"]))
+    if kind == "flip":
+        for _ in range(data.draw(st.integers(1, 8))):
+            body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    elif kind == "cut":
+        del body[data.draw(st.integers(0, len(body) - 1)) :]
+    elif kind == "grow":
+        body += data.draw(st.binary(min_size=1, max_size=50))
+    elif kind == "noise":
+        body = bytearray(data.draw(st.binary(max_size=300)))
+    else:
+        json_value = st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+            max_leaves=5,
+        )
+        size = int.from_bytes(body[:8], "little")
+        header = json.loads(body[8 : 8 + size])
+        name = data.draw(st.sampled_from([*header]))
+        field = data.draw(st.sampled_from([None, "dtype", "shape", "data_offsets"]))
+        value = data.draw(json_value)
+        header = {**header, name: value if field is None else {**header[name], field: value}}
+        text = json.dumps(header).encode()
+        body = bytearray(len(text).to_bytes(8, "little") + text + body[8 + size :])
+    try:
+        found = unpack(bytes(body), WANTED, {"part": "1"}, max_rows=100)
+    except MessageError:
+        return
+    assert {name: array.shape[1:] for name, array in found.items()} == {"hidden": (2, 3), "memory.label": ()}
+    assert np.isfinite(found["hidden"]).all()
+
+
+# -- the service ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A checkpoint, and its parts cut behind the exit after two blocks."""
+    folder = tmp_path_factory.mktemp("serving")
+    model = tiny_model("vit", **SMALL)
+    images = tiny_images(64)
+    with torch.no_grad():
+        first = model(images, early_exit=False).exit_logits[0].softmax(-1).amax(-1)
+    model.set_exit_policy("confidence", threshold=[float(first.median()), 0.6, 0.6])
+    model.save_pretrained(folder / "model")
+    processor = make_processor(IMAGE_SIZE)
+    processor.save_pretrained(folder / "model")
+    model.split([2], folder / "parts", processor=processor)
+    return folder, model, images
+
+
+def parts_of(home):
+    return [open_part(home[0] / "parts" / f"part{index}") for index in range(2)]
+
+
+@torch.no_grad()
+def expected_of(home, images=None):
+    return home[1](home[2] if images is None else images)
+
+
+class Running:
+    """A service in a thread of this process."""
+
+    def __init__(self, app, port=0):
+        self.socket = socket.create_server(("127.0.0.1", port))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.socket.close()
+
+
+def as_png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    with TestClient(make_app(RemoteHighway(open_any(home[0] / "model")))) as client:
+        yield client
+
+
+@torch.no_grad()
+def test_a_whole_checkpoint_answers_images(home, whole):
+    images = [random_image(20 + number, 30, number) for number in range(6)]
+    pixels = torch.from_numpy(make_processor(IMAGE_SIZE)(images, return_tensors="np")["pixel_values"])
+    expected = home[1](pixels)
+    files = [as_png(image) for image in images]
+    found = [whole.post("/predict", content=file).json()["answers"] for file in files]
+    assert all(len(each) == 1 for each in found)
+    found = [each[0] for each in found]
+    together = whole.post("/predict", json={"images": [base64.b64encode(file).decode() for file in files]})
+    for answers in (found, together.json()["answers"]):
+        assert [answer["exit_layer"] for answer in answers] == expected.exit_layer.tolist()
+        assert [answer["exit_index"] for answer in answers] == expected.exit_index.tolist()
+        assert [answer["label"] for answer in answers] == [f"LABEL_{n}" for n in expected.logits.argmax(-1).tolist()]
+        assert not any(answer["degraded"] for answer in answers)
+        shares = expected.logits.softmax(-1).amax(-1)
+        assert [answer["probability"] for answer in answers] == pytest.approx(shares.tolist(), abs=1e-5)
+    one = whole.post("/predict", json={"image": base64.b64encode(files[0]).decode()}).json()["answers"]
+    assert one == found[:1]
+
+
+def test_tensors_in_tensors_out(home, whole):
+    info = open_any(home[0] / "model").info
+    expected = expected_of(home)
+    reply = whole.post("/predict", content=safetensors.numpy.save({"pixel_values": home[2].numpy()}), headers=TENSORS)
+    assert reply.headers["content-type"] == CONTENT_TYPE
+    found = unpack(reply.content, info.answers, {"model": info.model})
+    np.testing.assert_allclose(found["logits"], expected.logits.numpy(), atol=1e-5)
+    assert found["exit_index"].tolist() == expected.exit_index.tolist()
+
+
+def test_health_and_metrics_count(home):
+    with TestClient(make_app(RemoteHighway(open_any(home[0] / "model")))) as client:
+        assert client.get("/health").json()["status"] == "ok"
+        client.post("/predict", content=safetensors.numpy.save({"pixel_values": home[2].numpy()}), headers=TENSORS)
+        client.post("/predict", content=b"text")
+        client.get("/nowhere")
+        lines = client.get("/metrics").text.splitlines()
+    counted = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    exits = expected_of(home).exit_layer.unique(return_counts=True)
+    for depth, number in zip(*(each.tolist() for each in exits), strict=True):
+        assert counted[f'lgvit_exits_total{{exit_layer="{depth}"}}'] == str(number)
+    assert counted['lgvit_requests_total{path="/predict",status="200"}'] == "1"
+    assert counted['lgvit_requests_total{path="/predict",status="400"}'] == "1"
+    assert counted['lgvit_requests_total{path="other",status="404"}'] == "1"
+    assert counted["lgvit_answers_degraded_total"] == "0" and counted["lgvit_batches_total"] == "1"
+    assert counted['lgvit_request_seconds_bucket{le="+Inf"}'] == counted["lgvit_request_seconds_count"] == "2"
+
+
+def nan_pixels():
+    pixels = np.zeros((2, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    pixels[1, 0, 0, 0] = np.nan
+    return pixels
+
+
+PIXELS = np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+BAD = {
+    "empty": ({"content": b""}, 400, "the body is empty"),
+    "text": ({"content": b"hello"}, 400, "image 0: not an image"),
+    "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: not an image"),
+    "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+    "no image": ({"json": {"picture": "aGk="}}, 400, '"image": BASE64'),
+    "no images": ({"json": {"images": []}}, 400, '"image": BASE64'),
+    "numbers": ({"json": {"images": [1]}}, 400, '"image": BASE64'),
+    "no base64": ({"json": {"image": "%%"}}, 400, "not base64"),
+    "text in json": ({"json": {"image": "aGVsbG8="}}, 400, "image 0: not an image"),
+    "nan": ({"content": pack({"pixel_values": nan_pixels()}), "headers": TENSORS}, 400, "NaN or infinity"),
+    "shape": (
+        {"content": pack({"pixel_values": PIXELS[..., 1:]}), "headers": TENSORS},
+        400,
+        "must be [rows, 3, 16, 16]",
+    ),
+    "noise": ({"content": bytes(range(256)), "headers": TENSORS}, 400, "no safetensors message"),
+    "too large": ({"content": bytes(2_000_001)}, 413, "more than 2000000 bytes"),
+    "too many": ({"json": {"images": ["aGk="] * 257}}, 413, "257 images"),
+    "timeout": ({"content": b"x", "headers": {"x-lgvit-timeout": "nan"}}, 400, "no number of seconds"),
+}
+
+
+@pytest.fixture(scope="module")
+def strict(home):
+    with TestClient(make_app(RemoteHighway(open_any(home[0] / "model")), max_body=2_000_000)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_a_reason(name, home, strict):
+    request, status, reason = BAD[name]
+    if name == "timeout":
+        request = {**request, "content": as_png(random_image(9, 9))}
+    reply = strict.post("/predict", **request)
+    assert reply.status_code == status and reason in reply.json()["error"]
+    assert strict.get("/health").status_code == 200
+
+
+def test_addresses_that_are_none_get_a_reason(whole):
+    for method, path, status in (("GET", "/", 404), ("GET", "/predict", 405), ("POST", "/predict/x", 404)):
+        reply = whole.request(method, path)
+        assert reply.status_code == status and "/continue" in reply.json()["error"]
+    assert "the first part" in whole.post("/continue", content=b"x").json()["error"]
+
+
+def test_numbers_too_large_for_the_model_are_refused(home, whole):
+    pixels = np.full_like(PIXELS, 3e38)
+    reply = whole.post("/predict", content=pack({"pixel_values": pixels}), headers=TENSORS)
+    assert reply.status_code == 422 and "row 0" in reply.json()["error"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(home, monkeypatch):
+    monkeypatch.setattr(server, "BODY_TIMEOUT", 0.2)
+    with Running(make_app(RemoteHighway(open_any(home[0] / "model")))) as running:
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf")
+            connection.settimeout(10)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+# -- from part to part ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def behind(home):
+    """The service of the last part."""
+    with Running(make_app(RemoteHighway(parts_of(home)[1]))) as running:
+        yield running
+
+
+def assert_as_expected(found, expected, tolerance=1e-5):
+    assert found["exit_index"].tolist() == expected.exit_index.tolist()
+    assert found["exit_layer"].tolist() == expected.exit_layer.tolist()
+    np.testing.assert_allclose(found["logits"], expected.logits.numpy(), atol=tolerance)
+    assert not found["degraded"].any()
+
+
+def test_here_and_there_answer_as_the_whole(home, behind):
+    highway = RemoteHighway(parts_of(home)[0], behind.url)
+    assert highway.check_next() is None
+    expected = expected_of(home)
+    assert len(expected.exit_index.unique()) > 2
+    assert_as_expected(highway({"pixel_values": home[2].numpy()}), expected)
+    sent = int((expected.exit_layer > 2).sum())
+    assert highway.counts["sent_rows"] == sent
+    # a float32 for every number of the state, and less than a kilobyte that says what it is
+    assert 0 < highway.counts["sent_bytes"] - sent * 17 * 32 * 4 < 1024
+
+
+def test_half_a_state_is_half_the_bytes(home, behind):
+    highway = RemoteHighway(parts_of(home)[0], behind.url, state_dtype="float16")
+    expected = expected_of(home)
+    found = highway({"pixel_values": home[2].numpy()})
+    np.testing.assert_allclose(found["logits"], expected.logits.numpy(), atol=0.05)
+    assert highway.counts["sent_bytes"] < 1024 + highway.counts["sent_rows"] * 17 * 32 * 2
+    # too large for float16: sent as it is
+    large = highway.message({"hidden": np.full((1, 17, 32), 1e6, np.float32)})
+    assert unpack(large, parts_of(home)[1].info.takes)["hidden"].max() == 1e6
+
+
+def test_services_in_a_row_answer_as_the_whole(home, behind):
+    app = make_app(RemoteHighway(parts_of(home)[0], behind.url))
+    with TestClient(app) as client:
+        reply = client.post("/predict", content=pack({"pixel_values": home[2].numpy()}), headers=TENSORS)
+        assert_as_expected(unpack(reply.content, parts_of(home)[0].info.answers), expected_of(home))
+
+
+def test_a_part_behind_refuses_what_is_not_for_it(home, behind):
+    first, last = parts_of(home)
+    _, _, state = first({"pixel_values": home[2].numpy()})
+    hop = Hop(behind.url, cooldown=0)
+    words = last.info.words
+    good = pack(state, words)
+    unpack(hop.post("/continue", good), last.info.answers, {"model": last.info.model})
+    for change, reason in (
+        ({"schema": "2"}, "says schema='2'"),
+        ({"model": "0" * 64}, "says model="),
+        ({"part": "0"}, "says part='0'"),
+    ):
+        with pytest.raises(NextPartGone, match=f"status 400.*{reason}"):
+            hop.post("/continue", pack(state, {**words, **change}))
+    with pytest.raises(NextPartGone, match="status 400.*takes states at /continue"):
+        hop.post("/predict", good)
+
+
+@torch.no_grad()
+def test_a_lost_part_is_replaced_by_the_deepest_exit_here(home):
+    first, last = parts_of(home)
+    images = {"pixel_values": home[2].numpy()}
+    expected = expected_of(home)
+    here = home[1](home[2], early_exit=False).exit_logits[1].numpy()
+    with Running(make_app(RemoteHighway(last))) as running:
+        port = running.port
+        highway = RemoteHighway(first, running.url, timeout=2, retries=1, backoff=0.01, cooldown=0.3)
+        assert_as_expected(highway(images), expected)
+    gone = highway(images)
+    lost = gone["degraded"].astype(bool)
+    assert lost.tolist() == (expected.exit_layer > 2).tolist() and lost.any()
+    np.testing.assert_allclose(gone["logits"][lost], here[lost], atol=1e-5)
+    assert set(gone["exit_layer"][lost].tolist()) == {2}
+    np.testing.assert_allclose(gone["logits"][~lost], expected.logits.numpy()[~lost], atol=1e-5)
+    assert "failed less than 0.3 s ago" in str(pytest.raises(NextPartGone, highway.hop.post, "/continue", b"").value)
+    with Running(make_app(RemoteHighway(last)), port):
+        time.sleep(0.35)
+        assert_as_expected(highway(images), expected)
+    assert highway.counts["next_failures"] == 1 and highway.counts["degraded_rows"] == lost.sum()
+
+
+def test_without_a_next_part_answers_are_marked(home):
+    found = RemoteHighway(parts_of(home)[0])({"pixel_values": home[2].numpy()})
+    assert found["degraded"].tolist() == (expected_of(home).exit_layer > 2).int().tolist()
+    assert found["exit_layer"].max() == 2
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Gives the answers of `script`, one by one: a status and a body, or seconds to wait before one."""
+
+    script: list = []
+    asked: list = []
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        type(self).asked.append(self.headers.get("x-lgvit-timeout"))
+        seconds, status, body = self.script.pop(0)
+        time.sleep(seconds)
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stub():
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    Answering.asked = []
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_message_is_sent_again_but_not_when_refused(stub):
+    hop = Hop(stub, retries=2, backoff=0.001, cooldown=0)
+    Answering.script = [(0, 503, b"busy"), (0, 500, b"oh"), (0, 200, b"yes")]
+    assert hop.post("/continue", b"x") == b"yes"
+    Answering.script = [(0, 400, b"no"), (0, 200, b"yes")]
+    with pytest.raises(NextPartGone, match="status 400: no"):
+        hop.post("/continue", b"x")
+    Answering.script = [(0, 503, b"busy")] * 3
+    with pytest.raises(NextPartGone, match="status 503"):
+        hop.post("/continue", b"x")
+
+
+def test_a_slow_part_is_not_waited_for(stub):
+    hop = Hop(stub, timeout=5, cooldown=0)
+    Answering.script = [(1, 200, b"late")]
+    start = time.perf_counter()
+    with pytest.raises(NextPartGone, match="no answer in time"):
+        hop.post("/continue", b"x", timeout=0.2)
+    assert time.perf_counter() - start < 0.8
+    # what it is told leaves us time for our own answer
+    assert 0.1 < float(Answering.asked[0]) <= 0.16
+
+
+def test_who_is_in_a_hurry_or_is_refused_does_not_send_others_away(stub):
+    hop = Hop(stub, timeout=5, cooldown=60)
+    for wait, status, reason, timeout in ((1, 200, "in time", 0.05), (0, 400, "status 400", None)):
+        Answering.script = [(wait, status, b"x")]
+        with pytest.raises(NextPartGone, match=reason):
+            hop.post("/continue", b"x", timeout=timeout)
+        Answering.script = [(0, 200, b"yes")]
+        assert hop.post("/continue", b"x") == b"yes"
+
+
+def test_one_message_alone_tries_a_part_that_hangs(stub):
+    hop = Hop(stub, timeout=1, cooldown=0)
+    Answering.script = [(2, 200, b"late"), (0.5, 200, b"back"), (0, 200, b"yes")]
+    with pytest.raises(NextPartGone, match="no answer in time"):
+        hop.post("/continue", b"x")
+    with ThreadPoolExecutor(1) as pool:
+        trying = pool.submit(hop.post, "/continue", b"x")
+        while len(Answering.asked) < 2:
+            time.sleep(0.01)
+        start = time.perf_counter()
+        with pytest.raises(NextPartGone, match="is being tried again"):
+            hop.post("/continue", b"x")
+        assert time.perf_counter() - start < 0.3
+        assert trying.result(10) == b"back"
+    assert hop.post("/continue", b"x") == b"yes"
+
+
+def test_an_answer_that_trickles_in_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n" + b"x" * 99:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        hop, start = Hop(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.5, retries=0), time.perf_counter()
+        with pytest.raises(NextPartGone, match="no answer in time"):
+            hop.post("/continue", b"x")
+        assert time.perf_counter() - start < 1.5
+        thread.join(10)
+
+
+@torch.no_grad()
+def test_a_large_batch_is_sent_in_several_messages(home, behind, monkeypatch):
+    images = home[2].repeat(40, 1, 1, 1)
+    expected = expected_of(home, images)
+    further = int((expected.exit_layer > 2).sum())
+    assert further > 256
+    highway = RemoteHighway(parts_of(home)[0], behind.url)
+    assert_as_expected(highway({"pixel_values": images.numpy()}), expected)
+    size = highway.counts["sent_bytes"]
+    assert highway.counts["sent_rows"] == further
+    # each row alone, for the least that a message may hold is one
+    monkeypatch.setattr(remote, "MESSAGE_BYTES", 1)
+    few = home[2][:8]
+    highway = RemoteHighway(parts_of(home)[0], behind.url)
+    assert_as_expected(highway({"pixel_values": few.numpy()}), expected_of(home, few))
+    assert highway.counts["sent_bytes"] / highway.counts["sent_rows"] > size / further
+
+
+@pytest.mark.parametrize("reply", ["empty", "garbage", "half", "too few", "no such exit"])
+def test_an_answer_that_is_none_is_not_taken(home, stub, reply):
+    highway = RemoteHighway(parts_of(home)[0], stub)
+    info, rows = highway.info, int((expected_of(home).exit_layer > 2).sum())
+    words = {"schema": "1", "model": info.model}
+
+    def answers(rows):
+        return {name: np.full((rows, *array["shape"]), 3, array["dtype"]) for name, array in info.answers.items()}
+
+    replies = {
+        "empty": b"",
+        "garbage": b"garbage",
+        "half": pack({"logits": np.zeros((rows, 5), np.float32)}, words),
+        "too few": pack(answers(rows - 1), words),
+        "no such exit": pack({**answers(rows), "exit_index": np.full(rows, 99)}, words),
+    }
+    Answering.script = [(0, 200, replies[reply])]
+    found = highway({"pixel_values": home[2].numpy()})
+    assert found["degraded"].tolist() == (expected_of(home).exit_layer > 2).int().tolist()
+
+
+def test_an_edge_that_waits_for_its_cloud_still_answers_in_time(home, stub, tmp_path):
+    home[1].split([1, 2], tmp_path / "row")
+    first, middle = (open_part(tmp_path / "row" / f"part{index}") for index in range(2))
+    Answering.script = [(2, 200, b"late")]
+    with Running(make_app(RemoteHighway(middle, stub))) as edge:
+        start = time.perf_counter()
+        found = RemoteHighway(first, edge.url, timeout=1)({"pixel_values": home[2].numpy()})
+        assert time.perf_counter() - start < 1
+    lost = found["degraded"].astype(bool)
+    assert lost.tolist() == (expected_of(home).exit_layer > 2).tolist()
+    # the edge's last exit, not the device's
+    assert set(found["exit_layer"][lost].tolist()) == {2}
+    assert 0.5 < float(Answering.asked[0]) <= 0.64
+
+
+def test_settings_of_a_hop_are_checked(home, behind):
+    first, last = parts_of(home)
+    with pytest.raises(ValueError, match="must be a URL"):
+        RemoteHighway(first, "cloud:8000")
+    for timeout in (0, -1, float("nan"), float("inf"), 3601):
+        with pytest.raises(ValueError, match=f"timeout={timeout}"):
+            RemoteHighway(first, "http://cloud", timeout=timeout)
+    with pytest.raises(ValueError, match="none of float32, float16"):
+        RemoteHighway(first, state_dtype="int8")
+    with pytest.raises(ValueError, match="the last part"):
+        RemoteHighway(last, "http://cloud")
+    assert "127.0.0.1:9" in RemoteHighway(first, "http://127.0.0.1:9", timeout=1).check_next()
+
+
+def test_another_model_behind_is_noticed(home, tmp_path):
+    other = tiny_model("vit", seed=1, **SMALL)
+    other.split([2], tmp_path / "parts")
+    with Running(make_app(RemoteHighway(open_part(tmp_path / "parts" / "part1")))) as running:
+        with pytest.raises(ValueError, match="serves model="):
+            RemoteHighway(parts_of(home)[0], running.url).check_next()
+
+
+# -- requests together ---------------------------------------------------------------------------------------
+
+
+def test_requests_share_batches_and_nobody_notices(home, behind):
+    highway, expected = RemoteHighway(parts_of(home)[0], behind.url), expected_of(home)
+    batcher = Batcher(highway, max_rows=16, max_wait=0.05)
+    pixels = home[2].numpy()
+    sizes = [1, 3, 2, 20, 1, 5, 1, 1, 7, 1]
+    starts = np.cumsum([0, *sizes[:-1]])
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        futures = list(
+            pool.map(
+                lambda at: batcher.submit({"pixel_values": pixels[at[0] : at[0] + at[1]]}),
+                zip(starts, sizes, strict=True),
+            )
+        )
+    for start, size, future in zip(starts, sizes, futures, strict=True):
+        rows = slice(start, start + size)
+        part = type(expected)(logits=expected.logits[rows], exit_index=expected.exit_index[rows])
+        part.exit_layer = expected.exit_layer[rows]
+        assert_as_expected(future.result(30), part)
+    assert 3 <= batcher.batches < len(sizes)
+    batcher.close()
+    with pytest.raises(Busy, match="shutting down"):
+        batcher.submit({"pixel_values": pixels[:1]})
+
+
+def test_who_is_in_a_hurry_shares_no_batch(home):
+    first, last = parts_of(home)
+    slow = Slow(first)
+    pixels = home[2].numpy()
+    with Running(make_app(RemoteHighway(last))) as running:
+        batcher = Batcher(RemoteHighway(slow, running.url), max_rows=1024, max_wait=0.1)
+        begun = batcher.submit({"pixel_values": pixels[:1]})
+        slow.begun.wait(10)
+        asked = [batcher.submit({"pixel_values": pixels}, timeout) for timeout in (None, 1e-6, 100.0, 90.0)]
+        slow.go_on.set()
+        patient, hurried, *alike = [future.result(30) for future in asked]
+        begun.result(30)
+        batcher.close()
+    assert hurried["degraded"].any()
+    for found in (patient, *alike):
+        assert_as_expected(found, expected_of(home))
+    # the first request, two by themselves, and two together
+    assert batcher.batches == 4
+
+
+class Slow:
+    """A part that takes its time, or fails."""
+
+    def __init__(self, part):
+        self.part, self.info, self.begun, self.go_on, self.error = (
+            part,
+            part.info,
+            threading.Event(),
+            threading.Event(),
+            None,
+        )
+
+    def __call__(self, inputs):
+        self.begun.set()
+        self.go_on.wait(10)
+        if self.error:
+            raise self.error
+        return self.part(inputs)
+
+
+def test_what_waits_is_answered_before_the_end_and_more_is_refused(home):
+    slow = Slow(parts_of(home)[1])
+    _, _, state = parts_of(home)[0]({"pixel_values": home[2].numpy()})
+    one = {name: array[:1] for name, array in state.items()}
+    batcher = Batcher(RemoteHighway(slow), max_rows=1, max_waiting=3)
+    running = batcher.submit(one)
+    slow.begun.wait(10)
+    waiting = [batcher.submit(one) for _ in range(3)]
+    with pytest.raises(Busy, match="3 rows are waiting"):
+        batcher.submit(one)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    slow.go_on.set()
+    for future in (running, *waiting):
+        assert len(future.result(10)["logits"]) == 1
+    closing.join(10)
+    assert not closing.is_alive()
+
+
+def test_a_failure_is_told_to_those_it_concerns(home):
+    slow = Slow(parts_of(home)[1])
+    _, _, state = parts_of(home)[0]({"pixel_values": home[2].numpy()})
+    slow.go_on.set()
+    slow.error = RuntimeError("no memory left")
+    batcher = Batcher(RemoteHighway(slow))
+    with pytest.raises(RuntimeError, match="no memory left"):
+        batcher.submit(state).result(10)
+    slow.error = None
+    assert len(batcher.submit(state).result(10)["logits"]) == len(state["hidden"])
+    batcher.close()
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_drains_on_sigterm(home):
+    command = [sys.executable, "-m", "lgvit_hf.cli", "serve", str(home[0] / "parts" / "part0"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert "part 0 of 2 at http://127.0.0.1:" in line, process.stderr.read()
+        port = int(line.rpartition(":")[2])
+        assert "marked degraded" in process.stdout.readline()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            body = as_png(random_image(40, 40))
+            head = f"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body[:50])
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            # what has begun is answered
+            connection.sendall(body[50:])
+            connection.settimeout(20)
+            reply = b""
+            while chunk := connection.recv(4096):
+                reply += chunk
+        assert reply.startswith(b"HTTP/1.1 200") and b'"degraded"' in reply
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_says_what_is_wrong(home, tmp_path, capsys):
+    part = str(home[0] / "parts" / "part1")
+    for words, reason in (
+        ([str(tmp_path)], "no config.json there"),
+        ([part, "--next", "http://127.0.0.1:9"], "the last part"),
+        ([part, "--policy", "never"], "split the model again"),
+        ([part, "--max-body-mb", "0"], "must be positive"),
+        ([str(home[0] / "parts" / "part0"), "--next", "nowhere"], "must be a URL"),
+    ):
+        assert main(["serve", *words]) == 2
+        assert reason in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", part, "--port", str(taken.getsockname()[1])]) == 2
+        assert "in use" in capsys.readouterr().err
