@@ -207,7 +207,7 @@ def test_a_pickle_that_runs_code_is_refused(vit, output, tmp_path, inside):
 
 
 @pytest.mark.parametrize(
-    "content", [[torch.zeros(2)], {"a": 3}, {"state_dict": {"a": torch.zeros(2)}}, torch.zeros(2)]
+    "content", [[torch.zeros(2)], {"a": 3}, {}, {"model": {"a": 3}}, {"model": {}}, torch.zeros(2)]
 )
 def test_a_bin_that_is_no_state_dict(vit, output, content):
     vit.write(content, suffix=".bin")
@@ -314,6 +314,25 @@ def plain(**changes):
 def test_settings_that_cannot_be_understood(changes, message):
     with pytest.raises(ValueError, match=message):
         lgvit_config(plain(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "wide"},
+        {"hidden_size": None},
+        {"hidden_size": -4},
+        {"num_attention_heads": 0},
+        {"patch_size": 0},
+        {"hidden_act": "swoosh"},
+        {"id2label": 3},
+        {"intermediate_size": 10**14},
+    ],
+    ids=str,
+)
+def test_settings_of_which_no_model_can_be_built(vit, output, changes):
+    vit.write(**changes)
+    assert_refused(vit, output, ValueError, r"config\.json: ")
 
 
 @pytest.mark.parametrize(
