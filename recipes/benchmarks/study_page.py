@@ -1,0 +1,229 @@
+"""The page and the figures of the study, from the lines that `study.py` wrote; nothing here is typed by hand.
+
+python recipes/benchmarks/study_page.py runs/study/results.jsonl docs/results.md
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+BACKBONES = {"vit": "ViT", "deit": "DeiT, distillation token", "swin": "Swin"}
+OURS = "ours"
+# at which methods are compared, and what is drawn
+AT_DROP, SIZES = 0.01, (1, 8, 32)
+
+HEAD = """# What was measured
+
+Every figure on this page is from `recipes/benchmarks/study.py`; `recipes/benchmarks/study_page.py` wrote it. Small
+models, trained from scratch for minutes on a CPU: accuracies are far from what longer training gives, comparisons
+between rows are what counts. Thresholds were chosen on validation rows so that the accuracy is at most so many points
+below the *plain backbone*'s, which was trained without exits; accuracies and times are of test rows. *Speed-up* is
+wall-clock, one thread, against the head-free backbone, in turn; a row without exits is timed against the plain
+backbone. A dash: no threshold is accurate enough on the validation rows. ± is half the 95 % interval of the drop
+(paired rows); where there are several seeds, figures are means.
+
+Images are JPEG re-encodings of 32 pixels (CIFAR-10; 100 classes of Tiny-ImageNet), so accuracies do not compare with
+those on the originals.
+"""
+
+
+def read(file):
+    """The lines, the newest of each method."""
+    rows = {}
+    for line in Path(file).read_text().splitlines():
+        row = json.loads(line)
+        rows[row["data"], row["backbone"], row["seed"], row["method"]] = row
+    return list(rows.values())
+
+
+def groups(rows):
+    """By data set and backbone, then by method, the lines of all seeds."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["data"], row["backbone"]][row["method"]].append(row)
+    return found
+
+
+def points(lines, drop, size):
+    """Of every seed, the point at a drop and a batch size; methods without thresholds have one for all drops."""
+    found = []
+    for row in lines:
+        found += [p for p in row["points"] if p["batch_size"] == size and p.get("asked_drop", drop) == drop]
+    return found
+
+
+def mean(values):
+    return statistics.fmean(values)
+
+
+def table_at(by_method, drop):
+    """Markdown: every method at one drop."""
+    yield "| method | accuracy | drop | layers | MACs | batch 1 | batch 8 | batch 32 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for lines in by_method.values():
+        at = {size: points(lines, drop, size) for size in SIZES}
+        title = lines[0]["title"]
+        if not all(at.values()):
+            yield f"| {title} | - | - | - | - | - | - | - |"
+            continue
+        first = at[8]
+        clock = " | ".join(f"{mean(p['speed_up'] for p in at[size]):.2f}x" for size in SIZES)
+        yield (
+            f"| {title} | {mean(p['accuracy'] for p in first):.1%} "
+            f"| {100 * mean(p['drop'] for p in first):+.2f} ± {100 * mean(p['drop_plus_minus'] for p in first):.2f} "
+            f"| {mean(p['layer_speed_up'] for p in first):.2f}x | {mean(p['macs_speed_up'] for p in first):.2f}x "
+            f"| {clock} |"
+        )
+
+
+def table_of_drops(by_method, size):
+    """Markdown: by the clock at one batch size, every method at every drop."""
+    drops = sorted(
+        {p["asked_drop"] for lines in by_method.values() for r in lines for p in r["points"] if "asked_drop" in p}
+    )
+    yield "| method | " + " | ".join(f"{100 * drop:g} pt" for drop in drops) + " |"
+    yield "|---" * (len(drops) + 1) + "|"
+    for lines in by_method.values():
+        cells = []
+        for drop in drops:
+            there = points(lines, drop, size)
+            cells.append(f"{mean(p['speed_up'] for p in there):.2f}x" if there else "-")
+        yield f"| {lines[0]['title']} | " + " | ".join(cells) + " |"
+
+
+def table_of_exits(by_method):
+    """Markdown: what each exit gets right of all test rows."""
+    with_exits = {name: lines for name, lines in by_method.items() if lines[0].get("depths")}
+    depths = sorted({depth for lines in with_exits.values() for depth in lines[0]["depths"]})
+    yield "| trained as | " + " | ".join(map(str, depths)) + " | heads, of all MACs |"
+    yield "|---" * (len(depths) + 2) + "|"
+    seen = set()
+    for lines in with_exits.values():
+        accuracies = {
+            depth: mean(row["exit_accuracies"][row["depths"].index(depth)] for row in lines)
+            for depth in lines[0]["depths"]
+        }
+        if tuple(accuracies.values()) in seen:
+            continue
+        seen.add(tuple(accuracies.values()))
+        cells = " | ".join(f"{100 * accuracies[depth]:.1f}" if depth in accuracies else "" for depth in depths)
+        yield f"| {lines[0]['title']} | {cells} | {mean(row['head_share'] for row in lines):.1%} |"
+
+
+def table_of_runtimes(by_method, size):
+    """Markdown: PyTorch and ONNX Runtime, against transformers' own model in PyTorch."""
+    with_exports = {name: lines for name, lines in by_method.items() if lines[0].get("exported")}
+    if not with_exports:
+        return
+    runtimes = list(
+        dict.fromkeys((e["runtime"], e["early_exit"]) for e in next(iter(with_exports.values()))[0]["exported"])
+    )
+    names = [f"{runtime}{', early' if leaves else ''}" for runtime, leaves in runtimes]
+    yield "| method | " + " | ".join(names) + " |"
+    yield "|---" * (len(names) + 1) + "|"
+    for lines in with_exports.values():
+        cells = []
+        for runtime in runtimes:
+            there = [
+                e
+                for row in lines
+                for e in row["exported"]
+                if (e["runtime"], e["early_exit"]) == runtime and e["batch_size"] == size
+            ]
+            cells.append(f"{mean(e['accuracy'] for e in there):.1%}, {mean(e['speed_up'] for e in there):.2f}x")
+        yield f"| {lines[0]['title']} | " + " | ".join(cells) + " |"
+
+
+def draw(by_method, title, file, size=8):
+    """Accuracy on test rows against wall-clock speed-up."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, lines) in enumerate(by_method.items()):
+        there = sorted(
+            (p["speed_up"], p["accuracy"]) for row in lines for p in row["points"] if p["batch_size"] == size
+        )
+        if there:
+            style = {"linewidth": 2.2, "marker": "o"} if name.startswith(OURS) else {"linewidth": 1, "marker": "x"}
+            axes.plot(*zip(*there, strict=True), label=lines[0]["title"], color=f"C{number % 10}", **style)
+    plain = mean(row["plain_accuracy"] for lines in by_method.values() for row in lines)
+    axes.axhline(plain, color="grey", linestyle=":", label="plain backbone")
+    axes.set(title=title, xlabel=f"wall-clock speed-up, batch {size}", ylabel="accuracy on test rows")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def verdict(by_method, drop=AT_DROP, size=8):
+    """A sentence: whether ours is ahead of each baseline."""
+
+    def speed(name):
+        there = points(by_method[name], drop, size)
+        return mean(p["speed_up"] for p in there) if there else None
+
+    ours = {name: speed(name) for name in by_method if name.startswith(OURS)}
+    ours = {name: value for name, value in ours.items() if value is not None}
+    if not ours:
+        return f"At {100 * drop:g} pt no exits of ours are accurate enough."
+    best = max(ours, key=ours.get)
+    others = {name: speed(name) for name in by_method if name not in ours and lines_with_drops(by_method[name])}
+    behind = [by_method[n][0]["title"] for n, value in others.items() if value is not None and value >= ours[best]]
+    said = "ahead of every other" if not behind else f"behind {', '.join(behind)}"
+    return f"At {100 * drop:g} pt and batch {size}, *{by_method[best][0]['title']}* is at {ours[best]:.2f}x, {said}."
+
+
+def lines_with_drops(lines):
+    """Whether a method has thresholds: one without is compared in the table, at an accuracy of its own."""
+    return any("asked_drop" in p for row in lines for p in row["points"])
+
+
+def page(rows, folder):
+    """All of it; figures are written to `folder`."""
+    yield HEAD
+    machines = {json.dumps(row["machine"], sort_keys=True) for row in rows}
+    yield (
+        "Machines: "
+        + "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(m).items()) for m in sorted(machines))
+        + ".\n"
+    )
+    for (data, backbone), by_method in groups(rows).items():
+        any_row = next(iter(by_method.values()))[0]
+        seeds = sorted({row["seed"] for lines in by_method.values() for row in lines})
+        budget = any_row["budget"]
+        yield f"## {data}, {BACKBONES[backbone]}\n"
+        yield (
+            f"Plain backbone {mean(r['plain_accuracy'] for ls in by_method.values() for r in ls):.1%}; "
+            f"{any_row['rows']['validation']} validation and {any_row['rows']['test']} test rows; epochs: backbone "
+            f"{budget['backbone']:g}, with exits {budget['joint']:g}, exits alone {budget['exits']:g}; seeds "
+            f"{', '.join(map(str, seeds))}. {verdict(by_method)}\n"
+        )
+        picture = f"results_{data}_{backbone}.png"
+        draw(by_method, f"{data}, {BACKBONES[backbone]}", folder / picture)
+        yield f"![accuracy against wall-clock speed-up]({picture})\n"
+        yield f"At most {100 * AT_DROP:g} point below the plain backbone:\n"
+        yield from table_at(by_method, AT_DROP)
+        yield "\nBy the clock at batch 8, for every drop:\n"
+        yield from table_of_drops(by_method, 8)
+        yield "\nWhat each exit gets right of all test rows, in percent, by blocks run:\n"
+        yield from table_of_exits(by_method)
+        runtimes = list(table_of_runtimes(by_method, 8))
+        if runtimes:
+            yield f"\nAt {100 * AT_DROP:g} point and batch 8, against transformers' own model in PyTorch:\n"
+            yield from runtimes
+        yield ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", help="results.jsonl of study.py")
+    parser.add_argument("page", help="Markdown file; its figures stand beside it")
+    options = parser.parse_args()
+    target = Path(options.page)
+    target.write_text("\n".join(page(read(options.results), target.parent)).rstrip("\n") + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
