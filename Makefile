@@ -9,10 +9,10 @@ DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-5 test-cross test-all quality style clean
+.PHONY: help demo test test-5 test-cross test-all test-upstream quality style clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.ready ## train a small highway on handwritten digits and write what it does to demo_output/
 	.venv/bin/lgvit demo --output demo_output $(DEMO_ARGS)
@@ -28,6 +28,10 @@ test-cross: .venv/.ready .venv-5/.ready ## checkpoints of each loaded by the oth
 	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv/bin/python .venv-5/bin/python -m pytest tests/test_cross_version.py
 
 test-all: test test-5 test-cross ## all of these
+
+test-upstream: .venv/upstream/.ready .venv-5/upstream/.ready ## transformers' own tests of its models, on ours
+	TRANSFORMERS_TESTS=.venv/upstream $(PYTEST_ENV) .venv/bin/python -m pytest $(PYTEST_SPREAD) tests/upstream $(PYTEST_ARGS)
+	TRANSFORMERS_TESTS=.venv-5/upstream $(PYTEST_ENV) .venv-5/bin/python -m pytest $(PYTEST_SPREAD) tests/upstream $(PYTEST_ARGS)
 
 quality: .venv/.ready ## lint, formatting and direction of imports; changes nothing
 	.venv/bin/ruff check .
@@ -58,4 +62,12 @@ clean: ## remove the environments, the demo's output and every cache
 	@rm -f $@
 	@$(@D)/bin/python -m pip install -qq --upgrade pip
 	@$(@D)/bin/python -m pip install -qq -c $(filter .ci/%,$^) -e ".[$(EXTRAS)]"
+	@touch $@
+
+# The wheel of transformers has no tests: they come from the package index, in the version that is installed.
+.venv/upstream/.ready: .venv/.ready tests/upstream/download.py
+.venv-5/upstream/.ready: .venv-5/.ready tests/upstream/download.py
+
+.venv/upstream/.ready .venv-5/upstream/.ready:
+	@$(firstword $(subst /, ,$@))/bin/python tests/upstream/download.py $(@D)
 	@touch $@

@@ -12,6 +12,7 @@ from . import auto
 if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
+    from .configuration_wrapper import HighwayWrapperConfig
     from .engine import run_all, run_early
     from .evaluation.benchmark import benchmark
     from .evaluation.calibration import Calibration, calibrate
@@ -32,15 +33,20 @@ if TYPE_CHECKING:
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
     from .recipe import train_recipe
     from .segments import Segment, State, Tokens
+    from .serving.device.remote import RemoteHighway
+    from .serving.opening import open_part
+    from .serving.predictor import Predictor
     from .training.arguments import HighwayTrainingArguments
     from .training.avit import AViTTrainer
     from .training.trainer import DistillationTrainer, HighwayTrainer
+    from .wrapper import HighwayWrapper
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "configuration_avit": ("AViTConfig",),
+    "configuration_wrapper": ("HighwayWrapperConfig",),
     "engine": ("run_all", "run_early"),
     "evaluation.benchmark": ("benchmark",),
     "evaluation.calibration": ("Calibration", "calibrate"),
@@ -61,9 +67,13 @@ _HOMES = {
     "policies": ("POLICIES", "ExitPolicy", "build_policy", "register_policy"),
     "segments": ("Segment", "State", "Tokens"),
     "recipe": ("train_recipe",),
+    "serving.device.remote": ("RemoteHighway",),
+    "serving.opening": ("open_part",),
+    "serving.predictor": ("Predictor",),
     "training.arguments": ("HighwayTrainingArguments",),
     "training.avit": ("AViTTrainer",),
     "training.trainer": ("HighwayTrainer", "DistillationTrainer"),
+    "wrapper": ("HighwayWrapper",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = list(_HOME_OF)

@@ -31,28 +31,30 @@ def register() -> None:
 
 @cache
 def register_configs() -> None:
-    """Make `AutoConfig` know `vit_highway`, `deit_highway`, `swin_highway` and `avit`."""
+    """Make `AutoConfig` know `vit_highway`, `deit_highway`, `swin_highway`, `avit` and `wrapped_highway`."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
+    from .configuration_wrapper import HighwayWrapperConfig
 
-    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig, AViTConfig):
+    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig, AViTConfig, HighwayWrapperConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 @cache
 def register_models() -> None:
-    """Make `AutoModel` and `AutoModelForImageClassification` know the four models."""
+    """Make `AutoModel` and `AutoModelForImageClassification` know the five models."""
     from transformers import AutoModel, AutoModelForImageClassification
 
     from .modeling_avit import AViT
     from .modeling_deit import DeiTHighway
     from .modeling_swin import SwinHighway
     from .modeling_vit import ViTHighway
+    from .wrapper import HighwayWrapper
 
     register_configs()
-    for model in (ViTHighway, DeiTHighway, SwinHighway, AViT):
+    for model in (ViTHighway, DeiTHighway, SwinHighway, AViT, HighwayWrapper):
         for auto in (AutoModel, AutoModelForImageClassification):
             auto.register(model.config_class, model, exist_ok=True)
 

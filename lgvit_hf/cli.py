@@ -25,12 +25,27 @@ EXAMPLES = {
     "  lgvit calibrate runs/stage2 --data photos/ --max-latency 4 --cost-table costs.json --batch-size 8",
     "sweep": "lgvit sweep runs/stage2 --data photos/ --output sweep --policy confidence --range 0.5 0.99 25\n"
     "  lgvit sweep runs/stage2 --data photos/ --output patience --policy patience --values 1 2 3 4",
+    "card": "lgvit evaluate runs/stage2 --data photos/ --output runs/stage2/evaluation.json\n"
+    "  lgvit card runs/stage2 --name me/my-highway --license apache-2.0 --base-model google/vit-base-patch16-224",
     "env": "lgvit env",
     "export": "lgvit export runs/stage2 onnx/\n"
     "  lgvit export runs/stage2 small/ --quantize int8 --data photos/ --max-accuracy-drop 0.005",
+    "predict": "lgvit predict runs/stage2 photos/ --output predictions.parquet --workers 4\n"
+    "  lgvit predict onnx/ 'photos/**/*.jpg' --output predictions.csv --top-k 5\n"
+    "  lgvit predict runs/stage2 digits --split test --output predictions.jsonl --policy confidence --threshold 0.8\n"
+    "stopped or killed, the same command goes on where it was; an image that cannot be read has an error in its row,\n"
+    "and the exit code is then 1",
+    "split": "lgvit split runs/stage2 parts/ --at 4 8 --format onnx",
+    "serve": "lgvit serve parts/part2 --port 8002\n"
+    "  lgvit serve parts/part1 --port 8001 --next http://cloud:8002 --state-dtype float16\n"
+    "  lgvit serve runs/stage2 --port 8000 --policy confidence --threshold 0.8",
     "visualize": "lgvit visualize runs/avit --data photos/ --output pictures --images 8",
     "convert": "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/\n"
-    "  lgvit convert --from avit small-10-75.pth avit_small/",
+    "  lgvit convert --from eevit eevit/ converted/    (a state dict and EEVIT's one .yaml)\n"
+    "  lgvit convert --from avit small-10-75.pth avit_small/\n"
+    "  lgvit convert --from timm vit_small_patch16_224/model.safetensors plain/\n"
+    "  lgvit convert --from torchvision swin_t-704ceda3.pth highway/ --exit-positions 4 8 --exit-types conv1_1\n"
+    "  lgvit convert --to lgvit runs/stage2 original/",
 }
 
 
@@ -147,6 +162,48 @@ def build_parser() -> argparse.ArgumentParser:
     _add_policy(export)
     export.set_defaults(run=_export)
 
+    predict = _command(commands, "predict", "answer images into one file; goes on where it stopped")
+    predict.add_argument("checkpoint", help="folder or Hub id of a highway, or folder of an exported one")
+    predict.add_argument(
+        "paths",
+        nargs="+",
+        metavar="images",
+        help="files, folders, patterns; or one dataset: digits, parquet files or a Hub id",
+    )
+    predict.add_argument("--output", help=".parquet, .csv or .jsonl file")
+    predict.add_argument("--split", help="of a dataset that has several")
+    _add_policy(predict)
+    predict.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    predict.add_argument("--workers", type=int, default=1, help="processes; one thread each if several (default: 1)")
+    predict.add_argument("--top-k", type=int, help="also write that many most probable labels")
+    predict.add_argument("--probabilities", action="store_true", help="also write the probabilities of all labels")
+    predict.set_defaults(run=_predict, required=("output",))
+
+    split = _command(commands, "split", "cut a highway at exits into parts for machines in a row")
+    split.add_argument("checkpoint", help="folder or Hub id of a highway")
+    split.add_argument("output", help="folder to write")
+    split.add_argument("--at", type=int, nargs="+", metavar="BLOCK", help="blocks run before each cut, at exits")
+    split.add_argument(
+        "--format", choices=("safetensors", "onnx"), default="safetensors", help="onnx needs no PyTorch (safetensors)"
+    )
+    _add_policy(split)
+    split.set_defaults(run=_split, required=("at",))
+
+    serve = _command(commands, "serve", "answer images over HTTP, as a whole highway or as a part of one")
+    serve.add_argument("path", help="folder of a part or of an exported highway, or folder or Hub id of a highway")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    serve.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
+    serve.add_argument("--next", metavar="URL", help="service of the next part")
+    serve.add_argument("--state-dtype", choices=("float32", "float16"), default="float32", help="sent to it (float32)")
+    serve.add_argument("--timeout", type=float, default=5.0, help="seconds for the next part (default: 5)")
+    serve.add_argument("--retries", type=int, default=2, help="of a message that did not arrive (default: 2)")
+    serve.add_argument("--max-batch-size", type=int, default=32, help="rows that run together (default: 32)")
+    serve.add_argument("--max-wait-ms", type=float, default=2.0, help="for others to run with (default: 2)")
+    serve.add_argument("--max-body-mb", type=float, default=32.0, help="of a request (default: 32)")
+    serve.add_argument("--threads", type=int, help="of the processor")
+    _add_policy(serve)
+    serve.set_defaults(run=_serve)
+
     visualize = _command(commands, "visualize", "draw how deep tokens went, or which images left first and last")
     visualize.add_argument("checkpoint", help="folder or Hub id of an AViT or of a highway")
     _add_data(visualize, "test", "images to choose from, where they have labels")
@@ -154,16 +211,41 @@ def build_parser() -> argparse.ArgumentParser:
     visualize.add_argument("--images", type=int, default=8, help="how many are drawn (default: 8)")
     visualize.set_defaults(run=_visualize, required=("data", "output"))
 
-    convert = _command(commands, "convert", "turn another project's checkpoint into one of ours")
+    convert = _command(commands, "convert", "turn another project's checkpoint into one of ours, or ours into LGViT's")
     convert.add_argument(
-        "--from", dest="source_format", choices=("lgvit", "avit"), default="lgvit", help="whose checkpoint (lgvit)"
+        "--from",
+        dest="source_format",
+        choices=("lgvit", "eevit", "avit", "timm", "torchvision"),
+        help="whose checkpoint (default: lgvit)",
     )
-    convert.add_argument("source", help="folder with config.json and weights; of avit, a .pth file too")
+    convert.add_argument("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
+    convert.add_argument("source", help="folder with weights and what belongs to them, or the file of weights")
     convert.add_argument("output", help="folder to write")
     convert.add_argument("--gate-scale", type=float, help="of avit, where the file's name does not say it")
     convert.add_argument("--gate-center", type=float, help="likewise")
-    convert.add_argument("--num-attention-heads", type=int, help="of avit (default: one for every 64 channels)")
+    convert.add_argument("--num-attention-heads", type=int, help="of avit, timm, torchvision (one for 64 channels)")
+    convert.add_argument("--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision")
+    convert.add_argument("--exit-positions", type=int, nargs="+", metavar="BLOCK", help="of these: new exits, from 1")
+    convert.add_argument("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
     convert.set_defaults(run=_convert)
+
+    card = _command(commands, "card", "write the model card, from the config and the reports of other commands")
+    card.add_argument("checkpoint", help="folder or Hub id of a highway or an AViT")
+    card.add_argument(
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help="reports of evaluate, calibrate, benchmark (default: evaluation.json, calibration.json and "
+        "benchmark.json of the folder)",
+    )
+    card.add_argument("--output", help="Markdown file (default: README.md of the folder)")
+    card.add_argument("--name", help="Hub id under which the model will be found (default: the folder's name)")
+    card.add_argument("--datasets", nargs="+", default=[], metavar="HUB_ID", help="what it was trained on")
+    card.add_argument("--base-model", help="Hub id of the model that it was made from")
+    card.add_argument("--license", help="such as apache-2.0")
+    card.add_argument("--tags", nargs="+", default=[], help="beside the usual ones")
+    card.set_defaults(run=_card)
 
     env = _command(commands, "env", "print the versions to paste in an issue")
     env.set_defaults(run=_env)
@@ -217,7 +299,11 @@ def _add_data(command: argparse.ArgumentParser, which: str, why: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 on bad input with one line that says why, 130 on Ctrl-C."""
+    """Run the command line; returns the exit code.
+
+    0; 1 where a command did what it was asked and says that something is wrong; 2 on bad input, with one line that
+    says why; 130 on Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     try:
@@ -232,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.required:
             if getattr(options, name) is None and not (name == "output" and getattr(options, "dry_run", False)):
                 raise ValueError(f"lgvit {options.command} needs --{name}")
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError, ImportError) as error:
         # one line: libraries wrap theirs over several
         print(f"lgvit: {' '.join(str(error).split())}", file=sys.stderr)
@@ -240,7 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"lgvit: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _with_config_file(
@@ -396,6 +481,40 @@ def _export(options: argparse.Namespace) -> None:
     print(export_as_text(manifest, options.output))
 
 
+def _predict(options: argparse.Namespace) -> int:
+    from .commands.predict import predict_as_text, run_predict
+
+    names = ("split", "batch_size", "workers", "top_k", "probabilities")
+    report = run_predict(
+        options.checkpoint,
+        options.paths,
+        options.output,
+        policy=_policy_of(options),
+        **{name: getattr(options, name) for name in names},
+    )
+    print(predict_as_text(report, options.output))
+    return 1 if report["errors"] else 0
+
+
+def _split(options: argparse.Namespace) -> None:
+    from .commands.serve import run_split
+
+    print(run_split(options.checkpoint, options.output, options.at, options.format, _policy_of(options)))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from .commands.serve import run_serve
+
+    names = ("host", "port", "state_dtype", "timeout", "retries", "max_batch_size", "max_wait_ms", "max_body_mb")
+    run_serve(
+        options.path,
+        next_url=options.next,
+        policy=_policy_of(options),
+        threads=options.threads,
+        **{name: getattr(options, name) for name in names},
+    )
+
+
 def _visualize(options: argparse.Namespace) -> None:
     from .commands.visualize import run_visualize
 
@@ -412,22 +531,25 @@ def _visualize(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from .hub.convert import convert_avit, convert_lgvit
+    from .commands.convert import OPTIONS, run_convert
 
-    given = {name: getattr(options, name) for name in ("gate_scale", "gate_center", "num_attention_heads")}
-    if options.source_format == "avit":
-        config = convert_avit(options.source, options.output, **given)
-        print(
-            f"all tensors matched: avit on {config.backbone}, gate {config.gate_scale:g} and {config.gate_center:g}; "
-            f"written to {options.output}"
-        )
-        return
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --from avit")
-    config = convert_lgvit(options.source, options.output)
-    exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
-    print(f"all tensors matched: {config.model_type}, exits after {exits}; written to {options.output}")
+    given = {name: getattr(options, name) for name in OPTIONS}
+    if given["exit_types"] is not None and len(given["exit_types"]) == 1:
+        given["exit_types"] = given["exit_types"][0]
+    if given["image_size"] is not None:
+        given["image_size"] = tuple(given["image_size"])
+    formats = {name: getattr(options, name) for name in ("source_format", "target_format")}
+    print(run_convert(options.source, options.output, **formats, **given))
+
+
+def _card(options: argparse.Namespace) -> None:
+    from .commands.card import run_card
+
+    names = ("output", "name", "datasets", "base_model", "license", "tags")
+    file, reports = run_card(
+        options.checkpoint, options.evaluation, **{name: getattr(options, name) for name in names}
+    )
+    print(f"written to {file}" + (f", from {', '.join(reports)}" if reports else ", from the config alone"))
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -6,7 +6,9 @@ import copy
 import difflib
 import math
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,14 @@ from transformers import DeiTConfig, SwinConfig, ViTConfig
 
 from .heads import is_head, known_heads, lgvit_heads
 from .policies import build_policy
+from .segments import State  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
 OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
 DEFAULT_POLICY = {"name": "confidence", "threshold": 0.8}
 DEFAULT_FEATURES = 256
+MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,37 @@ def lgvit_positions(num_blocks: int) -> list[int]:
     return [first + round(i * (last - first) / (count - 1)) for i in range(count)]
 
 
-class HighwayConfig:
+class SafeConfig:
+    """Reading a `config.json` that anybody may have written, mixed into one of transformers' configs."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SafeConfig:
+        """As upstream's, without the attention code that a file asks for; what it cannot read is a `ValueError`."""
+        with _strange_settings(cls):
+            return super().from_dict(without_attention_code(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As upstream's, but a folder without `config.json` raises `OSError` instead of giving the defaults."""
+        with _strange_settings(cls):
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}: not a saved model")
+        return config_dict, kwargs
+
+
+@contextmanager
+def _strange_settings(config_class: type) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, OSError):
+        raise
+    # a field of another kind than it takes shows as any error, in transformers 5 one of its own
+    except Exception as error:
+        raise ValueError(f"{config_class.__name__}: a setting is not what it can be: {error}") from error
+
+
+class HighwayConfig(SafeConfig):
     """The exit settings that every highway config has, mixed into the backbone's own config.
 
     Args:
@@ -86,6 +120,8 @@ class HighwayConfig:
         "attentions",
     ]
     pools = ("cls", "mean")
+    # what `exit_types` may hold beside the heads of `heads.py`
+    other_types: tuple[str, ...] = ()
     takes_performer = True
     feature_map_dim = feature_map_seed = None
 
@@ -187,7 +223,7 @@ class HighwayConfig:
         """
         self.exit_positions = _checked_positions(self.exit_positions, self.num_blocks, self.truncated)
         num_exits = len(self.exit_positions)
-        self.exit_types = _checked_types(self.exit_types, self.exit_positions)
+        self.exit_types = _checked_types(self.exit_types, self.exit_positions, self.other_types)
         _check_loss_weights(self.exit_loss_weights, num_exits)
         if not isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = list(self.exit_loss_weights)
@@ -200,7 +236,7 @@ class HighwayConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HighwayConfig:
         """As upstream's; exit settings among `kwargs` replace those of the dict and are checked with it."""
-        settings = without_attention_code(config_dict)
+        settings = dict(config_dict)
         if kwargs.get("attn_implementation") not in (None, "performer"):
             settings = {key: value for key, value in settings.items() if key not in PERFORMER_FIELDS}
         names = ("exits", "pool", "truncated", *PERFORMER_FIELDS)
@@ -209,14 +245,6 @@ class HighwayConfig:
         if "exit_positions" in ours and "exit_types" not in ours:
             settings.pop("exit_types", None)
         return super().from_dict(settings, **kwargs)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
-        """As upstream's, but a folder without `config.json` raises `OSError` instead of giving the defaults."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not config_dict:
-            raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}: not a saved model")
-        return config_dict, kwargs
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -239,15 +267,23 @@ def _own_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(key, EXIT_FIELDS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"unknown config field {key!r}: {hint}The exit fields are {', '.join(EXIT_FIELDS)}")
+    check_num_labels(kwargs.get("num_labels"))
     kwargs.pop("model_type", None)
     return {key: value for key, value in kwargs.items() if not key.startswith("_attn_implementation")}
 
 
-def _offer_models() -> None:
-    # Auto classes are asked for a model with a config in hand; registering earlier would import all models at once
-    from .auto import register_models
+def check_num_labels(num_labels: Any) -> None:
+    """Raise `ValueError` for no number of labels, or a huge one: each label gets a name, which takes memory."""
+    if num_labels is not None and (type(num_labels) is not int or not 0 <= num_labels <= MOST_LABELS):
+        raise ValueError(f"num_labels: {num_labels!r} must be an integer from 0 to {MOST_LABELS}")
 
-    register_models()
+
+def _offer_models() -> None:
+    # Auto classes are asked for a model with a config in hand; registering earlier would import all models at once.
+    # No import: in a checkpoint's folder there is this file and no `auto`, and its `auto_map` names the models
+    auto = sys.modules.get(f"{__package__}.auto")
+    if auto is not None:
+        auto.register_models()
 
 
 def _checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list[int]:
@@ -273,14 +309,14 @@ def _checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list
     return checked
 
 
-def _checked_types(types: Any, positions: list[int]) -> list[str]:
+def _checked_types(types: Any, positions: list[int], others: Sequence[str] = ()) -> list[str]:
     if isinstance(types, (str, bytes)) or not isinstance(types, Sequence) or len(types) != len(positions):
         raise ValueError(
             f"exit_types: {types!r} must be one head name for all or a list of {len(positions)}, one per exit; "
             f"known heads: {known_heads()}"
         )
     for position, head in zip(positions, types, strict=True):
-        if not is_head(head):
+        if not is_head(head) and head not in others:
             raise ValueError(
                 f"exit_types: unknown head {head!r} at the exit after block {position}; known heads: {known_heads()}"
             )

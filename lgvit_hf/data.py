@@ -140,6 +140,34 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
     return dataset
 
 
+def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
+    """Images of one split of a dataset, in its order, as they are stored: nothing is decoded, labels are not needed.
+
+    Args:
+        source (`str`): As of [`load_images`]; no rows are held out.
+        split (`str`, *optional*): By its name in the source; may be left out where there is only one.
+
+    Returns:
+        `datasets.Dataset`: Whose column `image` is a dict of `bytes` and `path`, one of which may be `None`.
+
+    Raises:
+        ImportError: The extra `train` is not installed.
+        ValueError: No images there, no such split, or several and none was named.
+
+    Example:
+
+        >>> len(load_encoded("digits", "test"))
+        360
+    """
+    datasets, raw = _require_datasets(), _load_raw(source, seed=0)
+    names = list(raw) if split is None else [name for name in SPLITS.get(split, (split,)) if name in raw][:1]
+    if len(names) != 1:
+        which = "one of its splits must be named" if split is None else f"no split called {split!r}"
+        raise ValueError(f"{source}: {which}; splits there: {', '.join(raw)}")
+    images = _with_plain_columns(raw[names[0]], f"{source} ({names[0]})", labelled=False)
+    return images.select_columns("image").cast_column("image", datasets.Image(decode=False))
+
+
 def class_names(dataset: datasets.Dataset) -> list[str] | None:
     """What the numbers in the column `label` stand for, or `None` where there are no labels.
 
@@ -344,6 +372,10 @@ class ProcessedImages(TorchDataset):
         images, labels = zip(*self._prepared(indices), strict=True)
         finished = zip(self._finished(images, indices), labels, strict=True)
         return [{"pixel_values": pixels, **label} for pixels, label in finished]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
+        return next(iter(self._finished([self._prepare(image.convert("RGB"))], [0])))
 
     def _prepared(self, indices: list[int]) -> list[tuple[Any, dict[str, int]]]:
         """Images as far as they are the same in every epoch, which is what is kept, with `{"labels": int}` or `{}`."""

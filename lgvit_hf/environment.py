@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 
 PACKAGES = (
     "lgvit-hf",
@@ -26,6 +27,16 @@ PACKAGES = (
     "torchvision",
 )
 FIRST_SAFE_TRANSFORMERS = (5, 3)
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, where the system says so, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, str]:

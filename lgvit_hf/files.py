@@ -72,6 +72,14 @@ def _umask() -> int:
     return mask
 
 
+def leads_out(file: Path) -> bool:
+    """Whether a file of a folder is a link to somewhere else; the Hub's cache is made of links, which are no such."""
+    folder, target = file.parent.resolve(), file.resolve()
+    # snapshots/<commit>/<file> is a link to a file in blobs
+    allowed = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return not any(target.is_relative_to(place) for place in allowed)
+
+
 @contextmanager
 def add_files(folder: str | Path) -> Iterator[Path]:
     """A temporary folder whose files are moved into `folder` when the block ends well; others there are left alone."""
@@ -84,16 +92,32 @@ def add_files(folder: str | Path) -> Iterator[Path]:
             os.replace(file, folder / file.name)
 
 
+@contextmanager
+def replace_file(output: str | Path) -> Iterator[Path]:
+    """A new file that takes the place of `output` when the block ends well, and vanishes when it does not.
+
+    Example:
+
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     with replace_file(Path(home) / "a.txt") as file:
+        ...         _ = file.write_text("whole")
+        ...     [file.name for file in Path(home).iterdir()]
+        ['a.txt']
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, output)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 def write_json(file: str | Path, content: Any) -> None:
     """Write `content` as JSON, all of it or nothing."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2)
-            stream.write("\n")
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replace_file(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2)
+        stream.write("\n")

@@ -7,9 +7,17 @@ from functools import partial
 from torch import Tensor, nn
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, DeiTModel
 
+from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .configuration import DeiTHighwayConfig
+from .engine import run_early  # noqa: F401
+from .files import add_files  # noqa: F401
 from .heads import HeadShape
+from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin, run_block
+from .policies import ExitPolicy  # noqa: F401
+from .pretrained import PretrainedHighway  # noqa: F401
+from .recording import recording  # noqa: F401
+from .remote_code import write_code  # noqa: F401
 from .segments import Block, State, Tokens
 
 
@@ -32,6 +40,7 @@ class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
     """
 
     config_class = DeiTHighwayConfig
+    _no_split_modules = [*DeiTForImageClassification._no_split_modules, "ExitHead"]
     native_classes = (DeiTForImageClassificationWithTeacher, DeiTForImageClassification, DeiTModel)
 
     def __init__(self, config):

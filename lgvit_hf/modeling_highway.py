@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from .attention import FeatureMap
+from .configuration import Exit
 from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy, build_policy
 from .pretrained import PretrainedHighway
+from .recording import Selection, recording, requested
 from .segments import Block, Segment, State, Tokens
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class HighwayMixin(PretrainedHighway):
     def __init__(self, config):
         config.validate_exits()
         super().__init__(config)
-        self.exits = nn.ModuleList(build_head(exit.head, self.head_shape(exit.after)) for exit in config.exits)
+        self.exits = nn.ModuleList(map(self.build_exit, config.exits))
         if config.truncated:
             self._remove_final()
         self._set_feature_maps()
@@ -126,6 +128,10 @@ class HighwayMixin(PretrainedHighway):
         raise NotImplementedError
 
     # -- the highway ---------------------------------------------------------------------------------------
+
+    def build_exit(self, exit: Exit) -> nn.Module:
+        """The head of one exit."""
+        return build_head(exit.head, self.head_shape(exit.after))
 
     def segments(self, interpolate_pos_encoding: bool = False) -> list[Segment]:
         """The list of segments this highway is made of, one per exit, the final classifier's last.
@@ -198,6 +204,18 @@ class HighwayMixin(PretrainedHighway):
             logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
         self._policy, self._policy_settings = built, copy.deepcopy(self.config.exit_policy)
 
+    def split(self, positions: Sequence[int], folder: str, format: str = "safetensors", **options: Any) -> list[Any]:
+        """Cut this highway behind exits into parts for machines in a row: see `lgvit_hf.serving.split.split`.
+
+        Args:
+            positions (`list[int]`): Blocks run before each cut; there must be exits.
+            folder (`str` or `Path`): To be made, with `part0`, `part1`, ... in it.
+            format (`str`, *optional*, defaults to `"safetensors"`): Or `"onnx"`, which runs without PyTorch.
+            options: Such as `processor`, what prepares images.
+        """
+        # by its name: a room does not travel with a checkpoint, as the files beside this one do
+        return import_module(f"{__package__}.serving.split").split(self, positions, folder, format, **options)
+
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -206,7 +224,7 @@ class HighwayMixin(PretrainedHighway):
         min_depth: int | None = None,
         max_depth: int | None = None,
         interpolate_pos_encoding: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Selection | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> HighwayOutput | tuple:
@@ -221,7 +239,7 @@ class HighwayMixin(PretrainedHighway):
             min_depth (`int`, *optional*): With early exit, shallower exits are not run.
             max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers what is left.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
-            output_hidden_states (`bool`, *optional*), output_attentions (`bool`, *optional*):
+            output_hidden_states (`bool` or numbers of some, *optional*), output_attentions (`bool`, *optional*):
                 Also return what the backbone would; all exits run then.
             return_dict (`bool`, *optional*): `False` gives a tuple.
 
@@ -230,15 +248,12 @@ class HighwayMixin(PretrainedHighway):
         """
         self._check_batch(pixel_values, labels, bool(interpolate_pos_encoding))
         config = self.config
-        wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
-        recorded = [
-            name for name, want in wanted.items() if (getattr(config, f"output_{name}") if want is None else want)
-        ]
+        recorded = requested(config, hidden_states=output_hidden_states, attentions=output_attentions)
         early = (not self.training and not recorded) if early_exit is None else early_exit
         if not early and (min_depth, max_depth) != (None, None):
             raise ValueError("min_depth and max_depth bound early exit; they mean nothing when all exits run")
         if early and recorded:
-            raise ValueError(f"output_{recorded[0]} needs every row in every block: early_exit=False")
+            raise ValueError(f"output_{next(iter(recorded))} needs every row in every block: early_exit=False")
 
         state = State({"pixel_values": pixel_values})
         segments = self.segments(bool(interpolate_pos_encoding))
@@ -247,7 +262,7 @@ class HighwayMixin(PretrainedHighway):
             loss = None if labels is None else task_loss(answers.logits, labels, config.problem_type)
             output = HighwayOutput(loss=loss, **vars(answers))
         else:
-            with self._recording(recorded) as records:
+            with recording(recorded, self.recorded_modules) as records:
                 exit_logits, exit_features = study_all(segments, state)
             logits, last = exit_logits[-1], segments[-1]
             output = HighwayOutput(
@@ -261,23 +276,6 @@ class HighwayMixin(PretrainedHighway):
             )
         keep_dict = config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
-
-    @contextmanager
-    def _recording(self, names: list[str]) -> Iterator[dict[str, tuple[Tensor, ...]]]:
-        """Keep what the backbone's modules give while it runs; filled at the end."""
-        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-        hooks = [
-            module.register_forward_hook(partial(_keep, outputs[name], name))
-            for name in names
-            for module in self.recorded_modules(name)
-        ]
-        records: dict[str, tuple[Tensor, ...]] = {}
-        try:
-            yield records
-        finally:
-            for hook in hooks:
-                hook.remove()
-        records.update((name, tuple(kept)) for name, kept in outputs.items())
 
     def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None, interpolate: bool) -> None:
         if pixel_values is None:
@@ -344,12 +342,3 @@ class HighwayMixin(PretrainedHighway):
         for name, child in list(self.named_children()):
             if child is not self.base_model and child is not self.exits:
                 setattr(self, name, nn.Identity())
-
-
-def _keep(kept: list[Tensor], name: str, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-    """Forward hook: a module gives its state, or a tuple of its state and its attention weights."""
-    if name == "attentions" and isinstance(output, tuple):
-        output = output[1]
-    kept.append(output[0] if isinstance(output, tuple) else output)
-    if kept[-1] is None:
-        raise ValueError('attentions are only kept by attn_implementation="eager"')

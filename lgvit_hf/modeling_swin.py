@@ -6,10 +6,19 @@ from functools import partial
 
 from torch import Tensor, nn
 from transformers import SwinForImageClassification, SwinModel
+from transformers.models.swin.modeling_swin import SwinStage
 
+from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .configuration import SwinHighwayConfig
+from .engine import run_early  # noqa: F401
+from .files import add_files  # noqa: F401
 from .heads import HeadShape
+from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin
+from .policies import ExitPolicy  # noqa: F401
+from .pretrained import PretrainedHighway  # noqa: F401
+from .recording import recording  # noqa: F401
+from .remote_code import write_code  # noqa: F401
 from .segments import Block, State, Tokens
 
 try:
@@ -18,19 +27,35 @@ try:
         register_checkpoint_conversion_mapping,
     )
 except ImportError:
-    pass  # transformers 4 has the weight names of the checkpoints
+    # transformers 4 has the weight names of the checkpoints, and saves a buffer that 5 makes anew
+    _SAVED_BUFFERS = [r"relative_position_index"]
 else:
+    _SAVED_BUFFERS = []
     # transformers 5 renames weights by model type; unknown types would be left with random ones
     register_checkpoint_conversion_mapping("swin_highway", get_checkpoint_conversion_mapping("swin"), overwrite=True)
 
 
-def _run_block(block: nn.Module, merge: nn.Module | None, state: State) -> State:
-    """One Swin block; the first of a stage merges patches before, so that an exit above it does not pay for that."""
+class SwinHighwayStage(SwinStage):
+    """Upstream's stage, one block of which can be run alone.
+
+    Checkpointed gradients and the moves between devices belong to stages, so a block is run through its stage.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], *args, block: int | None = None, **kwargs
+    ):
+        if block is None:
+            return super().forward(hidden_states, input_dimensions, *args, **kwargs)
+        return self.blocks[block](hidden_states, input_dimensions)[0]
+
+
+def _run_block(stage: nn.Module, index: int, merge: nn.Module | None, state: State) -> State:
+    """One block of a stage; the first merges patches before, so that an exit above it does not pay for that."""
     hidden, grid = state["hidden"], state.grid
     if merge is not None:
         hidden = merge(hidden, grid)
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-    return State({"hidden": block(hidden, grid)[0]}, grid)
+    return State({"hidden": stage(hidden, grid, block=index)}, grid)
 
 
 class SwinHighway(HighwayMixin, SwinForImageClassification):
@@ -49,10 +74,16 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
 
     config_class = SwinHighwayConfig
     takes_any_size = True
+    _no_split_modules = ["SwinHighwayStage", "ExitHead"]
     native_classes = (SwinForImageClassification, SwinModel)
-    # a buffer that one major version of transformers saves and the other makes anew
-    _keys_to_ignore_on_load_missing = [r"relative_position_index"]
+    # each loads what the other saved
+    _keys_to_ignore_on_load_missing = _SAVED_BUFFERS
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        for stage in self.swin.encoder.layers:
+            stage.__class__ = SwinHighwayStage  # with the weights that it has
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
         pixels = state["pixel_values"].to(self.swin.embeddings.patch_embeddings.projection.weight.dtype)
@@ -63,8 +94,8 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
         runs: list[Block] = []
         merge = None
         for stage in self.swin.encoder.layers:
-            for block in stage.blocks:
-                runs.append(partial(_run_block, block, merge))
+            for index in range(len(stage.blocks)):
+                runs.append(partial(_run_block, stage, index, merge))
                 merge = None
             merge = stage.downsample
         return runs

@@ -6,7 +6,9 @@ import difflib
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration import OWN_FIELDS, without_attention_code
+from .files import leads_out
+from .remote_code import auto_map, code_goes_with, write_code
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping as name_conversions
@@ -31,6 +35,10 @@ logger = logging.getLogger(__name__)
 # buffers that are made, not learned
 RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+class WrongShape(ValueError, RuntimeError):
+    """A tensor of a file has not the shape that the config asks for; a `RuntimeError` too, which upstream raises."""
 
 
 class SafeCheckpoint:
@@ -58,7 +66,37 @@ class SafeCheckpoint:
             )
         except SafetensorError as error:
             raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise WrongShape(f"{pretrained_model_name_or_path}: {error}") from error
+        vars(model.config).pop("auto_map", None)  # of that folder; `save_pretrained` says what goes with another
         return model, info
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As upstream's, with the code of the model beside its weights.
+
+        A saved folder opens with `trust_remote_code=True` where this package is not installed. The `checkpoint-N`
+        folders of a `Trainer` go without the code: save the model that is to be handed on.
+        """
+        if not (kwargs.get("is_main_process", True) and code_goes_with(type(self), save_directory)):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        write_code(type(self), save_directory)
+        self.config.auto_map = auto_map(type(self))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            vars(self.config).pop("auto_map", None)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's, with the image processor, the reports and the card of the folder the model was loaded from.
+
+        Where there is no card, one is made of the config and the reports; see `lgvit_hf.hub.push.push`.
+        """
+        if f"{__package__}.auto" not in sys.modules:
+            # the copy of this file that goes with a checkpoint has no rooms beside it
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        return import_module(f"{__package__}.hub.push").push(self, repo_id, *args, **kwargs)
 
 
 class PretrainedHighway(SafeCheckpoint):
@@ -75,6 +113,10 @@ class PretrainedHighway(SafeCheckpoint):
         """As upstream's, from safetensors only; a tensor missing outside the exits raises.
 
         A plain checkpoint of the backbone loads too, with new exits (`from_backbone` also resets the classifier).
+
+        Args:
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Also return which tensors are missing or left over, and leave it to the caller to judge them.
 
         Raises:
             ValueError:
@@ -93,6 +135,8 @@ class PretrainedHighway(SafeCheckpoint):
                         f"{field}: {asked!r} was asked for, but {pretrained_model_name_or_path} was saved with "
                         f"{stored[field]!r}"
                     )
+        if output_loading_info:
+            return model, info
         missing = sorted(key for key in info["missing_keys"] if not key.endswith(RECOMPUTED))
         exits = [key for key in missing if key.startswith("exits.")]
         known_exits = [key for key in model.state_dict() if key.startswith("exits.") and not key.endswith(RECOMPUTED)]
@@ -103,7 +147,7 @@ class PretrainedHighway(SafeCheckpoint):
                 f"{pretrained_model_name_or_path}: {len(lost)} tensors of {cls.__name__} are missing, such as "
                 f"{lost[0]!r}; from_backbone(..., num_labels=N) makes a new classifier on a pretrained backbone"
             )
-        return (model, info) if output_loading_info else model
+        return model
 
     @classmethod
     def from_backbone(
@@ -163,6 +207,7 @@ class PretrainedHighway(SafeCheckpoint):
             f" and the classifier, for {model.config.num_labels} labels" if reset else "",
         )
         model.eval()
+        model.grown_from = native.name_or_path  # where its image processor is
         if dtype is not None:
             model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         info = {"missing_keys": sorted(exits + reset), "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -278,7 +323,17 @@ def check_files(path: str | os.PathLike | None) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        stray = sorted(shard for shard in shards if Path(shard).name != shard)
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            stray = sorted(shard for shard in shards if not _is_shard(folder, shard))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of weights: {error}") from error
         if stray:
-            raise ValueError(f"{index}: {stray[0]!r} must be the name of a file in this folder")
+            raise ValueError(
+                f"{index}: {stray[0]!r} must be the name of a .safetensors file in this folder, and no link out of it"
+            )
+
+
+def _is_shard(folder: Path, name: str) -> bool:
+    # what is called otherwise upstream would open as a pickle
+    return name.endswith(".safetensors") and Path(name).name == name and not leads_out(folder / name)

@@ -33,8 +33,12 @@ COMMANDS = (
     "calibrate",
     "sweep",
     "export",
+    "predict",
+    "split",
+    "serve",
     "visualize",
     "convert",
+    "card",
     "env",
 )
 

@@ -457,5 +457,7 @@ def test_an_index_stays_in_its_folder(tmp_path):
     (tmp_path / "inside" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": names, "metadata": {}})
     )
-    with pytest.raises(ValueError, match="outside.safetensors' must be the name of a file in this folder"):
+    with pytest.raises(
+        ValueError, match="outside.safetensors' must be the name of a .safetensors file in this folder"
+    ):
         ViTHighway.from_pretrained(tmp_path / "inside")

@@ -65,7 +65,7 @@ def test_saved_model_answers_in_a_fresh_process(demo):
 
 def test_readme_snippets_run(demo):
     snippets = blocks("python")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         done = subprocess.run([sys.executable, "-c", snippet], cwd=demo[0], capture_output=True, text=True)
         assert done.returncode == 0, f"{snippet}\n{done.stderr}"

@@ -538,7 +538,7 @@ class HighwayTesterMixin:
 
     # -- images --------------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("heads", ["conv1_1", "attention_r2", "vit"])
+    @pytest.mark.parametrize("heads", HEADS)
     @torch.no_grad()
     def test_images_of_other_sizes(self, heads):
         native = tiny_native(self.kind)
@@ -658,6 +658,30 @@ class HighwayTesterMixin:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
             if name.endswith("weight"):  # batch norm and softmax do not see some of the biases
                 assert not torch.equal(parameter, before[name]), name
+
+    def test_gradient_checkpointing_runs_blocks_again(self):
+        model, runs = self.model().train(), []
+        model.gradient_checkpointing_enable()
+        for name, module in model.named_modules():
+            if name.endswith("layernorm_before"):
+                module.register_forward_hook(lambda *_, name=name: runs.append(name))
+        model(tiny_images(2), labels=torch.arange(2)).loss.backward()
+        assert len(runs) >= 2 * NUM_BLOCKS and min(map(runs.count, runs)) >= 2
+
+    @torch.no_grad()
+    def test_some_hidden_states(self):
+        model, images = self.model(), tiny_images(2)
+        everything = model(images, output_hidden_states=True).hidden_states
+        some = model(images, output_hidden_states=[0, -1, 99]).hidden_states
+        assert torch.equal(some[0], everything[0]) and torch.equal(some[-1], everything[-1])
+        assert len(some) == len(everything) and not any(state is not None for state in some[1:-1])
+
+    def test_who_asks_what_is_missing_is_told(self, tmp_path):
+        model = self.model()
+        model.base_model.save_pretrained(tmp_path)
+        loaded, info = MODELS[self.kind].from_pretrained(tmp_path, exit_positions=POSITIONS, output_loading_info=True)
+        ours = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix)}
+        assert ours <= set(info["missing_keys"]) and all(p.isfinite().all() for p in loaded.parameters())
 
     def test_gradient_checkpointing_gives_the_same_gradients(self):
         gradients = []

@@ -60,6 +60,7 @@ def run_benchmark(
     table = None if table_file is None else table_of(model, dataset, table_file)
     progress = partial(logging.tqdm, desc="timing", leave=False)
     report = benchmark(model, dataset, table=table, progress=progress, **settings)
+    report = {"what": "lgvit benchmark", "data": data, "split": which, **report}
     if output is not None:
         write_json(output, report)
     if cost_table is not None:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..costs import Highway, decides_inside
 from ..data import ProcessedImages
 from ..engine import Answers
+from ..evaluation.latency import machine
 from ..evaluation.plots import (
     plot_classes,
     plot_confusion,
@@ -70,6 +71,7 @@ def run_evaluate(
     table, answers = look(model, dataset, batch_size=batch_size)
     progress = partial(logging.tqdm, desc="timing", leave=False)
     report = judge(model, dataset, table, answers, timed_batch_sizes=timed_batch_sizes, progress=progress)
+    report = {"what": "lgvit evaluate", "data": data, "split": which, **report, "environment": machine(model)}
     if output is not None:
         write_json(output, report)
     if plots is not None:

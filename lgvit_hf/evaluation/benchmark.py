@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,9 +25,8 @@ from .latency import (
     PartTimes,
     architecture,
     cost_table,
-    device_name,
+    machine,
     measured_sizes,
-    threads_of,
     time_interleaved,
     time_parts,
     timed_segments,
@@ -342,11 +340,7 @@ def _environment(model: Highway, policy: ExitPolicy, repeats: int, num_images: i
         "model": architecture(model),
         "policy": policy.to_dict(),
         "image_size": model.config.image_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "threads": threads_of(model),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine(model),
         "images": num_images,
         "repeats": repeats,
     }

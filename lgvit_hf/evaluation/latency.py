@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from ..costs import Costs, Highway, export_of
 from ..engine import Answers
+from ..environment import processor_name
 from ..files import write_json
 from ..policies import ExitPolicy, Memory, probabilities
 from ..segments import Segment, State
@@ -429,6 +431,18 @@ def threads_of(model: Highway) -> int:
     """How many threads of the processor a highway is run with."""
     exported = export_of(model)
     return torch.get_num_threads() if exported is None else exported.threads
+
+
+def machine(model: Highway) -> dict[str, Any]:
+    """On what, and with what, a highway is timed: `dtype`, `device`, `processor`, `threads` and versions."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "processor": processor_name(),
+        "threads": threads_of(model),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def architecture(model: Highway) -> str:

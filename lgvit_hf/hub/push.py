@@ -1,0 +1,103 @@
+"""To the Hub: weights, config and code of a model, its image processor, its reports and its card, in one commit."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..models import read_config
+from .card import card, has_card, is_own, reports_beside, write_card
+
+logger = logging.getLogger(__name__)
+
+PROCESSOR = "preprocessor_config.json"
+CARD = "README.md"
+
+
+def publish_folder(model: PreTrainedModel, folder: str | Path, *, name: str, tags: Sequence[str] = ()) -> None:
+    """Save a model as it is pushed: with what lies in the folder that it was loaded from.
+
+    That is its image processor, the reports of `lgvit evaluate`, `calibrate` and `benchmark`, and its card with the
+    pictures beside it. Where there is no card, one is made. Where the model has another exit policy by now, what was
+    reported of the old one stays behind.
+
+    Args:
+        model (`PreTrainedModel`): A highway or an `AViT`.
+        folder (`str` or `Path`): New, or of an earlier push.
+        name (`str`): The Hub id, which the card's snippet loads.
+        tags (`Sequence[str]`, *optional*): Of a card that is made.
+    """
+    folder, source = Path(folder), Path(model.name_or_path)
+    model.save_pretrained(folder)
+    if not model.name_or_path or not (source / "config.json").is_file():
+        if has_card(model.config):
+            write_card(card(model, name=name, tags=tags), folder / CARD)
+        return
+    files, reports = [source / PROCESSOR], []
+    if _policy(read_config(str(source))) == _policy(model.config):
+        reports = reports_beside(source)
+        files += [*reports, *source.glob("*.png"), source / CARD, *source.glob(".eval_results/*.yaml")]
+    else:
+        logger.warning("the exit policy has changed since %s was saved: reports and card of it stay there", source)
+        files += [source / CARD] if is_own(source / CARD) else []
+    for file in files:
+        if file.is_file():
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+    if has_card(model.config) and not (folder / CARD).is_file():
+        write_card(card(model, reports, name=name, tags=tags), folder / CARD)
+
+
+def _policy(config: PretrainedConfig) -> dict[str, Any] | None:
+    return getattr(config, "exit_policy", None)
+
+
+def push(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: Sequence[str] | None = None,
+) -> CommitInfo:
+    """Push what `publish_folder` saves; a README that somebody wrote in the repository stays.
+
+    Args:
+        model (`PreTrainedModel`): A highway or an `AViT`.
+        repo_id (`str`): `owner/name`, made where it is not there.
+        commit_message, commit_description, private, token, revision, create_pr, tags: As of `PreTrainedModel`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        publish_folder(model, folder, name=repo_id, tags=tags or ())
+        if _has_own_card(repo_id, revision, token):
+            (Path(folder) / CARD).unlink(missing_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _has_own_card(repo_id: str, revision: str | None, token: Any) -> bool:
+    try:
+        return is_own(hf_hub_download(repo_id, CARD, revision=revision, token=token))
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return False
