@@ -25,6 +25,7 @@ EXAMPLES = {
     "  lgvit calibrate runs/stage2 --data photos/ --max-latency 4 --cost-table costs.json --batch-size 8",
     "sweep": "lgvit sweep runs/stage2 --data photos/ --output sweep --policy confidence --range 0.5 0.99 25\n"
     "  lgvit sweep runs/stage2 --data photos/ --output patience --policy patience --values 1 2 3 4",
+    "compare": "lgvit compare sweep/ --paper lgvit",
     "card": "lgvit evaluate runs/stage2 --data photos/ --output runs/stage2/evaluation.json\n"
     "  lgvit card runs/stage2 --name me/my-highway --license apache-2.0 --base-model google/vit-base-patch16-224",
     "env": "lgvit env",
@@ -141,6 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--entropy-threshold", type=float, help="of confidence_entropy")
     sweep.add_argument("--timed-batch-sizes", type=int, nargs="+", default=[], help="also measure wall-clock at these")
     sweep.set_defaults(run=_sweep, required=("data", "output"))
+
+    compare = _command(commands, "compare", "a sweep beside published figures, at the same layer speed-up")
+    compare.add_argument("sweep", help="folder of `lgvit sweep`")
+    compare.add_argument("--paper", default="lgvit", help="whose figures (default: lgvit)")
+    compare.add_argument("--output", help="JSON file for the figures")
+    compare.set_defaults(run=_compare, required=())
 
     export = _command(commands, "export", "write ONNX that really skips, and run it against the model")
     export.add_argument("checkpoint", help="folder or Hub id of a highway")
@@ -540,6 +547,17 @@ def _convert(options: argparse.Namespace) -> None:
         given["image_size"] = tuple(given["image_size"])
     formats = {name: getattr(options, name) for name in ("source_format", "target_format")}
     print(run_convert(options.source, options.output, **formats, **given))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from .commands.compare import compare_as_text, run_compare
+
+    rows = run_compare(options.sweep, options.paper)
+    print(compare_as_text(rows))
+    if options.output:
+        from .files import write_json
+
+        write_json(options.output, rows)
 
 
 def _card(options: argparse.Namespace) -> None:

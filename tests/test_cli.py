@@ -32,6 +32,7 @@ COMMANDS = (
     "benchmark",
     "calibrate",
     "sweep",
+    "compare",
     "export",
     "predict",
     "split",

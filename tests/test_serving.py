@@ -715,6 +715,20 @@ def test_the_command_drains_on_sigterm(home):
         process.wait()
 
 
+def test_a_sigterm_right_after_the_address_is_not_lost(home, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    started = uvicorn.Server.run
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, **options: (signal.raise_signal(signal.SIGTERM), started(self, **options))
+    )
+    try:
+        assert main(["serve", str(home[0] / "parts" / "part1"), "--port", "0"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    found = capfd.readouterr()
+    assert "part 1 of 2 at http://" in found.out and "Traceback" not in found.err
+
+
 def test_the_command_says_what_is_wrong(home, tmp_path, capsys):
     part = str(home[0] / "parts" / "part1")
     for words, reason in (

@@ -241,6 +241,7 @@ def part(tmp_path_factory):
         {"image": {}},
         {"model": "x"},
         {"depths": "12"},
+        {"depths": [1 << 70] * 4},
         {"more": 1},
     ],
 )

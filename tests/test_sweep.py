@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lgvit_hf import ExitTable
+from lgvit_hf.cli import main
+from lgvit_hf.commands.compare import PAPERS, run_compare
 from lgvit_hf.costs import Costs
 from lgvit_hf.evaluation.sweep import sweep, threshold_curve
 
@@ -88,3 +90,38 @@ def test_threshold_curve_goes_from_the_first_exit_to_the_full_model(policy):
     first, last = curve[0], curve[-1]
     assert first["mean_macs"] == 5 and first["accuracy"] == pytest.approx(table.accuracies()[0])
     assert last["mean_macs"] == table.costs.backbone and last["accuracy"] == pytest.approx(table.accuracies()[-1])
+
+
+# -- beside published figures ----------------------------------------------------------------------------------
+
+
+def test_a_sweep_stands_beside_published_figures_at_the_same_speed_up(tmp_path, capsys):
+    table = a_table()
+    rows = sweep(table, POLICIES, tmp_path / "sweep.jsonl", what=WHAT)
+    table.save(tmp_path / "table.safetensors")
+    found = run_compare(str(tmp_path), "lgvit")
+    assert [row["published"] for row in found] == [a for figures in PAPERS["lgvit"] for a, _ in figures.points]
+    speeds = [row["layer_speed_up"] for row in rows]
+    reached = [row for row in found if min(speeds) <= row["layer_speed_up"] <= max(speeds)]
+    assert reached
+    for row in reached:
+        below = max(
+            (r for r in rows if r["layer_speed_up"] <= row["layer_speed_up"]), key=lambda r: r["layer_speed_up"]
+        )
+        above = min(
+            (r for r in rows if r["layer_speed_up"] >= row["layer_speed_up"]), key=lambda r: r["layer_speed_up"]
+        )
+        lines = sorted([below["accuracy"], above["accuracy"]])
+        assert lines[0] - 1e-9 <= row["ours"] <= lines[1] + 1e-9
+        drop = table.accuracies()[-1] - row["ours"]
+        assert row["difference"] == pytest.approx(drop - (0.908 - row["published"]))
+    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "compared.json")]) == 0
+    assert "EEVIT" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compared.json").read_text()) == found
+
+
+def test_nothing_to_compare_is_said(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "no sweep.jsonl there" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), "--paper", "resnet"]) == 2
+    assert "'resnet' must be one of lgvit" in capsys.readouterr().err

@@ -88,13 +88,15 @@ def run_serve(
     missing, info = highway.check_next(), highway.info
     app = make_app(highway, max_batch_size=max_batch_size, max_wait=max_wait_ms / 1e3, max_body=int(max_body_mb * 1e6))
     listening = socket.create_server((host, port), backlog=1024)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    server = uvicorn.Server(config)
+    # uvicorn takes the signal while it runs, drains, and then raises it again, by which the process would be said to
+    # have failed; one that comes before it runs must not be lost
+    signal.signal(signal.SIGTERM, lambda number, frame: setattr(server, "should_exit", True))
     what = "a whole highway" if info.parts == 1 else f"part {info.index} of {info.parts}"
     print(f"{path}: {what} at http://{host}:{listening.getsockname()[1]}", flush=True)
     if missing is not None:
         print(f"until the next part is there, rows are answered here: {missing}", flush=True)
     elif info.gives and next_url is None:
         print("no --next: rows that are not sure here are answered here, and marked degraded", flush=True)
-    # uvicorn drains, and then raises the signal again, by which the process would be said to have failed
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])

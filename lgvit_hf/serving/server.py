@@ -24,7 +24,7 @@ from .device.info import SCHEMA
 from .device.loop import Arrays, probabilities
 from .device.message import CONTENT_TYPE, MessageError, pack, unpack
 from .device.pixels import read_image
-from .device.remote import TIMEOUT_HEADER, RemoteHighway
+from .device.remote import MESSAGE_ROWS, TIMEOUT_HEADER, RemoteHighway
 
 PATHS = ("/predict", "/continue", "/health", "/metrics")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -45,7 +45,7 @@ def make_app(
     max_batch_size: int = 32,
     max_wait: float = 0.002,
     max_body: int = 32 * 1024 * 1024,
-    max_request_rows: int = 256,
+    max_request_rows: int = MESSAGE_ROWS,
 ) -> FastAPI:
     """The service around a highway.
 

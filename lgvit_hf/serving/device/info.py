@@ -165,7 +165,7 @@ def file_digest(file: Path) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _is_number(value: Any) -> bool:

@@ -106,8 +106,8 @@ def try_part(part: Any) -> None:
         probabilities(info, answers)
         if info.image is not None:
             pixels, shape = part.pixels(Image.new("RGB", (2, 2))), info.takes["pixel_values"]["shape"]
-            if list(pixels.shape) != shape:
-                raise ValueError(f"images become {list(pixels.shape)}, not {shape}")
+            if list(pixels.shape) != shape or not np.isfinite(pixels).all():
+                raise ValueError(f"images become {list(pixels.shape)}, not numbers of shape {shape}")
     except Exception as error:  # of NumPy, pillow, PyTorch and ONNX Runtime
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{part.folder} does not run as its {PART_FILE} says; split it again ({reason})") from error
