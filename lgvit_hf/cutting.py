@@ -276,8 +276,13 @@ class _Tapped(nn.Module):
             if name:
                 hooks.append(submodule.register_forward_pre_hook(lambda *_, name=name: begin(name)))
                 hooks.append(submodule.register_forward_hook(lambda *given, name=name: end(name, given[2])))
+        buffers = dict(self.module.named_buffers())
         try:
-            return [logits_of(self.module(pixel_values)), *marks]
+            logits = logits_of(self.module(pixel_values))
+            set_anew = [name for name, buffer in self.module.named_buffers() if buffer is not buffers.get(name)]
+            if set_anew:
+                raise TypeError(f"the buffer {set_anew[0]!r} is set anew, which is lost; change it in place (copy_)")
+            return [logits, *marks]
         finally:
             for hook in hooks:
                 hook.remove()

@@ -274,6 +274,7 @@ BAD = {
     "noise": ({"content": bytes(range(256)), "headers": TENSORS}, 400, "no safetensors message"),
     "too large": ({"content": bytes(2_000_001)}, 413, "more than 2000000 bytes"),
     "too many": ({"json": {"images": ["aGk="] * 257}}, 413, "257 images"),
+    "a form": ({"files": {"image": b"x"}}, 400, "the image file is the body itself"),
     "timeout": ({"content": b"x", "headers": {"x-lgvit-timeout": "nan"}}, 400, "no number of seconds"),
 }
 

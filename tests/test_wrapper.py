@@ -408,6 +408,7 @@ class Checkpointed(MLP):
         return self.head(checkpoint(self.layers[1], hidden, use_reentrant=True)), hidden
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(("module", "name"), [(StraightThrough, "Rounded"), (Checkpointed, "CheckpointFunction")])
 def test_a_backward_that_a_trace_would_lose(module, name):
     model = HighwayWrapper(module().eval(), ["layers.0"], example=EXAMPLE)
@@ -418,6 +419,23 @@ def test_a_backward_that_a_trace_would_lose(module, name):
     x = torch.ones(2, requires_grad=True)
     Rounded.apply(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(2)), "refused only while a module is traced"
+
+
+class Average(MLP):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean()
+        return super().forward(x - self.average)
+
+
+def test_a_buffer_that_a_trace_would_not_change():
+    model = HighwayWrapper(Average().eval(), ["layers.0"], example=EXAMPLE).train()
+    with pytest.raises(ValueError, match="the buffer 'average' is set anew, .* in place"):
+        model(images(2), early_exit=False)
 
 
 class Branching(nn.Module):

@@ -178,6 +178,8 @@ def _inputs(highway: RemoteHighway, body: bytes, kind: str, max_rows: int) -> Ar
     """Pixels, from whatever a request to `/predict` holds."""
     if kind == CONTENT_TYPE:
         return _checked(body, highway.info.takes, {}, max_rows)
+    if kind.startswith("multipart/"):
+        raise Refused(400, "no forms are taken: the image file is the body itself (curl --data-binary @FILE)")
     images = _decoded(body, max_rows) if kind == "application/json" else [body]
     pixels = []
     for number, image in enumerate(images):
