@@ -206,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--retries", type=int, default=2, help="of a message that did not arrive (default: 2)")
     serve.add_argument("--max-batch-size", type=int, default=32, help="rows that run together (default: 32)")
     serve.add_argument("--max-wait-ms", type=float, default=2.0, help="for others to run with (default: 2)")
-    serve.add_argument("--max-body-mb", type=float, default=32.0, help="of a request (default: 32)")
+    serve.add_argument("--max-body-mb", type=float, default=32.0, help="of a request; states need 17 (32)")
     serve.add_argument("--threads", type=int, help="of the processor")
     _add_policy(serve)
     serve.set_defaults(run=_serve)

@@ -207,7 +207,10 @@ def _load_raw(source: str, seed: int) -> Any:
             raise ValueError(f"{source}: no images there ({error})") from error
     if path.suffix or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such folder or parquet file")
-    return datasets.load_dataset(source)
+    try:
+        return datasets.load_dataset(source)
+    except OSError as error:
+        raise OSError(f"{source}: no such folder or file here, and as a dataset of the Hub: {error}") from error
 
 
 def _load_digits(seed: int) -> dict[str, Any]:

@@ -43,10 +43,11 @@ def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
     settings = weights.parent / "config.json"
     if not settings.is_file():
         raise OSError(f"{weights.parent}: no config.json beside the weights")
+    state = read_weights(weights)
     with built_from(settings):
         config = lgvit_config(read_json(settings))
         model = BY_BACKBONE[kind_of(config)](config)
-    load_strictly(model, read_weights(weights), from_lgvit(config), weights)
+    load_strictly(model, state, from_lgvit(config), weights)
     write_model(model, output, processor_beside(weights))
     return model.config
 
