@@ -376,6 +376,7 @@ def test_a_trainer_pushes_its_card(hub, tmp_path):
     text = hub.files["README.md"].decode()
     assert f"| accuracy | {figures['eval_accuracy']:.4f} |" in text and '"me/tiny"' in text and "license: mit" in text
     assert {"model.safetensors", "config.json", "modeling_vit.py"} <= set(hub.files)
+    assert not [name for name in hub.files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
 
 
 # -- the reference models ----------------------------------------------------------------------------------

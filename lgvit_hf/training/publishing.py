@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..hub.card import TRAINING, card, has_card, is_own, reports_beside, write_card
 
@@ -14,7 +15,15 @@ UNTOLD = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 
 class CardTrainer(Trainer):
-    """A `Trainer` whose `create_model_card`, and with it `push_to_hub`, writes the card of `lgvit card`."""
+    """A `Trainer` whose `create_model_card`, and with it `push_to_hub`, writes the card of `lgvit card`.
+
+    Beside a model that is saved in `args.output_dir` there are no training arguments, which are a pickle.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            (Path(self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(
         self,
