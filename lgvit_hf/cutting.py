@@ -1,36 +1,20 @@
 """Cutting any module into pieces: chains of `nn.Sequential` as they are, other modules as `torch.export` sees them.
 
-A piece takes a `State` to the next cut. Of a traced module, what a later piece needs of an earlier one is found in the
-graph: values that follow the images travel, batch first; all others (position tables, masks, sizes) are made again.
+A piece takes a `State` to the next cut. Nothing is taken on trust: pieces are run against the module.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
-import operator
-import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointFunction
+from torch import Tensor, nn
 
+from .chains import HIDDEN, LOGITS, PIXELS, Piece, chain_of, chain_pieces, chain_points, logits_of
 from .segments import State
-
-PIXELS, HIDDEN, LOGITS = "pixel_values", "hidden", "logits"
-
-
-class Piece(Protocol):
-    """What runs between two cuts."""
-
-    def __call__(self, state: State) -> State:
-        """From one cut to the next: `hidden`, which the exit there reads, and what else goes on; or the `logits`."""
+from .tracing import trace, traced_pieces
 
 
 def cut(module: nn.Module, after: Sequence[str], images: Tensor) -> list[Piece]:
@@ -50,8 +34,8 @@ def cut(module: nn.Module, after: Sequence[str], images: Tensor) -> list[Piece]:
     """
     _check_names(module, after)
     chain = chain_of(module, after)
-    pieces = None if chain is None else _chain_pieces(chain, images)
-    return _traced_pieces(module, after, images) if pieces is None else pieces
+    pieces = None if chain is None else chain_pieces(chain, images)
+    return traced_pieces(module, after, images) if pieces is None else pieces
 
 
 def cut_points(module: nn.Module, images: Tensor) -> list[str]:
@@ -60,28 +44,73 @@ def cut_points(module: nn.Module, images: Tensor) -> list[str]:
     Where several names mean one place, the shortest stands for it.
     """
     try:
-        traced = _trace(module, images)
+        traced = trace(module, images)
     except ValueError:
-        return _chain_points(module)
+        return chain_points(module)
     return [name for name in traced.shortest() if traced.obstacle(name) is None]
 
 
-def logits_of(answer: Any) -> Tensor:
-    """The logits `[B, C]` among what a classifier returns.
-
-    Raises:
-        ValueError: There are none.
-    """
-    found = answer.get(LOGITS) if isinstance(answer, dict) else getattr(answer, LOGITS, answer)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+@torch.no_grad()
+def proven_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> tuple[list[Piece], list[list[int]], int]:
+    """The pieces of a module, run against it with rows that leave and change places; what exits read; the classes."""
+    name = type(module).__name__
+    try:
+        answer = module(images)
+    # the user's code may raise anything
+    except Exception as error:
         raise ValueError(
-            f"module: it returns {type(answer).__name__}{shape}; logits [batch, classes] are needed, as a tensor, the "
-            "first of a tuple, or `logits` of an output"
+            f"example: {name} does not take {tuple(images.shape)} ({type(error).__name__}: {error})"
+        ) from error
+    expected = logits_of(answer)
+    if len(expected) != len(images):
+        raise ValueError(
+            f"module: {len(images)} images give logits of shape {tuple(expected.shape)}, not one row each"
         )
-    return found
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"module: {name} answers NaN or infinity in eval() mode (asked for your example and for random "
+            "images of mean 0 and standard deviation 1)"
+        )
+    alone = logits_of(module(images[:1]))
+    if not _same(alone, expected[:1]):
+        raise ValueError(
+            f"module: {name} answers an image otherwise where it is alone, in eval() mode: rows that leave "
+            "would change the answers of those that stay (statistics of the batch?)"
+        )
+    pieces, shapes = cut(module, after, images), []
+    state, rows = State({PIXELS: images}), torch.arange(len(images), device=images.device)
+    for index, piece in enumerate(pieces):
+        state = piece(state)
+        if index < len(after):
+            shapes.append(list(state[HIDDEN].shape[1:]))
+            # the last one leaves, the others change places; then these do, at every cut
+            order = torch.arange(2 if index == 0 else len(rows), device=images.device).flip(0)
+            state, rows = state.select(order), rows[order]
+    if not _same(state[LOGITS], expected[rows]):
+        raise ValueError(
+            f"after: cut behind {list(after)}, {name} gives other answers for rows that others have left "
+            "behind; what crosses a cut depends on the batch"
+        )
+    return pieces, shapes, expected.shape[1]
+
+
+def _same(ours: Tensor, expected: Tensor) -> bool:
+    if ours.shape != expected.shape:
+        return False
+    tolerance = 100 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
+    return bool((ours - expected).abs().max() <= tolerance)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in `eval()` mode, each of its submodules as before afterwards."""
+    before = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in before:
+            each.training = training
 
 
 def _check_names(module: nn.Module, after: Sequence[str]) -> None:
@@ -97,518 +126,3 @@ def _check_names(module: nn.Module, after: Sequence[str]) -> None:
     double = [name for index, name in enumerate(after) if name in after[:index]]
     if double:
         raise ValueError(f"after: {double[0]!r} is named twice")
-
-
-# -- chains ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ChainPiece:
-    """Modules that run one after the other, called as they are.
-
-    Args:
-        modules (`tuple[nn.Module]`): In order.
-        writes_input (`bool`): Whether one changes what it is given in place, which the exit before it still reads.
-        ends (`bool`): Whether the logits come out.
-    """
-
-    modules: tuple[nn.Module, ...]
-    writes_input: bool
-    ends: bool
-
-    def __call__(self, state: State) -> State:
-        """Run the modules."""
-        x = state[HIDDEN if HIDDEN in state.tensors else PIXELS]
-        if self.writes_input:
-            x = x.clone()
-        for module in self.modules:
-            x = module(x)
-        return State({LOGITS: logits_of(x)} if self.ends else {HIDDEN: x})
-
-
-def chain_of(module: nn.Module, after: Sequence[str]) -> list[tuple[nn.Module, ...]] | None:
-    """The modules between cuts; `None` where a cut does not lie between children of `nn.Sequential`s.
-
-    Raises:
-        ValueError: The names are not in the order in which they run, or nothing runs behind one.
-    """
-    links = _links(module, "", after)
-    place = {name: index + 1 for index, (names, _) in enumerate(links) for name in names}
-    if any(name not in place for name in after):
-        return None
-    for earlier, name in zip(after, after[1:], strict=False):
-        if place[name] < place[earlier]:
-            raise ValueError(_wrong_order(name, earlier))
-        if place[name] == place[earlier]:
-            raise ValueError(_one_place(name, earlier))
-    if after and place[after[-1]] == len(links):
-        raise ValueError(_nothing_behind(after[-1], [names[0] for names, _ in links[:-1]]))
-    bounds = [0, *(place[name] for name in after), len(links)]
-    return [tuple(link for _, link in links[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
-def _links(module: nn.Module, path: str, after: Sequence[str]) -> list[tuple[list[str], nn.Module]]:
-    """Names and modules of a chain; a `Sequential` inside is taken apart where a cut lies within."""
-    inside = not path or any(name.startswith(f"{path}.") for name in after)
-    if not (inside and _is_sequential(module)):
-        return [([path], module)]
-    links = []
-    for name, child in module._modules.items():
-        links += _links(child, f"{path}.{name}" if path else name, after)
-    if path:
-        # behind its last child a `Sequential` is at its own end
-        links[-1][0].append(path)
-    return links
-
-
-def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 0
-
-
-def _chain_points(module: nn.Module, path: str = "") -> list[str]:
-    """Names of all children of `nn.Sequential`s that are run one after the other."""
-    if not _is_sequential(module):
-        return [path] if path else []
-    names: list[str] = []
-    for name, child in module._modules.items():
-        inner = _chain_points(child, f"{path}.{name}" if path else name)
-        # behind its last child a `Sequential` is at its own end
-        names += [*inner[:-1], f"{path}.{name}" if path else name]
-    return names if path else names[:-1]
-
-
-def _chain_pieces(chain: Sequence[tuple[nn.Module, ...]], images: Tensor) -> list[Piece] | None:
-    """The pieces of a chain; `None` where anything but one tensor, batch first, crosses a cut."""
-    pieces: list[Piece] = []
-    x: Any = images
-    for modules in chain:
-        if not isinstance(x, Tensor) or not x.dim() or len(x) != len(images):
-            return None
-        writes, x = _tried(modules, x)
-        pieces.append(ChainPiece(modules, writes, ends=len(pieces) + 1 == len(chain)))
-    return pieces
-
-
-@torch.no_grad()
-def _tried(modules: Sequence[nn.Module], x: Tensor) -> tuple[bool, Any]:
-    """Whether modules change what they are given in place, and what they give; their own statistics stay."""
-    given = x.clone()
-    twins, x = copy.deepcopy(nn.ModuleList(modules)), given
-    with torch.random.fork_rng():
-        for twin in twins:
-            x = twin(x)
-    return given._version > 0, x
-
-
-# -- traced modules --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TracedPiece:
-    """A part of a traced module, run operation by operation with the module's own weights.
-
-    Args:
-        code (`fx.GraphModule`): Takes weights, then tensors of the state; gives those of the next one.
-        weights (`list`): Where each weight is to be found, a module and a name; or a constant of the graph.
-        inputs (`list[str]`): Names of the tensors it takes from the state.
-        outputs (`list[str]`): Names of those it gives.
-    """
-
-    code: fx.GraphModule
-    weights: list[tuple[nn.Module, str] | Tensor]
-    inputs: list[str]
-    outputs: list[str]
-
-    def __call__(self, state: State) -> State:
-        """Run the operations."""
-        weights = [each if isinstance(each, Tensor) else getattr(*each) for each in self.weights]
-        # not called as a module: an exporter asks of each module it meets where in the model it stands
-        found = self.code.forward(*weights, *(state[name] for name in self.inputs))
-        return State(dict(zip(self.outputs, found, strict=True)))
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where a submodule has just run: the place in the graph and the value that it gave."""
-
-    place: int
-    value: fx.Node
-
-
-class _Record:
-    """What ran while a module was traced. No list of the module itself, which `torch.export` would put back."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.running: list[str] = []
-
-
-class _Tapped(nn.Module):
-    """A module that also gives what some of its submodules give (by default all), marked in the graph as they do."""
-
-    def __init__(self, module: nn.Module, names: Sequence[str] | None):
-        super().__init__()
-        self.module, self.marked = module, names
-        self.training = module.training
-        self.record = _Record()
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        marks: list[Tensor] = []
-        record = self.record
-        record.names.clear()
-        record.running.clear()
-
-        def begin(name: str) -> None:
-            record.running.append(name)
-
-        def end(name: str, output: Any) -> None:
-            record.running.pop()
-            if self.marked is not None and name not in self.marked:
-                return
-            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            if tensors:
-                record.names.append(name)
-                # a new name for the value as it is now: later changes in place are of the old one
-                marks.append(torch.ops.aten.alias(tensors[0]))
-
-        hooks = []
-        for name, submodule in self.module.named_modules():
-            if name:
-                hooks.append(submodule.register_forward_pre_hook(lambda *_, name=name: begin(name)))
-                hooks.append(submodule.register_forward_hook(lambda *given, name=name: end(name, given[2])))
-        buffers = dict(self.module.named_buffers())
-        try:
-            logits = logits_of(self.module(pixel_values))
-            set_anew = [name for name, buffer in self.module.named_buffers() if buffer is not buffers.get(name)]
-            if set_anew:
-                raise TypeError(f"the buffer {set_anew[0]!r} is set anew, which is lost; change it in place (copy_)")
-            return [logits, *marks]
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-@dataclass
-class _Traced:
-    """A module as a list of operations, and where in it each submodule ends.
-
-    Args:
-        module (`nn.Module`): The module.
-        root (`fx.GraphModule`): Holds what operations of a higher order refer to.
-        nodes (`list[fx.Node]`): The operations, in the order in which they run.
-        logits (`fx.Node`): The answer.
-        taps (`dict[str, list[Tap]]`): Of each name, one for each time that it runs.
-        sources (`dict[fx.Node, ...]`): Where the weights are.
-        pixels (`fx.Node`): The images.
-    """
-
-    module: nn.Module
-    root: fx.GraphModule
-    nodes: list[fx.Node]
-    logits: fx.Node
-    taps: dict[str, list[Tap]]
-    sources: dict[fx.Node, tuple[nn.Module, str] | Tensor]
-    pixels: fx.Node
-    place: dict[fx.Node, int] = field(init=False)
-    follows: set[fx.Node] = field(init=False)
-    base: dict[fx.Node, fx.Node] = field(init=False)
-    writes: dict[fx.Node, list[fx.Node]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.place = {node: index for index, node in enumerate(self.nodes)}
-        self.follows = {self.pixels}
-        self.base, self.writes = {}, {}
-        for node in self.nodes:
-            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            is_size = isinstance(node.meta.get("val"), torch.SymInt)
-            if not is_size and (random or any(given in self.follows for given in node.all_input_nodes)):
-                self.follows.add(node)
-            for given, is_write in _aliases(node):
-                base = self.base[node] = self.base_of(given)
-                if is_write:
-                    self.writes.setdefault(base, []).append(node)
-                if is_write and node in self.follows:
-                    self.follows |= {base, *(each for each in self.base if self.base[each] is base)}
-
-    def base_of(self, node: fx.Node) -> fx.Node:
-        """The value whose memory a node looks at."""
-        return self.base.get(node, node)
-
-    def shortest(self) -> list[str]:
-        """Names of the submodules that have run, one for each place, in that order."""
-        names: dict[int, str] = {}
-        for name, taps in self.taps.items():
-            place = self.next_place(taps[-1].place)
-            if place not in names or name.count(".") < names[place].count("."):
-                names[place] = name
-        return [names[place] for place in sorted(names)]
-
-    def next_place(self, place: int) -> int:
-        """The next operation that does something, which is the same for all names of one place."""
-        while place < len(self.nodes) and self.nodes[place].op != "call_function":
-            place += 1
-        return place
-
-    def obstacle(self, name: str) -> str | None:
-        """Why the module cannot be cut behind a submodule; `None` where it can."""
-        taps = self.taps.get(name, [])
-        if not taps:
-            return "it does not run, or gives no tensor"
-        if len(taps) > 1:
-            return f"it runs {len(taps)} times for one answer"
-        tap = taps[0]
-        if self.place[self.logits] < tap.place:
-            return "nothing but the answer is left behind it"
-        if tap.value not in self.follows:
-            return "what it gives does not depend on the images"
-        if isinstance(tap.value.target, torch._ops.HigherOrderOperator):
-            return f"it runs within {str(tap.value.target)!r}, which is one operation of the trace"
-        travelling = self.travelling(tap)
-        for node in [tap.value, *travelling]:
-            shape = _shape(node)
-            if shape is None:
-                return f"{_described(node)} goes on behind it and is no tensor"
-            if not shape or not self._is_batch(shape[0]):
-                return f"{_described(node)} goes on behind it, and its first dimension is not the batch"
-        bases = [self.base_of(node) for node in travelling]
-        for base in set(bases):
-            if bases.count(base) > 1 and any(self.place[write] >= tap.place for write in self.writes.get(base, [])):
-                return f"{_described(base)} goes on behind it under two names and is changed in place"
-        return None
-
-    def _is_batch(self, size: Any) -> bool:
-        batch = self.pixels.meta["val"].shape[0]
-        return isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr
-
-    def travelling(self, tap: Tap) -> list[fx.Node]:
-        """The values that follow the images and are needed behind a cut, in the order in which they were made."""
-        needed: dict[fx.Node, None] = {}
-        for node in self._between(tap.place, len(self.nodes)):
-            for given in node.all_input_nodes:
-                if given in self.follows and self.place.get(given, -1) < tap.place:
-                    needed[given] = None
-        return sorted(needed, key=lambda node: self.place.get(node, -1))
-
-    def _between(self, start: int, stop: int) -> list[fx.Node]:
-        """The operations between two places, and earlier ones that make again what does not follow the images."""
-        found: set[fx.Node] = set()
-        missing = self.nodes[start:stop]
-        while missing:
-            node = missing.pop()
-            if node in found or self._is_batch_size(node):
-                continue
-            found.add(node)
-            again = node.all_input_nodes
-            if self.base_of(node) in self.place:
-                # what was written into a value that is made again is written again
-                again = [*again, *self.writes.get(self.base_of(node), [])]
-            missing += [each for each in again if each not in self.follows and self.place.get(each, start) < start]
-        return sorted(found, key=self.place.__getitem__)
-
-    def _is_batch_size(self, node: fx.Node) -> bool:
-        size = node.meta.get("val")
-        return isinstance(size, torch.SymInt) and self._is_batch(size)
-
-    def piece(self, start: int, stop: int, given: dict[str, fx.Node], wanted: dict[str, fx.Node]) -> TracedPiece:
-        """The operations between two places as a function of weights and of the state's tensors."""
-        nodes = self._between(start, stop)
-        used = {given for node in nodes for given in node.all_input_nodes}
-        weights = [source for source in self.sources if source in used]
-        graph = fx.Graph()
-        copies = {node: graph.placeholder(node.name) for node in [*weights, *given.values()]}
-        batch_size = graph.call_function(torch.ops.aten.sym_size.int, (copies[next(iter(given.values()))], 0))
-        copies |= {node: batch_size for node in self.nodes if self._is_batch_size(node)}
-        for node in given.values():
-            if not set(self.writes.get(self.base_of(node), ())).isdisjoint(nodes):
-                # the exit before, and whoever gave the images, still read it
-                copies[node] = graph.call_function(torch.ops.aten.clone.default, (copies[node],))
-        for node in nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = {}
-        graph.output([copies[node] for node in wanted.values()])
-        graph.eliminate_dead_code()
-        return TracedPiece(
-            code=fx.GraphModule(self.root, graph),
-            weights=[self.sources[source] for source in weights],
-            inputs=list(given),
-            outputs=list(wanted),
-        )
-
-
-def _traced_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> list[Piece]:
-    traced = _trace(module, images, after)
-    for name in after:
-        reason = traced.obstacle(name)
-        if reason is not None:
-            nearest = _nearest(_trace(module, images), name)
-            raise ValueError(f"after: {name!r} cannot be cut behind: {reason}; {nearest}")
-    pieces: list[Piece] = []
-    start, given = 0, {PIXELS: traced.pixels}
-    for name, earlier in zip(after, [None, *after], strict=False):
-        tap = traced.taps[name][0]
-        if tap.place < start:
-            raise ValueError(_wrong_order(name, earlier))
-        if earlier is not None and traced.next_place(tap.place) == traced.next_place(start):
-            raise ValueError(_one_place(name, earlier))
-        wanted = {HIDDEN: tap.value}
-        # an exporter names what it meets after its operation, so that the name alone could be there twice
-        wanted |= {f"from_{node.name}": node for node in traced.travelling(tap) if node is not tap.value}
-        pieces.append(traced.piece(start, tap.place, given, wanted))
-        start, given = tap.place, wanted
-    return [*pieces, traced.piece(start, len(traced.nodes), given, {LOGITS: traced.logits})]
-
-
-def _aliases(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """The values whose memory an operation's result may share, and whether it writes there."""
-    if node.target is operator.getitem:
-        yield node.args[0], False
-    if isinstance(node.target, torch._ops.OpOverload):
-        for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
-            if isinstance(given, fx.Node) and argument.alias_info is not None:
-                yield given, argument.alias_info.is_write
-
-
-def _shape(node: fx.Node) -> tuple | None:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _described(node: fx.Node) -> str:
-    """An operation's result as an error names it: the operation, the shape, and where in the module it is."""
-    shape, stack = _shape(node), list((node.meta.get("nn_module_stack") or {}).values())
-    made = node.args[0] if node.target is operator.getitem else node
-    name = str(made.target).removeprefix("aten.").partition(".")[0]
-    where = stack[-1][0].removeprefix("module").removeprefix(".") if stack else ""
-    # the only open size is that of the batch
-    sizes = [size if isinstance(size, int) else re.sub(r"s\d+", "batch", str(size)) for size in shape or ()]
-    of_shape = "" if shape is None else f" {sizes}"
-    return f"the result of {name!r}{of_shape}" + (f" in {where!r}" if where else "")
-
-
-def _nearest(traced: _Traced, name: str) -> str:
-    """Where a module can be cut instead, for an error."""
-    able = [other for other in traced.shortest() if traced.obstacle(other) is None]
-    if not able:
-        return f"no place in {type(traced.module).__name__} can"
-    if name not in traced.taps:
-        return f"places that can: {_listed(able)}"
-    place = traced.taps[name][-1].place
-    before = [other for other in able if traced.taps[other][0].place <= place][-1:]
-    behind = [other for other in able if traced.taps[other][0].place > place][:1]
-    return f"the nearest places that can: {_listed([*before, *behind])}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:12])) + (", ..." if len(names) > 12 else "")
-
-
-def _wrong_order(name: str, earlier: str) -> str:
-    return f"after: {name!r} runs before {earlier!r}; name the places in the order in which they run"
-
-
-def _one_place(name: str, earlier: str) -> str:
-    return f"after: {earlier!r} and {name!r} are one place; name one of them"
-
-
-def _nothing_behind(name: str, others: Sequence[str]) -> str:
-    return (
-        f"after: {name!r} cannot be cut behind: nothing but the answer is left behind it; "
-        f"places that can: {_listed(others)}"
-    )
-
-
-def _trace(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> _Traced:
-    tapped = _Tapped(module, names)
-    try:
-        with (
-            _plain_tensors(images.device),
-            _attributes_kept(module),
-            _gradients_kept(module),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                tapped, (images.clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-            )
-    # tracing runs the user's code, and torch.export raises errors of many kinds
-    except Exception as error:
-        running = tapped.record.running
-        where = repr(running[-1]) if running else type(module).__name__
-        able = _chain_points(module)
-        instead = f"places that need no tracing: {_listed(able)}" if able else "no place in it can be cut without"
-        reason = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0][:300]
-        if "Constraints violated (batch)" in reason:
-            reason = "the size of the batch is read as a plain number, as by len(x); x.shape[0] can stay open"
-        raise ValueError(f"after: {where} cannot be traced by torch.export ({reason}); {instead}") from error
-    return _read(module, tapped.record.names, exported)
-
-
-def _read(module: nn.Module, names: Sequence[str], exported: torch.export.ExportedProgram) -> _Traced:
-    """The operations of an exported program, the marks taken out and their places kept."""
-    signature, graph = exported.graph_signature, exported.graph
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    constants = signature.inputs_to_lifted_tensor_constants
-    sources: dict[fx.Node, tuple[nn.Module, str] | Tensor] = {}
-    nodes: list[fx.Node] = []
-    pixels = None
-    logits, *marks = next(node for node in graph.nodes if node.op == "output").args[0]
-    named = dict(zip(marks, names, strict=True))
-    taps: dict[str, list[Tap]] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.name in held:
-            path, _, name = held[node.name].removeprefix("module.").rpartition(".")
-            sources[node] = (module.get_submodule(path), name)
-        elif node.op == "placeholder" and node.name in constants:
-            sources[node] = exported.constants[constants[node.name]]
-        elif node.op == "placeholder":
-            pixels = node
-        elif node in named:
-            taps.setdefault(named[node], []).append(Tap(len(nodes), node.args[0]))
-        elif node.op != "output" and not _is_check(node):
-            nodes.append(node)
-    return _Traced(module, exported.graph_module, nodes, logits, taps, sources, pixels)
-
-
-def _is_check(node: fx.Node) -> bool:
-    """Whether an operation only states what held while tracing."""
-    return str(node.target).startswith(("aten._assert", "aten.sym_constrain_range"))
-
-
-@contextmanager
-def _plain_tensors(device: torch.device) -> Iterator[None]:
-    """As outside of all modes that a caller may be in, so that a trace holds none of them."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """A module's attributes as before: what `forward` keeps while it is traced (a cache, say) is no real tensor."""
-    before = [(each, dict(vars(each))) for each in module.modules()]
-    try:
-        yield
-    finally:
-        for each, attributes in before:
-            vars(each).clear()
-            vars(each).update(attributes)
-
-
-@contextmanager
-def _gradients_kept(module: nn.Module) -> Iterator[None]:
-    """Refuse a `torch.autograd.Function` while training: a trace keeps what it computes, but not its backward."""
-    if not any(each.training for each in module.modules()):
-        yield
-        return
-    kept = vars(torch.autograd.Function)["apply"]
-
-    def apply(function: type, *given: Any, **settings: Any) -> Any:
-        if function is CheckpointFunction or not function.__module__.startswith("torch."):
-            hint = "; use_reentrant=False keeps it" if function is CheckpointFunction else ""
-            raise TypeError(f"the backward of {function.__name__}, a torch.autograd.Function, would be lost{hint}")
-        return kept.__get__(None, function)(*given, **settings)
-
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = kept

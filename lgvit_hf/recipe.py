@@ -16,8 +16,6 @@ REQUIRED = ("data", "output")
 # what is held in memory of decoded images, so that small sets are decoded once
 KEPT_BYTES = 1_000_000_000
 EXIT_OPTIONS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights", "pool")
-# of an A-ViT's config
-HALTING_RESOLVED = ("gate_scale", "gate_center", "eps", "ponder_weight", "distribution_weight", "target_depth")
 # our short words for `TrainingArguments`
 TRAINING_NAMES = {
     "output": "output_dir",
@@ -367,7 +365,10 @@ def _dry_run(
     hidden = {*TRAINING_NAMES, "command", "commands", "config", "required", "run", "others", "dry_run", "resume"}
     settings = {name: value for name, value in vars(options).items() if name not in hidden and value is not None}
     if options.stage == "avit":
-        fields, described = HALTING_RESOLVED, _halting_lines(model)
+        from .configuration_avit import HALTING_FIELDS
+
+        # a gate by its name has become a scale and a centre
+        fields, described = [name for name in HALTING_FIELDS if name != "gate"], _halting_lines(model)
     else:
         fields, described = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights"), _exit_lines(model)
     resolved = {

@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,91 +18,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from . import cutting
+from .chains import HIDDEN, LOGITS, PIXELS, Piece
 from .configuration import Exit, without_attention_code
 from .configuration_wrapper import OWN, HighwayWrapperConfig
-from .cutting import HIDDEN, LOGITS, PIXELS, Piece, cut, logits_of
+from .cutting import cut, cut_points, evaluating, proven_pieces
 from .heads import ExitHead, HeadShape
+from .layout import reading_of
 from .modeling_highway import HighwayMixin
 from .pretrained import HUB_ARGUMENTS, check_files
 from .segments import Block, State, Tokens
 
-# most prefix tokens (class, distillation, registers) that a sequence is thought to begin with
-MOST_PREFIX_TOKENS = 8
 # what Auto classes pass on beside settings
 AUTO_ARGUMENTS = ("_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How heads read what a submodule gives.
-
-    Args:
-        kind (`str`):
-            `"map"` `[B, D, h, w]`, `"map_last"` `[B, h, w, D]`, `"sequence"` `[B, N, D]` or `"vector"` `[B, D]`.
-        width (`int`): Channels `D`.
-        grid (`tuple[int, int]`): `(h, w)` of the patches.
-        num_prefix (`int`): Tokens before the patches of a sequence.
-    """
-
-    kind: str
-    width: int
-    grid: tuple[int, int]
-    num_prefix: int = 0
-
-    def tokens(self, hidden: Tensor) -> Tokens:
-        """The same values as patches and prefix tokens."""
-        if self.kind == "map":
-            patches = hidden.flatten(2).transpose(1, 2)
-        elif self.kind == "map_last":
-            patches = hidden.flatten(1, 2)
-        elif self.kind == "vector":
-            patches = hidden[:, None]
-        else:
-            patches = hidden[:, self.num_prefix :]
-        prefix = hidden[:, : self.num_prefix] if self.num_prefix else patches[:, :0]
-        return Tokens(patches, self.grid, prefix)
-
-
-def reading_of(shape: Sequence[int], image_size: tuple[int, int]) -> Reading:
-    """How to read a submodule's output, told by its shape.
-
-    A map has its channels where the two others are not in the proportion of the image, first if in doubt. A sequence
-    begins with as few prefix tokens (class tokens, registers) as leave a grid in that proportion; where no number up
-    to 8 does, it is a row of patches.
-
-    Args:
-        shape (`Sequence[int]`): Without the batch.
-        image_size (`tuple[int, int]`): Height and width of the image.
-
-    Raises:
-        ValueError: It is none of `[D, h, w]`, `[h, w, D]`, `[N, D]` and `[D]`.
-
-    Example:
-
-        >>> reading_of([64, 8, 8], (32, 32)).kind, reading_of([8, 8, 64], (32, 32)).kind
-        ('map', 'map_last')
-        >>> reading_of([201, 384], (224, 224))
-        Reading(kind='sequence', width=384, grid=(14, 14), num_prefix=5)
-    """
-    height, width = image_size
-    if len(shape) == 1:
-        return Reading("vector", shape[0], (1, 1))
-    if len(shape) == 2:
-        for num_prefix in range(min(MOST_PREFIX_TOKENS, shape[0] - 1) + 1):
-            rows = round(((shape[0] - num_prefix) * height / width) ** 0.5)
-            if rows and rows * rows * width == (shape[0] - num_prefix) * height:
-                return Reading("sequence", shape[1], (rows, (shape[0] - num_prefix) // rows), num_prefix)
-        return Reading("sequence", shape[1], (1, shape[0]))
-    if len(shape) == 3:
-        channels_last = shape[0] * width == shape[1] * height and shape[1] * width != shape[2] * height
-        if channels_last:
-            return Reading("map_last", shape[2], (shape[0], shape[1]))
-        return Reading("map", shape[0], (shape[1], shape[2]))
-    raise ValueError(
-        f"heads: an output of shape {list(shape)} (without the batch) is no map, sequence or vector; give a module of "
-        "your own that turns it into logits"
-    )
 
 
 class HighwayWrapper(HighwayMixin, PreTrainedModel):
@@ -178,9 +103,9 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
                 _probes(module, torch.zeros(1, config.num_channels, *_pair(config.image_size))),
                 config.after,
             )
-        with _evaluating(module):
-            pieces, shapes, num_labels = _proven(module, names, images)
-        heads = _listed(heads, len(names)) if config is None else _own_of(config, heads)
+        with evaluating(module):
+            pieces, shapes, num_labels = proven_pieces(module, names, images)
+        heads = _one_per_exit(heads, len(names)) if config is None else _own_of(config, heads)
         if config is None:
             config = _config_of(module, names, heads, shapes, num_labels, images, settings)
         elif (shapes, num_labels) != (config.exit_shapes, config.num_labels):
@@ -197,7 +122,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         self.wrapped = module
         self.training = module.training
         self.exits.train(module.training)
-        with _evaluating(module):
+        with evaluating(module):
             self._pieces: dict[tuple, list[Piece]] = {self._mode(): pieces}
 
     @classmethod
@@ -249,8 +174,8 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             ['0', '1', '2']
         """
         images = _probes(module, example)
-        with _evaluating(module):
-            return cutting.cut_points(module, images)
+        with evaluating(module):
+            return cut_points(module, images)
 
     # -- the highway ---------------------------------------------------------------------------------------
 
@@ -461,73 +386,11 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in `eval()` mode, each of its submodules as before afterwards."""
-    before = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in before:
-            each.training = training
-
-
-@torch.no_grad()
-def _proven(module: nn.Module, after: Sequence[str], images: Tensor) -> tuple[list[Piece], list[list[int]], int]:
-    """The pieces of a module, run against it with rows that leave and change places; what exits read; the classes."""
-    try:
-        answer = module(images)
-    # the user's code may raise anything
-    except Exception as error:
-        raise ValueError(
-            f"example: {_name(module)} does not take {tuple(images.shape)} ({type(error).__name__}: {error})"
-        ) from error
-    expected = logits_of(answer)
-    if len(expected) != len(images):
-        raise ValueError(
-            f"module: {len(images)} images give logits of shape {tuple(expected.shape)}, not one row each"
-        )
-    if not expected.isfinite().all():
-        raise ValueError(
-            f"module: {_name(module)} answers NaN or infinity in eval() mode (asked for your example and for random "
-            "images of mean 0 and standard deviation 1)"
-        )
-    alone = logits_of(module(images[:1]))
-    if not _same(alone, expected[:1]):
-        raise ValueError(
-            f"module: {_name(module)} answers an image otherwise where it is alone, in eval() mode: rows that leave "
-            "would change the answers of those that stay (statistics of the batch?)"
-        )
-    pieces, shapes = cut(module, after, images), []
-    state, rows = State({PIXELS: images}), torch.arange(len(images), device=images.device)
-    for index, piece in enumerate(pieces):
-        state = piece(state)
-        if index < len(after):
-            shapes.append(list(state[HIDDEN].shape[1:]))
-            # the last one leaves, the others change places; then these do, at every cut
-            order = torch.arange(2 if index == 0 else len(rows), device=images.device).flip(0)
-            state, rows = state.select(order), rows[order]
-    if not _same(state[LOGITS], expected[rows]):
-        raise ValueError(
-            f"after: cut behind {list(after)}, {_name(module)} gives other answers for rows that others have left "
-            "behind; what crosses a cut depends on the batch"
-        )
-    return pieces, shapes, expected.shape[1]
-
-
-def _same(ours: Tensor, expected: Tensor) -> bool:
-    if ours.shape != expected.shape:
-        return False
-    tolerance = 100 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
-    return bool((ours - expected).abs().max() <= tolerance)
-
-
 def _name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _listed(heads: str | nn.Module | Sequence[str | nn.Module], num_exits: int) -> list[str | nn.Module]:
+def _one_per_exit(heads: str | nn.Module | Sequence[str | nn.Module], num_exits: int) -> list[str | nn.Module]:
     """A head for each exit; one name may stand for all."""
     if isinstance(heads, str):
         heads = [heads] * num_exits
@@ -595,7 +458,7 @@ def _fitting(head: nn.Module, index: int, shape: list[int], config: HighwayWrapp
     """A head of the user's own that takes what its exit reads and gives logits."""
     weight = next(head.parameters(), torch.zeros(()))
     try:
-        with _evaluating(head):
+        with evaluating(head):
             logits: Any = head(torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype))
     # the user's code may raise anything
     except Exception as error:

@@ -10,9 +10,7 @@ from transformers.utils import logging
 
 from ..evaluation.benchmark import benchmark
 from ..evaluation.latency import CostTable
-from ..evaluation.plots import (
-    plot_latency,
-)
+from ..evaluation.plots import plot_latency
 from ..files import write_json
 from .drawing import check_can_draw
 from .opening import check_counts, open_highway, table_of

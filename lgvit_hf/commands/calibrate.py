@@ -8,9 +8,7 @@ from typing import Any
 
 from ..evaluation.calibration import Calibration, calibrate, check_request, check_rows, split
 from ..evaluation.latency import CostTable, architecture
-from ..evaluation.plots import (
-    plot_pareto,
-)
+from ..evaluation.plots import plot_pareto
 from ..evaluation.search import RANGES
 from ..evaluation.sweep import threshold_curve
 from ..evaluation.table import ExitTable

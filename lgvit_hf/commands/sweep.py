@@ -12,9 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..evaluation.benchmark import wall_clock_speed_up
-from ..evaluation.plots import (
-    plot_pareto,
-)
+from ..evaluation.plots import plot_pareto
 from ..evaluation.report import timed_pixels
 from ..evaluation.sweep import sweep
 from ..policies import build_policy

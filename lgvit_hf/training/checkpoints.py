@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
+from ..configuration_avit import HALTING_FIELDS
 from .publishing import CardTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,18 +48,7 @@ SETTINGS = (
     "num_train_epochs",
 )
 # of the model's config, where it has them
-MODEL = (
-    "model_type",
-    "exit_positions",
-    "exit_types",
-    "exit_loss_weights",
-    "gate_scale",
-    "gate_center",
-    "eps",
-    "ponder_weight",
-    "distribution_weight",
-    "target_depth",
-)
+MODEL = ("model_type", "exit_positions", "exit_types", "exit_loss_weights", *HALTING_FIELDS)
 # these learning rates do not depend on how long the run will be: it may be made longer
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
