@@ -13,7 +13,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from .configuration import ViTHighwayConfig
-from .data import ProcessedImages, load_images, make_processor
+from .data import load_images
 from .evaluation.calibration import best_threshold
 from .evaluation.plots import plot_report
 from .evaluation.report import as_table, evaluate
@@ -21,6 +21,7 @@ from .evaluation.sweep import threshold_curve
 from .evaluation.table import collect
 from .files import replace_folder, write_json
 from .modeling_vit import ViTHighway
+from .processing import ProcessedImages, make_processor
 from .training.run import train
 
 IMAGE_SIZE = 24

@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .costs import Costs, model_macs
-from .data import ProcessedImages, class_names, load_unlabelled
+from .data import class_names, load_unlabelled
 from .evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
 from .evaluation.plots import plot_report
 from .evaluation.report import as_table, evaluate
@@ -32,6 +32,7 @@ from .evaluation.table import ExitTable
 from .files import replace_folder, write_json
 from .losses import check_labels
 from .models import BY_BACKBONE, read_config, with_exits
+from .processing import ProcessedImages
 from .training.cached import (
     HeadTraining,
     StateCache,

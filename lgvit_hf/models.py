@@ -20,11 +20,11 @@ from transformers import (
 
 from .configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
 from .configuration_avit import HALTING_FIELDS, AViTConfig
-from .data import make_processor
 from .modeling_avit import AViT
 from .modeling_deit import DeiTHighway
 from .modeling_swin import SwinHighway
 from .modeling_vit import ViTHighway
+from .processing import make_processor
 from .wrapper import HighwayWrapper
 
 BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}

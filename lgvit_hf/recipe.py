@@ -240,8 +240,9 @@ def _apply(command: argparse.ArgumentParser, settings: dict[str, Any], where: st
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
-    from .data import ProcessedImages, load_images
+    from .data import load_images
     from .files import write_json
+    from .processing import ProcessedImages
     from .training.run import train
 
     _check_stage(options)
@@ -358,7 +359,7 @@ def _dry_run(
     """The resolved configuration, the model with what it costs, and one batch."""
     import yaml
 
-    from .data import stack
+    from .processing import stack
     from .training.run import arguments_for
 
     arguments["strategy"] = arguments_for(options.stage, options.output or "dry-run", arguments).strategy

@@ -25,10 +25,10 @@ from lgvit_hf.commands.calibrate import run_calibrate
 from lgvit_hf.commands.card import _drawing, run_card
 from lgvit_hf.commands.evaluate import run_evaluate
 from lgvit_hf.costs import model_macs
-from lgvit_hf.data import make_processor
 from lgvit_hf.evaluation.report import evaluate
 from lgvit_hf.hub import push
 from lgvit_hf.hub.card import MARK, card
+from lgvit_hf.processing import make_processor
 from tests.test_cross_version import tiny_avit
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_model
 

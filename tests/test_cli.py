@@ -7,7 +7,8 @@ import pytest
 import transformers
 from PIL import Image
 
-from lgvit_hf.cli import build_parser, main
+from lgvit_hf.cli import main
+from lgvit_hf.options import build_parser
 
 
 def lgvit(*arguments):

@@ -15,16 +15,8 @@ from transformers import (
 )
 
 from lgvit_hf.augmentation import Augmentation
-from lgvit_hf.data import (
-    ProcessedImages,
-    class_names,
-    image_size,
-    load_images,
-    load_unlabelled,
-    make_processor,
-    stack,
-    value_table,
-)
+from lgvit_hf.data import class_names, load_images, load_unlabelled
+from lgvit_hf.processing import ProcessedImages, image_size, make_processor, stack, value_table
 from tests.tiny import tiny_model
 
 datasets = pytest.importorskip("datasets", reason='the datasets library comes with "lgvit-hf[train]"')

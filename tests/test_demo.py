@@ -72,7 +72,7 @@ def test_readme_snippets_run(demo):
 
 
 def test_readme_commands_exist():
-    from lgvit_hf.cli import build_parser
+    from lgvit_hf.options import build_parser
 
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lgvit ")]
     assert len(commands) >= 4

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lgvit_hf.cli import build_parser
-from lgvit_hf.data import make_processor
+from lgvit_hf.options import build_parser
+from lgvit_hf.processing import make_processor
 from tests.tiny import tiny_model, tiny_native
 
 ROOT = Path(__file__).resolve().parents[1]

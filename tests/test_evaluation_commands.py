@@ -14,7 +14,7 @@ from PIL import Image
 
 from lgvit_hf import CostTable, ExitTable, ViTHighway, ViTHighwayConfig
 from lgvit_hf.cli import main
-from lgvit_hf.data import make_processor
+from lgvit_hf.processing import make_processor
 
 
 def lgvit(*arguments):

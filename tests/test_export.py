@@ -17,9 +17,9 @@ from transformers import AutoImageProcessor, pipeline
 
 from lgvit_hf import ViTHighway
 from lgvit_hf.cli import main
-from lgvit_hf.data import make_processor
 from lgvit_hf.engine import replay, run_all
 from lgvit_hf.policies import POLICIES, build_policy
+from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import State
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
 

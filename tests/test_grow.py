@@ -15,10 +15,10 @@ from transformers import AutoModelForImageClassification
 from lgvit_hf import ViTHighway, grow, growth
 from lgvit_hf.cli import main
 from lgvit_hf.costs import Costs
-from lgvit_hf.data import make_processor
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits, measured_costs
 from lgvit_hf.heads import HEADS, HeadShape, build_head
 from lgvit_hf.losses import distillation_loss
+from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import Tokens
 from lgvit_hf.training import cached
 from lgvit_hf.training.cached import HeadTraining, TokenShape, bytes_per_image, open_cache, token_shapes

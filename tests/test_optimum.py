@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import pipeline
 
 from lgvit_hf import ORTHighway
-from lgvit_hf.data import make_processor
+from lgvit_hf.processing import make_processor
 from tests.tiny import IMAGE_SIZE, MODELS, tiny_images, tiny_model
 
 pytest.importorskip(

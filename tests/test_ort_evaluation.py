@@ -12,13 +12,13 @@ from transformers import pipeline
 from lgvit_hf import ExitTable, ORTHighway, ViTHighway, ViTHighwayConfig, build_policy
 from lgvit_hf.cli import main
 from lgvit_hf.costs import Costs, model_macs
-from lgvit_hf.data import make_processor
 from lgvit_hf.evaluation.benchmark import benchmark, wall_clock_speed_up
 from lgvit_hf.evaluation.calibration import calibrate
 from lgvit_hf.evaluation.latency import architecture, measure_cost_table
 from lgvit_hf.evaluation.report import as_table, evaluate
 from lgvit_hf.evaluation.table import collect, weights_digest
 from lgvit_hf.evaluation.verdict import as_text, verdict
+from lgvit_hf.processing import make_processor
 from tests.tiny import scrambled
 
 pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')

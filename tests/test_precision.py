@@ -15,7 +15,7 @@ from lgvit_hf import ViTHighway
 from lgvit_hf.cli import main
 from lgvit_hf.commands.export import export_as_text
 from lgvit_hf.commands.opening import open_highway
-from lgvit_hf.data import make_processor
+from lgvit_hf.processing import make_processor
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_images, tiny_model
 
 onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')

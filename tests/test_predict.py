@@ -18,7 +18,8 @@ from PIL import Image
 from lgvit_hf import Predictor
 from lgvit_hf.cli import main
 from lgvit_hf.commands import predict
-from lgvit_hf.data import ProcessedImages, load_images, make_processor
+from lgvit_hf.data import load_images
+from lgvit_hf.processing import ProcessedImages, make_processor
 from lgvit_hf.serving.predictor import ANSWERS, read_image
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
 

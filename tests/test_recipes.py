@@ -14,9 +14,11 @@ from PIL import Image
 
 import lgvit_hf.data
 from lgvit_hf import HighwayTrainingArguments, train_recipe
-from lgvit_hf.cli import build_parser, main
-from lgvit_hf.data import load_images, make_processor
+from lgvit_hf.cli import main
+from lgvit_hf.data import load_images
 from lgvit_hf.eevit import translate_eevit
+from lgvit_hf.options import build_parser
+from lgvit_hf.processing import make_processor
 from lgvit_hf.recipe import as_words, others_as_arguments
 from tests.tiny import tiny_model, tiny_native
 

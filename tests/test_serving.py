@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgvit_hf.cli import main
-from lgvit_hf.data import make_processor
+from lgvit_hf.processing import make_processor
 from lgvit_hf.serving.batching import Batcher, Busy
 from lgvit_hf.serving.device import remote
 from lgvit_hf.serving.device.message import CONTENT_TYPE, MessageError, pack, unpack

@@ -16,9 +16,9 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 
 from lgvit_hf import HighwayWrapper
 from lgvit_hf.cli import main
-from lgvit_hf.data import make_processor
 from lgvit_hf.engine import run_all
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy, register_policy
+from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import State
 from lgvit_hf.serving import split as splitting
 from lgvit_hf.serving.device.info import PartInfo, file_digest

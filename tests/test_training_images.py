@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from lgvit_hf import HighwayTrainer, HighwayTrainingArguments
-from lgvit_hf.data import make_processor
+from lgvit_hf.processing import make_processor
 from lgvit_hf.training.images import with_pixels
 from tests.tiny import IMAGE_SIZE, MODELS, tiny_dataset, tiny_model, tiny_native
 

@@ -7,11 +7,13 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from lgvit_hf import AViT, AViTConfig
-from lgvit_hf.cli import build_parser, main
+from lgvit_hf.cli import main
 from lgvit_hf.commands import visualize as command
-from lgvit_hf.data import ProcessedImages, load_images, make_processor
+from lgvit_hf.data import load_images
 from lgvit_hf.evaluation.visualization import as_seen, first_and_last, limits_of, scores_by_exit, widest_spread
+from lgvit_hf.options import build_parser
 from lgvit_hf.policies import build_policy
+from lgvit_hf.processing import ProcessedImages, make_processor
 from tests.tiny import scrambled, tiny_images, tiny_model
 
 NUM_BLOCKS = 5

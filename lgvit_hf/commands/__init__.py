@@ -1,1 +1,1 @@
-"""What each command does, a file each: a checkpoint in, files out. `lgvit_hf.cli` parses for them."""
+"""What each command does, a file each: a checkpoint in, files out. `lgvit_hf.cli` calls them."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import ProcessedImages
+from ..processing import ProcessedImages
 
 UNIT = "million MACs per image, heads counted"
 

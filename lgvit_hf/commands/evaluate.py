@@ -10,7 +10,6 @@ from typing import Any
 from transformers.utils import logging
 
 from ..costs import Highway, decides_inside
-from ..data import ProcessedImages
 from ..engine import Answers
 from ..evaluation.latency import machine
 from ..evaluation.plots import (
@@ -26,6 +25,7 @@ from ..evaluation.report import judge, look
 from ..evaluation.sweep import threshold_curve
 from ..evaluation.table import ExitTable
 from ..files import add_files, write_json
+from ..processing import ProcessedImages
 from .drawing import UNIT, StoredImages, check_can_draw, points
 from .opening import check_counts, open_highway
 

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from ..costs import Highway
-from ..data import ProcessedImages, load_images
+from ..data import load_images
 from ..evaluation.table import ExitTable, collect, weights_digest
 from ..export.runtime import ORTHighway, is_exported
 from ..models import check_class_names, open_model
+from ..processing import ProcessedImages
 
 
 def open_highway(

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..costs import Highway
-from ..data import ProcessedImages, class_names, load_images, load_unlabelled, stack
+from ..data import class_names, load_images, load_unlabelled
 from ..evaluation.plots import (
     plot_scores,
     plot_token_depths,
@@ -29,6 +29,7 @@ from ..evaluation.visualization import (
 from ..export.runtime import is_exported
 from ..modeling_avit import AViT
 from ..models import HIGHWAYS, answer_depths, read_config
+from ..processing import ProcessedImages, stack
 from .drawing import check_can_draw
 from .opening import check_counts
 

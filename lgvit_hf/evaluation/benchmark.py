@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..costs import Costs, Highway, decides_inside, export_of
-from ..data import stack
 from ..engine import run_early
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
+from ..processing import stack
 from ..segments import Segment, State
 from .anatomy import export_facts, head_names, parameters_by_part, peak_memory, profile
 from .latency import (

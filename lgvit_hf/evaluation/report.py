@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..costs import Highway, decides_inside, model_macs
-from ..data import stack
 from ..engine import Answers
 from ..models import answer_depths
+from ..processing import stack
 from .anatomy import export_facts, head_names
 from .benchmark import wall_clock_speed_up
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..costs import Costs, Highway, export_of, model_macs
-from ..data import stack
 from ..engine import Answers, replay, run_all
 from ..files import add_files
 from ..policies import ExitPolicy, build_policy
+from ..processing import stack
 from ..segments import State
 
 

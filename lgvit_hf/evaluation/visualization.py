@@ -12,10 +12,10 @@ from transformers import BaseImageProcessor, PretrainedConfig
 from transformers.utils import logging
 
 from ..costs import Highway
-from ..data import stack
 from ..engine import run_all
 from ..modeling_avit import AViT
 from ..policies import ExitPolicy, number_at, probabilities
+from ..processing import stack
 from ..segments import State
 
 # what the scores of the built-in policies are, and the field with which they are compared
@@ -147,7 +147,7 @@ def as_seen(pixel_values: Tensor, processor: BaseImageProcessor) -> np.ndarray:
 
     Example:
 
-        >>> from lgvit_hf.data import make_processor
+        >>> from lgvit_hf.processing import make_processor
         >>> as_seen(torch.tensor([-1.0, 0.2, 1.0]).view(1, 3, 1, 1), make_processor(1)).tolist()
         [[[[0, 153, 255]]]]
     """

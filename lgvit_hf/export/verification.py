@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from ..data import stack
 from ..engine import replay, run_all, run_early
 from ..models import example_image
 from ..policies import ExitPolicy, build_policy
+from ..processing import stack
 from ..segments import State
 from .parts import EXPORTABLE
 from .runtime import ORTHighway

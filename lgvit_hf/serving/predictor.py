@@ -16,10 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from ..costs import Highway
-from ..data import ProcessedImages
 from ..export.runtime import ORTHighway, is_exported
 from ..models import load_highway
 from ..policies import number_at
+from ..processing import ProcessedImages
 
 ANSWERS = ("logits", "label", "exit_index", "exit_layer", "exit_score")
 

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data import ProcessedImages
 from ..engine import Answers, run_all, run_early
 from ..evaluation.table import weights_digest
 from ..export.parts import EXPORTABLE, exits_that_run, export_decision, export_parts
@@ -29,6 +28,7 @@ from ..export.verification import BATCH_SIZES, TOLERANCE, policies_to_try, undec
 from ..files import replace_folder, write_json
 from ..models import HIGHWAYS, example_image
 from ..policies import POLICIES, ExitPolicy, build_policy
+from ..processing import ProcessedImages
 from ..segments import Segment, State
 from .device.info import FORMATS, MEMORY, PART_FILE, WEIGHTS, PartInfo, file_digest
 from .device.pixels import pixel_settings, prepare

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data import ProcessedImages, make_processor
+from ..processing import ProcessedImages, make_processor
 
 logger = logging.getLogger(__name__)
 

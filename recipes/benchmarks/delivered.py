@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lgvit_hf.commands.opening import open_highway
-from lgvit_hf.data import stack
 from lgvit_hf.evaluation.latency import time_interleaved
 from lgvit_hf.export.onnx_export import export_onnx
 from lgvit_hf.export.runtime import ORTHighway
 from lgvit_hf.files import write_json
 from lgvit_hf.models import HIGHWAYS
+from lgvit_hf.processing import stack
 
 RUNTIMES = ("PyTorch", "ONNX Runtime", "ONNX Runtime, int8")
 

@@ -29,12 +29,13 @@ from delivered import accuracies, plain_model, seconds, variants
 from transformers import AutoImageProcessor
 
 from lgvit_hf import AViT, ExitTable, calibrate, collect, train_recipe
-from lgvit_hf.data import ProcessedImages, load_images, stack
+from lgvit_hf.data import load_images
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
 from lgvit_hf.evaluation.latency import machine, measure_cost_table, time_interleaved
 from lgvit_hf.evaluation.search import RANGES, leaving, shares, sureness, uniform_thresholds
 from lgvit_hf.halting import token_macs
 from lgvit_hf.models import load_highway
+from lgvit_hf.processing import ProcessedImages, stack
 from lgvit_hf.settings import read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -1,0 +1,238 @@
+"""Images and an image processor become `pixel_values`: batches of tensors, as models take them. No torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset as TorchDataset
+
+from .augmentation import Augmentation
+from .data import refuse_broken
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import BaseImageProcessor
+
+
+class ProcessedImages(TorchDataset):
+    """Images as a model takes them: each item is `{"pixel_values": [C, H, W] float32, "labels": int}`.
+
+    Without `augment` an item is what the processor makes of the image. With it, the image is augmented to the
+    processor's size and then rescaled and normalised as the processor would. What is random about an item depends on
+    `seed`, the epoch and its index alone: dataloader workers, several processes and resumed runs see the same images.
+
+    Args:
+        images (`datasets.Dataset`): With a column `image`; items have `labels` where there is a column `label`.
+        processor (`BaseImageProcessor`): Resizes and normalises.
+        keep (`bool`, *optional*, defaults to `False`):
+            Hold images in memory once they are decoded, one byte per value; for small sets. Each dataloader worker
+            holds its own, as long as it lives.
+        augment (`Augmentation`, *optional*): For training.
+        seed (`int`, *optional*, defaults to 0): Of the augmentation.
+
+    Raises:
+        ValueError: The processor has no size to augment to; a negative seed; when read, an image that is broken.
+
+    Example:
+
+        >>> images = ProcessedImages(load_images("digits").test, make_processor(16), augment=Augmentation(crop="pad"))
+        >>> images.set_epoch(1)
+        >>> images[0]["pixel_values"].shape
+        torch.Size([3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        images: datasets.Dataset,
+        processor: BaseImageProcessor,
+        *,
+        keep: bool = False,
+        augment: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must be 0 or more")
+        self.images = images
+        self.processor = processor
+        self.augment = augment
+        self.seed = seed
+        self._size = None if augment is None else image_size(processor)
+        self._table = value_table(processor)
+        self._resize_is_plain = augment is None and _resizes_plainly(processor, self._table)
+        # shared, so that dataloader workers that outlive an epoch hear of the next one
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._kept: dict[int, tuple[Any, dict[str, int]]] | None = {} if keep else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew for this epoch; call it before the epoch's first batch is asked for."""
+        self._epoch.fill_(int(epoch))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The items of a batch, which PyTorch's `DataLoader` asks for at once."""
+        rows = range(len(self))
+        indices = [rows[int(index)] for index in indices]
+        images, labels = zip(*self._prepared(indices), strict=True)
+        finished = zip(self._finished(images, indices), labels, strict=True)
+        return [{"pixel_values": pixels, **label} for pixels, label in finished]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
+        return next(iter(self._finished([self._prepare(image.convert("RGB"))], [0])))
+
+    def _prepared(self, indices: list[int]) -> list[tuple[Any, dict[str, int]]]:
+        """Images as far as they are the same in every epoch, which is what is kept, with `{"labels": int}` or `{}`."""
+        kept = {} if self._kept is None else self._kept
+        missing = [index for index in indices if index not in kept]
+        prepared = {}
+        if missing:
+            for index, row in zip(missing, self._decoded(missing), strict=True):
+                label = {"labels": row["label"]} if "label" in row else {}
+                prepared[index] = self._prepare(row["image"].convert("RGB")), label
+            if self._kept is not None:
+                self._kept.update(prepared)
+        return [kept[index] if index in kept else prepared[index] for index in indices]
+
+    def _decoded(self, indices: list[int]) -> list[dict[str, Any]]:
+        try:
+            return self.images.__getitems__(indices)
+        except Exception:
+            refuse_broken(self.images.select(indices), whole=True)
+            raise
+
+    def _prepare(self, image: Image.Image) -> np.ndarray | torch.Tensor:
+        if self.augment is not None:
+            return np.asarray(image)
+        if self._resize_is_plain:
+            return np.asarray(_resized(image, self.processor))
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def _finished(self, images: Sequence[Any], indices: list[int]) -> Iterable[torch.Tensor]:
+        """`pixel_values` of prepared images, one `[C, H, W]` each."""
+        if self.augment is not None:
+            images = [self._augmented(image, index) for image, index in zip(images, indices, strict=True)]
+            if self._table is None:
+                return [_normalised(image, self.processor) for image in images]
+            images = [np.asarray(image) for image in images]
+        elif not self._resize_is_plain:
+            return images
+        return look_up(np.stack(images), self._table)
+
+    def _augmented(self, image: np.ndarray, index: int) -> Image.Image:
+        rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        return self.augment(Image.fromarray(image), self._size, rng)
+
+
+def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of what a processor makes of an image.
+
+    Example:
+
+        >>> image_size(make_processor(32))
+        (32, 32)
+    """
+    size = processor.crop_size if getattr(processor, "do_center_crop", None) else getattr(processor, "size", None)
+    size = dict(size or {})
+    edge = size.get("shortest_edge")
+    height, width = size.get("height") or edge, size.get("width") or edge
+    if height is None or width is None:
+        raise ValueError(f"size of the processor is {size}; it must have height and width, or shortest_edge")
+    return height, width
+
+
+def value_table(processor: BaseImageProcessor) -> np.ndarray | None:
+    """What a processor rescales and normalises each value to, if that is all it does beside resizing and cropping.
+
+    Asked of the processor itself: looking values up is many times faster than calling it, and exactly equal.
+
+    Returns:
+        `np.ndarray` or `None`: `[3, 256]`, the results by channel and value; `None` if a result depends on more.
+
+    Example:
+
+        >>> table = value_table(make_processor(32))
+        >>> table.shape, table[0, [0, 255]].tolist()
+        ((3, 256), [-1.0, 1.0])
+    """
+    from transformers import BaseImageProcessor
+
+    if not isinstance(processor, BaseImageProcessor):
+        return None
+    every_value = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    table = _normalised(Image.fromarray(every_value), processor).numpy()
+    if table.shape != (3, 16, 16):
+        return None
+    table = table.reshape(3, 256)
+    noise = _noise(20, 24)
+    same = torch.equal(_normalised(noise, processor), look_up(np.asarray(noise)[None], table)[0])
+    return table if same else None
+
+
+def look_up(images: np.ndarray, table: np.ndarray) -> torch.Tensor:
+    """Values of images `[B, H, W, 3]` replaced by those of a [`value_table`], as `[B, 3, H, W]`.
+
+    Example:
+
+        >>> look_up(np.zeros((2, 4, 5, 3), dtype=np.uint8), value_table(make_processor(4))).shape
+        torch.Size([2, 3, 4, 5])
+    """
+    batch, height, width, channels = images.shape
+    pixels = np.empty((batch, channels, height, width), dtype=table.dtype)
+    for channel in range(channels):
+        # every value is in the table: `clip` only spares the check
+        np.take(table[channel], images[..., channel], out=pixels[:, channel], mode="clip")
+    return torch.from_numpy(pixels)
+
+
+def _normalised(image: Image.Image, processor: BaseImageProcessor) -> torch.Tensor:
+    """The image through the processor in the size that it has."""
+    asis = {name: False for name in ("do_resize", "do_center_crop") if getattr(processor, name, None)}
+    return processor(image, return_tensors="pt", **asis)["pixel_values"][0]
+
+
+def _resized(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
+    height, width = image_size(processor)
+    return image if image.size == (width, height) else image.resize((width, height), processor.resample)
+
+
+def _resizes_plainly(processor: BaseImageProcessor, table: np.ndarray | None) -> bool:
+    """Whether all a processor does to an image is what `_resized` and its value table do."""
+    size = dict(getattr(processor, "size", None) or {})
+    if table is None or getattr(processor, "do_center_crop", None) or not (size.get("height") and size.get("width")):
+        return False
+    noise = _noise(size["height"] + 3, size["width"] + 7)
+    ours = look_up(np.asarray(_resized(noise, processor))[None], table)[0]
+    return torch.equal(processor(noise, return_tensors="pt")["pixel_values"][0], ours)
+
+
+def _noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_processor(image_size: int) -> BaseImageProcessor:
+    """The image processor of ViT for square images of `image_size` pixels, values in [-1, 1]; saved with the model."""
+    from transformers import ViTImageProcessor
+
+    return ViTImageProcessor(
+        size={"height": image_size, "width": image_size},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        do_convert_rgb=True,
+    )
+
+
+def stack(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of items, as the model's forward takes it; without `labels` where the items have none."""
+    batch = {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])}
+    if "labels" in items[0]:
+        batch["labels"] = torch.as_tensor([item["labels"] for item in items])
+    return batch
