@@ -8,9 +8,10 @@ One training is one `lgvit train` of a file in `recipes/configs/BACKBONE_small`.
 done again, and a killed run goes on. `results.jsonl` in the output folder gets a line per method.
 
 Thresholds are chosen on validation rows for an accuracy drop against the plain backbone, trained without exits, and
-judged on test rows. Baselines have one threshold, or patience, for all exits, as published; `ours` have temperatures,
-a threshold per exit, and the exits that pay by the clock at that batch size. Times are of test images, in turn with
-the head-free backbone of the same weights, one thread; for models without exits, with the plain backbone.
+judged on test rows; each method takes the cheapest setting that is right often enough on all validation rows.
+Baselines have one threshold, or patience, for all exits, as published; `ours` have temperatures, thresholds per exit,
+and the exits that pay by the clock at that batch size. Times are of test images, in turn with the head-free backbone
+of the same weights, one thread; for models without exits, with the plain backbone.
 """
 
 import argparse
@@ -28,11 +29,12 @@ import torch
 from delivered import accuracies, plain_model, seconds, variants
 from transformers import AutoImageProcessor
 
-from lgvit_hf import AViT, ExitTable, calibrate, collect, train_recipe
+from lgvit_hf import AViT, CostTable, ExitTable, collect, train_recipe
 from lgvit_hf.data import load_images
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
+from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.latency import machine, measure_cost_table, time_interleaved
-from lgvit_hf.evaluation.search import RANGES, leaving, shares, sureness, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, candidates, leaving, shares, sureness, uniform_thresholds
 from lgvit_hf.halting import token_macs
 from lgvit_hf.models import load_highway
 from lgvit_hf.processing import ProcessedImages, stack
@@ -42,6 +44,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DROPS = (0.0, 0.005, 0.01, 0.02)
 BATCH_SIZES = (1, 8, 32)
 EXPORTED_DROP = 0.01
+EXPORTED = ("lgvit", "ours")
 NEW = ("backbone", "image_size", "model_settings")
 
 
@@ -98,7 +101,8 @@ METHODS = {
     "lgvit": Method("LGViT, two stages", "stage2"),
     "linear": Method("LGViT's recipe with linear heads", "linear2"),
     "avit": Method("A-ViT", "avit", "halting"),
-    "truncated": Method("SDN, cut off at one exit", "sdn", "truncated"),
+    "truncated_sdn": Method("SDN, cut off at one exit", "sdn", "truncated"),
+    "truncated": Method("LGViT, cut off at one exit", "stage2", "truncated"),
     "blocks8": Method("8 blocks", "blocks8", "static"),
     "blocks6": Method("6 blocks", "blocks6", "static"),
     "ours": Method("ours: LGViT's exits, calibrated", "stage2", "calibrated"),
@@ -187,7 +191,7 @@ def singles(table: ExitTable, policy: str) -> list[dict[str, Any]]:
     of = "entropy" if policy == "patience_confidence" else policy
     scores = sureness(table, of, (1.0,) * (exits + 1)).numpy()
     sign = -1 if of == "entropy" else 1
-    cuts = [sign * cut[0].item() for cut in uniform_thresholds(scores, RANGES[of], 300)]
+    cuts = [sign * cut[0].item() for cut in uniform_thresholds(scores, RANGES[of], 100)]
     if policy == "patience_confidence":
         return [{"name": policy, "threshold": c, "patience": p} for c, p in product(cuts, (1, 2, 3)) if p <= exits]
     return [{"name": policy, "threshold": cut} for cut in cuts]
@@ -205,12 +209,33 @@ def consequences(table: ExitTable, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def best_single(table: ExitTable, policy: str, least: float) -> dict[str, Any] | None:
-    """The cheapest setting, the same at all exits, that is right at least as often."""
-    found = [(consequences(table, settings), settings) for settings in singles(table, policy)]
-    found.append((consequences(table, {"name": "never"}), {"name": "never"}))
-    within = [(facts["macs_speed_up"], settings) for facts, settings in found if share(facts["right"]) >= least]
-    return max(within, key=lambda entry: entry[0], default=(0.0, None))[1]
+Offer = tuple[float, float, dict[str, Any]]  # how often it is right, what it costs, its settings
+
+
+def published(table: ExitTable, policy: str) -> list[Offer]:
+    """Settings that are the same at all exits, by MACs."""
+    offers = []
+    for settings in (*singles(table, policy), {"name": "never"}):
+        facts = consequences(table, settings)
+        offers.append((share(facts["right"]), 1 / facts["macs_speed_up"], settings))
+    return offers
+
+
+def calibrated(table: ExitTable, costs: CostTable, size: int) -> list[Offer]:
+    """Temperatures, thresholds and exits, by the clock at a batch size."""
+    temperatures = tuple(fit_temperature(logits, table.labels) for logits in table.logits)
+    offers = []
+    for settings in ({"name": "never"}, *candidates(table, costs.at(size), "confidence", temperatures)):
+        left, asked = leaving(table, settings)
+        price = costs.mean_latency(shares(left, len(table.depths)), asked, size)
+        offers.append((share(table.right.gather(0, left[None])[0]), price, settings))
+    return offers
+
+
+def cheapest(offers: list[Offer], least: float) -> dict[str, Any] | None:
+    """The settings that cost least and are right at least as often."""
+    within = [(price, settings) for accuracy, price, settings in offers if accuracy >= least]
+    return min(within, key=lambda offer: offer[0], default=(0.0, None))[1]
 
 
 def share(right: torch.Tensor) -> float:
@@ -235,7 +260,7 @@ def measure(cell: Cell, name: str) -> dict[str, Any]:
     """The line of a method."""
     method = METHODS[name]
     by_answers = {"halting": halting, "static": static, "truncated": truncated}
-    figures = by_answers.get(method.answers, early)(cell, method)
+    figures = by_answers.get(method.answers, early)(cell, name)
     plain = {which: table.accuracies()[-1] for which, table in cell.plain.items()}
     return {
         "data": cell.data,
@@ -259,17 +284,20 @@ def seconds_of(cell: Cell, name: str) -> float:
     return log["seconds"] + (0.0 if start is None else seconds_of(cell, start))
 
 
-def early(cell: Cell, method: Method) -> dict[str, Any]:
+def early(cell: Cell, name: str) -> dict[str, Any]:
     """A highway, by thresholds chosen on validation rows."""
+    method = METHODS[name]
     tables, model = cell.tables(method.training), load_highway(str(cell.home / method.training))
     plain = {which: table.right[-1] for which, table in cell.plain.items()}
-    costs = measure_cost_table(model, cell.pixels, BATCH_SIZES) if method.answers == "calibrated" else None
+    if method.answers == "calibrated":
+        costs = measure_cost_table(model, cell.pixels, BATCH_SIZES)
+        offers = {size: calibrated(tables["validation"], costs, size) for size in BATCH_SIZES}
+    else:
+        offers = dict.fromkeys(BATCH_SIZES, published(tables["validation"], method.policy))
     points = []
     for drop in DROPS:
-        least, chosen = share(plain["validation"]) - drop, {}
         for size in BATCH_SIZES:
-            settings = choose(tables["validation"], method, least, costs, size, chosen)
-            chosen[size] = settings
+            settings = cheapest(offers[size], share(plain["validation"]) - drop)
             if settings is None:
                 continue
             facts = consequences(tables["test"], settings)
@@ -294,20 +322,9 @@ def early(cell: Cell, method: Method) -> dict[str, Any]:
         "exit_accuracies": tables["test"].accuracies(),
         "head_share": sum(tables["test"].costs.heads[:-1]) / tables["test"].costs.backbone,
         "points": points,
-        "exported": exported(cell, model, points),
+        "exported": exported(cell, model, points) if name in EXPORTED else [],
         "machine": machine(model),
     }
-
-
-def choose(table, method, least, costs, size, chosen):
-    """Settings that are right often enough on validation rows, `None` where none are."""
-    if method.answers == "single":
-        # does not depend on the batch size
-        return next(iter(chosen.values())) if chosen else best_single(table, method.policy, least)
-    allowed = table.accuracies()[-1] - least
-    if allowed < 0:
-        return None
-    return calibrate(table, policy=method.policy, max_accuracy_drop=allowed, cost_table=costs, batch_size=size).policy
 
 
 def timed(cell: Cell, size: int) -> list[torch.Tensor]:
@@ -356,8 +373,9 @@ def clock(cell: Cell, fast: Any, plain: Any) -> list[dict[str, Any]]:
     return found
 
 
-def static(cell: Cell, method: Method) -> dict[str, Any]:
+def static(cell: Cell, name: str) -> dict[str, Any]:
     """A smaller model."""
+    method = METHODS[name]
     table = cell.tables(method.training)["test"]
     fast, plain = (load_highway(str(cell.train(name))) for name in (method.training, "backbone"))
     facts = {
@@ -369,8 +387,9 @@ def static(cell: Cell, method: Method) -> dict[str, Any]:
     return {"points": [facts | times for times in clock(cell, fast, plain)], "machine": machine(fast)}
 
 
-def truncated(cell: Cell, method: Method) -> dict[str, Any]:
+def truncated(cell: Cell, name: str) -> dict[str, Any]:
     """A highway cut off at its shallowest exit that is good enough."""
+    method = METHODS[name]
     tables, whole = cell.tables(method.training), load_highway(str(cell.home / method.training))
     plain, points = load_highway(str(cell.train("backbone"))), []
     accuracies_there = tables["validation"].accuracies()
@@ -395,9 +414,9 @@ def truncated(cell: Cell, method: Method) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def halting(cell: Cell, method: Method) -> dict[str, Any]:
+def halting(cell: Cell, name: str) -> dict[str, Any]:
     """An A-ViT at the operating point that it was trained for."""
-    fast = AViT.from_pretrained(cell.train(method.training)).eval()
+    fast = AViT.from_pretrained(cell.train(METHODS[name].training)).eval()
     plain, right, depths = load_highway(str(cell.train("backbone"))), [], []
     loader = torch.utils.data.DataLoader(cell.images["test"], batch_size=64, collate_fn=stack)
     for batch in loader:
@@ -455,9 +474,13 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--validation-share", type=float, default=0.1, help="of the training rows (default: 0.1)")
     parser.add_argument("--images", type=int, default=256, help="that are timed (default: 256)")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds per batch (default: 5)")
-    parser.add_argument("--train-only", action="store_true", help="leave measuring for later, on an idle machine")
-    parser.add_argument("--export", action=argparse.BooleanOptionalAction, default=True, help="also in ONNX Runtime")
+    parser.add_argument("--train-only", action="store_true", help="leave what needs an idle machine for later")
+    parser.add_argument(
+        "--export", action=argparse.BooleanOptionalAction, default=True, help="some also in ONNX Runtime"
+    )
     options = parser.parse_args()
+    if options.images < max(BATCH_SIZES):
+        parser.error(f"--images: {options.images} is fewer than the largest timed batch, {max(BATCH_SIZES)}")
     options.sources = dict(pair.split("=", 1) if "=" in pair else (Path(pair).name, pair) for pair in options.data)
     return options
 
@@ -474,7 +497,10 @@ def main() -> None:
             ):
                 continue
             cell.train(METHODS[name].training)
-            if not options.train_only:
+            if options.train_only:
+                if METHODS[name].answers != "halting":
+                    cell.tables(METHODS[name].training)
+            else:
                 row = measure(cell, name)
                 append(results, row)
                 at_one = [p for p in row["points"] if p.get("asked_drop", 0.01) == 0.01 and p["batch_size"] == 8]

@@ -1,0 +1,125 @@
+"""`recipes/benchmarks/study.py` goes on where it stopped, and the page says what its lines say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """Scripts that import each other by name, as when they are run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    import study
+
+    output = tmp_path_factory.mktemp("study")
+
+    def run(*methods):
+        """The study of a ViT on digits that trains two steps each; its lines."""
+        words = f"study.py --data digits=digits --output {output} --backbones vit --methods {' '.join(methods)} "
+        words += "--epochs 0.05 --joint-epochs 0.05 --exit-epochs 0.05 --images 32 --repeats 1 --no-export"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words.split())
+            threads = torch.get_num_threads()
+            study.main()
+            torch.set_num_threads(threads)
+        return (output / "results.jsonl").read_text().splitlines()
+
+    run.output = output
+    return run
+
+
+def test_study_goes_on_where_it_stopped(run):
+    first = run("sdn", "truncated_sdn")
+    weights = run.output / "digits" / "vit" / "seed0" / "backbone" / "model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    # killed while it wrote the second line
+    (run.output / "results.jsonl").write_text(first[0] + "\n" + first[1][:40])
+    second = run("sdn", "truncated_sdn", "ours_frozen", "blocks6", "avit")
+    assert second[0] == first[0] and second[1] == first[1][:40]
+    rows = [json.loads(line) for line in (second[0], *second[2:])]
+    assert [row["method"] for row in rows] == ["sdn", "truncated_sdn", "ours_frozen", "blocks6", "avit"]
+    assert weights.stat().st_mtime_ns == trained
+    assert run("sdn", "truncated_sdn", "ours_frozen", "blocks6", "avit") == second
+
+
+def test_lines_say_what_the_models_do(run):
+    lines = run("sdn", "truncated_sdn", "ours_frozen", "blocks6", "avit")
+    rows = {row["method"]: row for row in map(json.loads, (lines[0], *lines[2:]))}
+    plain = rows["sdn"]["plain_accuracy"]
+    for row in rows.values():
+        assert row["plain_accuracy"] == plain and row["training_seconds"] > 0
+        for point in row["points"]:
+            assert point["accuracy"] == pytest.approx(plain - point["drop"])
+            assert point["speed_up"] > 0 and point["batch_size"] in (1, 8, 32)
+    # the backbone was not touched, and never leaving is always accurate enough
+    frozen = rows["ours_frozen"]
+    assert frozen["exit_accuracies"][-1] == plain and {p["asked_drop"] for p in frozen["points"]} == {
+        0,
+        0.005,
+        0.01,
+        0.02,
+    }
+    assert rows["blocks6"]["points"][0]["layer_speed_up"] == 2
+    # two epochs' budgets for the smaller model: those of the backbone and of the exits
+    assert rows["blocks6"]["training_seconds"] > 0 and rows["blocks6"]["budget"] == rows["sdn"]["budget"]
+
+
+def line(method, title, speed, *, seed=0, drop=0.01, **facts):
+    points = [
+        {
+            "asked_drop": drop,
+            "batch_size": size,
+            "accuracy": 0.75,
+            "drop": 0.005,
+            "drop_plus_minus": 0.002,
+            "layer_speed_up": 3.0,
+            "macs_speed_up": 2.5,
+            "speed_up": speed,
+        }
+        for size in (1, 8, 32)
+    ]
+    return {
+        "data": "photos",
+        "backbone": "vit",
+        "seed": seed,
+        "method": method,
+        "title": title,
+        "plain_accuracy": 0.76,
+        "rows": {"validation": 10, "test": 20},
+        "budget": {"backbone": 2, "joint": 1, "exits": 1},
+        "machine": {"cpu": "some", "threads": 1},
+        "points": points,
+        **facts,
+    }
+
+
+def test_page_says_who_is_ahead(tmp_path, monkeypatch):
+    import study_page
+
+    rows = [
+        line("sdn", "SDN", 1.5, depths=[1, 2], exit_accuracies=[0.5, 0.75], head_share=0.01),
+        line("ours", "ours", 2.0, depths=[1, 2], exit_accuracies=[0.6, 0.76], head_share=0.02),
+        line("ours", "ours", 3.0, seed=1, depths=[1, 2], exit_accuracies=[0.6, 0.76], head_share=0.02),
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["study_page.py", str(tmp_path / "results.jsonl"), str(tmp_path / "page.md")])
+    study_page.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "*ours* is at 2.50x, ahead of every other" in page
+    assert "| SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
+    assert "| ours | 60.0 | 76.0 | 2.0% |" in page and "seeds 0, 1" in page
+    assert (tmp_path / "results_photos_vit.png").stat().st_size > 5000
+    (tmp_path / "results.jsonl").write_text(json.dumps(line("ours", "ours", 1.2)) + "\n" + json.dumps(rows[0]) + "\n")
+    study_page.main()
+    assert "behind SDN" in (tmp_path / "page.md").read_text()
