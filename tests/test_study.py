@@ -116,8 +116,8 @@ def test_page_says_who_is_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study_page.py", str(tmp_path / "results.jsonl"), str(tmp_path / "page.md")])
     study_page.main()
     page = (tmp_path / "page.md").read_text()
-    assert "*ours* is at 2.50x, ahead of every other" in page
-    assert "| SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
+    assert "*ours* is at 2.50x, ahead of every other with thresholds" in page
+    assert "| `sdn` | SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
     assert "| ours | 60.0 | 76.0 | 2.0% |" in page and "seeds 0, 1" in page
     assert (tmp_path / "results_photos_vit.png").stat().st_size > 5000
     (tmp_path / "results.jsonl").write_text(json.dumps(line("ours", "ours", 1.2)) + "\n" + json.dumps(rows[0]) + "\n")

@@ -19,6 +19,8 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
@@ -34,7 +36,7 @@ from lgvit_hf.data import load_images
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
 from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.latency import machine, measure_cost_table, time_interleaved
-from lgvit_hf.evaluation.search import RANGES, candidates, leaving, shares, sureness, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, SEARCHES, leaving, shares, sureness, uniform_thresholds
 from lgvit_hf.halting import token_macs
 from lgvit_hf.models import load_highway
 from lgvit_hf.processing import ProcessedImages, stack
@@ -224,8 +226,9 @@ def published(table: ExitTable, policy: str) -> list[Offer]:
 def calibrated(table: ExitTable, costs: CostTable, size: int) -> list[Offer]:
     """Temperatures, thresholds and exits, by the clock at a batch size."""
     temperatures = tuple(fit_temperature(logits, table.labels) for logits in table.logits)
+    searched = SEARCHES["confidence"](table, costs.at(size), "confidence", temperatures, True)
     offers = []
-    for settings in ({"name": "never"}, *candidates(table, costs.at(size), "confidence", temperatures)):
+    for settings in ({"name": "never"}, *(settings for _, _, settings in searched)):
         left, asked = leaving(table, settings)
         price = costs.mean_latency(shares(left, len(table.depths)), asked, size)
         offers.append((share(table.right.gather(0, left[None])[0]), price, settings))
@@ -438,16 +441,11 @@ def halting(cell: Cell, name: str) -> dict[str, Any]:
 # -- one line per method ---------------------------------------------------------------------------------------
 
 
-def done(file: Path) -> set[tuple]:
-    """What has a line already; a line that was cut short is none."""
-    found = set()
+def lines(file: Path) -> Iterator[dict[str, Any]]:
+    """What was measured already; a line that was cut short is none."""
     for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        found.add((row["data"], row["backbone"], row["seed"], row["method"]))
-    return found
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
@@ -492,9 +490,10 @@ def main() -> None:
     for data, backbone, seed in product(options.sources, options.backbones, options.seeds):
         cell = Cell(options, data, backbone, seed)
         for name in options.methods:
-            if (METHODS[name].answers == "halting" and backbone == "swin") or (
-                (data, backbone, seed, name) in done(results)
-            ):
+            key = {"data": data, "backbone": backbone, "seed": seed, "method": name}
+            if METHODS[name].answers == "halting" and backbone == "swin":
+                continue
+            if any(key.items() <= row.items() for row in lines(results)):
                 continue
             cell.train(METHODS[name].training)
             if options.train_only:

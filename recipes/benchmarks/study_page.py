@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from study import METHODS, lines
 
 BACKBONES = {"vit": "ViT", "deit": "DeiT, distillation token", "swin": "Swin"}
 OURS = "ours"
@@ -33,11 +34,9 @@ those on the originals.
 
 def read(file):
     """The lines, the newest of each method."""
-    rows = {}
-    for line in Path(file).read_text().splitlines():
-        row = json.loads(line)
-        rows[row["data"], row["backbone"], row["seed"], row["method"]] = row
-    return list(rows.values())
+    return list(
+        {(row["data"], row["backbone"], row["seed"], row["method"]): row for row in lines(Path(file))}.values()
+    )
 
 
 def groups(rows):
@@ -45,7 +44,11 @@ def groups(rows):
     found = defaultdict(lambda: defaultdict(list))
     for row in rows:
         found[row["data"], row["backbone"]][row["method"]].append(row)
-    return found
+    order = list(METHODS)
+    return {
+        cell: dict(sorted(by_method.items(), key=lambda entry: order.index(entry[0])))
+        for cell, by_method in sorted(found.items())
+    }
 
 
 def points(lines, drop, size):
@@ -62,18 +65,18 @@ def mean(values):
 
 def table_at(by_method, drop):
     """Markdown: every method at one drop."""
-    yield "| method | accuracy | drop | layers | MACs | batch 1 | batch 8 | batch 32 |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for lines in by_method.values():
+    yield "| METHOD | | accuracy | drop | layers | MACs | batch 1 | batch 8 | batch 32 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, lines in by_method.items():
         at = {size: points(lines, drop, size) for size in SIZES}
         title = lines[0]["title"]
         if not all(at.values()):
-            yield f"| {title} | - | - | - | - | - | - | - |"
+            yield f"| `{name}` | {title} | - | - | - | - | - | - | - |"
             continue
         first = at[8]
         clock = " | ".join(f"{mean(p['speed_up'] for p in at[size]):.2f}x" for size in SIZES)
         yield (
-            f"| {title} | {mean(p['accuracy'] for p in first):.1%} "
+            f"| `{name}` | {title} | {mean(p['accuracy'] for p in first):.1%} "
             f"| {100 * mean(p['drop'] for p in first):+.2f} ± {100 * mean(p['drop_plus_minus'] for p in first):.2f} "
             f"| {mean(p['layer_speed_up'] for p in first):.2f}x | {mean(p['macs_speed_up'] for p in first):.2f}x "
             f"| {clock} |"
@@ -157,27 +160,33 @@ def draw(by_method, title, file, size=8):
     figure.savefig(file, dpi=130)
 
 
-def verdict(by_method, drop=AT_DROP, size=8):
-    """A sentence: whether ours is ahead of each baseline."""
-
-    def speed(name):
-        there = points(by_method[name], drop, size)
-        return mean(p["speed_up"] for p in there) if there else None
-
-    ours = {name: speed(name) for name in by_method if name.startswith(OURS)}
-    ours = {name: value for name, value in ours.items() if value is not None}
-    if not ours:
-        return f"At {100 * drop:g} pt no exits of ours are accurate enough."
-    best = max(ours, key=ours.get)
-    others = {name: speed(name) for name in by_method if name not in ours and lines_with_drops(by_method[name])}
-    behind = [by_method[n][0]["title"] for n, value in others.items() if value is not None and value >= ours[best]]
-    said = "ahead of every other" if not behind else f"behind {', '.join(behind)}"
-    return f"At {100 * drop:g} pt and batch {size}, *{by_method[best][0]['title']}* is at {ours[best]:.2f}x, {said}."
+def speed(by_method, name, drop=AT_DROP, size=8):
+    """By the clock, `None` where no setting is accurate enough."""
+    there = points(by_method.get(name, []), drop, size)
+    return mean(p["speed_up"] for p in there) if there else None
 
 
-def lines_with_drops(lines):
-    """Whether a method has thresholds: one without is compared in the table, at an accuracy of its own."""
-    return any("asked_drop" in p for row in lines for p in row["points"])
+def verdict(by_method):
+    """Sentences: whether ours is ahead of each method that has thresholds, and what LGViT's two ideas are worth."""
+    ours = speed(by_method, OURS)
+    others = {
+        name: speed(by_method, name)
+        for name, lines in by_method.items()
+        if not name.startswith(OURS) and any("asked_drop" in p for row in lines for p in row["points"])
+    }
+    if ours is None:
+        yield f"At {100 * AT_DROP:g} pt none of our settings is accurate enough."
+    else:
+        ahead = [by_method[n][0]["title"] for n, value in others.items() if value is not None and value >= ours]
+        said = f"behind {', '.join(ahead)}" if ahead else "ahead of every other with thresholds"
+        yield f"At {100 * AT_DROP:g} pt and batch 8, *{by_method[OURS][0]['title']}* is at {ours:.2f}x, {said}."
+    for what, name, other in (
+        ("Two stages against one", "lgvit", "lgvit1"),
+        ("LGViT's exits against linear ones, trained alike", "lgvit", "linear"),
+    ):
+        if name in by_method and other in by_method:
+            pair = (speed(by_method, key) for key in (name, other))
+            yield f"{what}: {' and '.join('not accurate enough' if s is None else f'{s:.2f}x' for s in pair)}."
 
 
 def page(rows, folder):
@@ -198,7 +207,12 @@ def page(rows, folder):
             f"Plain backbone {mean(r['plain_accuracy'] for ls in by_method.values() for r in ls):.1%}; "
             f"{any_row['rows']['validation']} validation and {any_row['rows']['test']} test rows; epochs: backbone "
             f"{budget['backbone']:g}, with exits {budget['joint']:g}, exits alone {budget['exits']:g}; seeds "
-            f"{', '.join(map(str, seeds))}. {verdict(by_method)}\n"
+            f"{', '.join(map(str, seeds))}. {' '.join(verdict(by_method))}\n"
+        )
+        yield (
+            f"```bash\npython recipes/benchmarks/study.py --data {data}=FOLDER --output runs/study \\\n    "
+            f"--backbones {backbone} --methods METHOD --seeds {' '.join(map(str, seeds))} --epochs "
+            f"{budget['backbone']:g} --joint-epochs {budget['joint']:g} --exit-epochs {budget['exits']:g}\n```\n"
         )
         picture = f"results_{data}_{backbone}.png"
         draw(by_method, f"{data}, {BACKBONES[backbone]}", folder / picture)
