@@ -441,7 +441,7 @@ def halting(cell: Cell, name: str) -> dict[str, Any]:
 # -- one line per method ---------------------------------------------------------------------------------------
 
 
-def lines(file: Path) -> Iterator[dict[str, Any]]:
+def measured(file: Path) -> Iterator[dict[str, Any]]:
     """What was measured already; a line that was cut short is none."""
     for line in file.read_text().splitlines() if file.exists() else ():
         with suppress(ValueError):
@@ -493,7 +493,7 @@ def main() -> None:
             key = {"data": data, "backbone": backbone, "seed": seed, "method": name}
             if METHODS[name].answers == "halting" and backbone == "swin":
                 continue
-            if any(key.items() <= row.items() for row in lines(results)):
+            if any(key.items() <= row.items() for row in measured(results)):
                 continue
             cell.train(METHODS[name].training)
             if options.train_only:

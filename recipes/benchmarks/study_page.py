@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from study import METHODS, lines
+from study import METHODS, measured
 
 BACKBONES = {"vit": "ViT", "deit": "DeiT, distillation token", "swin": "Swin"}
 OURS = "ours"
@@ -34,9 +34,8 @@ those on the originals.
 
 def read(file):
     """The lines, the newest of each method."""
-    return list(
-        {(row["data"], row["backbone"], row["seed"], row["method"]): row for row in lines(Path(file))}.values()
-    )
+    keys = ("data", "backbone", "seed", "method")
+    return list({tuple(row[key] for key in keys): row for row in measured(Path(file))}.values())
 
 
 def groups(rows):
