@@ -150,6 +150,25 @@ def test_temperature_undoes_the_scale_of_an_exit(policy):
         assert (leaving(table, one)[0] == leaving(scaled, other)[0]).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("telling", [True, False])
+def test_no_model_that_is_cut_off_is_cheaper_and_as_right(policy, telling):
+    table = synthetic(600)
+    if not telling:  # how sure an exit is has nothing to do with whether it is right
+        right = torch.rand(4, 600, generator=torch.Generator().manual_seed(1)) < torch.tensor(
+            [[0.4], [0.8], [0.79], [0.8]]
+        )
+        answers = torch.where(right, table.labels, (table.labels + 1) % 5)
+        scale = 1 + 3 * torch.rand(4, 600, 1, generator=torch.Generator().manual_seed(2))
+        table = replace(table, logits=torch.nn.functional.one_hot(answers, 5) * scale)
+    found = [{"name": "never"}, *candidates(table, COSTS, policy, (1.0,) * 4)]
+    reached = [consequences(table, *leaving(table, settings), COSTS) for settings in found]
+    for exit_index in range(4):
+        static = torch.full((600,), exit_index)
+        cost, drops = consequences(table, static, [exit_index] if exit_index < 3 else [], COSTS)
+        assert any(c <= cost + 1e-9 and d.sum() <= drops.sum() for c, d in reached)
+
+
 # -- the whole -------------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,10 @@ def _thresholds(
         apart = [measured(fold, found(~fold if len(folds) > 1 else fold, price)) for fold in folds]
         thresholds = found(every, price)
         yield *np.maximum(np.mean(apart, axis=0), measured(every, thresholds)).tolist(), settings(thresholds)
+    for index in range(len(scores)) if choose_exits else ():
+        # the static model that ends there, which must not be faster than what is found
+        thresholds = np.where(np.arange(len(scores)) == index, *map(scores.dtype.type, limits))
+        yield *measured(every, thresholds), settings(thresholds)
     uniform = uniform_thresholds(scores, limits)
 
     def some(number: int, exits: tuple[int, ...]) -> np.ndarray:

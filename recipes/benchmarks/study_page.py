@@ -1,6 +1,6 @@
 """The page and the figures of the study, from the lines that `study.py` wrote; nothing here is typed by hand.
 
-python recipes/benchmarks/study_page.py runs/study/results.jsonl docs/results.md
+python recipes/benchmarks/study_page.py docs/results.jsonl docs/results.md
 """
 
 import argparse
@@ -154,7 +154,7 @@ def draw(by_method, title, file, size=8):
     plain = mean(row["plain_accuracy"] for lines in by_method.values() for row in lines)
     axes.axhline(plain, color="grey", linestyle=":", label="plain backbone")
     axes.set(title=title, xlabel=f"wall-clock speed-up, batch {size}", ylabel="accuracy on test rows")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.1f}%")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(file, dpi=130)
 
@@ -213,6 +213,9 @@ def page(rows, folder):
             f"--backbones {backbone} --methods METHOD --seeds {' '.join(map(str, seeds))} --epochs "
             f"{budget['backbone']:g} --joint-epochs {budget['joint']:g} --exit-epochs {budget['exits']:g}\n```\n"
         )
+        missing = [name for name in METHODS if name not in by_method and (name, backbone) != ("avit", "swin")]
+        if missing:
+            yield f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}.\n"
         picture = f"results_{data}_{backbone}.png"
         draw(by_method, f"{data}, {BACKBONES[backbone]}", folder / picture)
         yield f"![accuracy against wall-clock speed-up]({picture})\n"
@@ -224,7 +227,10 @@ def page(rows, folder):
         yield from table_of_exits(by_method)
         runtimes = list(table_of_runtimes(by_method, 8))
         if runtimes:
-            yield f"\nAt {100 * AT_DROP:g} point and batch 8, against transformers' own model in PyTorch:\n"
+            yield (
+                f"\nAt {100 * AT_DROP:g} point, as chosen for batch 1, timed at batch 8 against transformers' own "
+                "model in PyTorch:\n"
+            )
             yield from runtimes
         yield ""
 
