@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from .options import build_parser
+from .options import build_parser, policy_of
 from .recipe import as_words, read_recipe
 from .settings import apply_settings, read_yaml
 
@@ -55,16 +54,6 @@ def _with_config_file(
     return parser.parse_known_args(arguments)[0], as_words(left)
 
 
-def _policy_of(options: argparse.Namespace) -> dict[str, Any] | None:
-    given = {name: getattr(options, name) for name in ("threshold", "patience", "exit_index", "entropy_threshold")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "threshold" in given and len(given["threshold"]) == 1:
-        given["threshold"] = given["threshold"][0]
-    if given and not options.policy:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --policy")
-    return {"name": options.policy, **given} if options.policy else None
-
-
 def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
@@ -103,7 +92,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     report = run_evaluate(
         options.checkpoint,
         options.data,
-        policy=_policy_of(options),
+        policy=policy_of(options),
         output=options.output,
         plots=options.plots,
         which=options.split,
@@ -122,7 +111,7 @@ def _benchmark(options: argparse.Namespace) -> None:
     report = run_benchmark(
         options.checkpoint,
         options.data,
-        policy=_policy_of(options),
+        policy=policy_of(options),
         output=options.output,
         plot=options.plot,
         cost_table=options.cost_table,
@@ -194,7 +183,7 @@ def _export(options: argparse.Namespace) -> None:
         options.output,
         layout=options.layout,
         precision=options.quantize or "float32",
-        policy=_policy_of(options),
+        policy=policy_of(options),
         data=options.data,
         max_accuracy_drop=options.max_accuracy_drop,
         limit=options.limit,
@@ -213,7 +202,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.checkpoint,
         options.paths,
         options.output,
-        policy=_policy_of(options),
+        policy=policy_of(options),
         **{name: getattr(options, name) for name in names},
     )
     print(predict_as_text(report, options.output))
@@ -223,7 +212,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _split(options: argparse.Namespace) -> None:
     from .commands.serve import run_split
 
-    print(run_split(options.checkpoint, options.output, options.at, options.format, _policy_of(options)))
+    print(run_split(options.checkpoint, options.output, options.at, options.format, policy_of(options)))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -233,7 +222,7 @@ def _serve(options: argparse.Namespace) -> None:
     run_serve(
         options.path,
         next_url=options.next,
-        policy=_policy_of(options),
+        policy=policy_of(options),
         threads=options.threads,
         **{name: getattr(options, name) for name in names},
     )

@@ -269,6 +269,26 @@ def _add_policy(command: argparse.ArgumentParser) -> None:
     command.add_argument("--entropy-threshold", type=float, help="of confidence_entropy")
 
 
+def policy_of(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Settings of the exit policy that was typed, `None` for the saved one.
+
+    Raises:
+        ValueError: A setting without `--policy`.
+
+    Example:
+
+        >>> policy_of(build_parser().parse_args(["evaluate", "runs/", "--policy", "confidence", "--threshold", "0.8"]))
+        {'name': 'confidence', 'threshold': 0.8}
+    """
+    given = {name: getattr(options, name) for name in ("threshold", "patience", "exit_index", "entropy_threshold")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "threshold" in given and len(given["threshold"]) == 1:
+        given["threshold"] = given["threshold"][0]
+    if given and not options.policy:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --policy")
+    return {"name": options.policy, **given} if options.policy else None
+
+
 def _add_data(command: argparse.ArgumentParser, which: str, why: str) -> None:
     command.add_argument("--data", help="digits, a folder of images, parquet files or a Hub id")
     command.add_argument(

@@ -39,6 +39,7 @@ class ProcessedImages(TorchDataset):
 
     Example:
 
+        >>> from lgvit_hf.data import load_images
         >>> images = ProcessedImages(load_images("digits").test, make_processor(16), augment=Augmentation(crop="pad"))
         >>> images.set_epoch(1)
         >>> images[0]["pixel_values"].shape

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from PIL import Image
 
-from lgvit_hf.cli import main
+from lgvit_hf.cli import COMMANDS, main
 from lgvit_hf.options import build_parser
 
 
@@ -25,24 +25,8 @@ def test_help_is_quick():
     assert min(seconds) < 1
 
 
-COMMANDS = (
-    "demo",
-    "train",
-    "grow",
-    "evaluate",
-    "benchmark",
-    "calibrate",
-    "sweep",
-    "compare",
-    "export",
-    "predict",
-    "split",
-    "serve",
-    "visualize",
-    "convert",
-    "card",
-    "env",
-)
+def test_every_command_is_run_and_only_those():
+    assert set(COMMANDS) == set(build_parser().get_default("commands"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

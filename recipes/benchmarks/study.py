@@ -29,14 +29,13 @@ from typing import Any
 
 import torch
 from delivered import accuracies, plain_model, seconds, variants
+from study_settings import against, calibrated, cheapest, published, replayed, share
 from transformers import AutoImageProcessor
 
-from lgvit_hf import AViT, CostTable, ExitTable, collect, train_recipe
+from lgvit_hf import AViT, ExitTable, collect, train_recipe
 from lgvit_hf.data import load_images
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
-from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.latency import machine, measure_cost_table, time_interleaved
-from lgvit_hf.evaluation.search import RANGES, SEARCHES, leaving, shares, sureness, uniform_thresholds
 from lgvit_hf.halting import token_macs
 from lgvit_hf.models import load_highway
 from lgvit_hf.processing import ProcessedImages, stack
@@ -182,80 +181,6 @@ class Cell:
         return self.tables("backbone")
 
 
-# -- how thresholds are chosen ---------------------------------------------------------------------------------
-
-
-def singles(table: ExitTable, policy: str) -> list[dict[str, Any]]:
-    """Settings of a policy that are the same at all exits."""
-    exits = len(table.depths) - 1
-    if policy == "patience":
-        return [{"name": policy, "patience": patience} for patience in range(1, exits + 2)]
-    of = "entropy" if policy == "patience_confidence" else policy
-    scores = sureness(table, of, (1.0,) * (exits + 1)).numpy()
-    sign = -1 if of == "entropy" else 1
-    cuts = [sign * cut[0].item() for cut in uniform_thresholds(scores, RANGES[of], 100)]
-    if policy == "patience_confidence":
-        return [{"name": policy, "threshold": c, "patience": p} for c, p in product(cuts, (1, 2, 3)) if p <= exits]
-    return [{"name": policy, "threshold": cut} for cut in cuts]
-
-
-def consequences(table: ExitTable, settings: dict[str, Any]) -> dict[str, Any]:
-    """Which rows are right, and what they cost."""
-    left, asked = leaving(table, settings)
-    full = table.costs.backbone
-    return {
-        "right": table.right.gather(0, left[None])[0],
-        "depth": torch.tensor(table.depths)[left].double().mean().item(),
-        "macs_speed_up": full / table.costs.mean(shares(left, len(table.depths)), asked),
-        "exit_shares": shares(left, len(table.depths)),
-    }
-
-
-Offer = tuple[float, float, dict[str, Any]]  # how often it is right, what it costs, its settings
-
-
-def published(table: ExitTable, policy: str) -> list[Offer]:
-    """Settings that are the same at all exits, by MACs."""
-    offers = []
-    for settings in (*singles(table, policy), {"name": "never"}):
-        facts = consequences(table, settings)
-        offers.append((share(facts["right"]), 1 / facts["macs_speed_up"], settings))
-    return offers
-
-
-def calibrated(table: ExitTable, costs: CostTable, size: int) -> list[Offer]:
-    """Temperatures, thresholds and exits, by the clock at a batch size."""
-    temperatures = tuple(fit_temperature(logits, table.labels) for logits in table.logits)
-    searched = SEARCHES["confidence"](table, costs.at(size), "confidence", temperatures, True)
-    offers = []
-    for settings in ({"name": "never"}, *(settings for _, _, settings in searched)):
-        left, asked = leaving(table, settings)
-        price = costs.mean_latency(shares(left, len(table.depths)), asked, size)
-        offers.append((share(table.right.gather(0, left[None])[0]), price, settings))
-    return offers
-
-
-def cheapest(offers: list[Offer], least: float) -> dict[str, Any] | None:
-    """The settings that cost least and are right at least as often."""
-    within = [(price, settings) for accuracy, price, settings in offers if accuracy >= least]
-    return min(within, key=lambda offer: offer[0], default=(0.0, None))[1]
-
-
-def share(right: torch.Tensor) -> float:
-    """Of rows that are right."""
-    return right.double().mean().item()
-
-
-def against(right: torch.Tensor, plain: torch.Tensor) -> dict[str, float]:
-    """Accuracy, its drop against the plain backbone, and half the width of the drop's 95 % interval (paired)."""
-    lost = plain.double() - right.double()
-    return {
-        "accuracy": share(right),
-        "drop": lost.mean().item(),
-        "drop_plus_minus": 1.96 * lost.std().item() / len(lost) ** 0.5,
-    }
-
-
 # -- methods ---------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +228,7 @@ def early(cell: Cell, name: str) -> dict[str, Any]:
             settings = cheapest(offers[size], share(plain["validation"]) - drop)
             if settings is None:
                 continue
-            facts = consequences(tables["test"], settings)
+            facts = replayed(tables["test"], settings)
             model.set_exit_policy(settings)
             clock = wall_clock_speed_up(model, timed(cell, size), repeats=cell.options.repeats)
             points.append(
