@@ -114,12 +114,16 @@ def test_page_says_who_is_ahead(tmp_path, monkeypatch):
         line("ours", "ours", 2.0, depths=[1, 2], exit_accuracies=[0.6, 0.76], head_share=0.02),
         line("ours", "ours", 3.0, seed=1, depths=[1, 2], exit_accuracies=[0.6, 0.76], head_share=0.02),
     ]
+    smaller = line("blocks6", "6 blocks", 1.7)
+    smaller["points"] = [{key: p[key] for key in p if key != "asked_drop"} for p in smaller["points"]]
+    rows.append(smaller)
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["study_page.py", str(tmp_path / "results.jsonl"), str(tmp_path / "page.md")])
     study_page.main()
     page = (tmp_path / "page.md").read_text()
     assert "*ours* is at 2.50x, ahead of every other that has a setting for it" in page
     assert "| `sdn` | SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
+    assert "| SDN | 1.50x |" in page and "| 6 blocks | 1.70x at -0.5 pt |" in page
     assert "| ours | 60.0 | 76.0 | 2.0% |" in page and "seeds 0, 1" in page
     assert (tmp_path / "results_photos_vit.png").stat().st_size > 5000
     (tmp_path / "results.jsonl").write_text(json.dumps(line("ours", "ours", 1.2)) + "\n" + json.dumps(rows[0]) + "\n")

@@ -73,12 +73,12 @@ TRAININGS = {
     "frozen": Training("sdn", "backbone", "exits", {"stage": "2", "strategy": "distillation"}),
     "avit": Training("backbone", "backbone", "joint", {"stage": "avit", "halting": HALTING}),
     # what a user may do instead: fewer blocks, as many epochs as backbone and exits have together
-    "blocks8": Training("backbone", None, "all"),
     "blocks6": Training("backbone", None, "all"),
 }
-FEWER_BLOCKS = {
-    "blocks8": {"num_hidden_layers": 8, "depths": [2, 2, 4]},
-    "blocks6": {"num_hidden_layers": 6, "depths": [2, 2, 2]},
+SIX_BLOCKS = {
+    "vit": {"num_hidden_layers": 6},
+    "deit": {"num_hidden_layers": 6},
+    "swin": {"depths": [2, 2, 2]},
 }
 
 
@@ -104,7 +104,6 @@ METHODS = {
     "avit": Method("A-ViT", "avit", "halting"),
     "truncated_sdn": Method("SDN, cut off at one exit", "sdn", "truncated"),
     "truncated": Method("LGViT, cut off at one exit", "stage2", "truncated"),
-    "blocks8": Method("8 blocks", "blocks8", "static"),
     "blocks6": Method("6 blocks", "blocks6", "static"),
     "ours": Method("ours: LGViT's exits, calibrated", "stage2", "calibrated"),
     "ours_joint": Method("ours: linear exits behind every block, two stages", "joint2", "calibrated"),
@@ -125,10 +124,8 @@ class Cell:
         if (folder / "training.json").exists():
             return folder
         settings = read_yaml(CONFIGS / f"{self.backbone}_small" / f"{training.recipe}.yaml") | training.settings
-        if name in FEWER_BLOCKS:
-            known = settings["model_settings"]
-            key = "depths" if "depths" in known else "num_hidden_layers"
-            settings["model_settings"] = {**known, key: FEWER_BLOCKS[name][key]}
+        if name == "blocks6":
+            settings["model_settings"] |= SIX_BLOCKS[self.backbone]
         if training.start is not None:
             for key in NEW:
                 settings.pop(key, None)

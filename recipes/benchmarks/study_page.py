@@ -63,6 +63,20 @@ def mean(values):
     return statistics.fmean(values)
 
 
+def table_of_cells(cells, drop, size):
+    """Markdown: by the clock, every method in every cell; what cannot be set for a drop says where it is."""
+    names = [name for name in METHODS if any(name in by_method for by_method in cells.values())]
+    yield "| method | " + " | ".join(f"{data}, {BACKBONES[backbone]}" for data, backbone in cells) + " |"
+    yield "|---" * (len(cells) + 1) + "|"
+    for name in names:
+        row = []
+        for by_method in cells.values():
+            there = points(by_method.get(name, []), drop, size)
+            at = "" if all("asked_drop" in p for p in there) else f" at {-100 * mean(p['drop'] for p in there):+.1f} pt"
+            row.append(f"{mean(p['speed_up'] for p in there):.2f}x{at}" if there else "-" if name in by_method else "")
+        yield f"| {METHODS[name].title} | " + " | ".join(row) + " |"
+
+
 def table_at(by_method, drop):
     """Markdown: every method at one drop."""
     yield "| METHOD | | accuracy | drop | layers | MACs | batch 1 | batch 8 | batch 32 |"
@@ -198,7 +212,11 @@ def page(rows, folder):
         + "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(m).items()) for m in sorted(machines))
         + ".\n"
     )
-    for (data, backbone), by_method in groups(rows).items():
+    cells = groups(rows)
+    yield f"At most {100 * AT_DROP:g} point below the plain backbone, by the clock at batch 8:\n"
+    yield from table_of_cells(cells, AT_DROP, 8)
+    yield ""
+    for (data, backbone), by_method in cells.items():
         any_row = next(iter(by_method.values()))[0]
         seeds = sorted({row["seed"] for lines in by_method.values() for row in lines})
         budget = any_row["budget"]
@@ -242,6 +260,7 @@ def main():
     parser.add_argument("page", help="Markdown file; its figures stand beside it")
     options = parser.parse_args()
     target = Path(options.page)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(page(read(options.results), target.parent)).rstrip("\n") + "\n", encoding="utf-8")
 
 
