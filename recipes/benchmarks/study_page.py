@@ -72,8 +72,11 @@ def table_of_cells(cells, drop, size):
         row = []
         for by_method in cells.values():
             there = points(by_method.get(name, []), drop, size)
-            at = "" if all("asked_drop" in p for p in there) else f" at {-100 * mean(p['drop'] for p in there):+.1f} pt"
-            row.append(f"{mean(p['speed_up'] for p in there):.2f}x{at}" if there else "-" if name in by_method else "")
+            if not there:
+                row.append("-" if name in by_method else "")
+                continue
+            at = "" if "asked_drop" in there[0] else f" at {-100 * mean(p['drop'] for p in there):+.1f} pt"
+            row.append(f"{mean(p['speed_up'] for p in there):.2f}x{at}")
         yield f"| {METHODS[name].title} | " + " | ".join(row) + " |"
 
 
