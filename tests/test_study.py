@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import KINDS, tiny_images, tiny_model
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
 
 
@@ -123,9 +125,24 @@ def test_page_says_who_is_ahead(tmp_path, monkeypatch):
     page = (tmp_path / "page.md").read_text()
     assert "*ours* is at 2.50x, ahead of every other that has a setting for it" in page
     assert "| `sdn` | SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
+    assert "as many epochs as backbone and exits together: -0.5 pt, 1.70x." in page
     assert "| SDN | 1.50x |" in page and "| 6 blocks | 1.70x at -0.5 pt |" in page
     assert "| ours | 60.0 | 76.0 | 2.0% |" in page and "seeds 0, 1" in page
     assert (tmp_path / "results_photos_vit.png").stat().st_size > 5000
     (tmp_path / "results.jsonl").write_text(json.dumps(line("ours", "ours", 1.2)) + "\n" + json.dumps(rows[0]) + "\n")
     study_page.main()
     assert "behind SDN" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("backbone", KINDS)
+def test_the_model_of_transformers_answers_as_the_backbone(backbone, tmp_path):
+    from delivered import plain_model
+
+    model = tiny_model(backbone)
+    model.set_exit_policy("never")
+    model.save_pretrained(tmp_path)
+    pixels = tiny_images(2)
+    with torch.no_grad():
+        plain = plain_model(str(tmp_path))
+        assert type(plain).__module__.startswith("transformers.")
+        torch.testing.assert_close(plain(pixels).logits, model(pixels).logits, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForImageClassification
 
 from lgvit_hf.commands.opening import open_highway
 from lgvit_hf.evaluation.latency import time_interleaved
@@ -38,8 +38,11 @@ def plain_model(checkpoint):
     highway = HIGHWAYS[config.model_type].from_pretrained(checkpoint)
     kind = config.model_type.removesuffix("_highway")
     settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **settings))
-    weights = highway.state_dict()
+    plain_config, weights = AutoConfig.for_model(kind, **settings), highway.state_dict()
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(plain_config)]
+    # DeiT has a class with a teacher's head and one without
+    models = (plain(plain_config) for plain in (classes if isinstance(classes, tuple) else (classes,)))
+    model = next(model for model in models if model.state_dict().keys() <= weights.keys())
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return model.eval()
 
