@@ -101,6 +101,7 @@ def line(method, title, speed, *, seed=0, drop=0.01, **facts):
         "title": title,
         "plain_accuracy": 0.76,
         "rows": {"validation": 10, "test": 20},
+        "timing": {"images": 32, "repeats": 1},
         "budget": {"backbone": 2, "joint": 1, "exits": 1},
         "machine": {"cpu": "some", "threads": 1},
         "points": points,
@@ -126,6 +127,7 @@ def test_page_says_who_is_ahead(tmp_path, monkeypatch):
     assert "*ours* is at 2.50x, ahead of every other that has a setting for it" in page
     assert "| `sdn` | SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
     assert "as many epochs as backbone and exits together: -0.5 pt, 1.70x." in page
+    assert "--images 32 --repeats 1" in page
     assert "| SDN | 1.50x |" in page and "| 6 blocks | 1.70x at -0.5 pt |" in page
     assert "| ours | 60.0 | 76.0 | 2.0% |" in page and "seeds 0, 1" in page
     assert (tmp_path / "results_photos_vit.png").stat().st_size > 5000

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from study import METHODS, measured
+from study import BATCH_SIZES, METHODS, measured, possible
 
 BACKBONES = {"vit": "ViT", "deit": "DeiT, distillation token", "swin": "Swin"}
 OURS = "ours"
-# at which methods are compared, and what is drawn
-AT_DROP, SIZES = 0.01, (1, 8, 32)
+# at which methods are compared
+AT_DROP, AT_SIZE = 0.01, 8
 
 HEAD = """# What was measured
 
@@ -29,9 +29,8 @@ wall-clock, one thread, against the head-free backbone, in turn; a row without e
 backbone. A dash: no threshold is accurate enough on the validation rows. ± is half the 95 % interval of the drop
 (paired rows); where there are several seeds, figures are means.
 
-Backbones this short of training hardly need their depth: exits in the middle are within a point or two of the last,
-so a model cut off there leaves little to decide per image, and one of six blocks, trained from the start, learns more.
-A longer run would set the depths apart; it would not change what heads and decisions cost.
+A longer run would change how much the last blocks add to those before them, which is what early exit lives on: where
+they add little, a model that is cut off or smaller is hard to beat. It would not change what heads and decisions cost.
 
 Images are JPEG re-encodings of 32 pixels (CIFAR-10; 100 classes of Tiny-ImageNet), so accuracies do not compare with
 those on the originals.
@@ -87,16 +86,17 @@ def table_of_cells(cells, drop, size):
 
 def table_at(by_method, drop):
     """Markdown: every method at one drop."""
-    yield "| METHOD | | accuracy | drop | layers | MACs | batch 1 | batch 8 | batch 32 |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    sizes = " | ".join(f"batch {size}" for size in BATCH_SIZES)
+    yield f"| METHOD | | accuracy | drop | layers | MACs | {sizes} |"
+    yield "|---" * (6 + len(BATCH_SIZES)) + "|"
     for name, lines in by_method.items():
-        at = {size: points(lines, drop, size) for size in SIZES}
+        at = {size: points(lines, drop, size) for size in BATCH_SIZES}
         title = lines[0]["title"]
         if not all(at.values()):
-            yield f"| `{name}` | {title} | - | - | - | - | - | - | - |"
+            yield f"| `{name}` | {title} |" + " - |" * (4 + len(BATCH_SIZES))
             continue
-        first = at[8]
-        clock = " | ".join(f"{mean(p['speed_up'] for p in at[size]):.2f}x" for size in SIZES)
+        first = at[AT_SIZE]
+        clock = " | ".join(f"{mean(p['speed_up'] for p in at[size]):.2f}x" for size in BATCH_SIZES)
         yield (
             f"| `{name}` | {title} | {mean(p['accuracy'] for p in first):.1%} "
             f"| {100 * mean(p['drop'] for p in first):+.2f} ± {100 * mean(p['drop_plus_minus'] for p in first):.2f} "
@@ -163,7 +163,7 @@ def table_of_runtimes(by_method, size):
         yield f"| {lines[0]['title']} | " + " | ".join(cells) + " |"
 
 
-def draw(by_method, title, file, size=8):
+def draw(by_method, title, file, size=AT_SIZE):
     """Accuracy on test rows against wall-clock speed-up."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -183,7 +183,7 @@ def draw(by_method, title, file, size=8):
     figure.savefig(file, dpi=130)
 
 
-def speed(by_method, name, drop=AT_DROP, size=8):
+def speed(by_method, name, drop=AT_DROP, size=AT_SIZE):
     """By the clock, `None` where no setting is accurate enough."""
     there = points(by_method.get(name, []), drop, size)
     return mean(p["speed_up"] for p in there) if there else None
@@ -202,8 +202,13 @@ def verdict(by_method):
     if ours is not None:
         ahead = [by_method[n][0]["title"] for n, value in others.items() if value is not None and value >= ours]
         said = f"behind {', '.join(ahead)}" if ahead else "ahead of every other that has a setting for it"
-        yield f"At {100 * AT_DROP:g} pt and batch 8, *{by_method[OURS][0]['title']}* is at {ours:.2f}x, {said}."
-    smaller = points(by_method.get("blocks6", []), AT_DROP, 8)
+        title = by_method[OURS][0]["title"]
+        yield f"At {100 * AT_DROP:g} pt and batch {AT_SIZE}, *{title}* is at {ours:.2f}x, {said}."
+    cut_off = points(by_method.get("truncated", []), AT_DROP, AT_SIZE)
+    if cut_off:
+        blocks, lost = mean(p["depth"] for p in cut_off), 100 * mean(p["drop"] for p in cut_off)
+        yield f"LGViT cut off behind block {blocks:g} is {lost:.1f} pt below the plain backbone."
+    smaller = points(by_method.get("blocks6", []), AT_DROP, AT_SIZE)
     if smaller:
         more, times = -100 * mean(p["drop"] for p in smaller), mean(p["speed_up"] for p in smaller)
         yield f"Six blocks, trained for as many epochs as backbone and exits together: {more:+.1f} pt, {times:.2f}x."
@@ -226,13 +231,13 @@ def page(rows, folder):
         + ".\n"
     )
     cells = groups(rows)
-    yield f"At most {100 * AT_DROP:g} point below the plain backbone, by the clock at batch 8:\n"
-    yield from table_of_cells(cells, AT_DROP, 8)
+    yield f"At most {100 * AT_DROP:g} point below the plain backbone, by the clock at batch {AT_SIZE}:\n"
+    yield from table_of_cells(cells, AT_DROP, AT_SIZE)
     yield ""
     for (data, backbone), by_method in cells.items():
         any_row = next(iter(by_method.values()))[0]
         seeds = sorted({row["seed"] for lines in by_method.values() for row in lines})
-        budget = any_row["budget"]
+        budget, timing = any_row["budget"], any_row["timing"]
         yield f"## {data}, {BACKBONES[backbone]}\n"
         yield (
             f"Plain backbone {mean(r['plain_accuracy'] for ls in by_method.values() for r in ls):.1%}; "
@@ -243,9 +248,10 @@ def page(rows, folder):
         yield (
             f"```bash\npython recipes/benchmarks/study.py --data {data}=FOLDER --output runs/study \\\n    "
             f"--backbones {backbone} --methods METHOD --seeds {' '.join(map(str, seeds))} --epochs "
-            f"{budget['backbone']:g} --joint-epochs {budget['joint']:g} --exit-epochs {budget['exits']:g}\n```\n"
+            f"{budget['backbone']:g} --joint-epochs {budget['joint']:g} --exit-epochs {budget['exits']:g} \\\n    "
+            f"--images {timing['images']} --repeats {timing['repeats']}\n```\n"
         )
-        missing = [name for name in METHODS if name not in by_method and (name, backbone) != ("avit", "swin")]
+        missing = [name for name in METHODS if name not in by_method and possible(name, backbone)]
         if missing:
             yield f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}.\n"
         picture = f"results_{data}_{backbone}.png"
@@ -253,15 +259,15 @@ def page(rows, folder):
         yield f"![accuracy against wall-clock speed-up]({picture})\n"
         yield f"At most {100 * AT_DROP:g} point below the plain backbone:\n"
         yield from table_at(by_method, AT_DROP)
-        yield "\nBy the clock at batch 8, for every drop:\n"
-        yield from table_of_drops(by_method, 8)
+        yield f"\nBy the clock at batch {AT_SIZE}, for every drop:\n"
+        yield from table_of_drops(by_method, AT_SIZE)
         yield "\nWhat each exit gets right of all test rows, in percent, by blocks run:\n"
         yield from table_of_exits(by_method)
-        runtimes = list(table_of_runtimes(by_method, 8))
+        runtimes = list(table_of_runtimes(by_method, AT_SIZE))
         if runtimes:
             yield (
-                f"\nAt {100 * AT_DROP:g} point, as chosen for batch 1, timed at batch 8 against transformers' own "
-                "model in PyTorch:\n"
+                f"\nAt {100 * AT_DROP:g} point, as chosen for batch 1, timed at batch {AT_SIZE} against transformers' "
+                "own model in PyTorch:\n"
             )
             yield from runtimes
         yield ""
