@@ -33,7 +33,7 @@ def halting_scores(hidden: Tensor, gate_scale: float, gate_center: float) -> Ten
         >>> halting_scores(torch.tensor([[3.0, 7.0], [9.0, 7.0]]), gate_scale=10.0, gate_center=30.0).tolist()
         [0.5, 1.0]
     """
-    return torch.sigmoid(gate_scale * hidden.select(-1, 0).float() - gate_center)
+    return hidden.select(-1, 0).float().mul(gate_scale).sub_(gate_center).sigmoid_()
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def settle(tokens: Sequence[Tensor], scores: Sequence[Tensor], num_tokens: int) 
     weights = torch.zeros(len(tokens), num_tokens, device=ran.device)
     weights[block, ran] = torch.cat(list(scores))
     depth = ran.bincount(minlength=num_tokens)
-    last = depth[None] - 1
-    rest = 1 - weights.scatter(0, last, 0.0).sum(0)
-    return weights.scatter(0, last, rest[None]), depth, depth + rest
+    last = depth.sub(1).unsqueeze(0)
+    rest = 1 - weights.scatter_(0, last, 0.0).sum(0)
+    return weights.scatter_(0, last, rest.unsqueeze(0)), depth, depth + rest
 
 
 def halting_target(num_blocks: int, target_depth: float, published: bool = False) -> Tensor:
@@ -155,19 +155,12 @@ def distribution_loss(scores: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(spread.log(), target.to(spread), reduction="sum") / len(target)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The tokens of several images in a row: how many each image has, none of them 0."""
-
-    lengths: tuple[int, ...]
-
-
 def attend_live_tokens(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Packed | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: object,
@@ -177,9 +170,7 @@ def attend_live_tokens(
     Args:
         module (`nn.Module`): The attention layer; not looked at.
         query (`Tensor`), key (`Tensor`), value (`Tensor`): `[B, heads, N, d]`.
-        attention_mask (`Tensor` or `Packed`, *optional*):
-            Which keys are live, bool `[B, 1, 1, N]`; or the lengths of images in a row, with `B` = 1: each image then
-            attends to itself.
+        attention_mask (`Tensor`, *optional*): Which keys are live, bool `[B, 1, 1, N]`.
         scaling (`float`, *optional*): Of the scores, `d ** -0.5` by default.
         dropout (`float`, *optional*, defaults to 0.0): Of the attention weights.
         kwargs: What else transformers says; not needed.
@@ -187,12 +178,7 @@ def attend_live_tokens(
     Returns:
         `[B, N, heads, d]`, and `None` for the weights, which are not kept.
     """
-    if attention_mask is None or isinstance(attention_mask, Tensor):
-        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
-    elif query.device.type == "cpu":
-        mixed = _attend_in_turn(query, key, value, attention_mask.lengths, scaling)
-    else:
-        mixed = _attend_padded(query, key, value, attention_mask.lengths, scaling)
+    mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     return mixed.transpose(1, 2), None
 
 
@@ -201,17 +187,12 @@ def weigh_live_tokens(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Packed | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: object,
-) -> tuple[Tensor, Tensor | None]:
-    """As `attend_live_tokens`, in plain steps: slower, but the attention weights `[B, heads, N, N]` are there.
-
-    Of images in a row there are none, since each has another number of tokens.
-    """
-    if isinstance(attention_mask, Packed):
-        return attend_live_tokens(module, query, key, value, attention_mask, scaling)
+) -> tuple[Tensor, Tensor]:
+    """As `attend_live_tokens`, in plain steps: slower, but the attention weights `[B, heads, N, N]` are there."""
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
@@ -219,15 +200,35 @@ def weigh_live_tokens(
     return (weights @ value).transpose(1, 2), weights
 
 
-def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
-    """One image after the other, without a copy or a padded token: what is fastest on a processor."""
+def attend_in_a_row(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Scaled dot-product attention of several images whose tokens stand in a row: each attends to itself.
+
+    Args:
+        query (`Tensor`), key (`Tensor`), value (`Tensor`): `[1, heads, n, d]`.
+        lengths (`tuple[int, ...]`): How many tokens each image has, none of them 0; `n` together.
+
+    Returns:
+        `[1, heads, n, d]`.
+
+    Example:
+
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> mixed = attend_in_a_row(q, k, v, (4, 1))
+        >>> torch.equal(mixed[:, :, 4], v[:, :, 4])  # a token by itself
+        True
+    """
     if len(lengths) == 1:
-        return F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return F.scaled_dot_product_attention(query, key, value)
+    return (_attend_in_turn if query.device.type == "cpu" else _attend_padded)(query, key, value, lengths)
+
+
+def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """One image after the other, without a copy or a padded token: what is fastest on a processor."""
     images = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*image, scale=scaling) for image in images], dim=2)
+    return torch.cat([F.scaled_dot_product_attention(*image) for image in images], dim=2)
 
 
-def _attend_padded(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """All images at once, padded to the longest: an accelerator waits for each call."""
     longest = max(lengths)
     there = torch.arange(longest, device=query.device) < torch.tensor(lengths, device=query.device)[:, None]
@@ -235,7 +236,7 @@ def _attend_padded(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int
     for rows, tensor in zip(padded, (query, key, value), strict=True):
         rows[there] = tensor[0].transpose(0, 1)
     query, key, value = (rows.transpose(1, 2) for rows in padded)
-    mixed = F.scaled_dot_product_attention(query, key, value, there[:, None, None], scale=scaling)
+    mixed = F.scaled_dot_product_attention(query, key, value, there[:, None, None])
     return mixed.transpose(1, 2)[there].transpose(0, 1)[None]
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -32,7 +33,7 @@ from .configuration_avit import AViTConfig
 from .files import add_files  # noqa: F401
 from .halting import (
     Halting,
-    Packed,
+    attend_in_a_row,
     attend_live_tokens,
     distribution_loss,
     halting_scores,
@@ -55,23 +56,67 @@ class _HaltingBlock:
     """One of transformers' blocks, which is told which of its tokens are live.
 
     Where that is a mask, tokens that have halted are zero, and no key of the others. They give what zeros do, which
-    counts in the distribution of halting scores.
+    counts in the distribution of halting scores. Where it is lengths, the live tokens of all images stand in a row.
     """
 
-    def forward(self, hidden_states: Tensor, live: Tensor | Packed | None = None, *args, **kwargs) -> Tensor:
-        if not isinstance(live, Tensor):
-            return super().forward(hidden_states, live, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, live: Tensor | tuple[int, ...]) -> Tensor:
+        return (self._masked if isinstance(live, Tensor) else self._in_a_row)(hidden_states, live)
+
+    def _masked(self, hidden: Tensor, live: Tensor) -> Tensor:
         mask = live[..., None]
         # where no token is live, the class token stands for them: of no key at all the mean is not a number
         first = torch.arange(live.shape[1], device=live.device) == 0
         keys = (live | (first & ~live.any(1, keepdim=True)))[:, None, None]
-        hidden = hidden_states * mask
+        hidden = hidden * mask
         attended = self.attention(self.layernorm_before(hidden) * mask, keys)
         if isinstance(attended, tuple):  # transformers 5
             hidden = hidden + self.dropout(attended[0])
             return hidden + self.dropout(self.mlp(self.layernorm_after(hidden) * mask))
         hidden = hidden + attended
         return self.output(self.intermediate(self.layernorm_after(hidden) * mask), hidden)
+
+    def _in_a_row(self, hidden: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The same of `[1, n, D]`, nothing dropped, in as few steps as it takes: of few tokens they are what costs."""
+        norm, query, key, value, output, second_norm, widen, activation, narrow = _layers_in_order(self)
+        tokens = _run(norm, hidden)
+        heads = (1, tokens.shape[1], -1, self.head_dim)
+        query, key, value = (_run(layer, tokens).view(heads).transpose(1, 2) for layer in (query, key, value))
+        mixed = attend_in_a_row(query, key, value, lengths).transpose(1, 2).flatten(2)
+        hidden = _run(output, mixed).add_(hidden)
+        return _run(narrow, activation(_run(widen, _run(second_norm, hidden)))).add_(hidden)
+
+
+def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
+    """Norm, query, key, value and output of attention, norm, first layer, activation and last layer of the MLP.
+
+    Read where `nn.Module` keeps them: its attributes take ten times as long.
+    """
+    parts = block._modules
+    norms, attention = (parts["layernorm_before"], parts["layernorm_after"]), parts["attention"]._modules
+    if "mlp" in parts:  # transformers 5
+        projections = (attention["q_proj"], attention["k_proj"], attention["v_proj"], attention["o_proj"])
+        mlp = parts["mlp"]._modules
+        return norms[0], *projections, norms[1], mlp["fc1"], mlp["activation_fn"], mlp["fc2"]
+    inner, first = attention["attention"]._modules, parts["intermediate"]._modules
+    projections = (inner["query"], inner["key"], inner["value"], attention["output"]._modules["dense"])
+    mlp = (first["dense"], first["intermediate_act_fn"], parts["output"]._modules["dense"])
+    return norms[0], *projections, norms[1], *mlp
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody has hung a hook there, or put another `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _run(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """`layer(tokens)`, without the way through `nn.Module` where it is a plain one that nobody watches."""
+    if type(layer) is nn.Linear and not _is_watched(layer):
+        values = layer._parameters
+        return F.linear(tokens, values["weight"], values["bias"])
+    if type(layer) is nn.LayerNorm and not _is_watched(layer):
+        values = layer._parameters
+        return torch.layer_norm(tokens, layer.normalized_shape, values["weight"], values["bias"], layer.eps)
+    return layer(tokens)
 
 
 class HaltingViTLayer(_HaltingBlock, ViTLayer):
@@ -166,6 +211,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         self.backbone = backbone_class(inner, add_pooling_layer=False)
         for layer in self.layers:
             layer.__class__ = block_class  # with the weights that it has
+            layer.head_dim = config.hidden_size // config.num_attention_heads
         # the backbone says what the user chose; the blocks go by a config that says how live tokens do that
         self._block_config, self.backbone.config = inner, copy.copy(inner)
         self.backbone.config._attn_implementation = config._attn_implementation
@@ -231,7 +277,9 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         answer = self.backbone.layernorm(answer.to(hidden.dtype))
         logits = sum(classifier(answer[:, token]) for token, classifier in enumerate(self.classifiers))
         logits = logits / len(self.classifiers)
-        ponder_loss, spread_loss, loss = ponder.mean(), None, None
+        # a pipeline takes batches apart, and this is of all images: not where only answers are wanted
+        ponder_loss = None if remove and labels is None else ponder.mean()
+        spread_loss, loss = None, None
         if scores is not None:
             target = halting_target(config.num_hidden_layers, config.target_depth, config.published_target)
             spread_loss = distribution_loss(scores.mean(0), target)
@@ -247,8 +295,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             ponder_cost=ponder,
             exit_layer=depth.amax(-1),
             halting_scores=scores,
-            # a pipeline takes batches apart, and this is of all images: not where only answers are wanted
-            ponder_loss=None if remove and labels is None else ponder_loss,
+            ponder_loss=ponder_loss,
             distribution_loss=spread_loss,
             **records,
         )
@@ -274,34 +321,34 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         (batch_size, num_tokens, _), config = hidden.shape, self.config
         scale, center, enough, num_read = config.gate_scale, config.gate_center, 1 - config.eps, config.num_read_tokens
         token = torch.arange(batch_size * num_tokens, device=hidden.device)  # number of each live token
-        read = token.view(batch_size, num_tokens)[:, :num_read].flatten()
-        # the first tokens of every image, and an end: where these would stand is where images begin
-        marks = torch.cat([read, token[-1:] + 1])
-        total = torch.zeros(token.shape, device=hidden.device)
-        hidden, lengths, at = hidden.flatten(0, 1)[None], (num_tokens,) * batch_size, read
+        # the first tokens of every image: where these would stand is where images begin
+        read = token.view(batch_size, num_tokens)[:, :num_read].flatten().contiguous()
+        hidden, lengths, at, total = hidden.view(1, batch_size * num_tokens, -1), (num_tokens,) * batch_size, read, 0.0
         # of each block: who ran it, with what scores, and what the read tokens were then
         ran, ran_scores, states = [], [], []
-        for layer in self.layers:
-            hidden = layer(hidden, Packed(lengths))
-            row = hidden[0]
-            scores = halting_scores(row, scale, center)
-            ran.append(token)
-            ran_scores.append(scores)
-            states.append(row.index_select(0, at))
-            total = total + scores
-            stay = (total < enough).nonzero().squeeze(1)
-            if stay.shape[0] == 0:
-                break
-            if stay.shape[0] < total.shape[0]:
-                hidden = row.index_select(0, stay)[None]
-                total, token = total.index_select(0, stay), token.index_select(0, stay)
-                places = torch.searchsorted(token, marks)
-                begins = places.tolist()[::num_read]
-                lengths = tuple(end - begin for begin, end in pairwise(begins) if begin < end)
-                # a read token that has left stands nowhere: its weight is 0
-                at = places[:-1].clamp(max=token.shape[0] - 1)
+        # where no gradient is asked for none of these many small steps needs to know of it
+        with torch.inference_mode(not torch.is_grad_enabled()):
+            for layer in self.layers:
+                hidden = (layer if _is_watched(layer) else layer.forward)(hidden, lengths)
+                row = hidden.squeeze(0)
+                scores = halting_scores(row, scale, center)
+                ran.append(token)
+                ran_scores.append(scores)
+                states.append(row.index_select(0, at))
+                total = total + scores
+                stay = (total < enough).nonzero().squeeze(1)
+                if len(stay) == 0:
+                    break
+                if len(stay) < len(token):
+                    hidden = row.index_select(0, stay).unsqueeze(0)
+                    total, token = total.index_select(0, stay), token.index_select(0, stay)
+                    places = torch.searchsorted(token, read)
+                    begins = [*places.tolist()[::num_read], len(token)]
+                    lengths = tuple(end - begin for begin, end in pairwise(begins) if begin < end)
+                    # a read token that has left stands nowhere: its weight is 0
+                    at = places.clamp_(max=len(token) - 1)
         weights, depth, ponder = settle(ran, ran_scores, batch_size * num_tokens)
-        weights = weights[:, read, None]
+        weights = weights.index_select(1, read).unsqueeze(2)
         answer = torch.where(weights > 0, weights * torch.stack(states), 0.0).sum(0)
         shape = (batch_size, num_tokens)
         return answer.unflatten(0, (batch_size, num_read)), depth.view(shape), ponder.view(shape)

@@ -13,8 +13,8 @@ from transformers import ViTConfig
 
 from lgvit_hf.halting import (
     Halting,
-    Packed,
     _attend_padded,
+    attend_in_a_row,
     attend_live_tokens,
     distribution_loss,
     halting_scores,
@@ -122,13 +122,12 @@ def random_heads(num_tokens, batch_size=1, seed=0):
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_packed_images_attend_to_themselves(lengths):
+def test_images_in_a_row_attend_to_themselves(lengths):
     heads = random_heads(sum(lengths))
-    mixed, weights = attend_live_tokens(None, *heads, Packed(tuple(lengths)), scaling=0.3)
-    assert weights is None and mixed.shape == (1, sum(lengths), 3, 8)
-    alone = [softmax_attention(*image, 0.3) for image in zip(*(t.split(lengths, dim=2) for t in heads), strict=True)]
-    torch.testing.assert_close(mixed.transpose(1, 2), torch.cat(alone, dim=2))
-    torch.testing.assert_close(_attend_padded(*heads, tuple(lengths), 0.3), torch.cat(alone, dim=2))
+    images = zip(*(heads_of.split(lengths, dim=2) for heads_of in heads), strict=True)
+    alone = torch.cat([softmax_attention(*image, 8**-0.5) for image in images], dim=2)
+    torch.testing.assert_close(attend_in_a_row(*heads, tuple(lengths)), alone)
+    torch.testing.assert_close(_attend_padded(*heads, tuple(lengths)), alone)
 
 
 def test_masked_keys_are_as_if_they_were_not_there():
