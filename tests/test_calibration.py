@@ -224,6 +224,22 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
         assert min(within) <= cost
 
 
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "confidence_entropy", "patience_confidence"])
+def test_no_row_lies_on_a_threshold(policy):
+    """A model and its export differ by a bit: a row on a threshold would leave one of them earlier."""
+    table, temperatures = synthetic(300), (1.0,) * 4
+    found = [settings for _, _, settings in SEARCHES[policy](table, COSTS, policy, temperatures, True)]
+    assert len(found) > 8
+    judged_by = {"confidence_entropy": "confidence", "patience_confidence": "entropy"}.get(policy, policy)
+    scores = sureness(table, judged_by, temperatures).abs()
+    for settings in found:
+        for threshold in torch.tensor(settings["threshold"]).flatten():
+            assert (scores - threshold).abs().min() > 0 or threshold in (0.0, 1.0)
+        if policy == "confidence_entropy":
+            entropies = sureness(table, "entropy", temperatures).abs()
+            assert (entropies - settings["entropy_threshold"]).abs().min() > 0
+
+
 def test_nothing_provable_runs_the_full_model():
     table = synthetic(400)
     wrong = table.logits.roll(1, -1)

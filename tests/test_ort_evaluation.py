@@ -316,7 +316,7 @@ def test_calibrates_to_the_same_policy(folders, model, images):
     for policy in ("confidence", "entropy"):
         # halves by number: where logits differ by a bit, calibration would draw others
         reports = [
-            calibrate(table.select(rows[::2]), tested=table.select(rows[1::2]), max_accuracy_drop=0.1, policy=policy)
+            calibrate(table.select(rows[::2]), tested=table.select(rows[1::2]), max_accuracy_drop=0.0, policy=policy)
             for table in (expected, replace(found, costs=expected.costs), found)
         ]
         of_model, of_export, honest = reports
@@ -325,7 +325,8 @@ def test_calibrates_to_the_same_policy(folders, model, images):
         assert honest.mean_macs >= of_model.mean_macs, "heads that are not asked are run too"
         for m in (model, ort):
             m.set_exit_policy(of_model.policy)
-        assert ort(images).exit_index.tolist() == model(images).exit_index.tolist()
+        left = model(images).exit_index.tolist()
+        assert ort(images).exit_index.tolist() == left and {0, 2} <= set(left)
 
 
 # -- clocks ----------------------------------------------------------------------------------------------------

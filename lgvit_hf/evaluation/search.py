@@ -144,9 +144,21 @@ def uniform_thresholds(
     scores: np.ndarray, limits: tuple[float, float], number: int = _UNIFORM_THRESHOLDS
 ) -> list[np.ndarray]:
     """The curve to beat: thresholds `[E - 1]` that are one for all exits, an equal share of the scores apart."""
-    ranked = np.sort(scores, axis=None)
-    shared = np.unique(ranked[(np.linspace(0, 1, number) * (len(ranked) - 1)).astype(int)]).tolist()
-    return [np.full(len(scores), cut, scores.dtype) for cut in [limits[0], *shared] if cut < limits[1]]
+    cuts = [limits[0], *_cuts(scores, np.linspace(0, 1, number), limits[1])]
+    return [np.full(len(scores), cut, scores.dtype) for cut in cuts if cut < limits[1]]
+
+
+def _cuts(scores: np.ndarray, shares: np.ndarray, ceiling: float) -> list[float]:
+    """Thresholds that so large a share of the scores is not above; half way to the next score, so that none lies on it.
+
+    An export differs from its model by a bit, which must not send a row to another exit.
+    """
+    ranked, values = np.sort(scores, axis=None), np.unique(scores)
+    below = np.unique(ranked[(shares * (len(ranked) - 1)).astype(int)])
+    above = np.append(values, scores.dtype.type(ceiling))[np.searchsorted(values, below) + 1]
+    middle = (below + above) / 2
+    # two neighbours in float32 have no such number
+    return np.where(middle < above, middle, below).tolist()
 
 
 def search(
@@ -292,7 +304,7 @@ def _patience(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Com
 
 
 def _patience_confidence(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:
-    thresholds = [-number for number in _quantiles(sureness(table, "entropy", temperatures))]
+    thresholds = [-number for number in _few_cuts(table, "entropy", temperatures)]
     for patience, threshold in product(range(1, len(table.depths)), thresholds):
         yield lambda exits, patience=patience, threshold=threshold: {
             "name": "patience_confidence",
@@ -304,8 +316,8 @@ def _patience_confidence(table: ExitTable, temperatures: tuple[float, ...]) -> I
 
 
 def _confidence_entropy(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:
-    confidences = _quantiles(sureness(table, "confidence", temperatures))
-    entropies = [-number for number in _quantiles(sureness(table, "entropy", temperatures))]
+    confidences = _few_cuts(table, "confidence", temperatures)
+    entropies = [-number for number in _few_cuts(table, "entropy", temperatures)]
     for confidence, entropy in product(confidences, entropies):
         yield lambda exits, confidence=confidence, entropy=entropy: {
             "name": "confidence_entropy",
@@ -317,10 +329,9 @@ def _confidence_entropy(table: ExitTable, temperatures: tuple[float, ...]) -> It
         }
 
 
-def _quantiles(scores: Tensor) -> list[float]:
-    ranked = scores.flatten().sort().values
-    steps = torch.linspace(0, 1, _FEW_THRESHOLDS + 1, dtype=torch.float64)[:-1]
-    return ranked[(steps * (len(ranked) - 1)).long()].unique().tolist()
+def _few_cuts(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> list[float]:
+    scores = sureness(table, policy, temperatures).numpy()
+    return _cuts(scores, np.linspace(0, 1, _FEW_THRESHOLDS + 1)[:-1], RANGES[policy][1])
 
 
 _GRIDS = {
