@@ -105,7 +105,8 @@ def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody has hung a hook there, or put another `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _run(layer: nn.Module, tokens: Tensor) -> Tensor:

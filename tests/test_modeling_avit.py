@@ -192,6 +192,58 @@ def test_blocks_run_on_live_tokens_and_not_once_all_have_halted():
     assert out.exit_layer.tolist() == [3, 2]
 
 
+@torch.no_grad()
+def test_hooks_of_layers_see_the_live_tokens():
+    model = planted_avit(cls_depth=2)
+    depths = torch.tensor([[1] * 10 + [3] * 6, [2] * 16])
+    names = [name for name, layer in model.named_modules() if "layer." in name and not list(layer.children())]
+    linear = [name for name in names if isinstance(model.get_submodule(name), torch.nn.Linear)]
+    norms = [name for name in names if isinstance(model.get_submodule(name), torch.nn.LayerNorm)]
+    assert (len(linear), len(norms)) == (6 * NUM_BLOCKS, 2 * NUM_BLOCKS)
+    seen = {name: [] for name in linear + norms}
+    for name, rows in seen.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda layer, given, found, rows=rows: rows.append(found.shape[1])
+        )
+    model(planted_images(depths))
+    alive = [34, 7 + 17, 6]
+    for name, rows in seen.items():
+        block = next(int(part) for part in name.split(".") if part.isdigit())
+        assert rows == alive[block : block + 1], name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["hook", "forward", "class"])
+def test_a_layer_somebody_changed_is_run_as_it_is(how):
+    class Negated(torch.nn.Linear):
+        def forward(self, tokens):
+            return -super().forward(tokens)
+
+    model, images = tiny_avit(), tiny_images(4)
+    plain = model(images).logits
+    for layer in model.layers:
+        changed = [inner for inner in layer.modules() if isinstance(inner, torch.nn.Linear)][-1]
+        if how == "hook":
+            changed.register_forward_hook(lambda layer, given, found: -found)
+        elif how == "forward":
+            changed.forward = lambda tokens, run=changed.forward: -run(tokens)
+        else:
+            changed.__class__ = Negated
+    removed, masked = model(images), model(images, remove_tokens=False)
+    torch.testing.assert_close(removed.logits, masked.logits, atol=1e-5, rtol=0)
+    assert not torch.allclose(removed.logits, plain, atol=1e-3)
+
+
+def test_answers_without_gradients_are_tensors_like_others():
+    model = tiny_avit()
+    with torch.no_grad():
+        out = model(tiny_images(3))
+    assert not any(value.is_inference() for value in out.values() if isinstance(value, torch.Tensor))
+    weight = torch.ones(NUM_LABELS, requires_grad=True)
+    (out.logits.mul_(2) * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, out.logits.sum(0))
+
+
 @every_kind
 @torch.no_grad()
 def test_macs_are_those_that_are_counted(kind):

@@ -149,7 +149,7 @@ def uniform_thresholds(
 
 
 def _cuts(scores: np.ndarray, shares: np.ndarray, ceiling: float) -> list[float]:
-    """Thresholds that so large a share of the scores is not above; half way to the next score, so that none lies on it.
+    """Thresholds that these shares of the scores do not pass; half way to the next score, so that none lies on one.
 
     An export differs from its model by a bit, which must not send a row to another exit.
     """
