@@ -1,13 +1,15 @@
 """What removing halted tokens gains by the clock: DeiT-tiny at A-ViT's published operating point, against itself.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/avit.py --batch-sizes 1 8 32 --output avit.json
+    OMP_NUM_THREADS=1 python recipes/benchmarks/avit.py --trained AVIT --plain VIT_OR_DEIT --data DATA
 
-The model halts by its own code: no block changes channel 0 of the residual stream, so that a token's score is the same
-behind each, and its patch says how deep it goes. Depths are drawn around a mean of each image, as wide as the curve of
-A-ViT's target (`--spread 1`) or wider; that mean is drawn around one at which the mean image takes A-ViT-T's 0.8 of
-DeiT-tiny's 1.25 GMACs. The class token runs all blocks, so that no image stops early. The plain model of transformers
-and ours take turns, and ratios are taken within a turn. `share` is how much of the MACs' ratio the clock shows. Peaks
-of memory are each of a process of its own, weights and pictures included.
+A trained model is timed on images of the test split. The random one halts by its own code too: no block changes
+channel 0 of the residual stream, so that a token's score is the same behind each, and its patch says how deep it
+goes. Depths are drawn around a mean of each image, as wide as the curve of A-ViT's target (`--spread 1`) or wider;
+that mean is drawn around one at which the mean image takes A-ViT-T's 0.8 of DeiT-tiny's 1.25 GMACs. The class token
+runs all blocks, so that no image stops early. The plain model of transformers and ours take turns, and ratios are
+taken within a turn. `share` is how much of the MACs' ratio the clock shows. Peaks of memory are each of a process of
+its own, weights and pictures included.
 """
 
 import argparse
@@ -19,15 +21,18 @@ import sys
 from functools import partial
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from lgvit_hf import AViT, token_macs
+from lgvit_hf.data import load_images
 from lgvit_hf.evaluation.benchmark import time_interleaved
 from lgvit_hf.files import write_json
+from lgvit_hf.processing import ProcessedImages, stack
 
 DEIT_TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}
 PUBLISHED_SHARE = 0.8 / 1.25
 NUM_IMAGES = 32
+NUM_TRAINED_IMAGES = 256
 
 
 def channel_for(depth):
@@ -80,27 +85,47 @@ def pictures(config, depths):
     return pixels
 
 
-def prepare(share, spread=1.0):
-    """The plain model, ours, pictures and their depths."""
+def random_models(share, spread):
+    """The plain model, ours, and pictures whose tokens halt where they were drawn to."""
     plain = deit_tiny()
     adaptive = AViT.from_backbone(plain, gate_scale=1.0, gate_center=0.0)
-    depths = depths_at(plain.config, share, spread)
-    return plain, adaptive, pictures(plain.config, depths), depths
+    return plain, adaptive, pictures(plain.config, depths_at(plain.config, share, spread))
+
+
+def trained_models(plain, adaptive, data):
+    """Transformers' own model, ours, and images of the test split."""
+    dataset = ProcessedImages(load_images(data).test, AutoImageProcessor.from_pretrained(adaptive))
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:NUM_TRAINED_IMAGES]
+    pixels = stack([dataset[row] for row in rows.tolist()])["pixel_values"]
+    plain = AutoModelForImageClassification.from_pretrained(plain).eval()
+    adaptive = AViT.from_pretrained(adaptive).eval()
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+    for field in sizes:
+        of_plain, of_ours = getattr(plain.config, field), getattr(adaptive.config, field)
+        if of_plain != of_ours:
+            raise ValueError(f"{field}: {of_plain} of --plain, {of_ours} of --trained; both must be of the same sizes")
+    return plain, adaptive, pixels
+
+
+def prepare(options):
+    if options.trained:
+        return trained_models(options.plain, options.trained, options.data)
+    return random_models(options.macs_share, options.spread)
 
 
 def batches(pixels, size):
     """A few batches, since what a single image takes differs."""
-    return list(pixels[: max(size, 16)].split(size))
+    return list(pixels[: max(size, len(pixels) // 2)].split(size))
 
 
 @torch.no_grad()
-def measure(size, repeats, share, spread):
-    plain, adaptive, pixels, depths = prepare(share, spread)
-    assert torch.equal(adaptive(pixels).token_depth, depths), "tokens halt where they were drawn to"
+def measure(size, models, options):
+    plain, adaptive, pixels = models
     rows = batches(pixels, size)
     images = sum(map(len, rows))
+    depths = adaptive(torch.cat(rows)).token_depth
     all_blocks = torch.full_like(depths[:1], plain.config.num_hidden_layers)
-    ideal = (token_macs(plain.config, all_blocks) / token_macs(plain.config, depths[:images]).mean()).item()
+    ideal = (token_macs(plain.config, all_blocks) / token_macs(plain.config, depths).mean()).item()
 
     def run(model, **settings):
         for batch in rows:
@@ -111,30 +136,30 @@ def measure(size, repeats, share, spread):
         "removed": partial(run, adaptive),
         "masked": partial(run, adaptive, remove_tokens=False),
     }
-    times = time_interleaved(runs, repeats=repeats)
+    times = time_interleaved(runs, repeats=options.repeats)
     gain = statistics.median(a / b for a, b in zip(times["plain"], times["removed"], strict=True))
     return {
         "batch_size": size,
         "threads": torch.get_num_threads(),
-        "spread": spread,
-        "mean_depth": depths[:images].double().mean().item(),
+        "spread": None if options.trained else options.spread,
+        "mean_depth": depths.double().mean().item(),
         "macs_speed_up": ideal,
         "speed_up": gain,
         "share": gain / ideal,
         "images_per_second": {name: images / statistics.median(values) for name, values in times.items()},
-        "peak_mb": {name: peak_memory(name, size, share) for name in runs},
+        "peak_mb": {name: peak_memory(name, size) for name in runs},
     }
 
 
-def peak_memory(name, size, share):
+def peak_memory(name, size):
     """Peak resident memory in MB of a process that answers one batch."""
-    command = [sys.executable, __file__, "--peak-of", name, "--batch-sizes", str(size), "--macs-share", str(share)]
+    command = [sys.executable, *sys.argv, "--peak-of", name, "--batch-sizes", str(size)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @torch.no_grad()
-def answer_once(name, size, share):
-    plain, adaptive, pixels, _ = prepare(share)
+def answer_once(name, size, models):
+    plain, adaptive, pixels = models
     settings = {"plain": {}, "removed": {}, "masked": {"remove_tokens": False}}[name]
     (plain if name == "plain" else adaptive)(pixels[:size], **settings)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -146,16 +171,22 @@ def main():
     parser.add_argument("--macs-share", type=float, default=PUBLISHED_SHARE, help="of the plain model's MACs")
     parser.add_argument("--spread", type=float, default=1.0, help="of depths within an image, in blocks (default: 1)")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--trained", metavar="CHECKPOINT", help="an AViT; not the random one")
+    parser.add_argument("--plain", metavar="CHECKPOINT", help="transformers' own model of the same sizes")
+    parser.add_argument("--data", help="digits, a folder of images, parquet files or a Hub id")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if len({bool(options.trained), bool(options.plain), bool(options.data)}) > 1:
+        parser.error("--trained, --plain and --data go together")
+    models = prepare(options)
     if options.peak_of:
-        answer_once(options.peak_of, options.batch_sizes[0], options.macs_share)
+        answer_once(options.peak_of, options.batch_sizes[0], models)
         return
     results = []
     print("batch  MACs   clock  share  images/s plain  removed  masked  peak MB plain  removed  masked")
     for size in options.batch_sizes:
-        row = measure(size, options.repeats, options.macs_share, options.spread)
+        row = measure(size, models, options)
         results.append(row)
         speed, peak = row["images_per_second"], row["peak_mb"]
         print(
