@@ -105,8 +105,8 @@ def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody has hung a hook there, or put another `forward`."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
+    before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_hooks or "forward" in module.__dict__)
 
 
 def _run(layer: nn.Module, tokens: Tensor) -> Tensor:
@@ -338,16 +338,20 @@ class AViT(SafeCheckpoint, PreTrainedModel):
                 states.append(row.index_select(0, at))
                 total = total + scores
                 stay = (total < enough).nonzero().squeeze(1)
-                if len(stay) == 0:
+                num_live = stay.numel()
+                if num_live == 0:
                     break
-                if len(stay) < len(token):
+                if num_live < token.numel():
                     hidden = row.index_select(0, stay).unsqueeze(0)
                     total, token = total.index_select(0, stay), token.index_select(0, stay)
+                    if read.numel() == 1:  # one image, one token: the first of those that live
+                        lengths = (num_live,)
+                        continue
                     places = torch.searchsorted(token, read)
-                    begins = [*places.tolist()[::num_read], len(token)]
+                    begins = [*places.tolist()[::num_read], num_live]
                     lengths = tuple(end - begin for begin, end in pairwise(begins) if begin < end)
                     # a read token that has left stands nowhere: its weight is 0
-                    at = places.clamp_(max=len(token) - 1)
+                    at = places.clamp_(max=num_live - 1)
         weights, depth, ponder = settle(ran, ran_scores, batch_size * num_tokens)
         weights = weights.index_select(1, read).unsqueeze(2)
         answer = torch.where(weights > 0, weights * torch.stack(states), 0.0).sum(0)
