@@ -105,8 +105,8 @@ def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody has hung a hook there, or put another `forward`."""
-    before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
-    return bool(before or after or module._backward_hooks or "forward" in module.__dict__)
+    forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
 
 
 def _run(layer: nn.Module, tokens: Tensor) -> Tensor:

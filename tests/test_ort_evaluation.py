@@ -14,7 +14,7 @@ from lgvit_hf import ExitTable, ORTHighway, ViTHighway, ViTHighwayConfig, build_
 from lgvit_hf.cli import main
 from lgvit_hf.costs import Costs, model_macs
 from lgvit_hf.evaluation.benchmark import benchmark, wall_clock_speed_up
-from lgvit_hf.evaluation.calibration import calibrate
+from lgvit_hf.evaluation.calibration import calibrate, fit_temperature
 from lgvit_hf.evaluation.latency import architecture, measure_cost_table
 from lgvit_hf.evaluation.report import as_table, evaluate
 from lgvit_hf.evaluation.search import sureness
@@ -323,17 +323,20 @@ def test_calibrates_to_the_same_policy(folders, model, images):
         # halves by number: where logits differ by a bit, calibration would draw others; a temperature would change
         # which rows are the surer half
         settings = {"policy": policy, "max_accuracy_drop": 0.1, "temperature": False}
-        by_model, by_export = (
+        by_model, by_export, honest = (
             calibrate(table.select(rows[::2]), tested=table.select(rows[1::2]), **settings)
-            for table in (of_model, replace(of_export, costs=of_model.costs))
+            for table in (of_model, replace(of_export, costs=of_model.costs), of_export)
         )
         assert by_export.policy["threshold"] == pytest.approx(by_model.policy["threshold"], abs=1e-3)
         assert by_export.mean_macs == by_model.mean_macs < by_model.full_macs
+        assert honest.mean_macs < honest.full_macs
         for m in (model, ort):
             m.set_exit_policy(by_model.policy)
         left = model(images).exit_index.tolist()
         assert ort(images).exit_index.tolist() == left
         assert 10 <= left.count(0) <= 30, "or nothing is compared"
+    for of_model, of_export in zip(expected.logits, found.logits, strict=True):
+        assert fit_temperature(of_export, labels) == pytest.approx(fit_temperature(of_model, labels), rel=1e-2)
     # a segment runs its head whether the policy asks it or not
     shares, unasked = [0.5, 0.0, 0.5], expected.costs.heads[1]
     assert found.costs.mean(shares, [0, 1]) == expected.costs.mean(shares, [0, 1])

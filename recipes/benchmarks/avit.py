@@ -94,16 +94,15 @@ def random_models(share, spread):
 
 def trained_models(plain, adaptive, data):
     """Transformers' own model, ours, and images of the test split."""
-    dataset = ProcessedImages(load_images(data).test, AutoImageProcessor.from_pretrained(adaptive))
-    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:NUM_TRAINED_IMAGES]
-    pixels = stack([dataset[row] for row in rows.tolist()])["pixel_values"]
     plain = AutoModelForImageClassification.from_pretrained(plain).eval()
     adaptive = AViT.from_pretrained(adaptive).eval()
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
-    for field in sizes:
-        of_plain, of_ours = getattr(plain.config, field), getattr(adaptive.config, field)
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size"):
+        of_plain, of_ours = getattr(plain.config, field, None), getattr(adaptive.config, field)
         if of_plain != of_ours:
             raise ValueError(f"{field}: {of_plain} of --plain, {of_ours} of --trained; both must be of the same sizes")
+    dataset = ProcessedImages(load_images(data).test, AutoImageProcessor.from_pretrained(adaptive.name_or_path))
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:NUM_TRAINED_IMAGES]
+    pixels = stack([dataset[row] for row in rows.tolist()])["pixel_values"]
     return plain, adaptive, pixels
 
 
@@ -170,8 +169,8 @@ def answer_once(name, size, models):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--macs-share", type=float, default=PUBLISHED_SHARE, help="of the plain model's MACs")
-    parser.add_argument("--spread", type=float, default=1.0, help="of depths within an image, in blocks (default: 1)")
+    parser.add_argument("--macs-share", type=float, default=PUBLISHED_SHARE, help="of the random model's MACs")
+    parser.add_argument("--spread", type=float, default=1.0, help="of its depths within an image, in blocks")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--trained", metavar="CHECKPOINT", help="an AViT; not the random one")
     parser.add_argument("--plain", metavar="CHECKPOINT", help="transformers' own model of the same sizes")
