@@ -9,19 +9,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import HealthCheck, settings
+
+from tests.seeds import seeded
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+# no deadline: how long an example takes says more about the machine than about the code
+settings.register_profile("lgvit", deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("lgvit")
 
-def pytest_configure():
+
+@pytest.hookimpl(trylast=True)  # once pytest-randomly knows the seed
+def pytest_configure(config):
     # a job in the background of a script starts with Ctrl-C ignored, and so would all that the tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["LGVIT_TEST_SEED"] = str(config.getoption("randomly_seed", 0) % 2**31)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+def seeds_of_this_run():
+    seeded()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lgvit_hf import DeiTHighway, DeiTHighwayConfig, SwinHighway, SwinHighwayConfig, ViTHighway, ViTHighwayConfig
+from tests.seeds import generator, seeded
 
 KINDS = ("vit", "deit", "deit_plain", "swin")
 MODELS = {"vit": ViTHighway, "deit": DeiTHighway, "deit_plain": DeiTHighway, "swin": SwinHighway}
@@ -58,13 +59,13 @@ def tiny_config(kind, **changes):
 
 def tiny_model(kind, seed=0, **changes):
     """A highway in `eval()` mode whose every weight and batch statistic is random."""
-    torch.manual_seed(seed)
+    seeded(seed)
     return scrambled(MODELS[kind](tiny_config(kind, **changes)))
 
 
 def tiny_native(kind, seed=0, bare=False, **changes):
     """The plain transformers classifier (or the `bare` backbone inside it) in `eval()` mode."""
-    torch.manual_seed(seed)
+    seeded(seed)
     classifier, backbone, config = NATIVES[kind]
     return scrambled((backbone if bare else classifier)(config(**{**tiny_backbone_settings(kind), **changes})))
 
@@ -72,9 +73,9 @@ def tiny_native(kind, seed=0, bare=False, **changes):
 def tiny_images(num_images, size=IMAGE_SIZE, seed=0):
     """Random pixels `[B, 3, H, W]` under a random colour each, so that no two images are alike."""
     height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(seed)
-    colour = 2 * torch.randn(num_images, 3, 1, 1, generator=generator)
-    return colour + torch.randn(num_images, 3, height, width, generator=generator)
+    numbers = generator(seed)
+    colour = 2 * torch.randn(num_images, 3, 1, 1, generator=numbers)
+    return colour + torch.randn(num_images, 3, height, width, generator=numbers)
 
 
 def tiny_dataset(num_images, seed=0):

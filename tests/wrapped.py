@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lgvit_hf import HighwayWrapper
+from tests.seeds import seeded
 from tests.tiny import NUM_LABELS, scrambled
 
 SIZE = 32
@@ -132,7 +133,7 @@ BUILDERS = {
 
 def plain(family, seed=0):
     """A classifier in `eval()` mode, and names of submodules to put exits behind."""
-    torch.manual_seed(seed)
+    seeded(seed)
     module, after = BUILDERS[family]()
     scrambled(module)
     if family == "mobilevit":
