@@ -2,14 +2,21 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# of the order of the tests and of everything random in them; another one must pass too
+PYTEST_SEED ?= 1
 # one process per core, each with one thread: several with several threads fight over the cores
 PYTEST_ENV = OMP_NUM_THREADS=1
 PYTEST_SPREAD = -n auto --dist worksteal
+PYTEST_SEEDS = --randomly-seed=$(PYTEST_SEED) --hypothesis-seed=$(PYTEST_SEED)
+RUN_TESTS = -m pytest $(PYTEST_SPREAD) $(PYTEST_SEEDS)
+# what meets little of transformers has been tested on 4.57.6
+PYTEST_ON_5 = -m "not slow and not gpu and not version_independent"
+PYTEST_THOROUGH = -m "not gpu" --timeout=3600
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-5 test-cross test-all test-upstream quality style clean
+.PHONY: help demo test test-5 test-thorough test-cross test-all test-upstream quality style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -18,10 +25,14 @@ demo: .venv/.ready ## train a small highway on handwritten digits and write what
 	.venv/bin/lgvit demo --output demo_output $(DEMO_ARGS)
 
 test: .venv/.ready ## run all tests and docstring examples on transformers 4.57.6
-	$(PYTEST_ENV) .venv/bin/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
+	$(PYTEST_ENV) .venv/bin/python $(RUN_TESTS) $(PYTEST_ARGS)
 
-test-5: .venv-5/.ready ## the same on the newest transformers 5, in an environment of its own
-	$(PYTEST_ENV) .venv-5/bin/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
+test-5: .venv-5/.ready ## those that depend on transformers, and a few of the others, on the newest transformers 5
+	$(PYTEST_ENV) .venv-5/bin/python $(RUN_TESTS) $(PYTEST_ON_5) $(PYTEST_ARGS)
+
+test-thorough: .venv/.ready .venv-5/.ready ## before a release: slow tests too, random ones twenty times as long, all on both
+	LGVIT_TESTS=thorough $(PYTEST_ENV) .venv/bin/python $(RUN_TESTS) $(PYTEST_THOROUGH) $(PYTEST_ARGS)
+	LGVIT_TESTS=thorough $(PYTEST_ENV) .venv-5/bin/python $(RUN_TESTS) $(PYTEST_THOROUGH) $(PYTEST_ARGS)
 
 test-cross: .venv/.ready .venv-5/.ready ## checkpoints of each loaded by the other
 	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv-5/bin/python .venv/bin/python -m pytest tests/test_cross_version.py
@@ -30,8 +41,8 @@ test-cross: .venv/.ready .venv-5/.ready ## checkpoints of each loaded by the oth
 test-all: test test-5 test-cross ## all of these
 
 test-upstream: .venv/upstream/.ready .venv-5/upstream/.ready ## transformers' own tests of its models, on ours
-	TRANSFORMERS_TESTS=.venv/upstream $(PYTEST_ENV) .venv/bin/python -m pytest $(PYTEST_SPREAD) tests/upstream $(PYTEST_ARGS)
-	TRANSFORMERS_TESTS=.venv-5/upstream $(PYTEST_ENV) .venv-5/bin/python -m pytest $(PYTEST_SPREAD) tests/upstream $(PYTEST_ARGS)
+	TRANSFORMERS_TESTS=.venv/upstream $(PYTEST_ENV) .venv/bin/python $(RUN_TESTS) tests/upstream $(PYTEST_ARGS)
+	TRANSFORMERS_TESTS=.venv-5/upstream $(PYTEST_ENV) .venv-5/bin/python $(RUN_TESTS) tests/upstream $(PYTEST_ARGS)
 
 quality: .venv/.ready ## lint, formatting and direction of imports; changes nothing
 	.venv/bin/ruff check .

@@ -1,8 +1,8 @@
 """Where the random numbers of the tests start, and how many cases the random ones try.
 
-Every run of the tests has a seed (`make test PYTEST_SEED=7`): it orders the tests (pytest-randomly), draws the examples
-of hypothesis, and moves every generator made here, so that no test rests on one lucky random model. Within one run the
-same number gives the same random numbers. Numbers stored with a fixed seed use torch and numpy directly.
+Every run has a seed (`make test PYTEST_SEED=7`): it orders the tests (pytest-randomly), draws hypothesis's examples,
+and moves every generator made here, so that no test rests on one lucky random model. Within one run the same number gives
+the same random numbers. Numbers that were stored with a fixed seed use torch and numpy directly.
 """
 
 import os
