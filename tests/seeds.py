@@ -1,7 +1,7 @@
 """Where the random numbers of the tests start, and how many cases the random ones try.
 
 Every run has a seed (`make test PYTEST_SEED=7`): it orders the tests (pytest-randomly), draws hypothesis's examples,
-and moves every generator made here, so that no test rests on one lucky random model. Within one run the same number gives
+and moves every generator made here: no test may rest on one lucky random model. Within a run the same number gives
 the same random numbers. Numbers that were stored with a fixed seed use torch and numpy directly.
 """
 
