@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 # nothing in the tests may reach a network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +31,16 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeds_of_this_run():
     seeded()
+
+
+@pytest.fixture(autouse=True)
+def precision_of_one_test():
+    """`TrainingArguments` write their precision into the environment, and accelerate keeps it for the next trainer."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate and accelerate.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        accelerate.AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
