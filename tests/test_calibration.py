@@ -614,9 +614,9 @@ def test_two_neighbouring_scores_are_told_apart():
 
 @version_independent
 def test_a_head_that_is_off_is_not_paid_for():
-    """Leaving at the first exit loses 10 where going on costs 9; with the second head, never worth it, 14."""
+    """Leaving at the first exit loses 9.5 where going on costs 9; with the second head, never worth it, 14."""
     sureness, right = np.array([[0.5], [0.5]], np.float32), np.array([[False], [False], [True]])
-    found = search(sureness, right, Costs([1.0, 4.0, 5.0], [0.0, 5.0, 0.0]), 10.0, (0.0, 1.0))
+    found = search(sureness, right, Costs([1.0, 4.0, 5.0], [0.0, 5.0, 0.0]), 9.5, (0.0, 1.0))
     assert found.tolist() == [1.0, 1.0]
 
 
@@ -725,6 +725,9 @@ def test_as_much_may_be_lost_as_was_allowed():
     worth, costs = answer_worth(logits, torch.zeros(8, dtype=torch.long)), Costs([0.5, 0.5], [0.0, 0.0])
     choice = choose_exits(logits, worth, costs, 0.125)
     assert (choice.exits, choice.drop, choice.cost) == ((0,), 0.125, 0.5 + 0.5 * 3 / 8)
+    # no row is surer than 1, however sure
+    with pytest.raises(ValueError, match="no exit is cheaper"):
+        choose_exits(torch.tensor([[[200.0, 0.0]] * 2] * 2), torch.ones(2, 2), costs, 1.0)
     # what remains costs as much as the full model, which is no gain
     with pytest.raises(ValueError, match="no exit is cheaper than the full model within .* drop of 0.124"):
         choose_exits(logits, worth, costs, 0.124)

@@ -29,6 +29,7 @@ from lgvit_hf.training.checkpoints import (
     last_complete_checkpoint,
     read_manifest,
 )
+from tests.test_training import torchrun
 from tests.tiny import tiny_dataset, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -603,16 +604,7 @@ assert trained(sys.argv[1] + "/run", resume=True, **two) == expected
 
 @pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_two_processes_write_one_manifest_and_stop_together(tmp_path):
-    (tmp_path / "run.py").write_text(LAUNCHED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*torchrun, str(tmp_path / "run.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    torchrun(LAUNCHED, tmp_path)
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_manifest(tmp_path / "run" / "checkpoint-4")["files"])
     with pytest.raises(ValueError, match="world_size: 2 then, 1 now"):
         trained(tmp_path / "run", resume=True, per_device_train_batch_size=4)

@@ -501,6 +501,21 @@ torch.distributed.destroy_process_group()
 """
 
 
+def torchrun(script, folder):
+    """Run a script in two processes, which end with this one; its argument is the folder."""
+    (folder / "run.py").write_text(script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(folder / "run.py"), str(folder)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            _, error = process.communicate()
+        finally:
+            process.terminate()
+    assert process.returncode == 0, error[-3000:]
+
+
 def launched(folder, name, accumulation=1):
     """Four steps of 32 samples with eight LGViT heads, batch norms among them, however many processes there are."""
     trainer_class, strategy = LAUNCHED[name]
@@ -546,16 +561,7 @@ def test_accumulating_four_times_gives_the_same_loss(name, expected, tmp_path):
 
 @pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_two_processes_give_the_same_loss(expected, tmp_path):
-    (tmp_path / "run.py").write_text(RUN)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = subprocess.run(
-        [*torchrun, str(tmp_path / "run.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    torchrun(RUN, tmp_path)
     for name in LAUNCHED:
         assert_same_run(json.loads((tmp_path / f"{name}.json").read_text()), expected[name])
 
