@@ -59,6 +59,60 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(old)
 
 
+@contextmanager
+def locked(output: str | Path) -> Iterator[None]:
+    """Hold an output while it is made; a second run for the same is refused at once, whatever it would have done.
+
+    A run that was killed holds nothing. Of several processes of one training the first holds it for all.
+
+    Args:
+        output (`str` or `Path`): File or folder; beside it lies `.NAME.lock` meanwhile.
+
+    Raises:
+        ValueError: Another run makes it now.
+
+    Example:
+
+        >>> with tempfile.TemporaryDirectory() as home, locked(Path(home) / "out"):
+        ...     with locked(Path(home) / "out"):
+        ...         pass
+        Traceback (most recent call last):
+        ...
+        ValueError: .../out is being written by another run; wait for it, or choose another output
+    """
+    from filelock import FileLock, Timeout
+
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    output = Path(output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{output} is being written by another run; wait for it, or choose another output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def file_stamp(file: str | Path) -> str:
+    """Size and time of a file's last change, by which another of the same name is known; or that it is missing.
+
+    Example:
+
+        >>> file_stamp("/nowhere/photo.png")
+        'missing'
+    """
+    try:
+        found = os.stat(file)
+    except OSError:
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def _share(folder: Path) -> None:
     """Files that were written for their owner alone, as safetensors', become readable as any other."""
     for file in folder.rglob("*"):

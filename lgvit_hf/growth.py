@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
 from .costs import Costs, model_macs
@@ -32,7 +32,7 @@ from .evaluation.table import ExitTable
 from .files import replace_folder, write_json
 from .losses import check_labels
 from .models import BY_BACKBONE, read_config, with_exits
-from .processing import ProcessedImages
+from .processing import ProcessedImages, open_processor
 from .training.cached import (
     HeadTraining,
     StateCache,
@@ -136,7 +136,7 @@ def grow(
         set_seed(seed)
         model = _candidates(checkpoint, exit_positions, exit_types)
         if processor is None and not isinstance(checkpoint, PreTrainedModel):
-            processor = AutoImageProcessor.from_pretrained(checkpoint)
+            processor = open_processor(checkpoint)
         items = _items(dataset, model, processor, limit, seed, ignore_labels)
         settings = {
             "checkpoint": _digest(model),

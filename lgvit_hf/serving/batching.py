@@ -14,6 +14,9 @@ import numpy as np
 from .device.loop import Arrays
 from .device.remote import SHARE, RemoteHighway
 
+# seconds: who waits longer for company has not understood what it is for
+MAX_WAIT = 60.0
+
 
 class Busy(RuntimeError):
     """More rows are waiting than may."""
@@ -42,7 +45,7 @@ class Batcher:
         senders (`int`, *optional*, defaults to 16): Batches that may be on their way to the next part.
 
     Raises:
-        ValueError: A number that is not positive.
+        ValueError: A number that is not positive, or a wait of more than a minute.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Batcher:
         max_waiting: int = 1024,
         senders: int = 16,
     ):
-        if max_rows < 1 or max_wait < 0 or max_waiting < 1 or senders < 1:
-            raise ValueError(f"{max_rows=}, {max_wait=}, {max_waiting=}, {senders=}: must be positive")
+        if max_rows < 1 or not 0 <= max_wait <= MAX_WAIT or max_waiting < 1 or senders < 1:
+            raise ValueError(
+                f"{max_rows=}, {max_wait=}, {max_waiting=}, {senders=}: must be positive; at most {MAX_WAIT:g} s"
+            )
         self.highway, self.max_rows, self.max_wait, self.max_waiting = highway, max_rows, max_wait, max_waiting
         self.batches = 0
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
@@ -64,6 +69,11 @@ class Batcher:
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
         self._thread = threading.Thread(target=self._work, name="lgvit-compute", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody computes."""
+        return self._thread.is_alive()
 
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future:
         """Have rows answered; the future gives what `RemoteHighway` would.
@@ -79,8 +89,8 @@ class Batcher:
         """
         rows = len(next(iter(inputs.values())))
         with self._lock:
-            if self._closed:
-                raise Busy("the service is shutting down")
+            if self._closed or not self.alive:
+                raise Busy("the service is shutting down" if self._closed else "nobody computes any more")
             if self._rows and self._rows + rows > self.max_waiting:
                 raise Busy(f"{self._rows} rows are waiting already")
             self._rows += rows
