@@ -21,7 +21,7 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         overwrite (`bool`, *optional*, defaults to `False`): Whether what is there may be replaced.
 
     Raises:
-        ValueError: There is something at `output` and `overwrite` is false.
+        ValueError: There is something at `output` and `overwrite` is false, or another run makes it now.
 
     Example:
 
@@ -31,7 +31,11 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         ...     [file.name for file in (Path(home) / "out").iterdir()]
         ['a.txt']
     """
-    output = Path(output).resolve()
+    with locked(output):
+        yield from _replaced_folder(Path(output).resolve(), overwrite)
+
+
+def _replaced_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another output")
     if output == Path.cwd() or os.path.ismount(output):
@@ -63,7 +67,8 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
 def locked(output: str | Path) -> Iterator[None]:
     """Hold an output while it is made; a second run for the same is refused at once, whatever it would have done.
 
-    A run that was killed holds nothing. Of several processes of one training the first holds it for all.
+    A run that was killed holds nothing. Of several processes of one training the first holds it for all. In one process
+    it may be held several times over.
 
     Args:
         output (`str` or `Path`): File or folder; beside it lies `.NAME.lock` meanwhile.
@@ -73,12 +78,10 @@ def locked(output: str | Path) -> Iterator[None]:
 
     Example:
 
-        >>> with tempfile.TemporaryDirectory() as home, locked(Path(home) / "out"):
+        >>> with tempfile.TemporaryDirectory() as home:
         ...     with locked(Path(home) / "out"):
-        ...         pass
-        Traceback (most recent call last):
-        ...
-        ValueError: .../out is being written by another run; wait for it, or choose another output
+        ...         print([file.name for file in Path(home).iterdir()])
+        ['.out.lock']
     """
     from filelock import FileLock, Timeout
 
@@ -87,7 +90,7 @@ def locked(output: str | Path) -> Iterator[None]:
         return
     output = Path(output).resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:

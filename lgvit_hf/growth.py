@@ -29,7 +29,7 @@ from .evaluation.plots import plot_report
 from .evaluation.report import as_table, evaluate
 from .evaluation.sweep import threshold_curve
 from .evaluation.table import ExitTable
-from .files import replace_folder, write_json
+from .files import locked, replace_folder, write_json
 from .losses import check_labels
 from .models import BY_BACKBONE, read_config, with_exits
 from .processing import ProcessedImages, open_processor
@@ -309,13 +309,14 @@ def _cache_folder(output: str | Path | None, say: Callable[[str], None]) -> Iter
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another output")
     folder = output.parent / f".{output.name}-states"
-    try:
-        yield folder
-    except KeyboardInterrupt:
-        if folder.exists():
-            say(f"stopped; the same command goes on from what is in {folder}")
-        raise
-    shutil.rmtree(folder)
+    with locked(output):
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            if folder.exists():
+                say(f"stopped; the same command goes on from what is in {folder}")
+            raise
+        shutil.rmtree(folder)
 
 
 def _cache_for(

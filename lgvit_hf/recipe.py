@@ -244,7 +244,7 @@ def _apply(command: argparse.ArgumentParser, settings: dict[str, Any], where: st
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
     from .data import load_images
-    from .files import write_json
+    from .files import locked, write_json
     from .processing import ProcessedImages
     from .training.run import train
 
@@ -270,20 +270,22 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.dry_run:
         print(_dry_run(options, arguments, model, train_images, {"validation": validation, "test": test}))
         return None
-    result = train(
-        model,
-        processor,
-        train_images,
-        options.output,
-        stage=options.stage,
-        eval_dataset=validation,
-        test_dataset=test,
-        early_stopping_patience=options.early_stopping_patience,
-        resume=options.resume or False,
-        **arguments,
-    )
+    with locked(options.output):
+        result = train(
+            model,
+            processor,
+            train_images,
+            options.output,
+            stage=options.stage,
+            eval_dataset=validation,
+            test_dataset=test,
+            early_stopping_patience=options.early_stopping_patience,
+            resume=options.resume or False,
+            **arguments,
+        )
+        if result["main_process"]:
+            write_json(Path(options.output) / "training.json", {n: v for n, v in result.items() if n != "main_process"})
     if result.pop("main_process"):
-        write_json(Path(options.output) / "training.json", result)
         print(as_words_of_halting(result["test"], model) if options.stage == "avit" else as_table(result["test"]))
         print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {options.output}")
     return result
