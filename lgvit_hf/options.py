@@ -9,6 +9,7 @@ from . import __version__
 from .recipe import add_options as add_train_options
 from .settings import real, whole
 
+LONGEST_WAIT_MS = 1000.0
 EXAMPLES = {
     "demo": "lgvit demo --output demo_output",
     "train": "lgvit train --config recipes/configs/vit_small/stage1.yaml --data photos/ --epochs 3\n"
@@ -208,7 +209,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--retries", type=whole(0, 100), default=2, help="of a message that did not arrive (default: 2)"
     )
     serve.add_argument("--max-batch-size", type=whole(), default=32, help="rows that run together (default: 32)")
-    serve.add_argument("--max-wait-ms", type=real(0, 60_000), default=2.0, help="for others to run with (default: 2)")
+    serve.add_argument(
+        "--max-wait-ms",
+        type=lambda text: LONGEST_WAIT_MS if str(text) == "inf" else real(0, LONGEST_WAIT_MS)(text),
+        default=2.0,
+        help=f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)",
+    )
     serve.add_argument("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
     serve.add_argument("--threads", type=whole(1, 1024), help="of the processor")
     _add_policy(serve)

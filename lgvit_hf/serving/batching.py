@@ -14,7 +14,7 @@ import numpy as np
 from .device.loop import Arrays
 from .device.remote import SHARE, RemoteHighway
 
-# seconds: who waits longer for company has not understood what it is for
+# seconds that a request may be made to wait for others
 MAX_WAIT = 60.0
 
 
