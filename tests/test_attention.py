@@ -17,19 +17,21 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from lgvit_hf.attention import CHUNK, FeatureMap, orthogonal_gaussian, performer
 from lgvit_hf.costs import model_macs
+from tests.seeds import generator
 from tests.test_cross_version import elsewhere, other  # noqa: F401
+from tests.test_modeling_common import exit_in_gaps
 from tests.tiny import CONFIGS, MODELS, NUM_BLOCKS, tiny_config, tiny_images, tiny_model, tiny_native
 
 PERFORMER = {"attn_implementation": "performer", "feature_map_dim": 32}
 EXITS = {"exit_positions": [2, 4], "exit_types": "linear"}
 HEAD_DIM = 8  # of the tiny models
-every_kind = pytest.mark.parametrize("kind", ["vit", "deit", "deit_plain"])
+independent = pytest.mark.version_independent
+every_kind = pytest.mark.parametrize("kind", ["vit", "deit"])
 
 
 def heads(tokens=50, scale=1.0, head_dim=16, seed=0, dtype=torch.float32):
     """Queries, keys and values `[2, 3, N, d]`; `scale` times a standard normal for queries and keys."""
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = torch.randn(3, 2, 3, tokens, head_dim, generator=generator)
+    query, key, value = torch.randn(3, 2, 3, tokens, head_dim, generator=generator(seed))
     return (scale * query).to(dtype), (scale * key).to(dtype), value.to(dtype)
 
 
@@ -41,6 +43,7 @@ def exit_logits(model):
 # -- the estimate ----------------------------------------------------------------------------------------------
 
 
+@independent
 def test_is_favor_plus_of_the_paper():
     """Numerator and denominator of Choromanski et al., equation 4 and lemma 1, as they stand there."""
     query, key, value = heads(tokens=2 * CHUNK + 90, dtype=torch.float64)
@@ -55,9 +58,10 @@ def test_is_favor_plus_of_the_paper():
     torch.testing.assert_close(performer(query, key, value, w), expected, atol=1e-12, rtol=0)
 
 
+@independent
 def test_the_kernel_is_estimated_without_bias():
     """The mean over many draws of `f(q) f(k)` is `exp(q.k)`, with orthogonal directions too."""
-    x, y = 0.3 * torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
+    x, y = 0.3 * torch.linspace(-1.5, 1.5, 16)[None].cos(), 0.3 * torch.linspace(-2, 3, 16)[None].sin()
     w = torch.cat([orthogonal_gaussian(48, 16, seed) for seed in range(2000)])
 
     def features(x):
@@ -68,6 +72,7 @@ def test_the_kernel_is_estimated_without_bias():
     assert abs(products.mean() - torch.exp(x @ y.T)) < 4 * deviation and deviation < 0.02
 
 
+@independent
 def test_directions_are_orthogonal_in_blocks_and_normal():
     w = orthogonal_gaussian(150, 64, seed=0)
     for block in w.split(64):
@@ -80,6 +85,7 @@ def test_directions_are_orthogonal_in_blocks_and_normal():
     assert many.mean().abs() < 0.02 and many.var().item() == pytest.approx(1, rel=0.02)
 
 
+@independent
 def test_a_seed_says_it_all():
     expected = orthogonal_gaussian(40, 16, seed=7)
     torch.manual_seed(123)
@@ -95,6 +101,7 @@ def test_a_seed_says_it_all():
     assert torch.random.initial_seed() == 123
 
 
+@independent
 def test_the_error_falls_as_one_over_the_root_of_the_features():
     numbers = [64, 128, 256, 512, 1024]
     query, key, value = heads(tokens=100, scale=0.25, head_dim=64)
@@ -111,6 +118,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_features():
     assert (x @ y / (x @ x)).item() == pytest.approx(-0.5, abs=0.08)
 
 
+@independent
 def test_scaling_is_that_of_softmax_attention():
     query, key, value = heads(scale=0.3)
     w = orthogonal_gaussian(20000, 16, seed=0)
@@ -119,6 +127,7 @@ def test_scaling_is_that_of_softmax_attention():
         torch.testing.assert_close(performer(query, key, value, w, scaling), exact, atol=0.05, rtol=0)
 
 
+@independent
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 300.0])
 def test_nothing_overflows_or_vanishes(scale, dtype):
@@ -132,12 +141,14 @@ def test_nothing_overflows_or_vanishes(scale, dtype):
     assert query.grad.isfinite().all() and key.grad.isfinite().all()
 
 
+@independent
 def test_weights_sum_to_one():
     query, key, value = heads(scale=2.0)
     answer = performer(query, key, torch.ones_like(value), orthogonal_gaussian(32, 16, seed=0))
     torch.testing.assert_close(answer, torch.ones_like(value), atol=1e-5, rtol=0)
 
 
+@independent
 def test_gradients():
     query, key, value = (t[:1, :2].requires_grad_() for t in heads(tokens=5, head_dim=4, dtype=torch.float64))
     w = orthogonal_gaussian(6, 4, seed=0)
@@ -145,6 +156,7 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(lambda *qkv: performer(*qkv, w), (query, key, value))
 
 
+@independent
 def test_bfloat16_and_autocast_lose_no_more_than_their_inputs():
     query, key, value = heads(scale=2.0, head_dim=32)
     w = orthogonal_gaussian(64, 32, seed=0)
@@ -169,6 +181,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@independent
 def test_time_and_memory_are_linear_in_the_tokens():
     w, largest, flops = orthogonal_gaussian(32, 16, seed=0), [], []
     for tokens in (512, 1024):
@@ -190,11 +203,18 @@ def test_time_and_memory_are_linear_in_the_tokens():
 
 @every_kind
 def test_the_highway_comes_close_to_softmax_with_many_features(kind):
-    exact = exit_logits(tiny_model(kind, **EXITS))
-    few, many = (
-        exit_logits(tiny_model(kind, **EXITS, attn_implementation="performer", feature_map_dim=number)) - exact
-        for number in (16, 16384)
-    )
+    def answers(**settings):
+        model = tiny_model(kind, **EXITS, **settings)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # long queries and keys would be those of which the estimate varies most
+                if name.split(".")[-2] in ("query", "key", "q_proj", "k_proj"):
+                    parameter.mul_(0.3)
+        return exit_logits(model)
+
+    exact = answers()
+    few, many = (answers(attn_implementation="performer", feature_map_dim=n) - exact for n in (16, 4096))
+    # a sixteenth, of errors whose sizes vary
     assert many.norm() < few.norm() / 3
 
 
@@ -346,11 +366,12 @@ def test_truncated_and_copied():
 
 
 @every_kind
-def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
-    model = tiny_model(kind, **EXITS, **PERFORMER, exit_policy={"name": "confidence", "threshold": 0.5})
-    images = 5 * tiny_images(6)
+def test_a_sample_does_not_depend_on_its_batch(kind):
+    model, images = tiny_model(kind, **EXITS, **PERFORMER), 5 * tiny_images(8)
+    exit_in_gaps(model, images)
     with torch.no_grad():
         together, alone = model(images), [model(image[None]) for image in images]
+    assert len(set(together.exit_layer.tolist())) > 1
     assert together.exit_layer.tolist() == [answer.exit_layer.item() for answer in alone]
     torch.testing.assert_close(together.logits, torch.cat([answer.logits for answer in alone]), atol=1e-5, rtol=0)
 
@@ -385,6 +406,7 @@ def test_bfloat16(tmp_path):
         assert (rounded - expected).norm() < 0.1 * expected.norm()
 
 
+@independent
 def test_macs_are_those_of_the_estimate():
     """17 tokens, 4 heads of 8: 4 M N d a head and block, where softmax attention takes 2 N^2 d."""
     softmax, estimate = (model_macs(tiny_model("vit", **EXITS, **settings)) for settings in ({}, PERFORMER))
@@ -392,15 +414,16 @@ def test_macs_are_those_of_the_estimate():
     assert estimate.backbone - softmax.backbone == pytest.approx(difference)
 
 
+@independent
 def test_exported(tmp_path):
     pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
     from lgvit_hf.export.onnx_export import export_onnx
     from lgvit_hf.export.runtime import ORTHighway
 
     small = {"num_hidden_layers": 2, "exit_positions": [1], "exit_types": "linear"}
-    model = tiny_model("vit", **small, **PERFORMER, exit_policy={"name": "confidence", "threshold": 0.45})
+    model, images = tiny_model("vit", **small, **PERFORMER), tiny_images(9)
+    exit_in_gaps(model, images)
     export_onnx(model, tmp_path / "onnx")
-    images = tiny_images(9)
     with torch.no_grad():
         expected = model(images)
     answer = ORTHighway.from_pretrained(tmp_path / "onnx")(images)
@@ -428,21 +451,18 @@ def test_swin_says_no(tmp_path):
             loader.from_pretrained(tmp_path, attn_implementation="performer")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+@every_kind
+def test_settings_that_cannot_take_effect(kind):
+    for settings, message in (
         ({"feature_map_dim": 64, "attn_implementation": "sdpa"}, "feature_map_dim: 64 takes no effect with"),
         ({"feature_map_seed": 1}, "feature_map_seed: 1 takes no effect"),
         ({"feature_map_dim": 0}, "feature_map_dim: 0 must be an integer of at least 1"),
         ({"feature_map_dim": "256"}, "feature_map_dim: '256' must be an integer"),
         ({"feature_map_dim": 8, "feature_map_seed": -1}, "feature_map_seed: -1 must be an integer of at least 0"),
         ({**PERFORMER, "attention_probs_dropout_prob": 0.1}, "attention_probs_dropout_prob: 0.1 takes no effect"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["vit", "deit"])
-def test_settings_that_cannot_take_effect(kind, settings, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_config(kind, **settings)
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(kind, **settings)
 
 
 def test_features_alone_ask_for_performer():
@@ -470,6 +490,7 @@ def test_a_plain_model_has_no_features():
         native(tiny_images(1))
 
 
+@independent
 def test_reset_gives_what_the_seed_gives():
     feature_map = FeatureMap(12, 4, seed=2).to(torch.bfloat16)
     feature_map.random_features.zero_()

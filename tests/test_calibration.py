@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import stats
+from scipy.special import softmax
 
 from lgvit_hf import ExitTable, calibrate
 from lgvit_hf.costs import Costs
+from lgvit_hf.evaluation import calibration
+from lgvit_hf.evaluation import choice as choosing
+from lgvit_hf.evaluation import search as searching
 from lgvit_hf.evaluation.calibration import fit_temperature, split
+from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
 from lgvit_hf.evaluation.search import (
     SEARCHES,
@@ -24,18 +30,25 @@ from lgvit_hf.evaluation.search import (
     uniform_thresholds,
 )
 from lgvit_hf.policies import POLICIES, build_policy
+from tests.seeds import generator, rng
+from tests.tiny import tiny_images, tiny_model
+
+# what is left goes through the policies once on each version of transformers
+version_independent = pytest.mark.version_independent
 
 POLICY_NAMES = ("confidence", "margin", "entropy", "confidence_entropy", "patience", "patience_confidence")
+# all rows are above the first of sureness and none is above the second
+RANGES = {"confidence": (0.0, 1.0), "margin": (-1.0, 1.0), "entropy": (-1e9, 0.0)}
 COSTS = Costs([3.0, 3.0, 3.0, 3.0], [0.2, 0.3, 0.2, 0.1])
 
 
 def synthetic(rows, seed=0, exits=4, classes=5):
     """Rows of some difficulty; deeper exits see more of the label, and all share some of their noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (rows,), generator=generator)
-    signal = torch.nn.functional.one_hot(labels, classes) * (6 * torch.rand(rows, 1, generator=generator))
-    shared = torch.randn(rows, classes, generator=generator)
-    own = torch.randn(exits, rows, classes, generator=generator)
+    numbers = generator(seed)
+    labels = torch.randint(classes, (rows,), generator=numbers)
+    signal = torch.nn.functional.one_hot(labels, classes) * (6 * torch.rand(rows, 1, generator=numbers))
+    shared = torch.randn(rows, classes, generator=numbers)
+    own = torch.randn(exits, rows, classes, generator=numbers)
     strength = torch.linspace(0.5, 1.2, exits)[:, None, None]
     logits = 2 * (strength * signal + 0.6 * shared + 0.6 * own)
     return ExitTable(logits, labels, list(range(1, exits + 1)), COSTS if exits == 4 else None)
@@ -52,6 +65,7 @@ def test_table_comes_back_from_its_file(tmp_path):
     assert back.depths == table.depths and back.costs == table.costs == COSTS
 
 
+@version_independent
 def test_table_of_another_model(tmp_path):
     file = tmp_path / "table.safetensors"
     synthetic(7).save(file)
@@ -73,6 +87,7 @@ def test_table_of_another_model(tmp_path):
 # -- temperature -----------------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_temperature_is_the_best_of_a_grid_and_undoes_a_factor():
     table = synthetic(500)
     logits, labels = table.logits[0], table.labels
@@ -83,13 +98,9 @@ def test_temperature_is_the_best_of_a_grid_and_undoes_a_factor():
 
     assert loss(best) <= min(loss(math.exp(step / 50)) for step in range(-150, 150)) + 1e-9
     assert fit_temperature(3 * logits, labels) == pytest.approx(3 * best, rel=1e-3)
-    assert expected_calibration_error(logits / best, labels) < expected_calibration_error(logits, labels)
-
-
-def test_calibration_error_by_hand():
-    # confidences 0.6 (right, wrong) and 0.9 (right): |1.2 - 1| / 3 + |0.9 - 1| / 3
-    logits = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1]]).log()
-    assert expected_calibration_error(logits, torch.tensor([0, 1, 0])) == pytest.approx(0.1, abs=1e-6)
+    # far too sure of everything, and mended
+    undone = expected_calibration_error(3 * logits / (3 * best), labels)
+    assert undone < expected_calibration_error(3 * logits, labels) - 0.05
 
 
 # -- search ----------------------------------------------------------------------------------------------------
@@ -104,62 +115,293 @@ def objective(thresholds, sureness, right, costs, price):
     return total / sureness.shape[1]
 
 
+def cuts_of(scores):
+    return [0.0, *np.unique(scores).tolist(), 1.0]
+
+
+@version_independent
 @pytest.mark.parametrize("price", [0.0, 2.0, 20.0, 1e4])
-@pytest.mark.parametrize("exits", [1, 2])
-def test_search_against_brute_force(exits, price):
-    costs = Costs(COSTS.trunks[: exits + 1], COSTS.heads[: exits + 1])
-    reached = []
-    for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        # with ties: eight rows at one of ten scores
-        sureness = (torch.randint(1, 10, (exits, 8), generator=generator) / 10).numpy()
-        right = (torch.rand(exits + 1, 8, generator=generator) < 0.7).numpy()
-        cuts = [[0.0, *np.unique(row).tolist(), 1.0] for row in sureness]
-        best = min(objective(cut, sureness, right, costs, price) for cut in itertools.product(*cuts))
-        found = objective(search(sureness, right, costs, price, (0.0, 1.0)).tolist(), sureness, right, costs, price)
+def test_search_against_brute_force(price):
+    numbers = rng()
+    for exits, _ in itertools.product((1, 2), range(10)):
+        costs = Costs(numbers.uniform(1, 4, exits + 1).tolist(), numbers.uniform(0, 2.5, exits + 1).tolist())
+        # with ties: eight rows at one of nine scores
+        sureness = (numbers.integers(1, 10, (exits, 8)) / 10).astype(np.float32)
+        right = numbers.random((exits + 1, 8)) < 0.7
+        thresholds = search(sureness, right, costs, price, (0.0, 1.0)).tolist()
+        found = objective(thresholds, sureness, right, costs, price)
+        best = min(objective(cut, sureness, right, costs, price) for cut in itertools.product(*map(cuts_of, sureness)))
         assert found >= best - 1e-6
-        reached.append(found <= best + 1e-6)
-        none = objective([1.0] * exits, sureness, right, costs, price)
-        assert found <= none + 1e-6
-    # exact for one exit; for several a descent, exit by exit, that may stop at a local best
-    assert all(reached) if exits == 1 else sum(reached) >= 5
+        assert found <= objective([1.0] * exits, sureness, right, costs, price) + 1e-6
+        # exact for one exit; for several a descent, exit by exit, that ends where no exit alone makes it better
+        for index in range(exits):
+            for cut in cuts_of(sureness[index]):
+                others = [*thresholds[:index], cut, *thresholds[index + 1 :]]
+                assert found <= objective(others, sureness, right, costs, price) + 1e-6
 
 
+@version_independent
+def test_exits_are_fitted_again_to_the_rows_that_come_there():
+    """Two rows are wrong at the second exit, which is off until they leave at the first."""
+    sureness, limits = np.array([[0.75, 0.75, 0.25]] * 2, np.float32), (0.125, 1.0)
+    right = np.array([[True, True, False], [False, False, True], [True, True, True]])
+    assert search(sureness, right, Costs([1.0, 1.0, 8.0], [0.0] * 3), 100.0, limits).tolist() == [0.5, 0.125]
+
+
+@version_independent
+def test_search_with_every_exit_asked_against_brute_force():
+    """Heads that cost as much as blocks are paid for wherever a row comes."""
+    numbers, costs = rng(), Costs([3.0, 3.0], [2.5, 0.1])
+    for price in (0.0, 4.0, 20.0):
+        sureness = (numbers.integers(1, 10, (1, 12)) / 10).astype(np.float32)
+        right = numbers.random((2, 12)) < 0.7
+        thresholds = search(sureness, right, costs, price, (0.0, 1.0), choose_exits=False).tolist()
+        assert thresholds[0] < 1
+        # the last of the cuts sends nobody away and is below 1
+        cuts = [[cut] for cut in [*cuts_of(sureness)[:-1], 0.95]]
+        best = min(objective(cut, sureness, right, costs, price) for cut in cuts)
+        assert objective(thresholds, sureness, right, costs, price) == pytest.approx(best)
+
+
+@version_independent
+def test_exits_that_gain_nothing_are_off_and_all_leave_below_the_least_score():
+    scores, limits = np.array([[0.5, 0.25], [0.75, 0.5]], np.float32), (0.125, 1.0)
+    right = np.array([[True, True], [True, True], [True, True]])
+    assert search(scores, right, Costs([1.0, 2.0, 2.0], [0.0] * 3), 9.0, limits).tolist() == [0.125, 0.125]
+    # as much is spent on the head as is saved behind it: a draw, and the exit is off
+    assert search(scores[:1], right[:2], Costs([1.0, 2.0], [3.0, 1.0]), 9.0, limits).tolist() == [1.0]
+    assert search(scores[:1], right[:2], Costs([1.0, 2.0], [2.75, 1.0]), 9.0, limits).tolist() == [0.125]
+    # where every exit is asked its head is no matter: going on costs 0.5, a wrong answer 0 or 1
+    one, costs = scores[:1, :1], Costs([1.0, 0.4], [3.0, 0.1])
+    assert search(one, right[:2, :1], costs, 1.0, limits, choose_exits=False).tolist() == [0.125]
+    assert search(one, np.array([[False], [True]]), costs, 1.0, limits, choose_exits=False).tolist() == [1 - 2**-24]
+    # a row at the upper limit does not leave there, and so comes to the second exit
+    sure, right = np.array([[1.0], [0.5]], np.float32), np.array([[False], [True], [True]])
+    assert search(sure, right, Costs([1.0, 1.0, 9.0], [0.0] * 3), 100.0, limits).tolist() == [1.0, 0.125]
+    # half way between two scores
+    wrong = np.array([[True, False], [True, True]])
+    assert search(scores[:1], wrong, Costs([1.0, 2.0], [0.5, 1.0]), 9.0, limits).tolist() == [0.375]
+
+
+@version_independent
+def test_frontier_by_hand(monkeypatch):
+    """Of the same drop the cheaper, of the same cost the one that loses less, and of twins the first."""
+    measured = [(3.0, 0.1), (1.0, 0.6), (1.0, 0.5), (2.0, 0.5), (3.0, 0.2), (4.0, 0.1), (5.0, -0.1), (1.0, 0.5)]
+    found = [(*numbers, {"name": name}) for numbers, name in zip(measured, "abcdefgh", strict=True)]
+    monkeypatch.setitem(searching.SEARCHES, "margin", lambda *arguments: iter(found))
+    assert [settings["name"] for settings in candidates(synthetic(4), COSTS, "margin", (1.0,) * 4)] == ["g", "a", "c"]
+
+
+@version_independent
+def test_consequences_by_hand():
+    # right: by the exit only, by the full model only, by both, by none
+    logits = torch.tensor([[[1.0, 0], [0, 1], [1, 0], [0, 1]], [[0, 1.0], [1, 0], [1, 0], [0, 1]]])
+    table = ExitTable(logits, torch.zeros(4, dtype=torch.long), [1, 2])
+    cost, drops = consequences(table, torch.zeros(4, dtype=torch.long), [0], Costs([4.0, 8.0], [1.0, 2.0]))
+    assert cost == 5.0 and drops.tolist() == [-1, 1, 0, 0]
+    cost, drops = consequences(table, torch.tensor([0, 1, 1, 1]), [0], Costs([4.0, 8.0], [1.0, 2.0]))
+    assert cost == (5 + 3 * 15) / 4 and drops.tolist() == [-1, 0, 0, 0]
+
+
+@version_independent
+def test_sureness_by_hand():
+    table, temperatures = synthetic(20), (0.5, 1.0, 2.0, 4.0)
+    for policy in ("confidence", "margin", "entropy"):
+        chances = np.sort([softmax(exit.numpy() / t, -1) for exit, t in zip(table.logits, temperatures, strict=True)])
+        expected = {
+            "confidence": chances[..., -1],
+            "margin": chances[..., -1] - chances[..., -2],
+            "entropy": -stats.entropy(chances, axis=-1),
+        }[policy]
+        assert sureness(table, policy, temperatures).numpy() == pytest.approx(expected[:-1], abs=1e-5)
+
+
+@version_independent
+def test_uniform_thresholds_by_hand():
+    scores = np.array([[0.125, 0.375], [0.625, 1.0]], np.float32)
+    # of four scores the first, the second (half of three is one and a half) and the last, which nothing is above
+    found = uniform_thresholds(scores, (0.0, 1.0), number=3)
+    assert [cut.tolist() for cut in found] == [[0.0] * 2, [0.25] * 2, [0.5] * 2]
+    found = uniform_thresholds(scores * np.float32(0.5), (-1.0, 1.0), number=3)
+    assert [cut.tolist() for cut in found] == [[-1.0] * 2, [0.125] * 2, [0.25] * 2, [0.75] * 2]
+    assert len(uniform_thresholds(synthetic(300).logits[:3, :, 0].numpy(), (-1e9, 1e9))) == 61
+    for lower in (np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(1))):
+        upper = np.nextafter(lower, np.float32(1))
+        cuts = uniform_thresholds(np.array([[lower, upper]]), (0.0, 1.0), number=2)
+        assert [cut.dtype for cut in cuts] == [np.float32] * 3
+        assert [[score > cut[0] for score in (lower, upper)] for cut in cuts] == [[1, 1], [0, 1], [0, 0]]
+
+
+@version_independent
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
+def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypatch):
+    """Thresholds of each price by all rows and by each two thirds; static models and one threshold by all rows."""
+    table, temperatures, asked, limits = synthetic(31), (1.0, 2.0, 0.5, 1.0), [], RANGES[policy]
+    scores, right = sureness(table, policy, temperatures).numpy(), table.right.numpy()
+
+    def recorded(scores, right, of, price, limits, choose_exits):
+        asked.append((right.shape[1], price, choose_exits))
+        return search(scores, right, of, price, limits, choose_exits)
+
+    monkeypatch.setattr(searching, "search", recorded)
+    found = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))
+    uniform = uniform_thresholds(scores, limits)
+    # 17 prices, three exits alone, one threshold for all exits, and for fewer exits at six of the prices
+    assert len(found) == 17 + 3 + len(uniform) + 6
+    prices = COSTS.backbone * np.geomspace(1000, 0.1, 17)
+    expected = [(rows, price, True) for price in prices for rows in (20, 21, 21, 31)]
+    assert asked == [(rows, pytest.approx(price), choose) for rows, price, choose in expected]
+
+    def consequences_of(settings, rows):
+        some = table.select(torch.from_numpy(rows))
+        cost, drops = consequences(some, *leaving(some, settings), COSTS)
+        return cost, drops.double().mean().item()
+
+    def settings_of(thresholds):
+        numbers = [-number if policy == "entropy" else number for number in thresholds.tolist()]
+        return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
+
+    every = np.arange(31)
+    for number, (cost, drop, settings) in enumerate(found):
+        seen = consequences_of(settings, every)
+        if number < 17:
+            apart = []
+            for fold in range(3):
+                rest = every[every % 3 != fold]
+                thresholds = search(scores[:, rest], right[:, rest], COSTS, prices[number], limits)
+                apart.append(consequences_of(settings_of(thresholds), every[every % 3 == fold]))
+            assert seen == consequences_of(settings_of(search(scores, right, COSTS, prices[number], limits)), every)
+            seen = tuple(np.maximum(seen, np.mean(apart, axis=0)))
+        assert (cost, drop) == pytest.approx(seen)
+        # behind an exit where all leave, all are off; no number is -0
+        signed = [-number if policy == "entropy" else number for number in settings["threshold"]]
+        first = next((index for index, number in enumerate(signed) if number <= limits[0]), 3)
+        assert all(number == limits[1] for number in signed[first + 1 :]), settings
+        assert not any(str(number) == "-0.0" for number in settings["threshold"])
+    for index, (_, _, settings) in enumerate(found[17:20]):
+        left, on = leaving(table, settings)
+        assert on == [index] and (left == index).all()
+        assert settings == settings_of(np.where(np.arange(3) == index, *np.float32(limits)))
+    assert found[20][2] == found[17][2], "below the least score all leave at the first exit"
+    for cut, (_, _, settings) in zip(uniform[1:], found[21 : 20 + len(uniform)], strict=True):
+        assert settings == settings_of(cut)
+    fixed = list(SEARCHES[policy](table, COSTS, policy, temperatures, False))
+    assert len(fixed) == 17 + len(uniform) and not any(choose for _, _, choose in asked[68:])
+
+    # one threshold for some of the exits, and the others off
+    monkeypatch.setattr(searching, "_with_fewer_exits", lambda *given: iter([(9, (0, 2)), (5, (1,))]))
+    *_, first, second = SEARCHES[policy](table, COSTS, policy, temperatures, True)
+    off, nine, five = limits[1], uniform[9][0], uniform[5][0]
+    for (cost, drop, settings), cuts in ((first, [nine, off, nine]), (second, [off, five, off])):
+        assert settings == settings_of(np.array(cuts, np.float32))
+        assert (cost, drop) == pytest.approx(consequences_of(settings, every))
+
+
+@version_independent
+@pytest.mark.parametrize(("rows", "sizes"), [(2, [2, 2]), (3, [2, 2, 2, 3])])
+def test_folds_of_few_rows(rows, sizes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(searching, "search", lambda *given: asked.append(given[0].shape[1]) or search(*given))
+    list(SEARCHES["margin"](synthetic(rows), COSTS, "margin", (1.0,) * 4, True))
+    assert asked == 17 * sizes
+
+
+@version_independent
+@pytest.mark.parametrize("policy", ["confidence_entropy", "patience", "patience_confidence", "fixed"])
+def test_what_has_few_parameters_is_tried_in_full(policy):
+    table = synthetic(40)
+    found = list(SEARCHES[policy](table, COSTS, policy, (1.0,) * 4, True))
+    tried = {"confidence_entropy": 8 * 8, "patience": 3, "patience_confidence": 3 * 8, "fixed": 4}[policy]
+    assert len(found) == tried + (0 if policy == "fixed" else 6)
+    assert len(list(SEARCHES[policy](table, COSTS, policy, (1.0,) * 4, False))) == tried
+    for cost, drop, settings in found:
+        again, drops = consequences(table, *leaving(table, settings), COSTS)
+        assert (cost, drop) == pytest.approx((again, drops.double().mean().item()))
+    settings = [settings for _, _, settings in found[:tried]]
+    if policy == "fixed":
+        assert [one["exit_index"] for one in settings] == [0, 1, 2, 3]
+    elif policy == "patience":
+        assert [(one["patience"], one["exits"]) for one in settings] == [(1, [0]), (2, [0, 1, 2]), (3, [0, 1, 2])]
+    else:
+        scores = {name: sureness(table, name, (1.0,) * 4).numpy() for name in ("confidence", "entropy")}
+        # each passes one eighth of the scores fewer; the first passes all but the least
+        below = {
+            name: [(ranked <= ranked.ravel()[119 * k // 8]).sum() for k in range(8)]
+            for name, ranked in ((name, np.sort(scores[name], axis=None)) for name in scores)
+        }
+        if policy == "patience_confidence":
+            assert [one["patience"] for one in settings] == [1] * 8 + [2] * 8 + [3] * 8
+            assert [(scores["entropy"] <= -one["threshold"]).sum() for one in settings] == 3 * below["entropy"]
+            assert all(one["exits"] == [0, 1, 2] for one in settings)
+        else:
+            assert [(scores["confidence"] <= one["threshold"][2]).sum() for one in settings] == np.repeat(
+                below["confidence"], 8
+            ).tolist()
+            assert [(scores["entropy"] <= -one["entropy_threshold"]).sum() for one in settings] == 8 * below["entropy"]
+            fewer = [number for _, _, one in found[tried:] for number in one["threshold"] if number == 1.0]
+            assert len(fewer) == sum(3 - len(leaving(table, one)[1]) for _, _, one in found[tried:])
+
+
+@version_independent
+def test_fewer_exits_are_the_best_where_each_counts_for_itself():
+    """Gains and losses of exits that add up: taking the worst away in turn finds the best of all subsets."""
+    numbers = rng()
+    base, saved, lost = numbers.uniform(5, 6, 2), numbers.uniform(-1, 1.5, (2, 3)), numbers.uniform(-0.5, 1, (2, 3))
+    # one parameter for all is the better, whatever the exits
+    base[1], saved[1], lost[1] = base[0] - 1, saved[0], lost[0]
+
+    def judged(number, exits):
+        return base[number] - saved[number, list(exits)].sum(), lost[number, list(exits)].sum()
+
+    found = list(searching._with_fewer_exits(3, 2, judged, 10.0, True))
+    assert found[:2] == [(0, (0, 1, 2)), (1, (0, 1, 2))]
+    subsets = [exits for size in (1, 2, 3) for exits in itertools.combinations(range(3), size)]
+    for price, (number, exits) in zip(10 * np.geomspace(1000, 0.1, 17)[::3], found[2:], strict=True):
+        cost = {some: judged(1, some)[0] + price * judged(1, some)[1] for some in subsets}
+        assert number == 1 and cost[exits] == pytest.approx(min(cost.values()))
+    assert list(searching._with_fewer_exits(3, 2, judged, 10.0, False)) == found[:2]
+
+
+@version_independent
 def test_an_exit_whose_head_costs_more_than_it_saves_is_switched_off():
     table = replace(synthetic(600), costs=Costs(COSTS.trunks, [0.1, 50.0, 0.1, 0.1]))
     for policy in POLICY_NAMES:
-        found = calibrate(table, policy=policy, max_accuracy_drop=0.05)
+        # patience has few settings: what is left without that head is the first exit alone, which loses a fifth
+        asked = {"policy": policy, "max_accuracy_drop": 0.4 if policy == "patience" else 0.1}
+        found = calibrate(table, **asked)
         assert 1 not in found.exits and found.exits, policy
         assert build_policy(found.policy, 3).skips(1)
-        everything = calibrate(table, policy=policy, max_accuracy_drop=0.05, choose_exits=False)
-        assert everything.mean_macs >= found.mean_macs
+        everything = calibrate(table, **asked, choose_exits=False)
+        assert everything.mean_macs >= found.mean_macs and everything.exits in ((), (0,), (0, 1, 2))
 
 
-@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
-def test_temperature_undoes_the_scale_of_an_exit(policy):
+@version_independent
+def test_temperature_undoes_the_scale_of_an_exit():
     """Logits of some exits are larger by a factor: the fitted temperatures take it back, and the same rows leave."""
-    table, factors = synthetic(600), [3.0, 0.5, 2.0, 1.0]
+    table, factors = synthetic(600), [4.0, 0.5, 2.0, 1.0]
     scaled = replace(table, logits=table.logits * torch.tensor(factors)[:, None, None])
     temperatures = [[fit_temperature(exit, rows.labels) for exit in rows.logits] for rows in (table, scaled)]
     undone = [factor * value for factor, value in zip(factors, temperatures[0], strict=True)]
     assert temperatures[1] == pytest.approx(undone, rel=1e-4)
     assert table.accuracies() == scaled.accuracies()
-    plain = candidates(table, COSTS, policy, tuple(temperatures[0]))
-    found = candidates(scaled, COSTS, policy, tuple(undone))
-    for one, other in zip(plain, found, strict=True):
-        assert (leaving(table, one)[0] == leaving(scaled, other)[0]).float().mean() > 0.99
+    for policy in ("confidence", "margin", "entropy"):
+        plain = candidates(table, COSTS, policy, tuple(temperatures[0]))
+        found = candidates(scaled, COSTS, policy, tuple(undone))
+        # powers of two are exact
+        assert [one["threshold"] for one in plain] == [one["threshold"] for one in found] and len(plain) > 8
+        for one, other in zip(plain, found, strict=True):
+            assert torch.equal(leaving(table, one)[0], leaving(scaled, other)[0])
 
 
+@version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
 @pytest.mark.parametrize("telling", [True, False])
 def test_no_model_that_is_cut_off_is_cheaper_and_as_right(policy, telling):
     table = synthetic(600)
     if not telling:  # how sure an exit is has nothing to do with whether it is right
-        right = torch.rand(4, 600, generator=torch.Generator().manual_seed(1)) < torch.tensor(
-            [[0.4], [0.8], [0.79], [0.8]]
-        )
+        right = torch.rand(4, 600, generator=generator(1)) < torch.tensor([[0.4], [0.8], [0.79], [0.8]])
         answers = torch.where(right, table.labels, (table.labels + 1) % 5)
-        scale = 1 + 3 * torch.rand(4, 600, 1, generator=torch.Generator().manual_seed(2))
+        scale = 1 + 3 * torch.rand(4, 600, 1, generator=generator(2))
         table = replace(table, logits=torch.nn.functional.one_hot(answers, 5) * scale)
     found = [{"name": "never"}, *candidates(table, COSTS, policy, (1.0,) * 4)]
     reached = [consequences(table, *leaving(table, settings), COSTS) for settings in found]
@@ -193,10 +435,12 @@ def test_report_is_what_its_policy_replays_to(policy, labels):
     assert "no guarantee: point estimate on 400 rows" in found.as_text()
 
 
+@version_independent
 def test_every_built_in_policy_can_be_calibrated():
     assert set(SEARCHES) == set(POLICIES) - {"never"}
 
 
+@version_independent
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
     table = synthetic(500)
@@ -205,16 +449,16 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
     costs = [cost for cost, _ in results]
     drops = [drop.double().mean().item() for _, drop in results]
     if policy not in ("confidence", "margin", "entropy"):  # these are judged by cross-fitting too
-        assert costs == sorted(costs, reverse=True) and drops == sorted(drops)
+        assert costs == sorted(set(costs), reverse=True) and drops == sorted(set(drops)) and len(found) > 1
     if policy in ("confidence", "margin", "entropy"):
-        limits = {"confidence": (0.0, 1.0), "margin": (-1.0, 1.0), "entropy": (-1e9, 0.0)}[policy]
-        curve = uniform_thresholds(sureness(table, policy, (1.0,) * 4).numpy(), limits)
+        curve = uniform_thresholds(sureness(table, policy, (1.0,) * 4).numpy(), RANGES[policy])
         sign = -1 if policy == "entropy" else 1
         curve = [{"name": policy, "threshold": (sign * cut).tolist()} for cut in curve]
         assert len(curve) > 50
     elif policy == "confidence_entropy":
-        more = {name: found[1][name] for name in ("entropy_threshold", "temperature")}
-        curve = [{"name": policy, "threshold": max(found[1]["threshold"][:-1]), **more}]
+        cuts = np.unique([settings["threshold"] for settings in found])
+        more = {"entropy_threshold": found[0]["entropy_threshold"]}
+        curve = [{"name": policy, "threshold": cut, **more} for cut in cuts[cuts < 1].tolist()]
     else:
         more = {"threshold": found[0]["threshold"]} if policy == "patience_confidence" else {}
         curve = [{"name": policy, "patience": patience, **more} for patience in (1, 2, 3)]
@@ -224,6 +468,7 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
         assert min(within) <= cost
 
 
+@version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "confidence_entropy", "patience_confidence"])
 def test_no_row_lies_on_a_threshold(policy):
     """A model and its export differ by a bit: a row on a threshold would leave one of them earlier."""
@@ -231,15 +476,16 @@ def test_no_row_lies_on_a_threshold(policy):
     found = [settings for _, _, settings in SEARCHES[policy](table, COSTS, policy, temperatures, True)]
     assert len(found) > 8
     judged_by = {"confidence_entropy": "confidence", "patience_confidence": "entropy"}.get(policy, policy)
-    scores = sureness(table, judged_by, temperatures).abs()
-    for settings in found:
-        for threshold in torch.tensor(settings["threshold"]).flatten():
-            assert (scores - threshold).abs().min() > 0 or threshold in (0.0, 1.0)
-        if policy == "confidence_entropy":
-            entropies = sureness(table, "entropy", temperatures).abs()
-            assert (entropies - settings["entropy_threshold"]).abs().min() > 0
+    cuts = [(judged_by, number) for settings in found for number in np.ravel(settings["threshold"]).tolist()]
+    if policy == "confidence_entropy":
+        cuts += [("entropy", settings["entropy_threshold"]) for settings in found]
+    for name, number in cuts:
+        scores, cut = sureness(table, name, temperatures).numpy(), np.float32(-number if name == "entropy" else number)
+        if cut in scores and cut not in RANGES[name]:  # between neighbours in float32 there is no number
+            assert scores[scores > cut].min(initial=RANGES[name][1]) == np.nextafter(cut, np.float32(np.inf))
 
 
+@version_independent
 def test_nothing_provable_runs_the_full_model():
     table = synthetic(400)
     wrong = table.logits.roll(1, -1)
@@ -250,6 +496,7 @@ def test_nothing_provable_runs_the_full_model():
     assert "none: the full model answers" in found.as_text() and "with probability 0.9" in found.as_text()
 
 
+@version_independent
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_numbers_that_are_none(number):
     table = synthetic(50)
@@ -258,6 +505,7 @@ def test_numbers_that_are_none(number):
         calibrate(table, max_accuracy_drop=0.05)
 
 
+@version_independent
 @pytest.mark.parametrize("label", [-100, 5])
 def test_labels_that_are_no_class(label):
     table = synthetic(50)
@@ -266,12 +514,12 @@ def test_labels_that_are_no_class(label):
         calibrate(table, max_accuracy_drop=0.05)
 
 
+@version_independent
 def test_order_of_rows_does_not_matter():
     table = synthetic(400)
-    shuffled = table.select(torch.randperm(400, generator=torch.Generator().manual_seed(5)))
+    shuffled = table.select(torch.randperm(400, generator=generator(5)))
     first, second = (calibrate(rows, max_accuracy_drop=0.02) for rows in (table, shuffled))
-    assert first.policy["threshold"] == pytest.approx(second.policy["threshold"], abs=1e-5)
-    assert first.mean_macs == second.mean_macs
+    assert first == second and len(first.frontier) > 8
 
 
 def test_budgets():
@@ -280,17 +528,18 @@ def test_budgets():
     assert COSTS.backbone / fast.mean_macs >= 1.8
     assert calibrate(table, max_macs=COSTS.backbone / 1.8) == fast
     both = calibrate(table, min_speedup=1.2, max_accuracy_drop=0.05)
-    assert COSTS.backbone / both.mean_macs >= 1.2 and both.full_accuracy - both.accuracy <= 0.05
+    assert COSTS.backbone / both.mean_macs >= 1.2 and both.full_accuracy - both.accuracy <= 0.05 + 1e-9
 
 
-@pytest.mark.parametrize("rows", [788, 1000, 1662])
+@version_independent
+@pytest.mark.parametrize("rows", [788, 1662])
 def test_halves_are_random_whatever_the_rows_are_like(rows):
     """Hard rows have the larger logits, and many rows are alike: neither half gets more of the hard ones."""
     hard_share, drawn = 0.1, []
-    for seed in range(100):
-        generator = torch.Generator().manual_seed(seed)
-        hard = torch.rand(rows, generator=generator) < hard_share
-        size = torch.where(hard, 9.0, torch.randint(1, 4, (rows,), generator=generator).float())
+    numbers = generator()
+    for _ in range(200):
+        hard = torch.rand(rows, generator=numbers) < hard_share
+        size = torch.where(hard, 9.0, torch.randint(1, 4, (rows,), generator=numbers).float())
         logits = torch.stack([size, -size / 2], -1).expand(3, rows, 2)
         _, tested = split(ExitTable(logits, hard.long(), [1, 2, 3]))
         drawn.append(tested.labels.sum().item() - hard.sum().item() / 2)
@@ -298,6 +547,14 @@ def test_halves_are_random_whatever_the_rows_are_like(rows):
     assert abs(np.mean(drawn)) < 4 * spread / 10 and 0.7 < np.std(drawn) / spread < 1.4
 
 
+def rows_of(table):
+    return [
+        [label, *row]
+        for label, row in zip(table.labels.tolist(), table.logits.swapaxes(0, 1).flatten(1).tolist(), strict=True)
+    ]
+
+
+@version_independent
 def test_the_search_never_sees_the_rows_that_are_tested_on(monkeypatch):
     table, seen = synthetic(300), []
     monkeypatch.setattr(
@@ -306,10 +563,10 @@ def test_the_search_never_sees_the_rows_that_are_tested_on(monkeypatch):
     found = calibrate(table, max_accuracy_drop=0.05, delta=0.1)
     searched, tested = split(table)
     assert len(seen) == 1 and torch.equal(seen[0].logits, searched.logits) and found.n == len(tested) == 150
-    every = torch.cat([searched.logits, tested.logits], 1).sum((0, 2)).sort().values
-    assert torch.equal(every, table.logits.sum((0, 2)).sort().values)
+    assert sorted(rows_of(searched) + rows_of(tested)) == sorted(rows_of(table))
 
 
+@version_independent
 def test_tested_must_be_other_rows_of_the_same_model():
     table = synthetic(300)
     with pytest.raises(ValueError, match="300 of the 300 rows to test on are in the table that is searched on"):
@@ -323,29 +580,39 @@ def test_tested_must_be_other_rows_of_the_same_model():
         calibrate(table, max_accuracy_drop=0.05, tested=synthetic(300, seed=1, classes=7))
 
 
+@version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience", "patience_confidence"])
 def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
     table = replace(synthetic(400), costs=Costs(COSTS.trunks, [1.5, 1.5, 1.5, 0.1]))
     found = candidates(table, table.costs, policy, (1.0,) * 4, choose_exits=False)
+    deepest = 0
     for settings in found:
         left, asked = leaving(table, settings)
         reached = [index for index in range(3) if (left >= index).any()]
         assert set(reached) <= set(asked), settings
+        deepest = max(deepest, len(reached))
+    assert deepest == 3
 
 
+@version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience"])
 def test_exits_behind_one_where_all_leave_are_off(policy):
     left, asked = leaving(synthetic(400), candidates(synthetic(400), COSTS, policy, (1.0,) * 4)[-1])
     assert asked == [0] and not left.any()
 
 
+@version_independent
 def test_two_neighbouring_scores_are_told_apart():
-    close = np.nextafter(np.float32(0.5), np.float32(0))
-    sureness, right = np.array([[0.5, close]], np.float32), np.array([[True, False], [True, True]])
-    (cut,) = search(sureness, right, Costs([1.0, 9.0], [0.0, 0.0]), 100.0, (0.0, 1.0))
-    assert (sureness[0] > cut).tolist() == [True, False]
+    # half way is rounded to the upper of the one pair, to the lower of the other
+    half = np.float32(0.5)
+    for upper in (half, np.nextafter(half, np.float32(1)), np.nextafter(half, np.float32(0))):
+        close = np.nextafter(upper, np.float32(0))
+        sureness, right = np.array([[upper, close, 0.25]], np.float32), np.array([[True, False, False], [True] * 3])
+        (cut,) = search(sureness, right, Costs([1.0, 9.0], [0.0, 0.0]), 100.0, (0.0, 1.0))
+        assert (sureness[0] > cut).tolist() == [True, False, False]
 
 
+@version_independent
 def test_a_head_that_is_off_is_not_paid_for():
     """Leaving at the first exit loses 10 where going on costs 9; with the second head, never worth it, 14."""
     sureness, right = np.array([[0.5], [0.5]], np.float32), np.array([[False], [False], [True]])
@@ -353,33 +620,149 @@ def test_a_head_that_is_off_is_not_paid_for():
     assert found.tolist() == [1.0, 1.0]
 
 
-def test_two_tables_search_on_all_of_the_first():
-    table, other = synthetic(400), synthetic(300, seed=1)
-    found = calibrate(table, max_accuracy_drop=0.05, delta=0.1, tested=other)
-    assert found.n == 300 and found.mean_macs < COSTS.backbone
-    halves = split(table)
-    apart, together = (
-        calibrate(halves[0], max_accuracy_drop=0.05, tested=halves[1]),
-        calibrate(table, max_accuracy_drop=0.05),
-    )
-    assert (apart.policy, apart.accuracy, apart.n) == (together.policy, together.accuracy, together.n)
+@version_independent
+def test_two_tables_search_on_all_of_the_first(monkeypatch):
+    table, other, seen = synthetic(400), synthetic(300, seed=1), []
+    monkeypatch.setattr(calibration, "candidates", lambda rows, *rest: seen.append(rows) or candidates(rows, *rest))
+    found = calibrate(table, max_accuracy_drop=0.1, delta=0.1, tested=other)
+    assert len(seen) == 1 and sorted(rows_of(seen[0])) == sorted(rows_of(table))
+    answers = other.replay(found.policy).logits.argmax(-1)
+    assert found.n == 300 and found.accuracy == pytest.approx((answers == other.labels).float().mean().item())
+    assert found.full_accuracy == pytest.approx(other.accuracies()[-1]) and found.mean_macs < COSTS.backbone
 
 
-@pytest.mark.parametrize("bound", ["drop", "harm"])
-def test_promise_is_kept(bound):
-    truth, broken, gained, splits, delta = synthetic(20_000, seed=99), 0, 0, 100, 0.1
+@version_independent
+def test_promises_are_kept(monkeypatch):
+    """Of the drop and of the harm; both are tested on the same candidates, searched for once."""
+    truth, splits, delta = synthetic(20_000, seed=99, exits=3, classes=3), 100, 0.1
+    truth = replace(truth, costs=Costs([3.0] * 3, [0.2, 0.3, 0.1]))
+    broken, gained = {"drop": 0, "harm": 0}, {"drop": 0, "harm": 0}
     full = truth.logits[-1].argmax(-1) == truth.labels
     for seed in range(splits):
-        rows = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))[:600]
-        sample = truth.select(rows)
-        found = calibrate(sample, max_accuracy_drop=0.05, delta=delta, bound=bound, temperature=False)
-        early = truth.replay(found.policy).logits.argmax(-1) == truth.labels
-        drop = (full & ~early).float().mean() if bound == "harm" else full.float().mean() - early.float().mean()
-        broken, gained = broken + (drop.item() > 0.05), gained + (found.mean_macs < COSTS.backbone)
-    assert broken / splits <= delta + 3 * math.sqrt(delta * (1 - delta) / splits)
-    assert gained > splits / 2
+        sample, kept = truth.select(torch.randperm(len(truth), generator=generator(seed))[:600]), []
+        monkeypatch.setattr(
+            calibration, "candidates", lambda *given, kept=kept: kept or kept.extend(candidates(*given)) or kept
+        )
+        for bound in broken:
+            found = calibrate(sample, max_accuracy_drop=0.05, delta=delta, bound=bound, temperature=False)
+            early = truth.replay(found.policy).logits.argmax(-1) == truth.labels
+            drop = (full & ~early).float().mean() if bound == "harm" else full.float().mean() - early.float().mean()
+            broken[bound] += drop.item() > 0.05
+            gained[bound] += found.mean_macs < truth.costs.backbone
+    assert max(broken.values()) / splits <= delta + 3 * math.sqrt(delta * (1 - delta) / splits), broken
+    assert min(gained.values()) > splits / 2, gained
 
 
+# -- exits that are worth their cost ---------------------------------------------------------------------------
+
+
+def choice_by_hand(exits, scores, worth, costs, max_drop):
+    """The least cost of all thresholds that tell rows apart, and the drop that comes with it; row by row."""
+    seen, best = np.unique(np.maximum.accumulate(scores[exits], 0)), (np.inf, 0.0)
+    for threshold in [*((seen[1:] + seen[:-1]) / 2), 1.0]:
+        left = [next((e for e in exits if scores[e, row] > threshold), -1) for row in range(scores.shape[1])]
+        cost = np.mean([costs.of_exit(len(scores) if e < 0 else e, exits) for e in left])
+        drop = np.mean([worth[-1, row] - worth[e, row] for row, e in enumerate(left)])
+        best = min(best, (cost, drop)) if drop <= max_drop + 1e-7 else best
+    return best
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_exits_are_chosen_as_by_hand(labelled):
+    numbers = rng()
+    for _ in range(6):
+        table, costs = (
+            synthetic(12, seed=int(numbers.integers(100))),
+            Costs([0.25] * 4, [*numbers.uniform(0, 0.1, 3), 0.0]),
+        )
+        worth = answer_worth(table.logits, table.labels if labelled else None)
+        chances = softmax(table.logits.numpy(), -1)
+        scores, answers = chances[:-1].max(-1), chances.argmax(-1)
+        expected = answers == table.labels.numpy() if labelled else [chances[-1][range(12), row] for row in answers]
+        assert worth.numpy() == pytest.approx(np.array(expected, float), abs=1e-6)
+        path = []
+        for size in (3, 2, 1):
+            smaller = itertools.combinations(path[-1][2] if path else range(3), size)
+            path.append(
+                min((*choice_by_hand(list(exits), scores, worth.numpy(), costs, 0.25), exits) for exits in smaller)
+            )
+            found = _best_threshold(path[-1][2], torch.from_numpy(scores), worth, costs, 0.25)
+            assert (found.cost, found.drop) == pytest.approx(path[-1][:2], abs=1e-6)
+        cost, drop, exits = [one for one in path if one[0] <= 1.01 * min(path)[0]][-1]
+        found = choose_exits(table.logits, worth, costs, 0.25)
+        assert found.exits == exits and (found.cost, found.drop) == pytest.approx((cost, drop), abs=1e-6)
+
+
+def two_exits(first, second):
+    """Ten rows: how many each exit answers surely and rightly; of the others it is unsure, and wrong."""
+    sure, unsure = torch.tensor([5.0, 0.0]), torch.tensor([0.0, 0.1])
+    early = [torch.stack([sure if row < rows else unsure for row in range(10)]) for rows in (first, second)]
+    return torch.stack([*early, torch.stack([sure] * 10)])
+
+
+@version_independent
+def test_an_exit_that_gains_less_than_a_hundredth_goes():
+    logits, labels = two_exits(5, 6), torch.zeros(10, dtype=torch.long)
+    worth = answer_worth(logits, labels)
+    assert worth.sum(1).tolist() == [5, 6, 10]
+    # the first exit alone: 0.4 + 0.5 * 0.6 = 0.7; the second as well: five rows pay its head, one saves 0.4
+    for head, exits, cost in ((0.067, (0,), 0.7), (0.065, (0, 1), 0.7 + 0.5 * 0.065 - 0.04)):
+        choice = choose_exits(logits, worth, Costs([0.4, 0.2, 0.4], [0.0, head, 0.0]), 0.0)
+        assert choice.exits == exits and choice.cost == pytest.approx(cost) and choice.drop == 0
+        assert 0.525 < choice.threshold < 0.993
+    # a gain of half a hundredth is one: leaving early at no exit is no choice
+    choice = choose_exits(two_exits(1, 1)[[0, 2]], worth[[0, 2]], Costs([0.4, 0.6], [0.055, 0.0]), 0.4)
+    assert choice.exits == (0,) and choice.cost == pytest.approx(0.995)
+    # the first exit never pays: it goes, and the second stays
+    choice = choose_exits(logits, worth, Costs([0.4, 0.2, 0.4], [0.5, 0.0, 0.0]), 0.0)
+    assert choice.exits == (1,) and choice.cost == pytest.approx(0.4 + 0.2 + 0.4 * 0.4)
+
+
+@version_independent
+def test_as_much_may_be_lost_as_was_allowed():
+    """One of eight rows is wrong at the exit, and surest of all; four are sure and right, three unsure."""
+    logits = torch.tensor([[[0.0, 9.0], *[[4.0, 0.0]] * 4, *[[0.1, 0.0]] * 3], [[9.0, 0.0]] * 8])
+    worth, costs = answer_worth(logits, torch.zeros(8, dtype=torch.long)), Costs([0.5, 0.5], [0.0, 0.0])
+    choice = choose_exits(logits, worth, costs, 0.125)
+    assert (choice.exits, choice.drop, choice.cost) == ((0,), 0.125, 0.5 + 0.5 * 3 / 8)
+    # what remains costs as much as the full model, which is no gain
+    with pytest.raises(ValueError, match="no exit is cheaper than the full model within .* drop of 0.124"):
+        choose_exits(logits, worth, costs, 0.124)
+
+
+def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
+    """By a clock of our own: what is timed is each segment's blocks and its head, on one image and on all."""
+    model, calls = tiny_model("vit", exit_positions=[2, 4], exit_types="linear"), []
+    model.set_exit_policy("confidence", threshold=0.5)
+    pixels = tiny_images(5)
+    everything = model(pixels, early_exit=False)
+
+    def clock(runs, *, repeats):
+        results = {name: run() for name, run in runs.items()}
+        calls.append((list(runs), repeats, results))
+        seconds = {("trunk", 0): 4.0, ("trunk", 1): 2.0, ("trunk", 2): 2.0, ("head", 0): 1.0, ("head", 2): 2.0}
+        extra = {("head", 1): 3.0 if len(calls) == 1 else 1.0}
+        # the median counts; the second batch size takes twice as long
+        return {name: [9.0, len(calls) * one, 0.0] for name, one in {**seconds, **extra}.items()}
+
+    monkeypatch.setattr(choosing, "time_interleaved", clock)
+    costs = choosing.measured_costs(model, pixels, repeats=3)
+    assert costs.trunks == [0.4, 0.2, 0.2] and costs.heads == pytest.approx([0.1, 0.2, 0.2])
+    assert costs.backbone == pytest.approx(1)
+    parts = [(part, index) for index in range(3) for part in ("trunk", "head")]
+    assert [call[:2] for call in calls] == [(parts, 3)] * 2
+    for (_, _, results), size in zip(calls, (1, 5), strict=True):
+        torch.testing.assert_close(results["head", 2], everything.logits[:size], rtol=1e-4, atol=1e-5)
+        assert [results["trunk", index].batch_size for index in range(3)] == [size] * 3
+        # nobody leaves: the head and a policy are asked all the same
+        assert results["head", 0] == results["head", 1] == 0
+    assert choosing.relative(Costs([4.0, 2.0, 2.0], [1.0, 3.0, 2.0])) == Costs([0.4, 0.2, 0.2], [0.1, 0.3, 0.2])
+
+
+# -- what cannot be calibrated ---------------------------------------------------------------------------------
+
+
+@version_independent
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -395,9 +778,10 @@ def test_promise_is_kept(bound):
 )
 def test_targets_that_cannot_be(wanted, message):
     with pytest.raises(ValueError, match=message):
-        calibrate(synthetic(200), **wanted)
+        calibrate(synthetic(400), **wanted)
 
 
+@version_independent
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -32,6 +32,8 @@ from lgvit_hf.processing import make_processor
 from tests.test_cross_version import tiny_avit
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_model
 
+version_independent = pytest.mark.version_independent
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS, CARDS = ROOT / "tests" / "assets", ROOT / "model_cards"
 # what a card's maker says beside the reports; the command is in `model_cards/README.md`
@@ -80,6 +82,7 @@ def cells(text):
     return rows[2:]
 
 
+@version_independent
 def test_says_what_the_evaluation_found(checkpoint, reports):
     evaluation = reports["evaluation"]
     made = card(checkpoint, [checkpoint / "evaluation.json"], figure="pareto.png")
@@ -104,6 +107,7 @@ def test_says_what_the_evaluation_found(checkpoint, reports):
     }
 
 
+@version_independent
 def test_says_what_is_guaranteed_and_what_is_not(checkpoint, reports):
     calibration = reports["calibration"]
     title = "How thresholds were chosen, and what is guaranteed"
@@ -117,6 +121,7 @@ def test_says_what_is_guaranteed_and_what_is_not(checkpoint, reports):
     assert "Nothing is guaranteed" in said and "With probability" not in said
 
 
+@version_independent
 def test_says_what_the_benchmark_measured(checkpoint, reports):
     (entry,) = reports["benchmark"]["batches"]
     said = sections(card(checkpoint, [reports["benchmark"]]).text)["Wall-clock on digits"]
@@ -133,6 +138,7 @@ def test_says_what_the_benchmark_measured(checkpoint, reports):
     assert "alone" not in said and "busy" not in said
 
 
+@version_independent
 def test_what_no_report_says_is_left_out(checkpoint):
     text = str(card(checkpoint))
     for absent in ("accuracy", "Measured", "guarantee", "None", "model-index", "license", "datasets", "pareto"):
@@ -143,6 +149,7 @@ def test_what_no_report_says_is_left_out(checkpoint):
     assert "early exits" not in card(tiny_model("vit", exit_positions=[2]).truncate(0)).text
 
 
+@version_independent
 def test_metadata_is_what_was_said(checkpoint, tmp_path):
     options = ["--license", "mit", "--base-model", "me/plain", "--tags", "tiny", "--datasets", "me/digits"]
     assert main(["card", str(checkpoint), "--name", "me/tiny", "--output", str(tmp_path / "card.md"), *options]) == 0
@@ -156,6 +163,7 @@ def test_metadata_is_what_was_said(checkpoint, tmp_path):
     assert Image.open(tmp_path / "card.png").width > 500
 
 
+@version_independent
 def test_the_picture_shows_exits_alone_without_the_heads_above_them(checkpoint, reports):
     for policy in (reports["evaluation"]["policy"], {"name": "confidence", "threshold": [1.0, 0.5]}):
         model = ViTHighway.from_pretrained(checkpoint, exit_policy=policy)
@@ -186,6 +194,7 @@ def test_scores_for_leaderboards(checkpoint, reports, tmp_path):
     assert full["value"] == pytest.approx(reports["evaluation"]["overall"]["accuracy_full_model"], abs=1e-6)
 
 
+@version_independent
 def test_reports_of_another_model_or_policy_are_refused(checkpoint, reports, tmp_path):
     other = copy.deepcopy(reports["evaluation"])
     other["policy"] = {"name": "confidence", "threshold": 0.123}
@@ -222,6 +231,7 @@ def test_a_readme_of_one_s_own_stays(checkpoint, tmp_path, capsys):
     assert "from the config alone" in capsys.readouterr().out
 
 
+@version_independent
 def test_bad_input_is_one_line(checkpoint, tmp_path, capsys):
     for arguments, words in (
         (["me/nowhere"], "give --output"),
@@ -390,6 +400,7 @@ def test_cards_of_the_reference_models_are_as_they_are_generated(name, tmp_path)
     assert pictures[0].size == pictures[1].size
 
 
+@version_independent
 def test_every_reference_model_has_a_card_and_every_card_a_model():
     assert {file.stem for file in CARDS.glob("*.md")} - {"README"} == set(REFERENCES)
     assert all((ASSETS / name / "model.safetensors").stat().st_size < 4e6 for name in REFERENCES)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from lgvit_hf import AViT, AViTConfig
+from tests.seeds import seeded
 from tests.tiny import KINDS, MODELS, tiny_images, tiny_model, tiny_native
 
 OTHER_PYTHON = os.environ.get("LGVIT_OTHER_PYTHON")
@@ -49,7 +50,7 @@ OF_TRANSFORMERS_5 = re.compile(r"q_proj|k_proj|v_proj|o_proj|mlp\.fc|(vit|deit)\
 
 
 def tiny_avit(backbone):
-    torch.manual_seed(3)
+    seeded(3)
     size = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4}
     gate = {"gate_scale": 1.0, "gate_center": 1.0}
     return AViT(
@@ -167,7 +168,7 @@ def save_small(folder):
         model = tiny_model(kind, exit_positions=[1], exit_types="conv1_1", **size)
         with torch.no_grad():
             first = model(tiny_images(32), early_exit=False).exit_logits[0]
-        # weights are drawn in another order on transformers 5: half of the rows leave, whatever they are
+        # weights are drawn in another order on transformers 5: half of the samples exit early, whatever they are
         middle = first.softmax(-1).amax(-1).sort().values[15:17].mean().item()
         model.set_exit_policy("confidence", threshold=middle)
         model.save_pretrained(folder / kind)
@@ -205,7 +206,7 @@ def test_exported_here_and_elsewhere_are_the_same(other, tmp_path):
         answers = [onnxruntime.InferenceSession(file, options).run(None, {"pixel_values": images}) for file in files]
         for ours, theirs in zip(*answers, strict=True):
             assert (ours == theirs).all(), kind
-        assert len(set(answers[0][1].tolist())) == 2, "rows leave at both exits"
+        assert len(set(answers[0][1].tolist())) == 2, "samples exit at both exits"
         here, there = (operators(onnx.load(file).graph) for file in files)
         # transformers 5 multiplies Swin's attention by a scale where 4 divides by its inverse
         assert kind == "swin" or here == there, kind

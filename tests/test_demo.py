@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lgvit_hf.demo import run_demo
+from lgvit_hf.demo import MODEL, run_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +22,11 @@ def blocks(language):
 def demo(tmp_path_factory):
     home = tmp_path_factory.mktemp("demo")
     lines = []
-    results = run_demo(home / "demo_output", quick=True, say=lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        # half as wide, and fewer images for the clock
+        patch.setattr("lgvit_hf.demo.MODEL", MODEL | {"hidden_size": 48, "intermediate_size": 96})
+        patch.setattr("lgvit_hf.evaluation.report.TIMED_ROWS", 64)
+        results = run_demo(home / "demo_output", quick=True, say=lines.append)
     return home, results, "\n".join(lines)
 
 
@@ -33,8 +37,12 @@ def test_demo_reports_what_it_did(demo):
     assert [row["position"] for row in results["exits"]] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
     assert sum(row["rows"] for row in results["exits"]) == results["overall"]["rows"] == 360
     assert [stage["stage"] for stage in results["stages"]] == ["backbone", "1", "2"]
-    assert all(times["wall_clock_speed_up"] > 0 for times in results["wall_clock"].values())
-    assert "the speed of the backbone without heads" in text
+    assert set(results["wall_clock"]) == {"1", "32"}
+    for size, times in results["wall_clock"].items():
+        early, backbone = times["early_exit_seconds"], times["backbone_seconds"]
+        assert times["wall_clock_speed_up"] == pytest.approx(backbone / early)
+        said = f"wall-clock, batch {size:3} {backbone / early:.2f}x the speed of the backbone without heads"
+        assert said in text
 
 
 def test_demo_replaces_its_own_output_only(demo, tmp_path):
@@ -63,14 +71,34 @@ def test_saved_model_answers_in_a_fresh_process(demo):
     assert done.stdout.split() == ["3", "2", "True"], done.stderr
 
 
+# each in a process of its own, which has imported nothing of ours
+ONE_BY_ONE = """
+import os, runpy, sys
+import torch, transformers.pipelines, transformers.modeling_utils
+assert not any(name.split(".")[0] == "lgvit_hf" for name in sys.modules)
+for number in range(int(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        runpy.run_path(f"snippet{number}.py", run_name="__main__")
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, f"snippet {number}"
+"""
+
+
 def test_readme_snippets_run(demo):
     snippets = blocks("python")
     assert len(snippets) == 5
-    for snippet in snippets:
-        done = subprocess.run([sys.executable, "-c", snippet], cwd=demo[0], capture_output=True, text=True)
-        assert done.returncode == 0, f"{snippet}\n{done.stderr}"
+    for number, snippet in enumerate(snippets):
+        (demo[0] / f"snippet{number}.py").write_text(snippet)
+    command = [sys.executable, "-c", ONE_BY_ONE, str(len(snippets))]
+    done = subprocess.run(command, cwd=demo[0], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # what they print: shapes, depths, the policy found
+    assert "torch.Size([5, 10])" in done.stdout and "tensor(True)" in done.stdout
 
 
+@pytest.mark.version_independent
 def test_readme_commands_exist():
     from lgvit_hf.options import build_parser
 
@@ -80,6 +108,7 @@ def test_readme_commands_exist():
         build_parser().parse_args(command.split()[1:])
 
 
+@pytest.mark.version_independent
 def test_readme_names_every_head_and_policy():
     from lgvit_hf.heads import HEADS
     from lgvit_hf.policies import POLICIES

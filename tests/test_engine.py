@@ -1,16 +1,19 @@
-"""The law of early exit, on stored logits: a row's answer never depends on the rows beside it, nor on their order."""
+"""The law of early exit, on stored logits: a sample's answer never depends on its batch, nor on the order there."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgvit_hf.engine import run_all, run_early, study_all
 from lgvit_hf.evaluation.table import ExitTable
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy
 from lgvit_hf.segments import Segment, State
+from tests.seeds import examples, generator
+
+pytestmark = pytest.mark.version_independent
 
 NUM_ROWS, NUM_LABELS = 1000, 4
 DEPTHS = [2, 3, 5, 6, 8, 12]
@@ -19,12 +22,12 @@ FINAL = NUM_EXITS
 
 
 def random_logits():
-    """Ever surer exits; one row in ten is NaN at one exit, some at all of them, and some tie."""
-    generator = torch.Generator().manual_seed(7)
-    truth = 2 * torch.randn(NUM_ROWS, NUM_LABELS, generator=generator)
-    noise = torch.randn(len(DEPTHS), NUM_ROWS, NUM_LABELS, generator=generator)
+    """Ever surer exits; one sample in ten is NaN at one exit, some at all of them, and some tie."""
+    numbers = generator(7)
+    truth = 2 * torch.randn(NUM_ROWS, NUM_LABELS, generator=numbers)
+    noise = torch.randn(len(DEPTHS), NUM_ROWS, NUM_LABELS, generator=numbers)
     logits = truth + noise * torch.linspace(2.0, 0.5, len(DEPTHS))[:, None, None]
-    hit = torch.randint(len(DEPTHS), (NUM_ROWS // 10,), generator=generator)
+    hit = torch.randint(len(DEPTHS), (NUM_ROWS // 10,), generator=numbers)
     logits[hit, torch.arange(0, NUM_ROWS, 10), 1] = math.nan
     logits[:, :5] = math.nan
     logits[:, 5:10] = 0.0
@@ -33,6 +36,7 @@ def random_logits():
 
 
 LOGITS = random_logits()
+CLEAN = torch.arange(21, 30)  # never NaN
 
 
 class Recorded:
@@ -129,7 +133,7 @@ PARAMETERS = {
     "fixed": {"exit_index": st.integers(0, NUM_EXITS)},
     "never": {},
 }
-# one setting of each under which rows leave everywhere
+# one setting of each under which samples exit everywhere
 TYPICAL = [
     {"name": "confidence", "threshold": [0.97, 0.9, 0.85, 0.8, 0.75]},
     {"name": "entropy", "threshold": [0.1, 0.3, 0.5, 0.7, 0.9], "temperature": 1.3},
@@ -154,15 +158,14 @@ def test_every_policy_has_parameters():
     assert set(PARAMETERS) == {typical["name"] for typical in TYPICAL} == set(POLICIES)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40))
 @given(policy=policies, bounds=bounds, seed=st.integers(0, 2**16), batch_size=st.sampled_from([1, 2, 7, 64]))
 def test_law(policy, bounds, seed, batch_size):
     policy = build_policy(policy, NUM_EXITS)
     depths = {"min_depth": bounds[0], "max_depth": bounds[1]}
     whole = run(policy, **depths)
 
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(NUM_ROWS, generator=generator)
+    order = torch.randperm(NUM_ROWS, generator=generator(seed))
     assert_same(run(policy, order, **depths), taken(whole, order))
     assert_same(ExitTable(LOGITS, torch.zeros(NUM_ROWS), DEPTHS).replay(policy, **depths), whole)
 
@@ -190,9 +193,9 @@ def test_a_thousand_rows_alone(typical):
     )
     assert_same(joined, whole)
     if typical in SPREADING:
-        # patience cannot leave before its time
+        # nothing exits before patience is over
         first = {"patience": 2, "patience_confidence": 1}.get(typical["name"], 0)
-        assert set(whole.exit_index.tolist()) == set(range(first, FINAL + 1)), "rows must leave at every exit"
+        assert set(whole.exit_index.tolist()) == set(range(first, FINAL + 1)), "samples must exit everywhere"
 
 
 @every_policy
@@ -226,7 +229,7 @@ def test_nan_never_leaves_early_under_a_policy_that_lets_all_go():
         assert index == (clean[0] if clean else FINAL)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30))
 @given(policy=policies, bounds=bounds, batch_size=st.sampled_from([1, 3, 64, 1000]))
 def test_blocks_and_heads_run_on_survivors_only(policy, bounds, batch_size):
     policy = build_policy(policy, NUM_EXITS)
@@ -261,7 +264,7 @@ def never_sure(logits, memory):
 )
 def test_only_heads_that_are_asked_are_run(policy, heads):
     recorded = Recorded()
-    run_early(recorded.segments(), rows_state(torch.arange(20, 30)), build_policy(policy, NUM_EXITS))
+    run_early(recorded.segments(), rows_state(CLEAN), build_policy(policy, NUM_EXITS))
     assert sorted(recorded.rows_in_head) == heads
 
 
@@ -275,13 +278,13 @@ def test_min_depth_skips_heads_and_max_depth_skips_blocks():
 
 @pytest.mark.parametrize(("threshold", "exit_index"), [(-1.0, 0), (2.0, FINAL)])
 def test_everything_leaves_at_once_or_nothing_leaves(threshold, exit_index):
-    recorded, clean = Recorded(), torch.arange(21, 30)
+    recorded = Recorded()
     policy = build_policy({"name": "confidence", "threshold": threshold}, NUM_EXITS)
-    answers = run_early(recorded.segments(), rows_state(clean), policy)
+    answers = run_early(recorded.segments(), rows_state(CLEAN), policy)
     assert answers.exit_index.tolist() == [exit_index] * 9
     assert recorded.rows_in_block == dict.fromkeys(range(1, DEPTHS[exit_index] + 1), 9)
     assert recorded.rows_in_head == {exit_index: 9}
-    assert torch.equal(answers.logits, LOGITS[exit_index, clean])
+    assert torch.equal(answers.logits, LOGITS[exit_index, CLEAN])
 
 
 @pytest.mark.parametrize(

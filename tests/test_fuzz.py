@@ -1,29 +1,23 @@
-"""Folders that somebody else wrote: whatever they hold, a promised error, soon, and nothing run or opened elsewhere.
-
-`LGVIT_FUZZ=full` tries 10,000 configs and 5,000 files of weights; without it, some hundred of each.
-"""
+"""Folders that somebody else wrote: a promised error, soon, and nothing run or opened elsewhere."""
 
 import json
 import os
 import pickle
 import struct
 import sys
-import time
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lgvit_hf import AViT, AViTConfig
+from tests.seeds import THOROUGH, examples, rng
 from tests.tiny import CONFIGS, MODELS, tiny_config, tiny_model
 
-FULL = os.environ.get("LGVIT_FUZZ") == "full"
-NUM_CONFIGS, NUM_WEIGHTS = (10_000, 5_000) if FULL else (200, 120)
 KINDS = ("vit", "deit", "swin", "avit")
 ALL_MODELS, ALL_CONFIGS = {**MODELS, "avit": AViT}, {**CONFIGS, "avit": AViTConfig}
 PROMISED = (ValueError, TypeError, OSError, SafetensorError)
@@ -92,20 +86,41 @@ def nothing_but(folder):
     assert not WATCHED["seen"], WATCHED["seen"]
 
 
+# of functions, ours, upstream's and Python's: the model that takes the most needs 150,000, in transformers 5
+MOST_CALLS = 1_000_000
+
+
+@contextmanager
+def few_calls():
+    """Fails where more functions are called than a small file may ask for, however fast the machine is."""
+    calls, before = 0, sys.getprofile()
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    assert calls < MOST_CALLS, f"{calls} calls"
+
+
 def attempt(load, folder):
-    """Whether it loads. Raises what is not promised, and fails where it takes a second."""
-    for _ in range(3):  # garbage of other tests may be collected meanwhile
-        start = time.process_time()  # the machine may be busy with others
-        try:
-            with nothing_but(folder):
-                load(folder)
-            loaded = True
-        except PROMISED as error:
-            assert str(error).strip()
-            loaded = False
-        if time.process_time() - start < 1:
-            return loaded
-    return pytest.fail("takes a second")
+    """Whether it loads. Raises what is not promised, and fails where that is much work."""
+    try:
+        with nothing_but(folder), few_calls():
+            load(folder)
+        return True
+    except PROMISED as error:
+        assert str(error).strip()
+        return False
+
+
+def test_much_work_is_seen(folder):
+    with pytest.raises(AssertionError, match="calls"):
+        attempt(lambda folder: [len(folder) for _ in range(MOST_CALLS)], str(folder))
 
 
 def test_the_watch_sees(tmp_path):
@@ -176,31 +191,34 @@ def folder(tmp_path_factory):
     return folder
 
 
-def many(cases):
-    return settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-
-@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.timeout(3600 if THOROUGH else 300)
 def test_any_config(folder):
-    loaded = {True: 0, False: 0}
-
-    @many(NUM_CONFIGS)
+    @settings(max_examples=examples(200))
     @given(st.sampled_from(KINDS), st.dictionaries(fields, values, min_size=1, max_size=3), st.booleans())
     def check(kind, changes, auto):
         (folder / "config.json").write_text(json.dumps({**GOOD[kind], **changes}))
         config_class = AutoConfig if auto else ALL_CONFIGS[kind]
-        loaded[attempt(config_class.from_pretrained, folder)] += 1
+        attempt(config_class.from_pretrained, folder)
 
     check()
-    # neither everything nor nothing
-    assert min(loaded.values()) > NUM_CONFIGS // 20, loaded
+
+
+@every_kind
+def test_a_config_of_each_sort(kind, folder):
+    """The two ends between which the random ones lie: all of it good, and a field of ours that is not."""
+    for changes in ({}, {"id2label": {"0": "a", "1": "b"}}, {"image_size": 32}, {"colour": "red"}):
+        (folder / "config.json").write_text(json.dumps({**GOOD[kind], **changes}))
+        assert attempt(ALL_CONFIGS[kind].from_pretrained, folder), changes
+    for name in {"exit_policy", "exit_types", "exit_positions", "gate"} & GOOD[kind].keys():
+        (folder / "config.json").write_text(json.dumps({**GOOD[kind], name: {"a": "b"}}))
+        assert not attempt(ALL_CONFIGS[kind].from_pretrained, folder), name
 
 
 @every_kind
 def test_any_text_for_a_config(kind, folder):
     """Whole files damaged: none is read as something else."""
-    text, rng = json.dumps(GOOD[kind]).encode(), np.random.default_rng(0)
-    broken = [text[: rng.integers(1, len(text))] for _ in range(20)]
+    text = json.dumps(GOOD[kind]).encode()
+    broken = [text[:end] for end in rng().integers(1, len(text), 20)]
     broken += [b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, bytes(100)]
     for content in broken:
         (folder / "config.json").write_bytes(content)
@@ -260,6 +278,14 @@ def attacks(content):
     yield b""
 
 
+def layout(content):
+    """What a file of weights says of its tensors: which, of what dtype and shape; and where their bytes lie."""
+    header, data = unpacked(content)
+    header.pop("__metadata__", None)
+    tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    return tensors, sorted(entry["data_offsets"] for entry in header.values()), len(data)
+
+
 def mutated(content, rng):
     """One of six ways to damage a file at random."""
     header, data = unpacked(content)
@@ -289,24 +315,24 @@ def mutated(content, rng):
 
 
 @every_kind
-@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.timeout(3600 if THOROUGH else 300)
 def test_any_weights(kind, tmp_path):
     model_class = ALL_MODELS[kind]
     model_class(small_config(kind)).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    content, rng = file.read_bytes(), np.random.default_rng(0)
+    content, numbers = file.read_bytes(), rng()
     for load in (model_class.from_pretrained, AutoModelForImageClassification.from_pretrained):
         load(tmp_path)
     for number, attack in enumerate(attacks(content)):
         file.write_bytes(attack)
         assert not attempt(model_class.from_pretrained, tmp_path), f"attack {number}"
-    refused = 0
-    for number in range(NUM_WEIGHTS // len(KINDS)):
-        file.write_bytes(mutated(content, rng))
+    for number in range(examples(30)):
+        mutant = mutated(content, numbers)
+        file.write_bytes(mutant)
         load = AutoModelForImageClassification if number % 4 == 0 else model_class
-        refused += not attempt(load.from_pretrained, tmp_path)
-    # what is left are tensors of one shape that have changed places
-    assert refused > 0.8 * (NUM_WEIGHTS // len(KINDS))
+        if attempt(load.from_pretrained, tmp_path):
+            # nothing but tensors of one shape that have changed places
+            assert layout(mutant) == layout(content), f"mutant {number}"
     file.write_bytes(content)
     assert attempt(model_class.from_pretrained, tmp_path)
 
@@ -354,29 +380,14 @@ def test_an_index_does_not_lead_out(sharded, tmp_path):
         MODELS["vit"].from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "3",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": 1}}',
-        '{"weight_map": {"a": null}}',
-        "[" * 100_000,
-    ],
-    ids=lambda text: text[:24],
-)
-def test_an_index_that_is_none(text, sharded):
+def test_an_index_that_is_none(sharded):
     folder, _, _ = sharded
-    (folder / "model.safetensors.index.json").write_text(text)
-    with (
-        pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of weights"),
-        nothing_but(folder),
-    ):
-        MODELS["vit"].from_pretrained(folder)
+    maps = ('{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null}}')
+    for text in ("", "{", "[]", "3", "{}", *maps, "[" * 100_000):
+        (folder / "model.safetensors.index.json").write_text(text)
+        wrong = pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of weights")
+        with wrong, nothing_but(folder):
+            MODELS["vit"].from_pretrained(folder)
 
 
 @every_kind

@@ -22,6 +22,9 @@ from lgvit_hf.halting import (
     token_macs,
 )
 from lgvit_hf.training.avit import macro_f1
+from tests.seeds import examples, generator, rng
+
+pytestmark = pytest.mark.version_independent
 
 EPS = 0.01
 
@@ -36,7 +39,7 @@ def spent_by_hand(scores):
         left -= score
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.lists(st.lists(st.floats(0, 1, width=16), min_size=6, max_size=6), min_size=1, max_size=5))
 def test_a_token_gives_the_mean_of_its_states_and_stops(scores):
     table = torch.tensor(scores)  # [tokens, blocks]
@@ -116,11 +119,11 @@ def softmax_attention(query, key, value, scaling):
 
 
 def random_heads(num_tokens, batch_size=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch_size, 3, num_tokens, 8, generator=generator) for _ in range(3)]
+    numbers = generator(seed)
+    return [torch.randn(batch_size, 3, num_tokens, 8, generator=numbers) for _ in range(3)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_images_in_a_row_attend_to_themselves(lengths):
     heads = random_heads(sum(lengths))
@@ -164,7 +167,7 @@ def test_deit_tiny_costs_what_is_published():
 
 def test_macro_f1_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
+    numbers = rng()
     for classes in (2, 5, 9):
-        said, there = rng.integers(0, classes, 40), rng.integers(0, classes - 1, 40)
+        said, there = numbers.integers(0, classes, 40), numbers.integers(0, classes - 1, 40)
         assert macro_f1(said, there) == pytest.approx(metrics.f1_score(there, said, average="macro"))

@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score
@@ -25,7 +24,11 @@ from lgvit_hf.evaluation.metrics import (
 )
 from lgvit_hf.evaluation.report import head_names
 from lgvit_hf.evaluation.table import ExitTable, collect
+from tests.seeds import rng
+from tests.test_evaluation import in_a_gap
 from tests.tiny import KINDS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
+
+version_independent = pytest.mark.version_independent
 
 # -- calibration error -----------------------------------------------------------------------------------------
 
@@ -34,6 +37,7 @@ def logits_of(probabilities):
     return torch.tensor(probabilities).log()
 
 
+@version_independent
 def test_reliability_by_hand():
     confidence = torch.tensor([0.25, 0.5, 0.5, 0.625, 1.0])
     right = torch.tensor([True, True, False, False, True])
@@ -49,11 +53,13 @@ def test_reliability_by_hand():
     assert reliability(torch.tensor([]), torch.tensor([], dtype=torch.bool), bins=2) == [empty] * 2
 
 
+@version_independent
 def test_reliability_counts_what_is_no_probability():
     first, *others = reliability(torch.tensor([0.0, float("nan")]), torch.tensor([True, False]))
     assert first == {"rows": 2, "confidence": 0.0, "accuracy": 0.5} and all(bin["rows"] == 0 for bin in others)
 
 
+@version_independent
 def test_calibration_error_by_hand():
     logits = logits_of([[0.6, 0.4], [0.4, 0.6], [0.9, 0.1], [0.2, 0.8]])
     labels = torch.tensor([0, 0, 0, 1])
@@ -63,6 +69,7 @@ def test_calibration_error_by_hand():
     assert expected_calibration_error(logits, labels, bins=2) == pytest.approx(abs(2.9 - 3) / 4, abs=1e-6)
 
 
+@version_independent
 def test_calibration_error_of_rows_that_are_as_often_right_as_they_say():
     confidence = torch.rand(40_000) / 2 + 0.5
     labels = (torch.rand(40_000) > confidence).long()
@@ -71,6 +78,7 @@ def test_calibration_error_of_rows_that_are_as_often_right_as_they_say():
     assert expected_calibration_error(3 * logits, labels) > 0.1
 
 
+@version_independent
 def test_calibration_error_needs_rows():
     with pytest.raises(ValueError, match="no rows"):
         expected_calibration_error(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
@@ -88,6 +96,7 @@ def tempered(probability, temperature):
     )
 
 
+@version_independent
 @pytest.mark.parametrize(
     ("temperature", "at_exit", "at_final"),
     [(1.0, 1.0, 1.0), (2.0, 2.0, 2.0), ([0.5], 0.5, 1.0), ([0.5, 2.0], 0.5, 2.0)],
@@ -108,6 +117,7 @@ def test_calibration_error_of_each_exit_has_the_policy_s_temperature(temperature
     assert final["calibration_error_leaving"] == pytest.approx(sure, abs=1e-6)
 
 
+@version_independent
 def test_reliability_by_exit_by_hand():
     table = one_exit_and_the_final()
     answers = table.replay({"name": "confidence", "threshold": 0.7})
@@ -122,6 +132,7 @@ def test_reliability_by_exit_by_hand():
     assert final["reliability_leaving"][3]["confidence"] == pytest.approx(0.7, abs=1e-6)
 
 
+@version_independent
 def test_figures_are_json_whatever_the_logits():
     table = one_exit_and_the_final()
     table.logits[:, 1] = float("nan")
@@ -145,6 +156,7 @@ def answers_of(classes, depths, num_classes):
     return Answers(logits, torch.zeros(len(classes)), torch.tensor(depths), torch.zeros(len(classes)))
 
 
+@version_independent
 def test_confusion_matrix_by_hand():
     answers = answers_of([0, 1, 1, 2, 1], [1] * 5, num_classes=4)
     assert confusion_matrix(answers, torch.tensor([0, 0, 1, 1, 1]), num_classes=4) == [
@@ -155,6 +167,7 @@ def test_confusion_matrix_by_hand():
     ]
 
 
+@version_independent
 def test_per_class_by_hand():
     answers = answers_of([0, 1, 1, 2, 1], depths=[4, 12, 8, 12, 4], num_classes=4)
     figures = per_class(
@@ -171,6 +184,7 @@ def test_per_class_by_hand():
     json.dumps(figures, allow_nan=False)
 
 
+@version_independent
 @pytest.mark.parametrize(("labels", "strange"), [([0, -1], -1), ([0, 3], 3)])
 def test_labels_without_a_class(labels, strange):
     answers = answers_of([0, 1], [1, 1], num_classes=3)
@@ -178,6 +192,7 @@ def test_labels_without_a_class(labels, strange):
         per_class(answers, torch.tensor(labels), num_blocks=2, class_names=["ant", "bee", "cat"])
 
 
+@version_independent
 def test_answers_without_a_name():
     with pytest.raises(ValueError, match="answers: class 2 is not one of the 2 classes"):
         per_class(answers_of([0, 2], [1, 1], 3), torch.tensor([0, 1]), num_blocks=2, class_names=["ant", "bee"])
@@ -194,31 +209,29 @@ def counted(model, images):
     return counter.get_total_flops() / 2
 
 
-def between(scores, rank):
-    """A threshold in the middle of two scores, above `rank` of them."""
-    return scores.sort().values[rank - 1 : rank + 1].mean().item()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_macs_are_those_that_are_run(kind):
-    rows = tiny_dataset(12)
+    rows = tiny_dataset(16)
     images = torch.stack([row["pixel_values"] for row in rows])
     model = tiny_model(kind)
     table = collect(model, rows)
     scores = table.logits.softmax(-1).amax(-1)
-    first = between(scores[0], 6)
-    third = between(scores[2][scores[0] < first], 2)
+    first = in_a_gap(scores[0])
+    third = in_a_gap(scores[2][scores[0] < first])
     # nobody can leave at the second and the fourth exit, whose heads are then not run
     model.set_exit_policy("confidence", threshold=[first, 1.0, third, 1.0])
     answers = table.replay(model.exit_policy)
-    assert answers.exit_index.bincount().tolist() == [6, 0, 4, 0, 2]
+    counts = answers.exit_index.bincount().tolist()
+    assert counts[0] >= 4 and counts[2] >= 1 and counts[4] >= 1 and counts[1] == counts[3] == 0
 
     costs, names = model_macs(model), head_names(model)
     predicted = summarise(table, answers, costs, names, model.exit_policy)["overall"]["mean_macs"]
     assert counted(model, images) / len(rows) == pytest.approx(predicted, rel=1e-9)
     assert sum(counted(model, image[None]) for image in images) / len(rows) == pytest.approx(predicted, rel=1e-9)
     # a row pays for the heads it is asked at, and for no others
-    assert summarise(table, answers, costs, names)["overall"]["mean_macs"] > 1.01 * predicted
+    others = (counts[2] + counts[4]) * costs.heads[1] + counts[4] * costs.heads[3]
+    every_head = summarise(table, answers, costs, names)["overall"]["mean_macs"]
+    assert every_head == pytest.approx(predicted + others / len(rows))
 
 
 def test_macs_of_a_block_and_a_linear_head_by_hand():
@@ -232,13 +245,13 @@ def test_macs_of_a_block_and_a_linear_head_by_hand():
     head = width * width + width * NUM_LABELS  # BERT's pooler and the classifier
     final = width * NUM_LABELS
 
-    rows = tiny_dataset(6)
-    table = collect(model, rows)
-    model.set_exit_policy("confidence", threshold=between(table.logits[0].softmax(-1).amax(-1), 2))
+    table = collect(model, tiny_dataset(6))
+    model.set_exit_policy("confidence", threshold=in_a_gap(table.logits[0].softmax(-1).amax(-1)))
     answers = table.replay(model.exit_policy)
-    assert answers.exit_index.bincount().tolist() == [4, 2]
+    early, late = answers.exit_index.bincount().tolist()
+    assert min(early, late) >= 2
     summary = summarise(table, answers, model_macs(model), head_names(model), model.exit_policy)
-    by_hand = stem + block + head + 2 / 6 * (block + final)
+    by_hand = stem + block + head + late / 6 * (block + final)
     assert summary["overall"]["mean_macs"] == pytest.approx(by_hand)
     assert counted(model, tiny_images(6)) / 6 == pytest.approx(by_hand)
 
@@ -251,10 +264,11 @@ def settings(request, tmp_path):
     return {"cache_dir": str(tmp_path), "keep_in_memory": request.param}
 
 
+@version_independent
 def test_metric_is_that_of_scikit_learn(settings):
-    generator = np.random.default_rng(0)
+    numbers = rng()
     # class 7 is never right, class 8 never named
-    predictions, references = generator.integers(0, 8, 200), generator.choice([*range(7), 8], 200)
+    predictions, references = numbers.integers(0, 8, 200), numbers.choice([*range(7), 8], 200)
     figures = HighwayMetric(**settings).compute(predictions=predictions, references=references)
     assert figures == {
         "accuracy": pytest.approx((predictions == references).mean()),
@@ -263,6 +277,7 @@ def test_metric_is_that_of_scikit_learn(settings):
     json.dumps(figures, allow_nan=False)
 
 
+@version_independent
 def test_metric_batch_by_batch_and_row_by_row(settings):
     metric = HighwayMetric(num_blocks=12, **settings)
     answers, truths, depths = torch.tensor([0, 1, 1, 2]), [0, 1, 0, 2], torch.tensor([4, 12, 8, 8])
@@ -278,8 +293,9 @@ def test_metric_batch_by_batch_and_row_by_row(settings):
 
 
 def test_metric_says_what_the_summary_says(tmp_path):
-    rows, model = tiny_dataset(30), tiny_model("vit", exit_policy={"name": "confidence", "threshold": 0.6})
+    rows, model = tiny_dataset(30), tiny_model("vit")
     table, metric = collect(model, rows), HighwayMetric(num_blocks=6, cache_dir=str(tmp_path))
+    model.set_exit_policy("confidence", threshold=in_a_gap(table.logits[0].softmax(-1).amax(-1)))
     images = torch.stack([row["pixel_values"] for row in rows])
     with torch.no_grad():
         for pixels, labels in zip(images.split(8), table.labels.split(8), strict=True):
@@ -292,31 +308,36 @@ def test_metric_says_what_the_summary_says(tmp_path):
         assert figures[name] == pytest.approx(overall[name])
 
 
+@version_independent
 def test_metric_of_no_rows(settings):
     figures = HighwayMetric(num_blocks=2, **settings).compute(predictions=[], references=[], exit_layer=[])
     assert figures == dict.fromkeys(["accuracy", "macro_f1", "mean_depth", "layer_speed_up"])
 
 
+@version_independent
 @pytest.mark.parametrize("num_blocks", [0, -1, 2.0, True, "12"])
 def test_metric_checks_num_blocks(num_blocks):
     with pytest.raises(ValueError, match=f"num_blocks={num_blocks!r} must be an integer of at least 1"):
         HighwayMetric(num_blocks=num_blocks)
 
 
+@version_independent
 @pytest.mark.parametrize("strange", [0, 13])
-def test_metric_checks_depths(strange, settings):
+def test_metric_checks_depths(strange, tmp_path):
     with pytest.raises(ValueError, match=f"exit_layer: {strange} .* num_blocks=12; .* exit_index"):
-        HighwayMetric(num_blocks=12, **settings).compute(
+        HighwayMetric(num_blocks=12, cache_dir=str(tmp_path)).compute(
             predictions=[0, 0], references=[0, 0], exit_layer=[12, strange]
         )
 
 
-def test_metric_of_depths_needs_num_blocks(settings):
-    metric = HighwayMetric(**settings)
+@version_independent
+def test_metric_of_depths_needs_num_blocks(tmp_path):
+    metric = HighwayMetric(cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"exit_layer: .*HighwayMetric\(num_blocks="):
         metric.compute(predictions=[0], references=[0], exit_layer=[4])
 
 
+@version_independent
 def test_metric_without_evaluate(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     monkeypatch.delitem(sys.modules, "lgvit_hf.evaluation.metric")

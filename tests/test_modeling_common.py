@@ -21,8 +21,8 @@ from transformers import (
 
 from lgvit_hf.evaluation.table import ExitTable
 from lgvit_hf.policies import ConfidencePolicy
+from tests.seeds import rng
 from tests.tiny import (
-    HEADS,
     IMAGE_SIZE,
     KINDS,
     MODELS,
@@ -38,6 +38,14 @@ from tests.tiny import (
 
 POSITIONS = [2, 3, 5]
 FINAL = len(POSITIONS)
+# every head, each at one exit or another
+MIXES = {
+    "lgvit": "lgvit",
+    "blocks": ["linear", "vit", "mlp"],
+    "maps": ["conv_normal", "self_attention", "attention_r1"],
+    "others": ["attention_r3", "average", "conv1_1"],
+}
+every_head = pytest.mark.parametrize("heads", MIXES.values(), ids=MIXES)
 UNREAD = ("relative_position_index", "num_batches_tracked")  # recomputed, or never looked at
 
 
@@ -70,10 +78,12 @@ def widest_gap(scores):
 
 
 def policies_for(exit_logits):
-    """Every policy, with thresholds that split the rows of these logits at each exit."""
+    """Every policy, with thresholds that split the samples of these logits at each exit."""
     probs = [logits.double().softmax(-1) for logits in exit_logits[:-1]]
     confidence = [widest_gap(p.amax(-1).tolist()) for p in probs]
     entropy = [widest_gap((-(p * p.log()).sum(-1)).tolist()) for p in probs]
+    # where every second exit is sure of all, half take the second; the others' streak starts there
+    sure = [10.0 if index % 2 else threshold for index, threshold in enumerate(entropy)]
     margin = [widest_gap((p.topk(2).values[:, 0] - p.topk(2).values[:, 1]).tolist()) for p in probs]
     return [
         {"name": "confidence", "threshold": confidence},
@@ -81,10 +91,28 @@ def policies_for(exit_logits):
         {"name": "margin", "threshold": margin},
         {"name": "confidence_entropy", "threshold": confidence, "entropy_threshold": entropy},
         {"name": "patience", "patience": 2},
-        {"name": "patience_confidence", "threshold": entropy, "patience": 2},
+        {"name": "patience_confidence", "threshold": sure, "patience": 2},
         {"name": "fixed", "exit_index": 1},
         {"name": "never"},
     ]
+
+
+def images_without_ties(model, number):
+    """Random images whose label rounding cannot change at any exit."""
+    images = tiny_images(2 * number)
+    with torch.no_grad():
+        two = [logits.topk(2).values for logits in model(images, early_exit=False).exit_logits]
+    images = images[torch.stack([best - second > 1e-3 for best, second in (t.unbind(-1) for t in two)]).all(0)]
+    assert len(images) >= number
+    return images[:number]
+
+
+def exit_in_gaps(model, images):
+    """Set the confidence policy, with thresholds that rounding cannot cross on these images."""
+    with torch.no_grad():
+        exit_logits = model(images, early_exit=False).exit_logits
+    thresholds = [widest_gap(logits.double().softmax(-1).amax(-1).tolist()) for logits in exit_logits[:-1]]
+    model.set_exit_policy("confidence", threshold=thresholds)
 
 
 def training_arguments(folder, **changes):
@@ -93,12 +121,10 @@ def training_arguments(folder, **changes):
     return TrainingArguments(str(folder), **{**settings, **quiet, **changes})
 
 
-class HighwayTesterMixin:
-    """A backbone says its `kind` (see `tests/tiny.py`), its `pools`, and which sizes of images it takes."""
+class SomeHighwayTesterMixin:
+    """A backbone says its `kind` (see `tests/tiny.py`): where it starts, what it answers, how it is saved and cut."""
 
     kind: str
-    pools = ("cls", "mean")
-    image_sizes = ((24, 24), (16, 24), (32, 8))
 
     def model(self, **changes):
         return tiny_model(self.kind, **{"exit_positions": POSITIONS, **changes})
@@ -128,32 +154,33 @@ class HighwayTesterMixin:
             everything = highway(images, early_exit=False)
             assert torch.equal(everything.logits, expected) and torch.equal(everything.exit_logits[-1], expected)
 
-    @pytest.mark.parametrize("saved_first", [False, True], ids=["object", "folder"])
-    def test_from_backbone_answers_as_upstream_and_adds_only_exits(self, plain, saved_first):
-        native, folder = plain
-        source = folder if saved_first else native
-        highway, info = MODELS[self.kind].from_backbone(
-            source, exit_positions=POSITIONS, exit_types="conv1_1", output_loading_info=True
-        )
-        self.assert_answers_as(native, highway)
-        exits = {name for name in highway.state_dict() if name.startswith("exits.") and not name.endswith(UNREAD)}
-        assert {name for name in info["missing_keys"] if not name.endswith(UNREAD)} == exits
-        assert info["unexpected_keys"] == info["mismatched_keys"] == info["error_msgs"] == []
-        assert highway.config.exit_positions == POSITIONS and not highway.training
+    def test_from_backbone_answers_as_upstream_and_adds_only_exits(self, plain):
+        for source in plain:
+            highway, info = MODELS[self.kind].from_backbone(
+                source, exit_positions=POSITIONS, exit_types="conv1_1", output_loading_info=True
+            )
+            self.assert_answers_as(plain[0], highway)
+            exits = {name for name in highway.state_dict() if name.startswith("exits.") and not name.endswith(UNREAD)}
+            assert exits and {name for name in info["missing_keys"] if not name.endswith(UNREAD)} == exits
+            assert info["unexpected_keys"] == info["mismatched_keys"] == info["error_msgs"] == []
+            assert highway.config.exit_positions == POSITIONS and not highway.training
 
-    @pytest.mark.parametrize("way", ["from_backbone", "from_pretrained"])
-    def test_new_exits_start_well(self, plain, way):
-        load = getattr(MODELS[self.kind], way)
-        highway = load(plain[1], exit_positions=POSITIONS, exit_types="conv1_1").eval()
+    def test_new_exits_start_well(self, plain):
         start = {"running_var": 1.0, "running_mean": 0.0, "_bn.weight": 1.0, "_bn.bias": 0.0, "norm.weight": 1.0}
-        for name, tensor in highway.exits.state_dict().items():
-            assert tensor.isfinite().all() and tensor.abs().max() <= 1, name
-            for end, value in start.items():
-                assert not name.endswith(end) or torch.equal(tensor, torch.full_like(tensor, value)), name
-            if tensor.dim() > 1:
-                assert tensor.std() > 0, name
-        exit_logits = highway(tiny_images(2), early_exit=False).exit_logits
-        assert all(logits.isfinite().all() for logits in exit_logits)
+        for way in ("from_backbone", "from_pretrained"):
+            load, seen = getattr(MODELS[self.kind], way), set()
+            highway = load(plain[1], exit_positions=POSITIONS, exit_types=["conv1_1", "linear", "average"]).eval()
+            for name, tensor in highway.exits.state_dict().items():
+                assert tensor.isfinite().all() and tensor.abs().max() <= 1, name
+                for end, value in start.items():
+                    if name.endswith(end):
+                        assert torch.equal(tensor, torch.full_like(tensor, value)), name
+                        seen.add(end)
+                if tensor.dim() > 1:
+                    assert tensor.std() > 0, name
+            assert seen == set(start)
+            exit_logits = highway(tiny_images(2), early_exit=False).exit_logits
+            assert all(logits.isfinite().all() for logits in exit_logits)
 
     def test_from_backbone_copies(self, plain):
         native, _ = plain
@@ -165,18 +192,19 @@ class HighwayTesterMixin:
         assert all(torch.equal(tensor, before[name]) for name, tensor in native.state_dict().items())
         assert native.config.model_type != highway.config.model_type == f"{highway.base_model_prefix}_highway"
 
-    @pytest.mark.parametrize("saved_first", [False, True], ids=["object", "folder"])
-    def test_from_backbone_with_another_number_of_labels(self, plain, saved_first):
-        native, folder = plain
-        highway, info = MODELS[self.kind].from_backbone(
-            folder if saved_first else native, exit_positions=[3], num_labels=9, output_loading_info=True
-        )
-        assert highway.config.num_labels == 9 and len(highway.config.id2label) == 9
-        assert highway(tiny_images(2)).logits.shape == (2, 9)
-        new = {name for name in info["missing_keys"] if not name.startswith("exits.")}
-        assert new == {name for name in native.state_dict() if "classifier" in name}
-        backbone, theirs = highway.base_model.state_dict(), native.base_model.state_dict()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in backbone.items())
+    def test_from_backbone_with_another_number_of_labels(self, plain):
+        native = plain[0]
+        for source in plain:
+            highway, info = MODELS[self.kind].from_backbone(
+                source, exit_positions=[3], num_labels=9, output_loading_info=True
+            )
+            assert highway.config.num_labels == 9 and len(highway.config.id2label) == 9
+            assert highway(tiny_images(2)).logits.shape == (2, 9)
+            new = {name for name in info["missing_keys"] if not name.startswith("exits.")}
+            assert new == {name for name in native.state_dict() if "classifier" in name} and new
+            backbone, theirs = highway.base_model.state_dict(), native.base_model.state_dict()
+            assert backbone.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in backbone.items())
 
     def test_from_backbone_keeps_labels_and_the_same_number_of_them(self, plain):
         native, _ = plain
@@ -194,34 +222,31 @@ class HighwayTesterMixin:
         assert highway.dtype == torch.bfloat16
         self.assert_answers_as(native, highway)
 
-    @pytest.mark.parametrize("which", ["first", "last", "classifier"])
-    def test_from_backbone_misses_no_tensor_silently(self, plain, which):
+    def test_from_backbone_misses_no_tensor_silently(self, plain):
         native, folder = plain
         tensors = load_file(folder / "model.safetensors")
         names = [name for name in sorted(tensors) if ".layer" in name and name.endswith("weight")]
-        name = {"first": names[0], "last": names[-1]}.get(which)
-        name = name or next(name for name in sorted(tensors) if "classifier.weight" in name)
-        del tensors[name]
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        for changes in ({}, {"num_labels": NUM_LABELS}):
-            with pytest.raises(ValueError, match="tensor.*missing|no tensor"):
-                MODELS[self.kind].from_backbone(folder, **changes)
-        with pytest.raises(ValueError, match="missing"):
-            MODELS[self.kind].from_pretrained(folder, exit_positions=[3])
+        for lost in (names[0], names[-1], next(name for name in sorted(tensors) if "classifier.weight" in name)):
+            rest = {name: tensor for name, tensor in tensors.items() if name != lost}
+            save_file(rest, folder / "model.safetensors", {"format": "pt"})
+            for changes in ({}, {"num_labels": NUM_LABELS}):
+                with pytest.raises(ValueError, match="tensor.*missing|no tensor"):
+                    MODELS[self.kind].from_backbone(folder, **changes)
+            with pytest.raises(ValueError, match="missing"):
+                MODELS[self.kind].from_pretrained(folder, exit_positions=[3])
 
-    @pytest.mark.parametrize("saved_first", [False, True], ids=["object", "folder"])
-    def test_from_bare_backbone(self, tmp_path, saved_first):
+    def test_from_bare_backbone(self, tmp_path):
         bare = tiny_native(self.kind, bare=True)
         bare.save_pretrained(tmp_path)
-        source = tmp_path if saved_first else bare
-        with pytest.raises(ValueError, match="classifier.*num_labels"):
-            MODELS[self.kind].from_backbone(source)
-        highway, info = MODELS[self.kind].from_backbone(source, num_labels=4, output_loading_info=True)
         theirs = bare.state_dict()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in highway.base_model.state_dict().items())
-        new = {name.split(".")[0] for name in info["missing_keys"]}
-        assert new <= {"exits", "classifier", "cls_classifier", "distillation_classifier"} and len(new) > 1
-        assert highway(tiny_images(2)).logits.shape == (2, 4)
+        for source in (bare, tmp_path):
+            with pytest.raises(ValueError, match="classifier.*num_labels"):
+                MODELS[self.kind].from_backbone(source)
+            highway, info = MODELS[self.kind].from_backbone(source, num_labels=4, output_loading_info=True)
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in highway.base_model.state_dict().items())
+            new = {name.split(".")[0] for name in info["missing_keys"]}
+            assert new <= {"exits", "classifier", "cls_classifier", "distillation_classifier"} and len(new) > 1
+            assert highway(tiny_images(2)).logits.shape == (2, 4)
 
     def test_from_backbone_of_another_kind(self, tmp_path):
         others = [kind for kind in KINDS if MODELS[kind] is not MODELS[self.kind]]
@@ -240,7 +265,48 @@ class HighwayTesterMixin:
         assert info["missing_keys"] and all(name.startswith("exits.") for name in info["missing_keys"])
         self.assert_answers_as(native, highway.eval())
 
-    # -- saving and loading --------------------------------------------------------------------------------
+    # -- the law, saving, truncating -----------------------------------------------------------------------
+
+    @every_head
+    @torch.no_grad()
+    def test_law(self, heads):
+        model = self.model(exit_types=heads, num_labels=2)
+        images = images_without_ties(model, 40)
+        everything = model(images, early_exit=False)
+        depths = [*POSITIONS, NUM_BLOCKS]
+        table = ExitTable(torch.stack(everything.exit_logits), torch.zeros(40, dtype=torch.int64), depths)
+        order = torch.randperm(40)
+        for policy in policies_for(everything.exit_logits):
+            model.set_exit_policy(policy)
+            batch = model(images)
+            assert_same_answers(batch, table.replay(policy))
+            left = table.logits[batch.exit_index, torch.arange(40)]
+            assert_close_to_largest(batch.logits, left)
+            shuffled = model(images[order])
+            for field in ("logits", "exit_layer", "exit_index", "exit_score"):
+                shuffled[field] = shuffled[field][order.argsort()]
+            assert_same_answers(shuffled, batch)
+            if "threshold" in policy:
+                assert len(set(batch.exit_index.tolist())) > 1, "the samples of this batch must take several exits"
+            alone = joined([model(images[row : row + 1]) for row in range(8)])
+            assert alone.exit_index.tolist() == batch.exit_index[:8].tolist()
+            assert_close_to_largest(alone.logits, batch.logits[:8])
+            assert_close_to_largest(alone.exit_score, batch.exit_score[:8])
+
+    @torch.no_grad()
+    def test_depths_and_indices(self):
+        model, images = self.model(), tiny_images(3)
+        everything = model(images, early_exit=False)
+        assert len(everything.exit_logits) == len(everything.exit_features) == len(model.segments()) == FINAL + 1
+        assert everything.exit_index.tolist() == [FINAL] * 3 and everything.exit_layer.tolist() == [NUM_BLOCKS] * 3
+        for index, depth in enumerate([*POSITIONS, NUM_BLOCKS]):
+            model.set_exit_policy("fixed", exit_index=index)
+            out = model(images)
+            assert out.exit_index.tolist() == [index] * 3 and out.exit_layer.tolist() == [depth] * 3
+            assert out.exit_index.dtype == out.exit_layer.dtype == torch.int64
+            assert_close_to_largest(out.logits, everything.exit_logits[index])
+            assert model.segments()[index].depth == depth
+            assert out.exit_logits is None and out.exit_features is None
 
     def assert_equal_models(self, ours, expected):
         """Equal tensors; the answers may differ by rounding, since kernels depend on where tensors lie in memory."""
@@ -248,9 +314,14 @@ class HighwayTesterMixin:
         assert ours.state_dict().keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
         ours.eval()
+        assert ours.config.exit_policy == expected.config.exit_policy
+        images, policy = tiny_images(8), expected.config.exit_policy
+        exit_in_gaps(expected, images)
+        ours.set_exit_policy(expected.config.exit_policy)
         with torch.no_grad():
-            assert_same_answers(ours(tiny_images(3)), expected(tiny_images(3)))
-            everything = [model(tiny_images(3), early_exit=False).exit_logits for model in (ours, expected)]
+            assert_same_answers(ours(images), expected(images))
+            everything = [model(images, early_exit=False).exit_logits for model in (ours, expected)]
+        expected.set_exit_policy(policy)
         for mine, other in zip(*everything, strict=True):
             assert_close_to_largest(mine, other, 1e-6)
 
@@ -260,6 +331,49 @@ class HighwayTesterMixin:
         self.assert_equal_models(again, model)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert again.config.exit_positions == POSITIONS and again.config.exit_types == model.config.exit_types
+
+    @pytest.mark.parametrize("heads", [MIXES["lgvit"], MIXES["blocks"]], ids=["lgvit", "blocks"])
+    @torch.no_grad()
+    def test_truncate(self, heads, tmp_path):
+        model, images = self.model(exit_types=heads), tiny_images(4)
+        exit_logits = model(images, early_exit=False).exit_logits
+        sizes = []
+        for index, depth in enumerate([*POSITIONS, NUM_BLOCKS]):
+            small = model.truncate(index)
+            assert type(small) is type(model) and not small.training
+            small.save_pretrained(tmp_path / str(index))
+            for static in (small, AutoModelForImageClassification.from_pretrained(tmp_path / str(index))):
+                for early_exit in (True, False):
+                    out = static(images, early_exit=early_exit)
+                    assert_close_to_largest(out.logits, exit_logits[index])
+                    assert out.exit_layer.tolist() == [depth] * 4 and out.exit_index.tolist() == [0] * 4
+            sizes.append(sum(parameter.numel() for parameter in small.parameters()))
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.zero_()
+        assert torch.equal(model(images, early_exit=False).exit_logits[-1], exit_logits[-1])
+        assert sizes[:-1] == sorted(sizes[:-1]) and sizes[-1] < sum(
+            parameter.numel() for parameter in model.parameters()
+        )
+
+    def test_loss_of_labels(self):
+        each_own, labels = [0.3, 0.2, 0.5, 1.0], torch.tensor([0, 4, 2])
+        for setting, weights in (("depth", [2, 3, 5, 6]), ("uniform", [1] * 4), (each_own, each_own)):
+            model = self.model(exit_loss_weights=setting).train()
+            out = model(tiny_images(3), labels=labels)
+            each = [-logits.log_softmax(-1)[torch.arange(3), labels].mean() for logits in out.exit_logits]
+            expected = sum(w * loss for w, loss in zip(weights, each, strict=True)) / sum(weights)
+            torch.testing.assert_close(out.loss, expected)
+            assert torch.equal(out.logits, out.exit_logits[-1])
+
+
+class HighwayTesterMixin(SomeHighwayTesterMixin):
+    """A backbone also says its `pools`, and which sizes of images it takes."""
+
+    pools = ("cls", "mean")
+    image_sizes = ((24, 24), (16, 24), (32, 8))
+
+    # -- saving and loading --------------------------------------------------------------------------------
 
     def test_a_copy_answers_alike(self, saved):
         self.assert_equal_models(copy.deepcopy(saved[0]), saved[0])
@@ -319,58 +433,16 @@ class HighwayTesterMixin:
                 MODELS[self.kind].from_pretrained(folder)
                 pytest.fail(f"loaded without {name}")
 
-    @pytest.mark.parametrize("attention", ["eager"])
-    def test_attention_implementations_agree(self, saved, attention):
+    def test_attention_implementations_agree(self, saved):
         model, folder = saved
-        again = MODELS[self.kind].from_pretrained(folder, attn_implementation=attention).eval()
-        assert again.config._attn_implementation == attention
+        again = MODELS[self.kind].from_pretrained(folder, attn_implementation="eager").eval()
+        assert again.config._attn_implementation == "eager" != model.config._attn_implementation
         with torch.no_grad():
             ours, expected = (m(tiny_images(3), early_exit=False).exit_logits for m in (again, model))
         for mine, theirs in zip(ours, expected, strict=True):
             assert_close_to_largest(mine, theirs)
 
     # -- the law -------------------------------------------------------------------------------------------
-
-    @pytest.mark.parametrize("heads", ["lgvit", *HEADS])
-    @torch.no_grad()
-    def test_law(self, heads):
-        model = self.model(exit_types=heads, num_labels=2)
-        images = tiny_images(40)
-        everything = model(images, early_exit=False)
-        depths = [*POSITIONS, NUM_BLOCKS]
-        table = ExitTable(torch.stack(everything.exit_logits), torch.zeros(40, dtype=torch.int64), depths)
-        order = torch.randperm(40)
-        for policy in policies_for(everything.exit_logits):
-            model.set_exit_policy(policy)
-            batch = model(images)
-            assert_same_answers(batch, table.replay(policy))
-            left = table.logits[batch.exit_index, torch.arange(40)]
-            assert_close_to_largest(batch.logits, left)
-            shuffled = model(images[order])
-            for field in ("logits", "exit_layer", "exit_index", "exit_score"):
-                shuffled[field] = shuffled[field][order.argsort()]
-            assert_same_answers(shuffled, batch)
-            if "threshold" in policy:
-                assert len(set(batch.exit_index.tolist())) > 1, "the rows of this batch must leave at several exits"
-            alone = joined([model(images[row : row + 1]) for row in range(8)])
-            assert alone.exit_index.tolist() == batch.exit_index[:8].tolist()
-            assert_close_to_largest(alone.logits, batch.logits[:8])
-            assert_close_to_largest(alone.exit_score, batch.exit_score[:8])
-
-    @torch.no_grad()
-    def test_depths_and_indices(self):
-        model, images = self.model(), tiny_images(3)
-        everything = model(images, early_exit=False)
-        assert len(everything.exit_logits) == len(everything.exit_features) == len(model.segments()) == FINAL + 1
-        assert everything.exit_index.tolist() == [FINAL] * 3 and everything.exit_layer.tolist() == [NUM_BLOCKS] * 3
-        for index, depth in enumerate([*POSITIONS, NUM_BLOCKS]):
-            model.set_exit_policy("fixed", exit_index=index)
-            out = model(images)
-            assert out.exit_index.tolist() == [index] * 3 and out.exit_layer.tolist() == [depth] * 3
-            assert out.exit_index.dtype == out.exit_layer.dtype == torch.int64
-            assert_close_to_largest(out.logits, everything.exit_logits[index])
-            assert model.segments()[index].depth == depth
-            assert out.exit_logits is None and out.exit_features is None
 
     @torch.no_grad()
     def test_always_leaving(self):
@@ -493,30 +565,6 @@ class HighwayTesterMixin:
 
     # -- smaller models ------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("heads", ["lgvit", "linear", "vit"])
-    @torch.no_grad()
-    def test_truncate(self, heads, tmp_path):
-        model, images = self.model(exit_types=heads), tiny_images(4)
-        exit_logits = model(images, early_exit=False).exit_logits
-        sizes = []
-        for index, depth in enumerate([*POSITIONS, NUM_BLOCKS]):
-            small = model.truncate(index)
-            assert type(small) is type(model) and not small.training
-            small.save_pretrained(tmp_path / str(index))
-            for static in (small, AutoModelForImageClassification.from_pretrained(tmp_path / str(index))):
-                for early_exit in (True, False):
-                    out = static(images, early_exit=early_exit)
-                    assert_close_to_largest(out.logits, exit_logits[index])
-                    assert out.exit_layer.tolist() == [depth] * 4 and out.exit_index.tolist() == [0] * 4
-            sizes.append(sum(parameter.numel() for parameter in small.parameters()))
-        with torch.no_grad():
-            for parameter in small.parameters():
-                parameter.zero_()
-        assert torch.equal(model(images, early_exit=False).exit_logits[-1], exit_logits[-1])
-        assert sizes[:-1] == sorted(sizes[:-1]) and sizes[-1] < sum(
-            parameter.numel() for parameter in model.parameters()
-        )
-
     def test_truncated_model_trains(self):
         model = self.model().truncate(1).train()
         out = model(tiny_images(4), labels=torch.tensor([0, 1, 2, 3]))
@@ -525,10 +573,11 @@ class HighwayTesterMixin:
         out.loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
 
-    @pytest.mark.parametrize("exit_index", [-1, FINAL + 1, 1.0, "1", None])
-    def test_truncate_at_an_exit_that_is_not_there(self, exit_index):
-        with pytest.raises(ValueError, match=f"exit_index={exit_index!r}.*{FINAL}"):
-            self.model().truncate(exit_index)
+    def test_truncate_at_an_exit_that_is_not_there(self):
+        model = self.model()
+        for exit_index in (-1, FINAL + 1, 1.0, "1", None):
+            with pytest.raises(ValueError, match=f"exit_index={exit_index!r}.*{FINAL}"):
+                model.truncate(exit_index)
 
     def test_a_highway_without_exits_is_the_backbone(self):
         model = self.model(exit_positions=[], exit_policy="never")
@@ -538,7 +587,7 @@ class HighwayTesterMixin:
 
     # -- images --------------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("heads", HEADS)
+    @every_head
     @torch.no_grad()
     def test_images_of_other_sizes(self, heads):
         native = tiny_native(self.kind)
@@ -552,15 +601,16 @@ class HighwayTesterMixin:
             highway.set_exit_policy("fixed", exit_index=1)
             out = highway(images, interpolate_pos_encoding=True)
             assert_close_to_largest(out.logits, everything.exit_logits[1])
-            for position, features in zip(POSITIONS, everything.exit_features, strict=False):
+            exits = zip(POSITIONS, highway.config.exit_types, everything.exit_features[:-1], strict=True)
+            for position, head, features in exits:
                 grid = highway.config.patch_grid(position, *size)
-                if heads == "conv1_1":
+                if head in ("conv1_1", "conv2_1", "conv_normal", "mlp"):
                     assert features.shape[1] == grid[0] * grid[1], (size, position)
 
     @torch.no_grad()
     def test_pools(self):
         for pool in self.pools:
-            for heads in HEADS:
+            for heads in MIXES.values():
                 model = self.model(exit_types=heads, pool=pool)
                 out = model(tiny_images(2), early_exit=False)
                 assert all(logits.shape == (2, NUM_LABELS) and logits.isfinite().all() for logits in out.exit_logits)
@@ -568,51 +618,36 @@ class HighwayTesterMixin:
             with pytest.raises(ValueError, match=f"pool: '{pool}'.*" + "|".join(self.pools)):
                 tiny_config(self.kind, pool=pool)
 
-    @pytest.mark.parametrize(
-        ("pixels", "message"),
-        [
+    def test_wrong_images(self):
+        model = self.model()
+        for pixels, message in (
             (None, "pixel_values"),
             (torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE), r"pixel_values: shape \(0, 3, 16, 16\).*empty batch"),
             (torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE), r"pixel_values: shape \(2, 1, 16, 16\).*3 channels"),
             (torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE), r"pixel_values: shape \(3, 16, 16\)"),
-        ],
-        ids=["none", "empty", "channels", "no-batch"],
-    )
-    def test_wrong_images(self, pixels, message):
-        for early_exit in (True, False):
-            with pytest.raises(ValueError, match=message):
-                self.model()(pixels, early_exit=early_exit)
+        ):
+            for early_exit in (True, False):
+                with pytest.raises(ValueError, match=message):
+                    model(pixels, early_exit=early_exit)
 
-    @pytest.mark.parametrize("early_exit", [True, False])
-    def test_images_of_another_size(self, early_exit):
+    def test_images_of_another_size(self):
         model, images = self.model(), tiny_images(2, size=(24, 16))
-        if model.takes_any_size:
-            assert model(images, early_exit=early_exit).logits.isfinite().all()
-        else:
-            with pytest.raises(ValueError, match="24 x 16 pixels, .* takes 16 x 16.*interpolate_pos_encoding"):
-                model(images, early_exit=early_exit)
-
-    @pytest.mark.parametrize("label", [NUM_LABELS, -1, 99])
-    def test_label_out_of_range(self, label):
-        model = self.model()
+        assert model.takes_any_size == (self.kind == "swin")
         for early_exit in (True, False):
-            with pytest.raises(ValueError, match=rf"labels: {label} is outside 0\.\.4.*num_labels=5"):
-                model(tiny_images(2), labels=torch.tensor([0, label]), early_exit=early_exit)
+            if model.takes_any_size:
+                assert model(images, early_exit=early_exit).logits.isfinite().all()
+            else:
+                with pytest.raises(ValueError, match="24 x 16 pixels, .* takes 16 x 16.*interpolate_pos_encoding"):
+                    model(images, early_exit=early_exit)
+
+    def test_label_out_of_range(self):
+        model = self.model()
+        for label in (NUM_LABELS, -1, 99):
+            for early_exit in (True, False):
+                with pytest.raises(ValueError, match=rf"labels: {label} is outside 0\.\.4.*num_labels=5"):
+                    model(tiny_images(2), labels=torch.tensor([0, label]), early_exit=early_exit)
 
     # -- losses and training -------------------------------------------------------------------------------
-
-    @pytest.mark.parametrize(
-        ("setting", "weights"),
-        [("depth", [2, 3, 5, 6]), ("uniform", [1] * 4), ([0.3, 0.2, 0.5, 1.0], [0.3, 0.2, 0.5, 1])],
-    )
-    def test_loss_of_labels(self, setting, weights):
-        model = self.model(exit_loss_weights=setting).train()
-        labels = torch.tensor([0, 4, 2])
-        out = model(tiny_images(3), labels=labels)
-        each = [-logits.log_softmax(-1)[torch.arange(3), labels].mean() for logits in out.exit_logits]
-        expected = sum(w * loss for w, loss in zip(weights, each, strict=True)) / sum(weights)
-        torch.testing.assert_close(out.loss, expected)
-        assert torch.equal(out.logits, out.exit_logits[-1])
 
     @torch.no_grad()
     def test_loss_in_evaluation(self):
@@ -645,7 +680,7 @@ class HighwayTesterMixin:
             loss, logits, *_ = model(tiny_images(2), labels, early_exit=early_exit, return_dict=False)
             assert loss.shape == () and torch.equal(logits, named.logits)
 
-    @pytest.mark.parametrize("heads", HEADS)
+    @every_head
     def test_every_head_trains_a_step(self, heads):
         model = self.model(exit_types=heads).train()
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -710,25 +745,30 @@ class HighwayTesterMixin:
             name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
         }
         assert {"exits", model.base_model_prefix} < changed
+        model.eval()
+        images = torch.stack([row["pixel_values"] for row in rows])
+        exit_in_gaps(model, images)
         metrics = trainer.evaluate()
         predictions = trainer.predict(rows).predictions
         assert isinstance(predictions, np.ndarray)
-        model.eval()
         with torch.no_grad():
-            expected = model(torch.stack([row["pixel_values"] for row in rows])).logits
-        np.testing.assert_allclose(predictions, expected.numpy(), rtol=1e-4, atol=1e-5)
+            expected = model.eval()(images)
+        assert len(set(expected.exit_index.tolist())) > 1
+        np.testing.assert_allclose(predictions, expected.logits.numpy(), rtol=1e-4, atol=1e-5)
         labels = np.array([row["labels"] for row in rows])
         assert metrics["eval_accuracy"] == pytest.approx((predictions.argmax(-1) == labels).mean())
 
-    def test_pipeline(self, saved):
-        model, folder = saved
-        sizes = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        processor = ViTImageProcessor(size=sizes)
+    def test_pipeline(self, tmp_path):
+        model, folder = self.model(), tmp_path / "highway"
+        processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
         processor.save_pretrained(folder)
-        pixels = np.random.default_rng(0).integers(0, 255, (5, 20, 30, 3), dtype=np.uint8)
-        photos = [Image.fromarray(photo) for photo in pixels]
+        squares = rng().integers(0, 255, (8, 2, 3, 3), dtype=np.uint8)
+        photos = [Image.fromarray(photo) for photo in squares.repeat(10, axis=1).repeat(10, axis=2)]
+        images = processor(photos, return_tensors="pt")["pixel_values"]
+        exit_in_gaps(model, images)
+        model.save_pretrained(folder)
         with torch.no_grad():
-            expected = model(processor(photos, return_tensors="pt")["pixel_values"]).logits.softmax(-1)
+            expected = model(images).logits.softmax(-1)
         for batch_size in (1, 3):
             answers = pipeline("image-classification", model=str(folder), batch_size=batch_size)(photos, top_k=2)
             for row, answer in enumerate(answers):

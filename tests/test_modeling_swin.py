@@ -10,6 +10,8 @@ class TestSwinHighway(HighwayTesterMixin):
     # patches that do not fill whole windows, and grids that do not halve, are padded
     image_sizes = ((24, 24), (16, 24), (32, 16), (18, 22), (15, 17))
 
+    test_attention_implementations_agree = None  # there is only one
+
     @torch.no_grad()
     def test_exits_stand_before_the_merging_and_see_the_width_of_their_stage(self):
         model = tiny_model("swin", exit_positions=[1, 2, 3, 4, 5], exit_types="conv2_1")

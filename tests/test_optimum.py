@@ -15,6 +15,7 @@ from transformers import pipeline
 
 from lgvit_hf import ORTHighway
 from lgvit_hf.processing import make_processor
+from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, MODELS, tiny_images, tiny_model
 
 pytest.importorskip(
@@ -34,17 +35,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "lgvit_hf/export/optimum_plugin"
 TASK = "image-classification"
 KINDS = ("vit", "deit", "swin")
+# Optimum's ways of exporting differ, and backbones do: each of them once
+only_vit = pytest.mark.parametrize("exported", ["vit"], indirect=True)
 IMAGES = tiny_images(12)
+PHOTOS = [Image.fromarray(rng(number).integers(0, 256, (20, 30, 3), np.uint8)) for number in range(4)]
 
 
 def small_model(kind):
-    """Two blocks with an exit behind the first, where half of the images leave."""
+    """Two blocks with an exit behind the first, where half of the images exit; rounding changes no answer."""
     depth = {"depths": [1, 1], "num_heads": [2, 2]} if kind == "swin" else {"num_hidden_layers": 2}
-    model = tiny_model(kind, exit_positions=[1], exit_types="linear", **depth)
-    with torch.no_grad():
-        scores = model(IMAGES, early_exit=False).exit_logits[0].softmax(-1).amax(-1)
-    model.set_exit_policy("confidence", threshold=[between(scores)])
-    return model
+    photos = make_processor(IMAGE_SIZE)(PHOTOS, return_tensors="pt")["pixel_values"]
+    for number in range(100):
+        model = tiny_model(kind, number, exit_positions=[1], exit_types="linear", **depth)
+        with torch.no_grad():
+            first, last = model(IMAGES, early_exit=False).exit_logits
+            cut = between(first.softmax(-1).amax(-1))
+            model.set_exit_policy("confidence", threshold=[cut])
+            exit_logits = torch.stack(model(photos, early_exit=False).exit_logits)
+            labels = model(photos).logits.argmax(-1)
+        best, second = torch.cat([first, last, *exit_logits]).topk(2).values.unbind(-1)
+        far = (exit_logits[0].softmax(-1).amax(-1) - cut).abs().min() > 1e-3
+        if far and (best - second).min() > 1e-3 and len(labels.unique()) > 1:
+            return model
+    raise AssertionError("no such model in 100")
 
 
 def between(scores):
@@ -59,7 +72,7 @@ def branches(file):
     return sum(node.op_type == "If" for node in onnx.load(file).graph.node)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["vit", "swin"])
 def exported(request, tmp_path_factory):
     """A model, what it answers, its checkpoint, and what Optimum makes of that."""
     folder, model = tmp_path_factory.mktemp(request.param), small_model(request.param)
@@ -93,14 +106,18 @@ def test_main_export_writes_the_conditional_file(exported):
     assert ORTHighway.from_pretrained(out).manifest.checks["largest_difference"] < 1e-4
 
 
-def test_ort_model_exports_by_itself(exported):
-    _, expected, checkpoint, _ = exported
-    model = optimum_ort.ORTModelForImageClassification.from_pretrained(checkpoint, export=True)
-    assert branches(model.path) == 1
+def test_ort_model_exports_by_itself(tmp_path):
+    model = small_model("deit")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(IMAGES)
+    ort = optimum_ort.ORTModelForImageClassification.from_pretrained(tmp_path, export=True)
+    assert branches(ort.path) == 1
     for rows in (slice(None), slice(1)):
-        torch.testing.assert_close(model(IMAGES[rows]).logits, expected.logits[rows], atol=1e-4, rtol=0)
+        torch.testing.assert_close(ort(IMAGES[rows]).logits, expected.logits[rows], atol=1e-4, rtol=0)
 
 
+@only_vit
 @pytest.mark.parametrize("operators", [None, ["MatMul"]])
 def test_quantizer_keeps_thresholds_adjustable(exported, operators, tmp_path):
     model, expected, _, out = exported
@@ -121,21 +138,22 @@ def test_quantizer_keeps_thresholds_adjustable(exported, operators, tmp_path):
         assert set(quantized.session.run(["exit_index"], feeds)[0].tolist()) == {exit_index}
 
 
+@only_vit
 def test_pipelines(exported):
     model, _, _, out = exported
-    photos = [Image.fromarray(np.full((20, 30, 3), 40 * shade, np.uint8)) for shade in range(4)]
     processor = make_processor(IMAGE_SIZE)
     with torch.no_grad():
-        logits = model(processor(photos, return_tensors="pt")["pixel_values"]).logits
+        logits = model(processor(PHOTOS, return_tensors="pt")["pixel_values"]).logits
     expected = [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
     ort_model = optimum_ort.ORTModelForImageClassification.from_pretrained(out)
     for classify in (
         optimum_ort.pipeline(TASK, model=str(out), accelerator="ort"),
         pipeline(TASK, model=ort_model, image_processor=processor),
     ):
-        assert [answer[0]["label"] for answer in classify(photos, batch_size=2)] == expected
+        assert [answer[0]["label"] for answer in classify(PHOTOS, batch_size=2)] == expected
 
 
+@only_vit
 def test_a_file_that_answers_otherwise_is_not_kept(exported, tmp_path):
     model, _, checkpoint, out = exported
     shutil.copytree(out, tmp_path / "out")
@@ -150,14 +168,14 @@ def test_a_file_that_answers_otherwise_is_not_kept(exported, tmp_path):
     assert not [name for name in ("model.onnx", "manifest.json") if (tmp_path / "out" / name).exists()]
 
 
-@pytest.mark.parametrize("case", ["never", "fixed", "truncated"])
+@pytest.mark.parametrize("case", ["fixed", "truncated"])
 @torch.no_grad()
 def test_highways_without_a_decision(case, tmp_path):
     model = small_model("vit")
     if case == "truncated":
         model = model.truncate(0)
     else:
-        model.set_exit_policy(case, **({"exit_index": 0} if case == "fixed" else {}))
+        model.set_exit_policy("fixed", exit_index=0)
     export(model, HighwayOnnxConfig(model.config, TASK), tmp_path / "model.onnx")
     model.config.save_pretrained(tmp_path)
     expected = model(IMAGES)

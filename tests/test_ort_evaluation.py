@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import pipeline
 from lgvit_hf import ExitTable, ORTHighway, ViTHighway, ViTHighwayConfig, build_policy
 from lgvit_hf.cli import main
 from lgvit_hf.costs import Costs, model_macs
+from lgvit_hf.data import load_images
+from lgvit_hf.engine import replay
 from lgvit_hf.evaluation.benchmark import benchmark, wall_clock_speed_up
 from lgvit_hf.evaluation.calibration import calibrate, fit_temperature
 from lgvit_hf.evaluation.latency import architecture, measure_cost_table
@@ -20,35 +23,150 @@ from lgvit_hf.evaluation.report import as_table, evaluate
 from lgvit_hf.evaluation.search import sureness
 from lgvit_hf.evaluation.table import collect, weights_digest
 from lgvit_hf.evaluation.verdict import as_text, verdict
-from lgvit_hf.processing import make_processor
-from tests.tiny import scrambled
+from lgvit_hf.processing import ProcessedImages, make_processor
+from tests.seeds import rng, seeded
+from tests.tiny import scrambled, tiny_images
 
 pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
 from lgvit_hf.export.manifest import Manifest, file_digest  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.parts import export_parts  # noqa: E402
 from lgvit_hf.export.quantization import quantize  # noqa: E402
 
+version_independent = pytest.mark.version_independent
 LAYOUTS = ("single", "segments", "all_exits")
 FIELDS = ("logits", "exit_layer", "exit_index", "exit_score")
-SAVED = {"name": "confidence", "threshold": [0.6, 0.25]}
+ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random highway for digits, with exits behind blocks 1 and 2 of 3."""
-    torch.manual_seed(1)
+def images():
+    return tiny_images(40, 8)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return [Image.new("RGB", (9, 7), tuple(rng(number).integers(0, 256, 3).tolist())) for number in range(7)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, images, photos):
+    """A random highway for digits, with exits behind blocks 1 and 2 of 3; its policy takes all three."""
     names = [str(digit) for digit in range(10)]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    exits = {"exit_positions": [1, 2], "exit_types": ["conv1_1", "linear"], "exit_policy": SAVED}
+    exits = {"exit_positions": [1, 2], "exit_types": ["conv1_1", "linear"]}
+    processor = make_processor(8)
+    digits = stacked(ProcessedImages(load_images("digits").test, processor))
+    others = torch.cat([digits, processor(photos, return_tensors="pt")["pixel_values"]])
+    for number in range(100):
+        seeded(number)
+        model = scrambled(ViTHighway(ViTHighwayConfig(image_size=8, patch_size=4, **sizes, **labels, **exits)))
+        policies = policies_of(model, images)
+        model.set_exit_policy(policies["saved"])
+        if is_settled(model, policies, images, [images.bfloat16().float(), images.half().float(), others], photos):
+            break
+    else:
+        raise AssertionError("no such model in 100")
     folder = tmp_path_factory.mktemp("models") / "highway"
-    scrambled(ViTHighway(ViTHighwayConfig(image_size=8, patch_size=4, **sizes, **labels, **exits))).save_pretrained(
-        folder
-    )
-    make_processor(8).save_pretrained(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
+
+
+def stacked(dataset):
+    return torch.stack([item["pixel_values"] for item in dataset])
+
+
+@torch.no_grad()
+def exit_logits_of(model, pixels):
+    return torch.stack(model(pixels, early_exit=False).exit_logits)
+
+
+def is_settled(model, policies, images, others, photos):
+    """Whether rounding decides nothing, and each policy takes the exits that it can."""
+    exit_logits, depths = exit_logits_of(model, images), [1, 2, 3]
+    all_logits = [exit_logits, *(exit_logits_of(model, pixels) for pixels in others)]
+    best, second = torch.cat(all_logits, 1).topk(2).values.unbind(-1)
+    if (best - second).min() < 1e-4:
+        return False
+    for name, policy in policies.items():
+        for logits in all_logits if name in ("saved", "changed") else all_logits[:1]:
+            left = [replay(logits, depths, build_policy(moved(policy, step), 2)) for step in (-ROUNDING, 0, ROUNDING)]
+            if any((each.exit_index != left[1].exit_index).any() for each in left):
+                return False
+        if len(set(replay(exit_logits, depths, build_policy(policy, 2)).exit_index.tolist())) < AT_LEAST[name]:
+            return False
+    # a pipeline whose answers are all alike would show nothing
+    return len(set(all_logits[-1][-1, -len(photos) :].argmax(-1).tolist())) > 1
+
+
+def moved(policy, step):
+    """A policy whose threshold is another by `step`."""
+    if callable(policy):
+        return partial(policy, step=step) if policy is positive else started(partial(policy, step=step))
+    if "threshold" not in policy:
+        return policy
+    threshold = policy["threshold"]
+    return {
+        **policy,
+        "threshold": [number + step for number in threshold] if isinstance(threshold, list) else threshold + step,
+    }
+
+
+def policies_of(model, images):
+    """Policies whose thresholds lie in gaps of the scores, as many above as below."""
+    exit_logits = exit_logits_of(model, images)
+
+    def cuts(name, share=0.5, **settings):
+        judge = build_policy({"name": name, "threshold": 0.0, **settings}, 2)
+        scores = [judge(logits, {}, index)[1]["score"].sort().values for index, logits in enumerate(exit_logits[:2])]
+        place = int(share * len(images))
+        return [score[place - 1 : place + 1].mean().item() for score in scores]
+
+    calm, warm = [1.5, 1.0], [2.0, 0.5]
+    return {
+        "saved": {"name": "confidence", "threshold": cuts("confidence")},
+        # fewer samples exit at the first exit
+        "changed": {
+            "name": "confidence",
+            "threshold": cuts("confidence", 0.75, temperature=calm),
+            "temperature": calm,
+        },
+        "patience": {"name": "patience", "patience": 2},
+        "second exit": {"name": "patience", "patience": 1, "exits": [1]},
+        "patience_confidence": {"name": "patience_confidence", "threshold": cuts("entropy"), "patience": 2},
+        "entropy": {"name": "entropy", "threshold": cuts("entropy")},
+        "margin": {"name": "margin", "threshold": cuts("margin", temperature=warm), "temperature": warm},
+        "fixed": {"name": "fixed", "exit_index": 1},
+        "never": {"name": "never"},
+        "rule": positive,
+        "counting": counting,
+    }
+
+
+def positive(logits, memory, step=0.0):
+    """Exit where the first logit is positive: a policy without a name."""
+    return logits[:, 0] > step, memory
+
+
+def counting(logits, memory, step=0.0):
+    """Exit at the second exit that is sure: a policy with a memory of its own."""
+    sure = memory["sure"] + (logits.softmax(-1).amax(-1) > 0.3 + step)
+    return sure >= 2, {"sure": sure}
+
+
+def started(rule):
+    rule.start = lambda batch_size, device: {"sure": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+    return rule
+
+
+started(counting)
+# how many exits a policy must take, or nothing is compared
+AT_LEAST = {"saved": 3, "changed": 3, "patience": 2, "second exit": 1, "patience_confidence": 2, "entropy": 3}
+AT_LEAST |= {"margin": 3, "fixed": 1, "never": 1, "rule": 3, "counting": 2}
 
 
 @pytest.fixture
@@ -57,11 +175,20 @@ def model(checkpoint):
 
 
 @pytest.fixture(scope="module")
+def saved(checkpoint):
+    """The policy in its config."""
+    return json.loads((checkpoint / "config.json").read_text())["exit_policy"]
+
+
+@pytest.fixture(scope="module")
 def folders(checkpoint, tmp_path_factory):
-    """The highway in each layout."""
+    """The highway in each layout; of the same parts, which take long."""
     home, model = tmp_path_factory.mktemp("exports"), ViTHighway.from_pretrained(checkpoint).eval()
-    for layout in LAYOUTS:
-        export_onnx(model, home / layout, layout, processor=make_processor(8))
+    parts = export_parts(model, range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lgvit_hf.export.onnx_export.export_parts", lambda _, exits: [parts[index] for index in exits])
+        for layout in LAYOUTS:
+            export_onnx(model, home / layout, layout, processor=make_processor(8))
     return {layout: home / layout for layout in LAYOUTS}
 
 
@@ -69,12 +196,6 @@ def folders(checkpoint, tmp_path_factory):
 def copies(folders, tmp_path):
     """The same, to be changed."""
     return {layout: shutil.copytree(folder, tmp_path / layout) for layout, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def images():
-    generator = torch.Generator().manual_seed(0)
-    return 2 * torch.randn(40, 3, 1, 1, generator=generator) + torch.randn(40, 3, 8, 8, generator=generator)
 
 
 def rows_of(model, images):
@@ -114,6 +235,7 @@ def test_same_call_and_answers(layout, folders, model, images):
         assert_same(ort(pixel_values=images.to(dtype)), model(images.to(dtype).float()))
 
 
+@version_independent
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_a_row_of_nan_never_leaves(layout, folders, model, images):
@@ -124,6 +246,7 @@ def test_a_row_of_nan_never_leaves(layout, folders, model, images):
     assert found.exit_index[[0, 3, 4]].tolist() == [2, 2, 2]
 
 
+@version_independent
 @pytest.mark.parametrize("layout", ["segments", "all_exits"])
 @torch.no_grad()
 def test_all_exits_and_bounds(layout, folders, model, images):
@@ -141,6 +264,7 @@ def test_all_exits_and_bounds(layout, folders, model, images):
             m(images, early_exit=False, max_depth=1)
 
 
+@version_independent
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_no_batch(layout, folders, images):
     ort = ORTHighway.from_pretrained(folders[layout])
@@ -158,8 +282,7 @@ def test_what_is_no_batch(layout, folders, images):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pipeline_at_any_batch_size(layout, folders, model):
-    photos = [Image.new("RGB", (9, 7), (30 * shade, 255 - 30 * shade, 90)) for shade in range(7)]
+def test_pipeline_at_any_batch_size(layout, folders, model, photos):
     processor = make_processor(8)
     with torch.no_grad():
         expected = model(processor(photos, return_tensors="pt")["pixel_values"]).logits.softmax(-1).max(-1)
@@ -174,36 +297,19 @@ def test_pipeline_at_any_batch_size(layout, folders, model):
 # -- policies --------------------------------------------------------------------------------------------------
 
 
-def counting(logits, memory):
-    """Leave at the second exit that is sure, as a policy with a memory of its own."""
-    sure = memory["sure"] + (logits.softmax(-1).amax(-1) > 0.3)
-    return sure >= 2, {"sure": sure}
-
-
-counting.start = lambda batch_size, device: {"sure": torch.zeros(batch_size, dtype=torch.int64, device=device)}
-
-POLICIES = (
-    {"name": "patience", "patience": 2},
-    {"name": "patience", "patience": 1, "exits": [1]},
-    {"name": "patience_confidence", "threshold": 1.5, "patience": 2},
-    {"name": "entropy", "threshold": [0.5, 1.2]},
-    {"name": "margin", "threshold": 0.3, "temperature": [2.0, 0.5]},
-    {"name": "fixed", "exit_index": 1},
-    {"name": "never"},
-    lambda logits, memory: (logits[:, 0] > 0, memory),
-    counting,
-)
-
-
-@pytest.mark.parametrize("layout", ["segments", "all_exits"])
-@pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
+@version_independent
+@pytest.mark.parametrize("name", [name for name in AT_LEAST if name not in ("saved", "changed")])
 @torch.no_grad()
-def test_any_policy_on_segments(layout, policy, folders, model, images):
-    ort = ORTHighway.from_pretrained(folders[layout])
-    for m in (ort, model):
-        m.set_exit_policy(policy)
-    assert_same(ort(images), model(images))
-    assert ort.config.exit_policy == model.config.exit_policy
+def test_any_policy_on_segments(name, folders, model, images):
+    policy = policies_of(model, images)[name]
+    model.set_exit_policy(policy)
+    expected = model(images)
+    assert len(set(expected.exit_index.tolist())) >= AT_LEAST[name]
+    for layout in ("segments", "all_exits"):
+        ort = ORTHighway.from_pretrained(folders[layout])
+        ort.set_exit_policy(policy)
+        assert_same(ort(images), expected)
+        assert ort.config.exit_policy == model.config.exit_policy
 
 
 def edit(folder, **settings):
@@ -211,10 +317,11 @@ def edit(folder, **settings):
     (folder / "config.json").write_text(json.dumps({**config, **settings}))
 
 
+@version_independent
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_policy_comes_from_the_config(layout, copies, model, images):
-    changed = {"name": "confidence", "threshold": [0.3, 0.7], "temperature": [1.5, 1.0]}
+    changed = policies_of(model, images)["changed"]
     edit(copies[layout], exit_policy=changed)
     before = model(images).exit_index.tolist()
     model.set_exit_policy(changed)
@@ -223,18 +330,19 @@ def test_policy_comes_from_the_config(layout, copies, model, images):
     assert ort(images).exit_index.tolist() != before
 
 
-def test_what_a_single_file_does_not_hold(copies):
+@version_independent
+def test_what_a_single_file_does_not_hold(copies, saved):
     with pytest.raises(ValueError, match="parameters .'threshold'. go with a policy name"):
-        ORTHighway.from_pretrained(copies["single"]).set_exit_policy(SAVED, threshold=0.1)
+        ORTHighway.from_pretrained(copies["single"]).set_exit_policy(saved, threshold=0.1)
     edit(copies["single"], exit_policy={"name": "patience", "patience": 2})
     with pytest.raises(ValueError, match="this file decides by 'confidence', not by 'patience'; .*layout 'segments'"):
         ORTHighway.from_pretrained(copies["single"])
-    edit(copies["single"], exit_policy=SAVED)
+    edit(copies["single"], exit_policy=saved)
     manifest = Manifest.load(copies["single"])
     replace(manifest, exits=[1, 2]).save(copies["single"])
     with pytest.raises(ValueError, match=r"exit 0 was switched off .* its exits: \[1, 2\]"):
         ORTHighway.from_pretrained(copies["single"])
-    edit(copies["single"], exit_policy={**SAVED, "threshold": [1.0, 0.25]})
+    edit(copies["single"], exit_policy={**saved, "threshold": [1.0, 0.25]})
     assert ORTHighway.from_pretrained(copies["single"]).exported.macs.heads[0] == 0.0
 
 
@@ -260,6 +368,7 @@ def test_saved_with_its_policy(folders, images, tmp_path):
 # -- tables and calibration ------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_table_is_that_of_the_model(folders, model, images):
     rows, digests = rows_of(model, images), set()
     expected = collect(model, rows, batch_size=16)
@@ -273,6 +382,7 @@ def test_table_is_that_of_the_model(folders, model, images):
     assert len({*digests, expected.weights}) == 3
 
 
+@version_independent
 def test_heads_of_files_are_run_unasked(folders, model):
     counted = model_macs(model)
     exported = model_macs(ORTHighway.from_pretrained(folders["segments"]))
@@ -281,6 +391,7 @@ def test_heads_of_files_are_run_unasked(folders, model):
     assert Costs([4.0, 8.0], [1.0, 0.5], fused=True).mean([0.0, 1.0], asked=[]) == 13.5
 
 
+@version_independent
 def test_table_survives_a_file(folders, model, images, tmp_path):
     ort = ORTHighway.from_pretrained(folders["segments"])
     table = collect(ort, rows_of(model, images))
@@ -290,6 +401,7 @@ def test_table_survives_a_file(folders, model, images, tmp_path):
         ExitTable.load(tmp_path / "table.safetensors", weights=weights_digest(model))
 
 
+@version_independent
 def test_quantized_is_another_model(copies, folders, model, images, tmp_path):
     folder, small = copies["segments"], tmp_path / "small.onnx"
     manifest = Manifest.load(folder)
@@ -305,24 +417,38 @@ def test_quantized_is_another_model(copies, folders, model, images, tmp_path):
     assert not torch.allclose(collect(ort, rows).logits, collect(exact, rows).logits, atol=1e-4)
 
 
+def answering(logits, by, labels, right):
+    """Logits whose classes change places so that the label's are the largest of `by` where `right`, else the least."""
+    ranked, rows = by.argsort(-1), torch.arange(len(by))
+    place = torch.where(right, ranked[:, -1], ranked[:, 0])
+    classes = torch.arange(by.shape[-1]).repeat(len(by), 1)
+    classes[rows, place], classes[rows, labels] = labels, place
+    return logits.gather(1, classes)
+
+
+@version_independent
 @torch.no_grad()
 def test_calibrates_to_the_same_policy(folders, model, images):
     ort = ORTHighway.from_pretrained(folders["segments"])
     expected, found = (collect(m, rows_of(model, images)) for m in (model, ort))
-    rows = torch.arange(40)
+    labels = torch.arange(40) % 10
+    last, nobody = 9.0 * functional.one_hot(labels, 10), torch.zeros(40, dtype=torch.bool)
     for policy in ("confidence", "entropy"):
-        # the surer half is answered rightly at the first exit, the others there never, and all of them at the end
+        # the surer half is answered rightly at the first exit, nobody at the second, and all of them at the end
         sure = sureness(expected, policy, (1.0, 1.0, 1.0))[0]
-        first = expected.logits[0]
-        labels = torch.where(sure > sure.median(), first.argmax(-1), first.argmin(-1))
-        last = 9.0 * functional.one_hot(labels, 10)
+        rights = (sure > sure.median(), nobody)
         of_model, of_export = (
-            replace(table, labels=labels, logits=torch.stack([*table.logits[:-1], last]))
+            replace(
+                table,
+                labels=labels,
+                logits=torch.stack([*map(answering, table.logits, expected.logits, (labels, labels), rights), last]),
+            )
             for table in (expected, found)
         )
-        # halves by number: where logits differ by a bit, calibration would draw others; a temperature would change
-        # which rows are the surer half
+        # halves by number, as sure as each other: where logits differ by a bit, calibration would draw others; a
+        # temperature would change which rows are the surer half
         settings = {"policy": policy, "max_accuracy_drop": 0.1, "temperature": False}
+        rows = sure.argsort()
         by_model, by_export, honest = (
             calibrate(table.select(rows[::2]), tested=table.select(rows[1::2]), **settings)
             for table in (of_model, replace(of_export, costs=of_model.costs), of_export)
@@ -335,8 +461,12 @@ def test_calibrates_to_the_same_policy(folders, model, images):
         left = model(images).exit_index.tolist()
         assert ort(images).exit_index.tolist() == left
         assert 10 <= left.count(0) <= 30, "or nothing is compared"
+    most = torch.arange(40) % 8 != 0
     for of_model, of_export in zip(expected.logits, found.logits, strict=True):
-        assert fit_temperature(of_export, labels) == pytest.approx(fit_temperature(of_model, labels), rel=1e-2)
+        wanted, fitted = (
+            fit_temperature(answering(logits, of_model, labels, most), labels) for logits in (of_model, of_export)
+        )
+        assert fitted == pytest.approx(wanted, rel=1e-2) and 1 / 49 < wanted < 49
     # a segment runs its head whether the policy asks it or not
     shares, unasked = [0.5, 0.0, 0.5], expected.costs.heads[1]
     assert found.costs.mean(shares, [0, 1]) == expected.costs.mean(shares, [0, 1])
@@ -354,6 +484,7 @@ def reports(checkpoint, folders, images):
     return [benchmark(m, rows, batch_sizes=[1, 4], repeats=1) for m in (model, ort)]
 
 
+@version_independent
 def test_benchmark_has_every_key(reports):
     of_model, of_export = reports
     assert of_export.keys() == of_model.keys() and json.loads(json.dumps(of_export)) == of_export
@@ -364,6 +495,7 @@ def test_benchmark_has_every_key(reports):
     assert [exit["rows"] for exit in of_export["exits"]] == [exit["rows"] for exit in of_model["exits"]]
 
 
+@version_independent
 def test_benchmark_does_not_say_what_is_not_known(reports):
     of_model, of_export = reports
     assert of_model["exported"] is None and of_export["exported"]["layout"] == "segments"
@@ -373,9 +505,10 @@ def test_benchmark_does_not_say_what_is_not_known(reports):
     assert [row["part"] for row in parts] == ["segment 0", "segment 1", "segment 2"]
     assert [row["depth"] for row in parts] == [1, 2, 3] and {row["parameters"] for row in parts} == {None}
     assert sum(row["macs"] for row in parts) == pytest.approx(sum(row["macs"] for row in of_model["profile"]))
-    assert all(milliseconds > 0 for row in parts for milliseconds in row["ms"].values())
+    assert all(row["ms"].keys() == {"1", "4"} and min(row["ms"].values()) > 0 for row in parts)
 
 
+@version_independent
 def test_benchmark_text(reports):
     of_model, of_export = reports
     said = as_text(of_export)
@@ -386,18 +519,21 @@ def test_benchmark_text(reports):
     assert line.split()[2] == "3" and line.split()[4] == "-"
 
 
+@version_independent
 def test_cost_table(folders, model, images):
     ort = ORTHighway.from_pretrained(folders["segments"], threads=1)
     table = measure_cost_table(ort, images, [2], repeats=2)
     table.check(3, architecture(ort))
     with pytest.raises(ValueError, match="the cost table is of vit_highway: 3 blocks, .* MB of ONNX"):
         table.check(3, architecture(model))
-    assert min(map(min, table.trunks)) > 0
+    assert table.batch_sizes == [1, 2] and [len(times) for times in (table.trunks, table.heads)] == [3, 3]
+    assert all(len(times) == 2 and min(times) > 0 for times in table.trunks)
 
 
 # -- the other layouts -----------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_a_single_file_is_judged_by_what_it_answers(folders, model, images):
     rows, single = rows_of(model, images), ORTHighway.from_pretrained(folders["single"])
     expected, found = (evaluate(m, rows, timed_batch_sizes=[8]) for m in (model, single))
@@ -414,6 +550,7 @@ def test_a_single_file_is_judged_by_what_it_answers(folders, model, images):
     assert "full model" not in said and "ms per image" in said and "layout single, float32, in onnxruntime" in said
 
 
+@version_independent
 def test_what_a_single_file_cannot_say(folders, model, images):
     rows, single = rows_of(model, images), ORTHighway.from_pretrained(folders["single"])
     for run in (
@@ -425,12 +562,14 @@ def test_what_a_single_file_cannot_say(folders, model, images):
             run()
 
 
+@version_independent
 def test_all_exits_saves_nothing_and_says_so(folders, model, images):
     ort = ORTHighway.from_pretrained(folders["all_exits"])
     report = evaluate(ort, rows_of(model, images), timed_batch_sizes=[])
     assert report["exits"][0]["accuracy_all"] is not None and report["wall_clock"] == {}
     assert "this layout runs every exit of every row" in as_table(report)
-    assert wall_clock_speed_up(ort, [images], repeats=1)["wall_clock_speed_up"] > 0
+    found = wall_clock_speed_up(ort, [images], repeats=1)
+    assert found["wall_clock_speed_up"] == found["backbone_seconds"] / found["early_exit_seconds"]
     for run in (lambda: benchmark(ort, images), lambda: measure_cost_table(ort, images, [1])):
         with pytest.raises(ValueError, match="runs every exit of every row, .* export with layout='segments'"):
             run()
@@ -439,6 +578,7 @@ def test_all_exits_saves_nothing_and_says_so(folders, model, images):
 # -- commands --------------------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_evaluate_command(folders, tmp_path, capsys):
     accuracies = set()
     for layout in LAYOUTS:
@@ -460,6 +600,7 @@ def threads():
     torch.set_num_threads(usual)
 
 
+@version_independent
 def test_threads_reach_the_sessions(folders, threads):
     for asked, given in ((None, torch.get_num_threads()), (threads, threads)):
         ort = ORTHighway.from_pretrained(folders["segments"], threads=asked)
@@ -467,7 +608,7 @@ def test_threads_reach_the_sessions(folders, threads):
         assert ort.exported.threads == given
 
 
-def test_calibrate_and_benchmark_commands(copies, tmp_path, capsys, threads):
+def test_calibrate_and_benchmark_commands(copies, saved, tmp_path, capsys, threads):
     folder, costs = copies["segments"], tmp_path / "costs.json"
     fast = ["--limit", 8, "--repeats", 1, "--batch-sizes", 4, "--threads", threads]
     assert lgvit("benchmark", folder, "--data", "digits", *fast, "--cost-table", costs) == 0
@@ -477,7 +618,7 @@ def test_calibrate_and_benchmark_commands(copies, tmp_path, capsys, threads):
     assert lgvit("calibrate", folder, *asked, "--policy", "entropy", "--output", tmp_path / "calibrated") == 0
     written = json.loads((tmp_path / "calibrated" / "calibration.json").read_text())
     assert ORTHighway.from_pretrained(tmp_path / "calibrated").exit_policy == build_policy(written["policy"], 2)
-    assert ORTHighway.from_pretrained(folder).exit_policy == build_policy(SAVED, 2), "left as it was"
+    assert ORTHighway.from_pretrained(folder).exit_policy == build_policy(saved, 2), "left as it was"
     assert lgvit("calibrate", folder, "--data", "digits", "--ignore-labels", "--max-accuracy-drop", 0.5) == 0
     written = json.loads((folder / "calibration.json").read_text())
     assert ORTHighway.from_pretrained(folder).exit_policy == build_policy(written["policy"], 2)
@@ -490,6 +631,7 @@ def test_calibrate_and_benchmark_commands(copies, tmp_path, capsys, threads):
     assert "manifest.json" in capsys.readouterr().err
 
 
+@version_independent
 def test_sweep_command(folders, tmp_path, capsys):
     asked = ["--data", "digits", "--output", tmp_path / "sweep", "--values", 0.3, 0.6]
     assert lgvit("sweep", folders["segments"], *asked, "--timed-batch-sizes", 32) == 0

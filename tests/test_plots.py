@@ -14,6 +14,9 @@ from PIL import Image
 
 from lgvit_hf.evaluation import plots
 from lgvit_hf.evaluation.plots.style import short, short_names
+from tests.seeds import rng
+
+version_independent = pytest.mark.version_independent
 
 LONG_NAMES = ["hand-held computer, hand-held microcomputer", "crane", "a $5 note or $10"]
 EMPTY = {"rows": 0, "confidence": None, "accuracy": None}
@@ -75,7 +78,7 @@ def tokens_of(number, size=(16, 16), **changes):
     (height, width), images = size, []
     answers = [{"class_token": 12, **answer(12, **changes)} for _ in range(number)]
     for index, one in enumerate(answers):
-        images.append(np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        images.append(rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
         one["depths"] = np.arange(height * width // 16).reshape(height // 4, width // 4) % 12 + 1
     return images, answers
 
@@ -193,6 +196,7 @@ def written(monkeypatch):
     return figures, boxes
 
 
+@version_independent
 @pytest.mark.parametrize("name", PLOTS)
 def test_a_whole_picture_that_can_be_read(name, written, tmp_path):
     file = tmp_path / "new" / "a.png"
@@ -210,14 +214,17 @@ def test_a_whole_picture_that_can_be_read(name, written, tmp_path):
         assert not is_math_text(text.get_text()) and "nan" not in text.get_text(), text
     # the box of a text that is turned by 45 degrees is larger than the text
     straight = [(text, box) for text, box in boxes.items() if text.get_rotation() % 90 == 0]
-    for (text, box), (other, its_box) in itertools.combinations(straight, 2):
-        assert not box.padded(-1).overlaps(its_box.padded(-1)), (text, other)
+    left, bottom, right, top = np.array([box.padded(-1).extents for _, box in straight]).T
+    over = (left[:, None] <= right) & (left <= right[:, None]) & (bottom[:, None] <= top) & (bottom <= top[:, None])
+    pairs = [(straight[one][0], straight[other][0]) for one, other in np.argwhere(np.triu(over, 1))]
+    assert not pairs, pairs
 
     for part in [figure, *figure.subfigs]:
         for legend, axes in itertools.product(part.legends, figure.axes):
             assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
+@version_independent
 def test_pareto_says_what_was_chosen(draw):
     points = {"chosen": {"cost": 2.5, "accuracy": 0.8125}, "full model": POINT}
     figure = draw(plots.plot_pareto, {"one threshold": CURVE}, points, unit="ms per image", asked_accuracy=0.84)
@@ -242,6 +249,7 @@ def test_exits_that_nobody_takes(draw):
     assert right.get_ylabel() == "agreement, %"
 
 
+@version_independent
 def test_reliability_by_hand(draw):
     sure = {"rows": 3, "confidence": 0.9, "accuracy": 0.5}
     unsure = {"rows": 1, "confidence": 0.4, "accuracy": 0.6}
@@ -258,6 +266,7 @@ def test_reliability_by_hand(draw):
     assert np.nansum(diamonds.get_xdata()) == 90 and np.nansum(diamonds.get_ydata()) == 50
 
 
+@version_independent
 def test_few_classes_are_all_named(draw):
     classes = [*classes_of(25)[:3], {"name": "unseen", "rows": 0, "accuracy": None, "mean_depth": None}]
     figure = draw(plots.plot_classes, classes)
@@ -269,6 +278,7 @@ def test_few_classes_are_all_named(draw):
     assert figure.get_suptitle() == "Depth and accuracy of 3 classes (1 more without rows)"
 
 
+@version_independent
 def test_of_many_classes_the_extremes_are_named(draw):
     classes = classes_of(1000)
     classes[500]["mean_depth"], classes[600]["mean_depth"], classes[700]["accuracy"] = 1.0, 12.0, 0.0
@@ -281,6 +291,7 @@ def test_of_many_classes_the_extremes_are_named(draw):
     assert depths == sorted(depths, reverse=True)
 
 
+@version_independent
 def test_confusion_of_few_classes(draw):
     figure = draw(plots.plot_confusion, [[199, 1, 0], [1, 0, 3], [0, 0, 0]], ["cat", "dog", "unseen"])
     axes = figure.axes[0]
@@ -290,6 +301,7 @@ def test_confusion_of_few_classes(draw):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat (200)", "dog (4)", "unseen (0)"]
 
 
+@version_independent
 def test_confusion_of_many_classes(draw):
     matrix = np.diag(np.full(1000, 10))
     matrix[3, 999], matrix[998, 4], matrix[7, 1] = 30, 20, 5
@@ -304,6 +316,7 @@ def test_confusion_of_many_classes(draw):
     assert cells[50].sum() == pytest.approx(100)
 
 
+@version_independent
 def test_gallery_reads_only_what_it_draws(draw):
     read = []
 
@@ -329,6 +342,7 @@ def test_gallery_reads_only_what_it_draws(draw):
     assert wrong.get_linestyle() == "--" and right.get_linestyle() == "-"
 
 
+@version_independent
 def test_gallery_draws_no_image_twice(draw):
     for number in (2, 5, 25):
         images, answers = gallery_of(number)
@@ -337,6 +351,7 @@ def test_gallery_draws_no_image_twice(draw):
         assert len(shown) == len({*shown}) == min(number, 24)
 
 
+@version_independent
 def test_latency_beside_what_was_promised(draw):
     rows = latency_of(1, 8)
     rows[1]["ideal_speed_up"] = None
@@ -351,6 +366,7 @@ def test_latency_beside_what_was_promised(draw):
     assert len(axes.containers) == 2
 
 
+@version_independent
 def test_scores_at_every_exit(draw):
     images, answers = gallery_of(5)
     for one, depth in zip(answers, (6, 4, 12, 6, 4), strict=True):
@@ -369,6 +385,7 @@ def test_scores_at_every_exit(draw):
     assert last["where it left"].get_xydata().tolist() == [[12, 0.75]]
 
 
+@version_independent
 def test_depths_lie_on_their_patches(draw):
     images = np.zeros((2, 8, 16, 3), dtype=np.uint8)
     images[0, :4, 12:] = (30, 60, 90)
@@ -388,6 +405,7 @@ def test_depths_lie_on_their_patches(draw):
     assert light == sorted(light)
 
 
+@version_independent
 def test_tokens_alive_by_hand(draw):
     (axes,) = draw(plots.plot_tokens_alive, [[1, 3, 3, 4], [4, 4, 4, 4]], shown=[0], num_blocks=4).axes
     one, mean = axes.lines
@@ -396,6 +414,7 @@ def test_tokens_alive_by_hand(draw):
     assert one.get_label() == "image 1" and mean.get_label() == "mean of all 2 images: 3.4 blocks a token"
 
 
+@version_independent
 def test_names_are_short_and_differ():
     assert short("a  name\nof $5", 40) == r"a name of \$5"
     assert short("hand-held microcomputer", 10) == "hand-held…"
@@ -406,6 +425,7 @@ def test_names_are_short_and_differ():
     ]
 
 
+@version_independent
 @pytest.mark.parametrize(
     "plot, arguments",
     [
@@ -428,6 +448,7 @@ def test_nothing_to_draw(plot, arguments, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@version_independent
 def test_parts_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"matrix has shape \(1, 2\), but there are 2 class_names"):
         plots.plot_confusion(tmp_path / "a.png", [[1, 2]], ["cat", "dog"])
@@ -456,15 +477,17 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+@version_independent
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "lgvit-hf\[plots\]"'):
         plots.plot_latency(tmp_path / "a.png", latency_of(1))
 
 
-def test_no_global_state(tmp_path):
+def test_optional_packages_come_when_they_are_needed_and_without_global_state(tmp_path):
     code = (
-        "import sys; from lgvit_hf.evaluation import plots; assert 'matplotlib' not in sys.modules;"
+        "import sys; from lgvit_hf.evaluation import plots, report;"
+        "assert not {'matplotlib', 'evaluate'} & {*sys.modules};"
         "plots.plot_confusion(sys.argv[1], [[1]], ['cat']); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True, timeout=60)

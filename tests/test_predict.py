@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,17 +20,29 @@ from lgvit_hf.commands import predict
 from lgvit_hf.data import load_images
 from lgvit_hf.processing import ProcessedImages, make_processor
 from lgvit_hf.serving.predictor import ANSWERS, read_image
+from tests.clear import clear, clear_model
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
 
+one_version = pytest.mark.version_independent
+
 ROOT = Path(__file__).resolve().parents[1]
-POLICY = {"name": "confidence", "threshold": [0.8, 0.8, 0.8, 0.8], "temperature": [1.5, 1.0, 0.8, 1.0, 2.0]}
+TEMPERATURE = [1.5, 1.0, 0.8, 1.0, 2.0]
 
 
 @pytest.fixture(scope="module")
-def model():
-    model = tiny_model("vit")
-    model.set_exit_policy(POLICY)
-    return model
+def known():
+    """A model, and ten images at each of its five exits."""
+    return clear_model("vit", 10, temperature=TEMPERATURE)
+
+
+@pytest.fixture(scope="module")
+def model(known):
+    return known[0]
+
+
+@pytest.fixture(scope="module")
+def images(known):
+    return known[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +58,22 @@ def predictor(checkpoint):
     return Predictor(checkpoint)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Twelve images in two folders, and what is in them."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number, pixels in enumerate(tiny_images(12, size=(18, 20)).sigmoid()):
+def draw_photos(folder, model):
+    """Twelve images that are clear to a model, in two folders."""
+    drawn = (255 * tiny_images(60, (18, 20)).sigmoid()).byte().permute(0, 2, 3, 1).numpy()
+    pixels = make_processor(IMAGE_SIZE)(list(drawn), return_tensors="pt")["pixel_values"]
+    chosen = drawn[clear(model, pixels).numpy()][:12]
+    assert len(chosen) == 12
+    for number, image in enumerate(chosen):
         file = folder / "ab"[number % 2] / f"{number:02}.png"
         file.parent.mkdir(exist_ok=True)
-        Image.fromarray((255 * pixels.permute(1, 2, 0)).byte().numpy()).save(file)
+        Image.fromarray(image).save(file)
     return folder
+
+
+@pytest.fixture(scope="module")
+def photos(model, tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"), model)
 
 
 def files_in(folder):
@@ -82,11 +100,10 @@ def expected_of(model, pixels):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ">f4"])
-def test_answers_are_the_model_s(model, predictor, dtype):
-    pixels = tiny_images(50)
-    expected = expected_of(model, pixels)
-    assert len(set(expected["exit_index"].tolist())) > 2
-    batch = pixels.numpy().astype(dtype)
+def test_answers_are_the_model_s(model, images, predictor, dtype):
+    expected = expected_of(model, images)
+    assert expected["exit_index"].tolist() == [0, 1, 2, 3, 4] * 10
+    batch = images.numpy().astype(dtype)
     batch.setflags(write=False)
     answers = predictor({"pixel_values": batch})
     assert_same(answers, expected)
@@ -94,8 +111,9 @@ def test_answers_are_the_model_s(model, predictor, dtype):
     assert [answers[name].shape for name in ANSWERS] == [(50, NUM_LABELS)] + [(50,)] * 4
 
 
-def test_large_batches_run_in_parts(predictor, checkpoint):
-    in_parts, batch, sizes = Predictor(checkpoint, max_batch_size=7), {"pixel_values": tiny_images(50).numpy()}, []
+@one_version
+def test_large_batches_run_in_parts(predictor, checkpoint, images):
+    in_parts, batch, sizes = Predictor(checkpoint, max_batch_size=7), {"pixel_values": images.numpy()}, []
     in_parts.model.register_forward_pre_hook(
         lambda model, _, given: sizes.append(len(given["pixel_values"])), with_kwargs=True
     )
@@ -112,6 +130,7 @@ def test_another_policy(checkpoint):
         Predictor(checkpoint, "sometimes")(pixels)
 
 
+@one_version
 def test_other_columns_are_handed_back_and_nothing_is_overwritten(predictor):
     pixels = tiny_images(3).numpy()
     answers = predictor({"pixel_values": pixels, "path": np.array(["a", "b", "c"])})
@@ -120,15 +139,17 @@ def test_other_columns_are_handed_back_and_nothing_is_overwritten(predictor):
         predictor({"pixel_values": pixels, "label": np.arange(3)})
 
 
-def test_probabilities_have_the_temperature_of_each_exit(predictor):
-    answers = predictor({"pixel_values": tiny_images(50).numpy()})
+@one_version
+def test_probabilities_have_the_temperature_of_each_exit(predictor, images):
+    answers = predictor({"pixel_values": images.numpy()})
     chances = predictor.probabilities(answers)
-    assert len(set(answers["exit_index"])) > 2
-    scaled = np.exp(answers["logits"] / np.array(POLICY["temperature"])[answers["exit_index"]][:, None])
+    assert len(set(answers["exit_index"])) == 5
+    scaled = np.exp(answers["logits"] / np.array(TEMPERATURE)[answers["exit_index"]][:, None])
     np.testing.assert_allclose(chances, scaled / scaled.sum(-1, keepdims=True), atol=1e-6)
     np.testing.assert_allclose(chances.max(-1), answers["exit_score"], atol=1e-6)
 
 
+@one_version
 def test_an_empty_batch_has_empty_answers(predictor):
     for batch in ({"pixel_values": np.zeros((0, 3, IMAGE_SIZE, IMAGE_SIZE))}, {"image": np.zeros(0, dtype=object)}):
         answers = predictor(batch)
@@ -142,6 +163,7 @@ def with_value(value):
     return pixels
 
 
+@one_version
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -178,6 +200,7 @@ def test_bad_batches(batch, message, predictor):
         predictor(batch)
 
 
+@one_version
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])
 def test_bad_batch_size(size):
     with pytest.raises(ValueError, match="max_batch_size=.* must be an integer of at least 1"):
@@ -199,6 +222,7 @@ def test_what_is_no_highway(tmp_path, checkpoint):
 def test_images_in_any_form(model, checkpoint, photos):
     files = files_in(photos)
     opened = [Image.open(file) for file in files]
+    datasets = pytest.importorskip("datasets")
     # as `lgvit evaluate` prepares them
     dataset = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
     processed = ProcessedImages(dataset, make_processor(IMAGE_SIZE))
@@ -216,6 +240,7 @@ def test_images_in_any_form(model, checkpoint, photos):
     assert_same(predictor({"image": np.stack(arrays)}), expected)
 
 
+@one_version
 def test_images_are_upright_and_in_rgb(tmp_path):
     image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
     exif = Image.Exif()
@@ -233,42 +258,40 @@ def test_images_are_upright_and_in_rgb(tmp_path):
         read_image(tmp_path / "nowhere.png")
 
 
-IN_ANOTHER_PROCESS = """
-import pickle, sys
-import numpy as np
-with open(sys.argv[1], "rb") as file:
-    predictor, batch = pickle.load(file)
-np.savez(sys.argv[2], **predictor(batch))
-"""
-
-
-def test_it_travels_as_its_arguments(checkpoint, tmp_path, monkeypatch):
-    predictor, batch = Predictor(checkpoint, POLICY, max_batch_size=3), {"pixel_values": tiny_images(8).numpy()}
+def test_it_travels_as_its_arguments(checkpoint, images, monkeypatch):
+    """To another process, too: see `test_several_processes_answer_alike_and_may_die`."""
+    policy = {"name": "fixed", "exit_index": 1}
+    predictor, batch = Predictor(checkpoint, policy, max_batch_size=3), {"pixel_values": images[:8].numpy()}
     answers = predictor(batch)
-    assert len(pickle.dumps(predictor)) < 1000
-    (tmp_path / "call").write_bytes(pickle.dumps((predictor, batch)))
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "call", tmp_path / "answers.npz"]
-    subprocess.run(command, check=True, cwd=ROOT)
-    with np.load(tmp_path / "answers.npz") as there:
-        assert_same(dict(there), answers)
+    assert answers["exit_index"].tolist() == [1] * 8
+    sent = pickle.dumps(predictor)
+    assert len(sent) < 1000
+    there = pickle.loads(sent)
+    assert there._opened is None and (there.path, there.policy, there.max_batch_size) == (checkpoint, policy, 3)
+    assert_same(there(batch), answers)
     # a forked process has the object, but may not use the parent's model
     here = predictor.model
-    assert predictor.model is here
+    assert predictor.model is here and there.model is not here
     monkeypatch.setattr(os, "getpid", lambda: -1)
     assert predictor.model is not here
 
 
-def test_an_exported_folder_answers_alike(photos, tmp_path):
+@one_version
+def test_an_exported_folder_answers_alike(tmp_path):
     pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
     from lgvit_hf import export_onnx
 
-    model, checkpoint = tiny_model("vit", exit_positions=[1], exit_types="linear"), tmp_path / "checkpoint"
-    model.set_exit_policy("confidence", threshold=0.8, temperature=[1.5, 0.7])
+    small = {"num_hidden_layers": 2, "exit_positions": [1], "exit_types": "linear"}
+    model, images = clear_model("vit", 15, temperature=[1.5, 0.7], **small)
+    checkpoint, photos = tmp_path / "checkpoint", tmp_path / "photos"
+    photos.mkdir()
+    draw_photos(photos, model)
     model.save_pretrained(checkpoint)
     make_processor(IMAGE_SIZE).save_pretrained(checkpoint)
     export_onnx(model, tmp_path / "onnx", processor=make_processor(IMAGE_SIZE))
     theirs, ours = Predictor(tmp_path / "onnx"), Predictor(checkpoint)
-    batch = {"pixel_values": tiny_images(30).numpy()}
+    batch = {"pixel_values": images.numpy()}
+    assert ours(batch)["exit_index"].tolist() == [0, 1] * 15
     assert_same(theirs(batch), ours(batch))
     assert_same(theirs.images(files_in(photos)), ours.images(files_in(photos)))
     np.testing.assert_allclose(theirs.probabilities(theirs(batch)), ours.probabilities(ours(batch)), atol=1e-5)
@@ -279,7 +302,7 @@ def test_an_exported_folder_answers_alike(photos, tmp_path):
         [(row["path"], row["label"], row["exit_index"]) for row in rows_of(tmp_path / name)]
         for name in ("onnx.csv", "ours.csv")
     ]
-    assert answers[0] == answers[1]
+    assert len(answers[0]) == 12 and answers[0] == answers[1]
 
 
 # -- lgvit predict -------------------------------------------------------------------------------------------------
@@ -294,6 +317,7 @@ def rows_of(file):
         return list(csv.DictReader(stream)) if file.suffix == ".csv" else list(map(json.loads, stream))
 
 
+@one_version
 def test_rows_are_the_predictor_s(predictor, checkpoint, photos, tmp_path, capsys):
     files = files_in(photos)
     answers = predictor.images(files)
@@ -351,6 +375,7 @@ def test_what_cannot_be_read_is_a_row(checkpoint, photos, tmp_path, capsys):
     assert [row["label"] for row in rows_of(tmp_path / "none.csv")] == ["", ""]
 
 
+@one_version
 def test_folders_files_and_patterns(checkpoint, photos, tmp_path, monkeypatch):
     (tmp_path / "here" / "deep" / ".hidden").mkdir(parents=True)
     for name in ("one.png", "deep/two.png", "deep/three.tiff", "deep/._two.png", "deep/.hidden/four.png", "notes.txt"):
@@ -372,6 +397,7 @@ def test_folders_files_and_patterns(checkpoint, photos, tmp_path, monkeypatch):
     assert found("here/odd[1].png") == ["here/odd[1].png"]
 
 
+@one_version
 def test_what_lies_beside_images_is_no_dataset_and_no_pipe_is_waited_for(tmp_path):
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "deep" / "one.png")
@@ -383,6 +409,7 @@ def test_what_lies_beside_images_is_no_dataset_and_no_pipe_is_waited_for(tmp_pat
     assert images.files == [str(tmp_path / "broken.png"), str(tmp_path / "deep" / "one.png")]
 
 
+@one_version
 def test_a_dataset(checkpoint, model, tmp_path, capsys):
     tiny_model("vit", num_labels=10).save_pretrained(tmp_path / "ten")
     make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "ten")
@@ -403,6 +430,7 @@ def test_a_dataset(checkpoint, model, tmp_path, capsys):
     assert [row["label"] for row in again] == [row["label"] for row in rows]
 
 
+@one_version
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -435,6 +463,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, message, checkpoint, photos
     assert sorted(file.name for file in tmp_path.iterdir()) == ["DATA.parquet", "EMPTY", "THERE.csv"]
 
 
+@one_version
 def test_without_pyarrow(checkpoint, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert lgvit(checkpoint, photos, "--output", tmp_path / "a.parquet") == 2
@@ -442,6 +471,7 @@ def test_without_pyarrow(checkpoint, photos, tmp_path, monkeypatch, capsys):
     assert lgvit(checkpoint, photos, "--output", tmp_path / "a.csv") == 0
 
 
+@one_version
 def test_options_from_a_file(checkpoint, photos, tmp_path):
     (tmp_path / "run.yaml").write_text(f"output: {tmp_path / 'a.csv'}\npolicy: never\ntop_k: 1\n")
     assert lgvit(checkpoint, photos, "--config", tmp_path / "run.yaml") == 0
@@ -481,6 +511,7 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+@one_version
 def test_ctrl_c_keeps_what_is_done(whole, tmp_path, monkeypatch, capsys):
     command, undisturbed = whole
     output, parts = tmp_path / "out.csv", tmp_path / "out.csv.parts"
@@ -513,6 +544,7 @@ main(sys.argv[1:])
 """
 
 
+@one_version
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
 def test_kill_9_keeps_what_is_done(whole, tmp_path):
     command, undisturbed = whole
@@ -528,6 +560,7 @@ def test_kill_9_keeps_what_is_done(whole, tmp_path):
     assert not (tmp_path / "out.csv.parts").exists()
 
 
+@one_version
 def test_other_parts_are_refused(whole, checkpoint, photos, tmp_path, monkeypatch, capsys):
     command, _ = whole
     output, parts = tmp_path / "out.csv", tmp_path / "out.csv.parts"
@@ -574,6 +607,7 @@ class Dies(predict._Work):
         return super().__call__(shard)
 
 
+@one_version
 def test_several_processes_answer_alike_and_may_die(whole, tmp_path, monkeypatch, capsys):
     command, undisturbed = whole
     output = tmp_path / "out.csv"

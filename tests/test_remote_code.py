@@ -21,6 +21,7 @@ import lgvit_hf
 from lgvit_hf import AViT, DeiTHighway, SwinHighway, ViTHighway
 from lgvit_hf.processing import make_processor
 from lgvit_hf.remote_code import auto_map, code_files
+from tests.clear import clear_model
 from tests.test_cross_version import elsewhere, other, tiny_avit  # noqa: F401  (`other` is a fixture)
 from tests.test_modeling_common import training_arguments
 from tests.tiny import IMAGE_SIZE, KINDS, tiny_dataset, tiny_images, tiny_model
@@ -35,12 +36,13 @@ ALL_KINDS = (*KINDS, "avit")
 def save_all(folder):
     """A model of every kind with its image processor, and what it answers."""
     for kind in ALL_KINDS:
-        model = tiny_avit("deit") if kind == "avit" else tiny_model(kind, **EXITS)
+        # two images at each of four exits
+        model, images = (tiny_avit("deit"), tiny_images(8)) if kind == "avit" else clear_model(kind, 2, **EXITS)
         model.save_pretrained(folder / kind)
         make_processor(IMAGE_SIZE).save_pretrained(folder / kind)
         with torch.no_grad():
-            out = model(tiny_images(6))
-        kept = {"images": tiny_images(6), "logits": out.logits, "exit_layer": out.exit_layer}
+            out = model(images)
+        kept = {"images": images, "logits": out.logits, "exit_layer": out.exit_layer}
         save_file(kept, folder / f"{kind}.safetensors")
 
 
@@ -162,6 +164,7 @@ def test_files_are_copies_of_root_files_and_no_others(kind, saved):
     files = {file.name: file.read_bytes() for file in (saved / kind).glob("*.py")}
     backbone = kind.removesuffix("_plain")
     assert files == {name: (PACKAGE / name).read_bytes() for name in files}
+    assert {"configuration.py", "heads.py"} < files.keys() or kind == "avit"
     assert f"modeling_{backbone}.py" in files and "auto.py" not in files and "__init__.py" not in files
     models = {name for name in files if name.startswith("modeling_")}
     assert models == {f"modeling_{backbone}.py"} | (set() if kind == "avit" else {"modeling_highway.py"})

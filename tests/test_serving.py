@@ -5,10 +5,10 @@ import contextlib
 import http.server
 import io
 import json
+import os
+import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,10 @@ from lgvit_hf.serving.device import remote
 from lgvit_hf.serving.device.message import CONTENT_TYPE, MessageError, pack, unpack
 from lgvit_hf.serving.device.remote import Hop, NextPartGone, RemoteHighway
 from lgvit_hf.serving.opening import open_any, open_part
+from tests.clear import clear, clear_model
+from tests.seeds import examples, rng
 from tests.test_split import SMALL, random_image
-from tests.tiny import IMAGE_SIZE, tiny_images, tiny_model
+from tests.tiny import IMAGE_SIZE, tiny_model
 
 pytest.importorskip("fastapi", reason='pip install "lgvit-hf[serve]"')
 import uvicorn  # noqa: E402
@@ -36,6 +38,8 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from lgvit_hf.serving import server  # noqa: E402
 from lgvit_hf.serving.server import make_app  # noqa: E402
+
+one_version = pytest.mark.version_independent
 
 WANTED = {"hidden": {"dtype": "float32", "shape": [2, 3]}, "memory.label": {"dtype": "int64", "shape": []}}
 TENSORS = {"content-type": CONTENT_TYPE, "accept": CONTENT_TYPE}
@@ -45,10 +49,12 @@ TENSORS = {"content-type": CONTENT_TYPE, "accept": CONTENT_TYPE}
 
 
 def arrays(rows=4):
-    random = np.random.default_rng(0)
-    return {"hidden": random.standard_normal((rows, 2, 3)).astype(np.float32), "memory.label": np.arange(rows)}
+    # as float16, each is rounded by at most its 2048th part
+    hidden = rng().uniform(0.1, 3, (rows, 2, 3)) * rng(1).choice([-1, 1], (rows, 2, 3))
+    return {"hidden": hidden.astype(np.float32), "memory.label": np.arange(rows)}
 
 
+@one_version
 def test_a_message_is_a_safetensors_file():
     body = pack(arrays(), {"part": "1"})
     for found in (safetensors.numpy.load(body), unpack(body, WANTED, {"part": "1"})):
@@ -58,14 +64,16 @@ def test_a_message_is_a_safetensors_file():
     np.testing.assert_array_equal(theirs["hidden"], arrays()["hidden"])
 
 
+@one_version
 def test_half_a_state_is_a_whole_one_again():
     half = {**arrays(), "hidden": arrays()["hidden"].astype(np.float16)}
     found = unpack(pack(half), WANTED)["hidden"]
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, arrays()["hidden"], rtol=1e-3)
+    np.testing.assert_allclose(found, arrays()["hidden"], rtol=2**-11)
     assert len(pack(arrays())) - len(pack(half)) == 4 * 2 * 3 * 2
 
 
+@one_version
 def test_numbers_that_are_none_are_refused():
     for value in (np.nan, np.inf, -np.inf):
         bad = arrays()
@@ -74,6 +82,7 @@ def test_numbers_that_are_none_are_refused():
             unpack(pack(bad), WANTED)
 
 
+@one_version
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -89,6 +98,7 @@ def test_what_is_wrong_with_a_message_is_said(change, message):
         unpack(pack({**arrays(), **change}), WANTED)
 
 
+@one_version
 def test_messages_of_others_are_refused():
     body = pack(arrays(), {"model": "a", "part": "1"})
     with pytest.raises(MessageError, match="says model='a', but this is for model='b'"):
@@ -101,7 +111,8 @@ def test_messages_of_others_are_refused():
         unpack(pack({name: array[:0] for name, array in arrays().items()}), WANTED)
 
 
-@settings(max_examples=300, deadline=None)
+@one_version
+@settings(max_examples=examples(100))
 @given(st.data())
 def test_no_bytes_do_more_than_be_refused(data):
     body = bytearray(pack(arrays(), {"part": "1"}))
@@ -144,11 +155,8 @@ def test_no_bytes_do_more_than_be_refused(data):
 def home(tmp_path_factory):
     """A checkpoint, and its parts cut behind the exit after two blocks."""
     folder = tmp_path_factory.mktemp("serving")
-    model = tiny_model("vit", **SMALL)
-    images = tiny_images(64)
-    with torch.no_grad():
-        first = model(images, early_exit=False).exit_logits[0].softmax(-1).amax(-1)
-    model.set_exit_policy("confidence", threshold=[float(first.median()), 0.6, 0.6])
+    # sixteen images at each of four exits, two of them behind the cut
+    model, images = clear_model("vit", 16, **SMALL)
     model.save_pretrained(folder / "model")
     processor = make_processor(IMAGE_SIZE)
     processor.save_pretrained(folder / "model")
@@ -176,6 +184,7 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
         while not self.server.started:
+            assert self.thread.is_alive(), "the service did not start"
             time.sleep(0.01)
 
     def __enter__(self):
@@ -185,6 +194,35 @@ class Running:
         self.server.should_exit = True
         self.thread.join(10)
         self.socket.close()
+
+
+@pytest.fixture
+def nobody():
+    """A port at which nobody listens, and that nobody else is given."""
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(("127.0.0.1", 0))
+        yield place.getsockname()[1]
+
+
+class Clock:
+    """The time of `Hop`, which stands still until it is told to go on; sockets wait as they always do."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(remote, "time", clock)
+    return clock
 
 
 def as_png(image):
@@ -201,9 +239,11 @@ def whole(home):
 
 @torch.no_grad()
 def test_a_whole_checkpoint_answers_images(home, whole):
-    images = [random_image(20 + number, 30, number) for number in range(6)]
+    images = [random_image(20 + number, 30, number) for number in range(40)]
     pixels = torch.from_numpy(make_processor(IMAGE_SIZE)(images, return_tensors="np")["pixel_values"])
-    expected = home[1](pixels)
+    chosen = clear(home[1], pixels).nonzero()[:6, 0].tolist()
+    assert len(chosen) == 6
+    images, expected = [images[number] for number in chosen], home[1](pixels[chosen])
     files = [as_png(image) for image in images]
     found = [whole.post("/predict", content=file).json()["answers"] for file in files]
     assert all(len(each) == 1 for each in found)
@@ -220,6 +260,7 @@ def test_a_whole_checkpoint_answers_images(home, whole):
     assert one == found[:1]
 
 
+@one_version
 def test_tensors_in_tensors_out(home, whole):
     info = open_any(home[0] / "model").info
     expected = expected_of(home)
@@ -230,6 +271,7 @@ def test_tensors_in_tensors_out(home, whole):
     assert found["exit_index"].tolist() == expected.exit_index.tolist()
 
 
+@one_version
 def test_health_and_metrics_count(home):
     with TestClient(make_app(RemoteHighway(open_any(home[0] / "model")))) as client:
         assert client.get("/health").json()["status"] == "ok"
@@ -285,6 +327,7 @@ def strict(home):
         yield client
 
 
+@one_version
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_get_a_reason(name, home, strict):
     request, status, reason = BAD[name]
@@ -295,6 +338,7 @@ def test_bad_requests_get_a_reason(name, home, strict):
     assert strict.get("/health").status_code == 200
 
 
+@one_version
 def test_addresses_that_are_none_get_a_reason(whole):
     for method, path, status in (("GET", "/", 404), ("GET", "/predict", 405), ("POST", "/predict/x", 404)):
         reply = whole.request(method, path)
@@ -302,12 +346,14 @@ def test_addresses_that_are_none_get_a_reason(whole):
     assert "the first part" in whole.post("/continue", content=b"x").json()["error"]
 
 
+@one_version
 def test_numbers_too_large_for_the_model_are_refused(home, whole):
     pixels = np.full_like(PIXELS, 3e38)
     reply = whole.post("/predict", content=pack({"pixel_values": pixels}), headers=TENSORS)
     assert reply.status_code == 422 and "row 0" in reply.json()["error"]
 
 
+@one_version
 def test_a_body_that_does_not_come_is_not_waited_for(home, monkeypatch):
     monkeypatch.setattr(server, "BODY_TIMEOUT", 0.2)
     with Running(make_app(RemoteHighway(open_any(home[0] / "model")))) as running:
@@ -338,7 +384,7 @@ def test_here_and_there_answer_as_the_whole(home, behind):
     highway = RemoteHighway(parts_of(home)[0], behind.url)
     assert highway.check_next() is None
     expected = expected_of(home)
-    assert len(expected.exit_index.unique()) > 2
+    assert expected.exit_index.bincount().tolist() == [16] * 4
     assert_as_expected(highway({"pixel_values": home[2].numpy()}), expected)
     sent = int((expected.exit_layer > 2).sum())
     assert highway.counts["sent_rows"] == sent
@@ -346,17 +392,27 @@ def test_here_and_there_answer_as_the_whole(home, behind):
     assert 0 < highway.counts["sent_bytes"] - sent * 17 * 32 * 4 < 1024
 
 
+@one_version
 def test_half_a_state_is_half_the_bytes(home, behind):
-    highway = RemoteHighway(parts_of(home)[0], behind.url, state_dtype="float16")
-    expected = expected_of(home)
-    found = highway({"pixel_values": home[2].numpy()})
-    np.testing.assert_allclose(found["logits"], expected.logits.numpy(), atol=0.05)
+    first, last = parts_of(home)
+    highway = RemoteHighway(first, behind.url, state_dtype="float16")
+    found, expected = highway({"pixel_values": home[2].numpy()}), expected_of(home).logits.numpy()
+    _, rows, state = first({"pixel_values": home[2].numpy()})
+    # the first part's answers as they are, those of the last part for a rounded state
+    rounded, _, _ = last({**state, "hidden": state["hidden"].astype(np.float16).astype(np.float32)})
+    expected[rows] = rounded["logits"]
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-5)
+    unrounded, _, _ = last(state)
+    alike = unrounded["exit_index"] == rounded["exit_index"]
+    assert alike.mean() > 0.9
+    np.testing.assert_allclose(rounded["logits"][alike], unrounded["logits"][alike], atol=0.05)
     assert highway.counts["sent_bytes"] < 1024 + highway.counts["sent_rows"] * 17 * 32 * 2
     # too large for float16: sent as it is
     large = highway.message({"hidden": np.full((1, 17, 32), 1e6, np.float32)})
     assert unpack(large, parts_of(home)[1].info.takes)["hidden"].max() == 1e6
 
 
+@one_version
 def test_services_in_a_row_answer_as_the_whole(home, behind):
     app = make_app(RemoteHighway(parts_of(home)[0], behind.url))
     with TestClient(app) as client:
@@ -364,6 +420,7 @@ def test_services_in_a_row_answer_as_the_whole(home, behind):
         assert_as_expected(unpack(reply.content, parts_of(home)[0].info.answers), expected_of(home))
 
 
+@one_version
 def test_a_part_behind_refuses_what_is_not_for_it(home, behind):
     first, last = parts_of(home)
     _, _, state = first({"pixel_values": home[2].numpy()})
@@ -382,50 +439,70 @@ def test_a_part_behind_refuses_what_is_not_for_it(home, behind):
         hop.post("/predict", good)
 
 
+@one_version
 @torch.no_grad()
-def test_a_lost_part_is_replaced_by_the_deepest_exit_here(home):
+def test_a_lost_part_is_replaced_by_the_deepest_exit_here(home, nobody, clock):
     first, last = parts_of(home)
     images = {"pixel_values": home[2].numpy()}
     expected = expected_of(home)
     here = home[1](home[2], early_exit=False).exit_logits[1].numpy()
-    with Running(make_app(RemoteHighway(last))) as running:
-        port = running.port
-        highway = RemoteHighway(first, running.url, timeout=2, retries=1, backoff=0.01, cooldown=0.3)
+    highway = RemoteHighway(first, f"http://127.0.0.1:{nobody}", timeout=60, retries=1, backoff=0.01, cooldown=3)
+    with Running(make_app(RemoteHighway(last)), nobody):
         assert_as_expected(highway(images), expected)
     gone = highway(images)
     lost = gone["degraded"].astype(bool)
-    assert lost.tolist() == (expected.exit_layer > 2).tolist() and lost.any()
+    assert lost.tolist() == (expected.exit_layer > 2).tolist() and lost.sum() == 32
     np.testing.assert_allclose(gone["logits"][lost], here[lost], atol=1e-5)
     assert set(gone["exit_layer"][lost].tolist()) == {2}
     np.testing.assert_allclose(gone["logits"][~lost], expected.logits.numpy()[~lost], atol=1e-5)
-    assert "failed less than 0.3 s ago" in str(pytest.raises(NextPartGone, highway.hop.post, "/continue", b"").value)
-    with Running(make_app(RemoteHighway(last)), port):
-        time.sleep(0.35)
+    clock.now += 2.9
+    assert "failed less than 3 s ago" in str(pytest.raises(NextPartGone, highway.hop.post, "/continue", b"").value)
+    clock.now += 0.2
+    with Running(make_app(RemoteHighway(last)), nobody):
         assert_as_expected(highway(images), expected)
     assert highway.counts["next_failures"] == 1 and highway.counts["degraded_rows"] == lost.sum()
 
 
+@one_version
 def test_without_a_next_part_answers_are_marked(home):
     found = RemoteHighway(parts_of(home)[0])({"pixel_values": home[2].numpy()})
     assert found["degraded"].tolist() == (expected_of(home).exit_layer > 2).int().tolist()
     assert found["exit_layer"].max() == 2
 
 
+LATE = object()
+
+
+class Stub(http.server.ThreadingHTTPServer):
+    """A next part that gives the answers of `script`, one by one: a status and a body. `LATE` waits for `go_on`."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.script, self.asked, self.go_on = [], queue.Queue(), threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def told(self):
+        """How many seconds the next message says that there are."""
+        return float(self.asked.get(timeout=60))
+
+
 class Answering(http.server.BaseHTTPRequestHandler):
-    """Gives the answers of `script`, one by one: a status and a body, or seconds to wait before one."""
-
-    script: list = []
-    asked: list = []
-
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
-        type(self).asked.append(self.headers.get("x-lgvit-timeout"))
-        seconds, status, body = self.script.pop(0)
-        time.sleep(seconds)
-        self.send_response(status)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        answer = self.server.script.pop(0)
+        self.server.asked.put(self.headers["x-lgvit-timeout"])
+        if answer is LATE:
+            self.server.go_on.wait(60)
+            answer = 200, b"late"
+        status, body = answer
+        with contextlib.suppress(ConnectionError):
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -433,64 +510,72 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stub():
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    Answering.asked = []
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    running.server_close()
+    with Stub() as running:
+        yield running
+        running.go_on.set()
+        running.shutdown()
 
 
-def test_a_message_is_sent_again_but_not_when_refused(stub):
-    hop = Hop(stub, retries=2, backoff=0.001, cooldown=0)
-    Answering.script = [(0, 503, b"busy"), (0, 500, b"oh"), (0, 200, b"yes")]
+@one_version
+def test_a_message_is_sent_again_but_not_when_refused(stub, clock):
+    hop = Hop(stub.url, timeout=60, retries=2, backoff=1, cooldown=0)
+    stub.script = [(503, b"busy"), (500, b"oh"), (200, b"yes")]
     assert hop.post("/continue", b"x") == b"yes"
-    Answering.script = [(0, 400, b"no"), (0, 200, b"yes")]
+    # half as much to one and a half times as much, and twice that
+    assert 1.5 <= clock.now - 1000 <= 4.5
+    stub.script = [(400, b"no"), (200, b"yes")]
     with pytest.raises(NextPartGone, match="status 400: no"):
         hop.post("/continue", b"x")
-    Answering.script = [(0, 503, b"busy")] * 3
+    assert stub.script.pop() == (200, b"yes")
+    stub.script = [(503, b"busy")] * 3
     with pytest.raises(NextPartGone, match="status 503"):
         hop.post("/continue", b"x")
+    assert not stub.script
 
 
-def test_a_slow_part_is_not_waited_for(stub):
-    hop = Hop(stub, timeout=5, cooldown=0)
-    Answering.script = [(1, 200, b"late")]
-    start = time.perf_counter()
+@one_version
+def test_a_slow_part_is_not_waited_for(stub, clock):
+    hop = Hop(stub.url, timeout=60, cooldown=0)
+    stub.script = [LATE]
     with pytest.raises(NextPartGone, match="no answer in time"):
         hop.post("/continue", b"x", timeout=0.2)
-    assert time.perf_counter() - start < 0.8
     # what it is told leaves us time for our own answer
-    assert 0.1 < float(Answering.asked[0]) <= 0.16
+    assert stub.told() == pytest.approx(0.8 * 0.2)
 
 
-def test_who_is_in_a_hurry_or_is_refused_does_not_send_others_away(stub):
-    hop = Hop(stub, timeout=5, cooldown=60)
-    for wait, status, reason, timeout in ((1, 200, "in time", 0.05), (0, 400, "status 400", None)):
-        Answering.script = [(wait, status, b"x")]
+@one_version
+def test_who_is_in_a_hurry_or_is_refused_does_not_send_others_away(stub, clock):
+    hop = Hop(stub.url, timeout=60, cooldown=60)
+    for answer, reason, timeout in ((LATE, "in time", 0.05), ((400, b"x"), "status 400", None)):
+        stub.script = [answer]
         with pytest.raises(NextPartGone, match=reason):
             hop.post("/continue", b"x", timeout=timeout)
-        Answering.script = [(0, 200, b"yes")]
+        stub.told()
+        stub.script = [(200, b"yes")]
         assert hop.post("/continue", b"x") == b"yes"
+        stub.told()
 
 
-def test_one_message_alone_tries_a_part_that_hangs(stub):
-    hop = Hop(stub, timeout=1, cooldown=0)
-    Answering.script = [(2, 200, b"late"), (0.5, 200, b"back"), (0, 200, b"yes")]
+@one_version
+def test_one_message_alone_tries_a_part_that_hangs(stub, clock):
+    hop = Hop(stub.url, timeout=0.2, cooldown=0)
+    stub.script = [LATE, LATE, (200, b"yes")]
     with pytest.raises(NextPartGone, match="no answer in time"):
         hop.post("/continue", b"x")
+    stub.told()
+    hop.timeout = 60
     with ThreadPoolExecutor(1) as pool:
         trying = pool.submit(hop.post, "/continue", b"x")
-        while len(Answering.asked) < 2:
-            time.sleep(0.01)
-        start = time.perf_counter()
+        stub.told()
         with pytest.raises(NextPartGone, match="is being tried again"):
             hop.post("/continue", b"x")
-        assert time.perf_counter() - start < 0.3
-        assert trying.result(10) == b"back"
+        assert not trying.done()
+        stub.go_on.set()
+        assert trying.result(60) == b"late"
     assert hop.post("/continue", b"x") == b"yes"
 
 
+@one_version
 def test_an_answer_that_trickles_in_is_not_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -499,23 +584,24 @@ def test_an_answer_that_trickles_in_is_not_waited_for():
             with connection, contextlib.suppress(OSError):
                 for byte in b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n" + b"x" * 99:
                     connection.sendall(bytes([byte]))
-                    time.sleep(0.05)
+                    time.sleep(0.02)
 
         thread = threading.Thread(target=trickle)
         thread.start()
-        hop, start = Hop(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.5, retries=0), time.perf_counter()
+        # all of it would come, each byte well within the time, but only after seconds
+        hop = Hop(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.5, retries=0)
         with pytest.raises(NextPartGone, match="no answer in time"):
             hop.post("/continue", b"x")
-        assert time.perf_counter() - start < 1.5
         thread.join(10)
 
 
+@one_version
 @torch.no_grad()
 def test_a_large_batch_is_sent_in_several_messages(home, behind, monkeypatch):
-    images = home[2].repeat(40, 1, 1, 1)
+    images = home[2].repeat(9, 1, 1, 1)
     expected = expected_of(home, images)
     further = int((expected.exit_layer > 2).sum())
-    assert further > 256
+    assert 256 < further == 9 * 32
     highway = RemoteHighway(parts_of(home)[0], behind.url)
     assert_as_expected(highway({"pixel_values": images.numpy()}), expected)
     size = highway.counts["sent_bytes"]
@@ -528,43 +614,48 @@ def test_a_large_batch_is_sent_in_several_messages(home, behind, monkeypatch):
     assert highway.counts["sent_bytes"] / highway.counts["sent_rows"] > size / further
 
 
-@pytest.mark.parametrize("reply", ["empty", "garbage", "half", "too few", "no such exit"])
-def test_an_answer_that_is_none_is_not_taken(home, stub, reply):
-    highway = RemoteHighway(parts_of(home)[0], stub)
-    info, rows = highway.info, int((expected_of(home).exit_layer > 2).sum())
-    words = {"schema": "1", "model": info.model}
+@one_version
+def test_an_answer_that_is_none_is_not_taken(home, stub):
+    highway = RemoteHighway(parts_of(home)[0], stub.url, timeout=60)
+    info, lost = highway.info, (expected_of(home).exit_layer > 2).int().tolist()
+    rows, words = sum(lost), {"schema": "1", "model": info.model}
 
     def answers(rows):
         return {name: np.full((rows, *array["shape"]), 3, array["dtype"]) for name, array in info.answers.items()}
 
-    replies = {
-        "empty": b"",
-        "garbage": b"garbage",
-        "half": pack({"logits": np.zeros((rows, 5), np.float32)}, words),
-        "too few": pack(answers(rows - 1), words),
-        "no such exit": pack({**answers(rows), "exit_index": np.full(rows, 99)}, words),
-    }
-    Answering.script = [(0, 200, replies[reply])]
-    found = highway({"pixel_values": home[2].numpy()})
-    assert found["degraded"].tolist() == (expected_of(home).exit_layer > 2).int().tolist()
+    for reply, taken in (
+        (b"", False),
+        (b"garbage", False),
+        (pack({"logits": np.zeros((rows, 5), np.float32)}, words), False),
+        (pack(answers(rows - 1), words), False),
+        (pack({**answers(rows), "exit_index": np.full(rows, 99)}, words), False),
+        (pack(answers(rows), {**words, "model": "0" * 64}), False),
+        (pack(answers(rows), words), True),
+    ):
+        stub.script = [(200, reply)]
+        found = highway({"pixel_values": home[2].numpy()})
+        assert not stub.script
+        # what is said of the samples that went on is taken as it is
+        assert found["degraded"].tolist() == [3 * each if taken else each for each in lost]
 
 
+@one_version
 def test_an_edge_that_waits_for_its_cloud_still_answers_in_time(home, stub, tmp_path):
     home[1].split([1, 2], tmp_path / "row")
     first, middle = (open_part(tmp_path / "row" / f"part{index}") for index in range(2))
-    Answering.script = [(2, 200, b"late")]
-    with Running(make_app(RemoteHighway(middle, stub))) as edge:
-        start = time.perf_counter()
-        found = RemoteHighway(first, edge.url, timeout=1)({"pixel_values": home[2].numpy()})
-        assert time.perf_counter() - start < 1
+    stub.script = [(503, b"busy")]
+    with Running(make_app(RemoteHighway(middle, stub.url, timeout=600, retries=0))) as edge:
+        found = RemoteHighway(first, edge.url, timeout=100)({"pixel_values": home[2].numpy()})
     lost = found["degraded"].astype(bool)
     assert lost.tolist() == (expected_of(home).exit_layer > 2).tolist()
     # the edge's last exit, not the device's
     assert set(found["exit_layer"][lost].tolist()) == {2}
-    assert 0.5 < float(Answering.asked[0]) <= 0.64
+    # 80 of its 100 s to the edge, and 80 % of what is left of those to the cloud
+    assert 24 < stub.told() <= 64
 
 
-def test_settings_of_a_hop_are_checked(home, behind):
+@one_version
+def test_settings_of_a_hop_are_checked(home, behind, nobody):
     first, last = parts_of(home)
     with pytest.raises(ValueError, match="must be a URL"):
         RemoteHighway(first, "cloud:8000")
@@ -575,7 +666,7 @@ def test_settings_of_a_hop_are_checked(home, behind):
         RemoteHighway(first, state_dtype="int8")
     with pytest.raises(ValueError, match="the last part"):
         RemoteHighway(last, "http://cloud")
-    assert "127.0.0.1:9" in RemoteHighway(first, "http://127.0.0.1:9", timeout=1).check_next()
+    assert f"127.0.0.1:{nobody}" in RemoteHighway(first, f"http://127.0.0.1:{nobody}").check_next()
 
 
 def test_another_model_behind_is_noticed(home, tmp_path):
@@ -589,42 +680,63 @@ def test_another_model_behind_is_noticed(home, tmp_path):
 # -- requests together ---------------------------------------------------------------------------------------
 
 
+class Slow:
+    """A part that is told when to go on, or fails."""
+
+    def __init__(self, part):
+        self.part, self.info, self.error = part, part.info, None
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, inputs):
+        self.begun.set()
+        assert self.go_on.wait(60)
+        if self.error:
+            raise self.error
+        return self.part(inputs)
+
+
+@one_version
 def test_requests_share_batches_and_nobody_notices(home, behind):
-    highway, expected = RemoteHighway(parts_of(home)[0], behind.url), expected_of(home)
-    batcher = Batcher(highway, max_rows=16, max_wait=0.05)
+    slow, expected = Slow(parts_of(home)[0]), expected_of(home)
+    batcher = Batcher(RemoteHighway(slow, behind.url, timeout=60), max_rows=16, max_wait=0)
     pixels = home[2].numpy()
+    # the first runs alone, and all that come meanwhile wait for it
     sizes = [1, 3, 2, 20, 1, 5, 1, 1, 7, 1]
     starts = np.cumsum([0, *sizes[:-1]])
+
+    def submit(start, size):
+        return batcher.submit({"pixel_values": pixels[start : start + size]})
+
     with ThreadPoolExecutor(len(sizes)) as pool:
-        futures = list(
-            pool.map(
-                lambda at: batcher.submit({"pixel_values": pixels[at[0] : at[0] + at[1]]}),
-                zip(starts, sizes, strict=True),
-            )
-        )
+        futures = [submit(starts[0], sizes[0])]
+        assert slow.begun.wait(60)
+        futures += pool.map(submit, starts[1:], sizes[1:])
+    slow.go_on.set()
     for start, size, future in zip(starts, sizes, futures, strict=True):
         rows = slice(start, start + size)
         part = type(expected)(logits=expected.logits[rows], exit_index=expected.exit_index[rows])
         part.exit_layer = expected.exit_layer[rows]
-        assert_as_expected(future.result(30), part)
-    assert 3 <= batcher.batches < len(sizes)
+        assert_as_expected(future.result(60), part)
+    # 20 samples run alone; the 21 others, in whatever order they came, as two batches of at most 16 or as three
+    assert 4 <= batcher.batches <= 6
     batcher.close()
     with pytest.raises(Busy, match="shutting down"):
         batcher.submit({"pixel_values": pixels[:1]})
 
 
+@one_version
 def test_who_is_in_a_hurry_shares_no_batch(home):
     first, last = parts_of(home)
     slow = Slow(first)
     pixels = home[2].numpy()
     with Running(make_app(RemoteHighway(last))) as running:
-        batcher = Batcher(RemoteHighway(slow, running.url), max_rows=1024, max_wait=0.1)
+        batcher = Batcher(RemoteHighway(slow, running.url, timeout=60), max_rows=1024, max_wait=0)
         begun = batcher.submit({"pixel_values": pixels[:1]})
-        slow.begun.wait(10)
-        asked = [batcher.submit({"pixel_values": pixels}, timeout) for timeout in (None, 1e-6, 100.0, 90.0)]
+        assert slow.begun.wait(60)
+        asked = [batcher.submit({"pixel_values": pixels}, timeout) for timeout in (None, 1e-6, 1000.0, 900.0)]
         slow.go_on.set()
-        patient, hurried, *alike = [future.result(30) for future in asked]
-        begun.result(30)
+        patient, hurried, *alike = [future.result(60) for future in asked]
+        begun.result(60)
         batcher.close()
     assert hurried["degraded"].any()
     for found in (patient, *alike):
@@ -633,33 +745,14 @@ def test_who_is_in_a_hurry_shares_no_batch(home):
     assert batcher.batches == 4
 
 
-class Slow:
-    """A part that takes its time, or fails."""
-
-    def __init__(self, part):
-        self.part, self.info, self.begun, self.go_on, self.error = (
-            part,
-            part.info,
-            threading.Event(),
-            threading.Event(),
-            None,
-        )
-
-    def __call__(self, inputs):
-        self.begun.set()
-        self.go_on.wait(10)
-        if self.error:
-            raise self.error
-        return self.part(inputs)
-
-
+@one_version
 def test_what_waits_is_answered_before_the_end_and_more_is_refused(home):
     slow = Slow(parts_of(home)[1])
     _, _, state = parts_of(home)[0]({"pixel_values": home[2].numpy()})
     one = {name: array[:1] for name, array in state.items()}
     batcher = Batcher(RemoteHighway(slow), max_rows=1, max_waiting=3)
     running = batcher.submit(one)
-    slow.begun.wait(10)
+    assert slow.begun.wait(60)
     waiting = [batcher.submit(one) for _ in range(3)]
     with pytest.raises(Busy, match="3 rows are waiting"):
         batcher.submit(one)
@@ -667,11 +760,12 @@ def test_what_waits_is_answered_before_the_end_and_more_is_refused(home):
     closing.start()
     slow.go_on.set()
     for future in (running, *waiting):
-        assert len(future.result(10)["logits"]) == 1
+        assert len(future.result(60)["logits"]) == 1
     closing.join(10)
     assert not closing.is_alive()
 
 
+@one_version
 def test_a_failure_is_told_to_those_it_concerns(home):
     slow = Slow(parts_of(home)[1])
     _, _, state = parts_of(home)[0]({"pixel_values": home[2].numpy()})
@@ -679,43 +773,68 @@ def test_a_failure_is_told_to_those_it_concerns(home):
     slow.error = RuntimeError("no memory left")
     batcher = Batcher(RemoteHighway(slow))
     with pytest.raises(RuntimeError, match="no memory left"):
-        batcher.submit(state).result(10)
+        batcher.submit(state).result(60)
     slow.error = None
-    assert len(batcher.submit(state).result(10)["logits"]) == len(state["hidden"])
+    assert len(batcher.submit(state).result(60)["logits"]) == len(state["hidden"])
     batcher.close()
 
 
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def test_the_command_drains_on_sigterm(home):
-    command = [sys.executable, "-m", "lgvit_hf.cli", "serve", str(home[0] / "parts" / "part0"), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert "part 0 of 2 at http://127.0.0.1:" in line, process.stderr.read()
-        port = int(line.rpartition(":")[2])
-        assert "marked degraded" in process.stdout.readline()
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            body = as_png(random_image(40, 40))
-            head = f"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body[:50])
-            time.sleep(0.2)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-            # what has begun is answered
-            connection.sendall(body[50:])
-            connection.settimeout(20)
-            reply = b""
-            while chunk := connection.recv(4096):
-                reply += chunk
-        assert reply.startswith(b"HTTP/1.1 200") and b'"degraded"' in reply
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()
+def assert_nobody_is_let_in(port):
+    """At once or soon: the service has been told to stop, and has to notice."""
+    for _ in range(6000):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.01)
+    pytest.fail("new connections are still taken")
 
 
+@one_version
+def test_the_command_drains_on_sigterm(home, monkeypatch, capfd):
+    """In this process: a thread asks half a question, sends the signal, and asks the other half."""
+    before, started = signal.getsignal(signal.SIGTERM), uvicorn.Server.run
+
+    def ask(port):
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                body = as_png(random_image(40, 40))
+                head = f"POST /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+                connection.sendall(head.encode() + b"expect: 100-continue\r\n\r\n")
+                # said once the request is being worked on
+                assert connection.recv(4096).startswith(b"HTTP/1.1 100")
+                connection.sendall(body[:50])
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert_nobody_is_let_in(port)
+                # what has begun is answered
+                connection.sendall(body[50:])
+                return b"".join(iter(lambda: connection.recv(4096), b""))
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)  # or the service would never end
+            raise
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = []
+
+        def run(self, sockets):
+            asked.append(pool.submit(ask, sockets[0].getsockname()[1]))
+            started(self, sockets=sockets)
+
+        monkeypatch.setattr(uvicorn.Server, "run", run)
+        try:
+            assert main(["serve", str(home[0] / "parts" / "part0"), "--port", "0"]) == 0
+            reply = asked[0].result(60)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert reply.startswith(b"HTTP/1.1 200") and b'"degraded"' in reply
+    said = capfd.readouterr().out
+    assert "part 0 of 2 at http://127.0.0.1:" in said and "marked degraded" in said
+
+
+@one_version
 def test_a_sigterm_right_after_the_address_is_not_lost(home, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGTERM)
     started = uvicorn.Server.run
@@ -730,11 +849,12 @@ def test_a_sigterm_right_after_the_address_is_not_lost(home, monkeypatch, capfd)
     assert "part 1 of 2 at http://" in found.out and "Traceback" not in found.err
 
 
+@one_version
 def test_the_command_says_what_is_wrong(home, tmp_path, capsys):
     part = str(home[0] / "parts" / "part1")
     for words, reason in (
         ([str(tmp_path)], "no config.json there"),
-        ([part, "--next", "http://127.0.0.1:9"], "the last part"),
+        ([part, "--next", "http://cloud"], "the last part"),
         ([part, "--policy", "never"], "split the model again"),
         ([part, "--max-body-mb", "0"], "must be positive"),
         ([str(home[0] / "parts" / "part0"), "--next", "nowhere"], "must be a URL"),

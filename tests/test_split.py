@@ -25,10 +25,13 @@ from lgvit_hf.serving.device.info import PartInfo, file_digest
 from lgvit_hf.serving.device.pixels import pixel_settings, prepare, read_image
 from lgvit_hf.serving.opening import open_part
 from lgvit_hf.serving.split import run_chain
+from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, scrambled, tiny_images, tiny_model
 
+version_independent = pytest.mark.version_independent
 SMALL = {"num_hidden_layers": 4, "exit_positions": [1, 2, 3], "exit_types": "linear"}
 ROWS, NAN_ROW = 40, 3
+PATIENCE = {"name": "patience", "patience": 2}
 
 
 def images_of(model):
@@ -49,6 +52,19 @@ def between(model, images, name, **settings):
     return {"name": name, "threshold": numbers, **settings}
 
 
+def drawn(settings_of, kind="vit", least=2, **changes):
+    """A model with a policy, and images, one of them NaN, the others of which exit at `least` places or more."""
+    for number in range(100):
+        model = tiny_model(kind, number, **changes)
+        images = images_of(model)
+        with torch.no_grad():
+            model.set_exit_policy(settings_of(model, images))
+            taken = model(images).exit_index[torch.arange(ROWS) != NAN_ROW]
+        if len(taken.unique()) >= least:
+            return model, images
+    raise AssertionError("no such model in 100")
+
+
 def chained(folder, count, images):
     return run_chain(
         [open_part(folder / f"part{index}", threads=1) for index in range(count)], {"pixel_values": images}
@@ -62,25 +78,30 @@ def assert_equal(found, expected):
     torch.testing.assert_close(found.exit_score, expected.exit_score, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
+@version_independent
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
     ["confidence", "entropy", "margin", "confidence_entropy", "patience", "patience_confidence", "fixed", "never"],
 )
 def test_every_policy_travels_between_parts(name, tmp_path):
-    model = tiny_model("vit", **SMALL)
-    images = images_of(model)
-    settings = {
-        "patience": {"name": name, "patience": 2},
-        "patience_confidence": {**between(model, images, "entropy"), "name": name, "patience": 2},
-        "fixed": {"name": name, "exit_index": 1},
-        "never": {"name": name},
-        "confidence_entropy": {"name": name, "threshold": 0.4, "entropy_threshold": [1.4, 1.3, 1.2]},
-    }.get(name) or between(model, images, name, temperature=[0.8, 1.1, 0.9])
-    model.set_exit_policy(settings)
+    def settings_of(model, images):
+        own = {
+            "patience": {"name": name, "patience": 2},
+            "patience_confidence": {**between(model, images, "entropy"), "name": name, "patience": 2},
+            "fixed": {"name": name, "exit_index": 1},
+            "never": {"name": name},
+            "confidence_entropy": {
+                **between(model, images, "confidence"),
+                "name": name,
+                "entropy_threshold": between(model, images, "entropy")["threshold"],
+            },
+        }
+        return own.get(name) or between(model, images, name, temperature=[0.8, 1.1, 0.9])
+
+    model, images = drawn(settings_of, least=1 if name in ("fixed", "never") else 2, **SMALL)
     infos = model.split([1, 3], tmp_path / "parts")
     expected = model(images)
-    assert name in ("fixed", "never") or len(expected.exit_index.unique()) > 1
     found = chained(tmp_path / "parts", 3, images.numpy())
     if name == "fixed":
         # a row whose logits are NaN answers there too, where the whole model would go on
@@ -100,13 +121,9 @@ def test_every_policy_travels_between_parts(name, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["deit", "swin"])
 def test_every_backbone_splits_anywhere(kind, tmp_path):
-    model = tiny_model(kind)
-    images = images_of(model)
-    model.set_exit_policy(between(model, images, "confidence"))
+    model, images = drawn(lambda *given: between(*given, "confidence"), kind, least=3)
     model.split([2, 3, 4], tmp_path / "parts")
-    expected = model(images)
-    assert len(expected.exit_index.unique()) > 2
-    assert_equal(chained(tmp_path / "parts", 4, images.numpy()), expected)
+    assert_equal(chained(tmp_path / "parts", 4, images.numpy()), model(images))
 
 
 def test_a_performer_keeps_its_features(tmp_path):
@@ -142,6 +159,7 @@ def test_parts_of_one_split_know_each_other(tmp_path):
     assert [len(each) for each in digests] == [1, 1, 1] and len(set.union(*digests)) == 3
 
 
+@version_independent
 @pytest.mark.parametrize(
     "positions, format, message",
     [
@@ -158,6 +176,7 @@ def test_bad_splits_say_what_is_possible(positions, format, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@version_independent
 def test_a_policy_without_a_name_cannot_travel(tmp_path):
     model = tiny_model("vit", **SMALL)
     judge = build_policy({"name": "confidence", "threshold": 0.5}, 3)
@@ -166,6 +185,7 @@ def test_a_policy_without_a_name_cannot_travel(tmp_path):
         model.split([1], tmp_path / "parts")
 
 
+@version_independent
 @torch.no_grad()
 def test_a_policy_of_ones_own_travels_by_its_name(tmp_path):
     @register_policy("twice_positive")
@@ -181,19 +201,16 @@ def test_a_policy_of_ones_own_travels_by_its_name(tmp_path):
             return times >= 2, {"times": times}
 
     try:
-        model = tiny_model("vit", **SMALL)
-        model.set_exit_policy("twice_positive", least=0.1)
+        model, images = drawn(lambda *_: {"name": "twice_positive", "least": 0.1}, **SMALL)
         model.split([1, 2], tmp_path / "parts")
-        images = images_of(model)
-        expected = model(images)
-        assert len(expected.exit_index.unique()) > 1
-        assert_equal(chained(tmp_path / "parts", 3, images.numpy()), expected)
+        assert_equal(chained(tmp_path / "parts", 3, images.numpy()), model(images))
         with pytest.raises(ValueError, match="'twice_positive' cannot travel with format='onnx'"):
             model.split([1], tmp_path / "others", "onnx")
     finally:
         POLICIES.pop("twice_positive")
 
 
+@version_independent
 def test_parts_that_answer_otherwise_are_not_kept(tmp_path, monkeypatch):
     model = tiny_model("vit", **SMALL)
     whole = splitting.run_early
@@ -214,6 +231,7 @@ def part(tmp_path_factory):
     return folder / "part0"
 
 
+@version_independent
 @pytest.mark.parametrize(
     "change",
     [
@@ -254,6 +272,7 @@ def test_a_damaged_description_is_refused(part, change, tmp_path):
         open_part(tmp_path)
 
 
+@version_independent
 def test_other_weights_are_refused(part, tmp_path):
     for file in part.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -282,7 +301,7 @@ def test_only_what_another_version_computes_may_be_left_over(part, tmp_path):
 
 
 def random_image(height, width, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -312,6 +331,7 @@ def test_a_processor_that_does_something_else_is_said(tmp_path):
         open_part(tmp_path / "parts" / "part0").pixels(random_image(9, 9))
 
 
+@version_independent
 def test_files_that_are_no_images_are_refused():
     for data in (b"", b"text", b"\x89PNG\r\n\x1a\n" + bytes(50), b"GIF89a"):
         with pytest.raises(ValueError):
@@ -357,13 +377,28 @@ make_app(RemoteHighway(open_any(sys.argv[1])))
 """
 
 
+def twice_sure(model, images):
+    return {**between(model, images, "entropy"), "name": "patience_confidence", "patience": 2}
+
+
 @pytest.fixture(scope="module")
 def stretches():
-    """A model, and its stretches as ONNX."""
+    """A model, and its stretches as ONNX; rounding changes no label, and patience lets samples exit at two places."""
     pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
     pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
-    model = tiny_model("vit", num_hidden_layers=3, exit_positions=[1, 2], exit_types="linear")
-    return model, splitting.export_parts(model, [0, 1, 2])
+    for number in range(100):
+        model = tiny_model("vit", number, num_hidden_layers=3, exit_positions=[1, 2], exit_types="linear")
+        taken = []
+        with torch.no_grad():
+            best, second = (
+                torch.stack(model(tiny_images(ROWS), early_exit=False).exit_logits).topk(2).values.unbind(-1)
+            )
+            for settings in (PATIENCE, twice_sure(model, images_of(model))):
+                model.set_exit_policy(settings)
+                taken.append(set(model(tiny_images(ROWS)).exit_index.tolist()))
+        if taken == [{1, 2}, {1, 2}] and (best - second).min() > 1e-4:
+            return model, splitting.export_parts(model, [0, 1, 2])
+    raise AssertionError("no such model in 100")
 
 
 @pytest.fixture
@@ -374,13 +409,13 @@ def exported(stretches, monkeypatch):
     return model
 
 
+@version_independent
 @torch.no_grad()
 @pytest.mark.parametrize(
     "policy",
     [
-        {"name": "patience", "patience": 2},
+        PATIENCE,
         {"name": "fixed", "exit_index": 1},
-        {"name": "never"},
         {"name": "confidence", "temperature": [0.5, 2.0, 3.0]},
     ],
     ids=lambda policy: policy["name"],
@@ -391,15 +426,17 @@ def test_policies_decide_in_onnx_as_in_pytorch(exported, policy, tmp_path):
         policy = between(exported, images, **policy)
     exported.set_exit_policy(policy)
     exported.split([1, 2], tmp_path / "parts", "onnx")
-    assert_equal(chained(tmp_path / "parts", 3, images.numpy()), exported(images))
+    expected = exported(images)
+    assert len(expected.exit_index.unique()) >= {"fixed": 1}.get(policy["name"], 2)
+    assert_equal(chained(tmp_path / "parts", 3, images.numpy()), expected)
 
 
 @torch.no_grad()
 def test_onnx_parts_run_on_onnxruntime_alone(exported, tmp_path):
     model = exported
     images = images_of(model)
-    # the second exit only lets rows go that the first one, in another part, was sure of too
-    model.set_exit_policy({**between(model, images, "entropy"), "name": "patience_confidence", "patience": 2})
+    # at the second exit only those samples exit that the first one, in another part, was sure of too
+    model.set_exit_policy(twice_sure(model, images))
     infos = model.split([1, 2], tmp_path / "parts", "onnx", processor=make_processor(IMAGE_SIZE))
     assert infos[0].checks["largest_difference"] < 1e-5 and set(infos[0].gives) == {"hidden", "memory.score"}
     expected = model(images)
@@ -435,9 +472,10 @@ def test_onnx_parts_run_on_onnxruntime_alone(exported, tmp_path):
         {"pixel_values": make_processor(IMAGE_SIZE)(image, return_tensors="np")["pixel_values"]}
     )
     assert f"LABEL_{answers['logits'][0].argmax()} " in done.stdout
-    assert ("degraded" in done.stdout) == bool(len(rows))
+    assert "degraded" in done.stdout and len(rows) == 1, "the first exit alone is not enough to exit"
 
 
+@version_independent
 @torch.no_grad()
 def test_a_wrapped_module_splits_with_all_that_it_carries(tmp_path):
     pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')

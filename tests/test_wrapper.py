@@ -25,9 +25,12 @@ from lgvit_hf.layout import reading_of
 from lgvit_hf.policies import FixedPolicy
 from lgvit_hf.segments import State
 from lgvit_hf.tracing import TracedPiece
+from tests.seeds import seeded
 from tests.test_modeling_common import assert_close_to_largest, assert_same_answers, joined, policies_for
 from tests.tiny import NUM_LABELS, scrambled, tiny_dataset, tiny_images
 from tests.wrapped import BUILDERS, EXAMPLE, MLP, SIZE, ResidualNet, plain, vgg, wrapped
+
+version_independent = pytest.mark.version_independent
 
 # what each family's exits read: height and width of the map or the patches, and tokens before them
 GRIDS = {
@@ -46,7 +49,13 @@ def images(count, seed=0):
     return tiny_images(count, SIZE, seed)
 
 
-@pytest.fixture(scope="module", params=sorted(BUILDERS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=version_independent if name in ("mlp", "residual", "vgg") else ())
+        for name in sorted(BUILDERS)
+    ],
+)
 def family(request):
     """Its name, and one model of it for all tests that do not change it but for its policy."""
     return request.param, wrapped(request.param)
@@ -116,6 +125,7 @@ def test_exits_read_what_the_submodule_gives(family):
     name, model = family
     module, after = plain(name)
     kept = [outputs_of(module, place, images(3)) for place in after]
+    assert len(kept) == len(GRIDS[name]) == len(model.exits)
     state = State({"pixel_values": images(3)})
     for segment, hidden, (rows, columns, prefix) in zip(model.segments(), kept, GRIDS[name], strict=False):
         state = segment.advance(state)
@@ -167,6 +177,7 @@ def test_cut_points_are_places_that_can_be_cut():
 # -- how a module is cut ---------------------------------------------------------------------------------------
 
 
+@version_independent
 @torch.no_grad()
 def test_a_chain_is_called_and_anything_else_is_traced():
     model = wrapped("vgg")
@@ -188,6 +199,7 @@ def test_a_chain_is_called_and_anything_else_is_traced():
     assert torch.equal(model(images(2), early_exit=False).logits, module(images(2)))
 
 
+@version_independent
 @torch.no_grad()
 def test_skip_connections_travel_with_the_rows():
     model = wrapped("residual")
@@ -222,6 +234,7 @@ class Positions(nn.Module):
         return self.answer(tokens[rows, places] + tokens.sum((1, 2)).view(x.shape[0], 1))
 
 
+@version_independent
 @torch.no_grad()
 def test_what_does_not_follow_the_images_is_made_again():
     module = scrambled(Positions())
@@ -233,6 +246,7 @@ def test_what_does_not_follow_the_images_is_made_again():
     assert_close_to_largest(logits, module(images(5))[rows], 1e-6)
 
 
+@version_independent
 @pytest.mark.parametrize("family", ["vgg", "residual"])
 def test_changes_in_place_stay_behind_the_cut(family):
     module, _ = plain(family)
@@ -250,6 +264,7 @@ def test_changes_in_place_stay_behind_the_cut(family):
     sum(logits.square().sum() for logits in exit_logits).backward()
 
 
+@version_independent
 def test_a_trace_follows_mode_dtype_and_weights():
     model = wrapped("residual")
     with torch.no_grad():
@@ -274,6 +289,7 @@ def test_a_trace_follows_mode_dtype_and_weights():
         torch.testing.assert_close(model(images(2), early_exit=False).logits, model.wrapped(images(2)))
 
 
+@version_independent
 @torch.no_grad()
 def test_a_submodule_in_the_place_of_another_is_seen():
     module = MLP().eval()
@@ -294,6 +310,7 @@ class Cached(ResidualNet):
         return super().forward(x)
 
 
+@version_independent
 @torch.no_grad()
 def test_what_a_module_keeps_while_it_is_traced_is_forgotten():
     module = Cached().eval()
@@ -307,6 +324,7 @@ def test_what_a_module_keeps_while_it_is_traced_is_forgotten():
 # -- places that cannot be cut ---------------------------------------------------------------------------------
 
 
+@version_independent
 @pytest.mark.parametrize(
     ("after", "message"),
     [
@@ -329,6 +347,7 @@ def test_places_that_cannot_be_cut(after, message):
         HighwayWrapper(module, after, example=EXAMPLE)
 
 
+@version_independent
 def test_places_of_a_chain_that_cannot_be_cut():
     for after, message in (
         (["2.3"], "'2.3' cannot .* nothing but the answer .*'2.2'"),
@@ -352,6 +371,7 @@ class TokensFirst(nn.Module):
         return self.outer(tokens.mean(0).view(len(x) if self.fixed else x.shape[0], 8))
 
 
+@version_independent
 def test_values_that_cannot_cross():
     with pytest.raises(ValueError) as error:
         HighwayWrapper(TokensFirst().eval(), ["inner"], example=EXAMPLE)
@@ -376,6 +396,7 @@ class Joined(nn.Module):
         return windows.reshape(-1, 16, 8).mean(1)
 
 
+@version_independent
 @torch.no_grad()
 def test_a_chain_is_traced_where_no_single_tensor_with_rows_crosses():
     patches = [nn.Conv2d(3, 8, 8, 8), nn.Flatten(2)]
@@ -409,6 +430,7 @@ class Checkpointed(MLP):
         return self.head(checkpoint(self.layers[1], hidden, use_reentrant=True)), hidden
 
 
+@version_independent
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(("module", "name"), [(StraightThrough, "Rounded"), (Checkpointed, "CheckpointFunction")])
 def test_a_backward_that_a_trace_would_lose(module, name):
@@ -433,6 +455,7 @@ class Average(MLP):
         return super().forward(x - self.average)
 
 
+@version_independent
 def test_a_buffer_that_a_trace_would_not_change():
     model = HighwayWrapper(Average().eval(), ["layers.0"], example=EXAMPLE).train()
     with pytest.raises(ValueError, match="the buffer 'average' is set anew, .* in place"):
@@ -445,9 +468,11 @@ class Branching(nn.Module):
         self.inner = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.inner(x) if x.sum() > 0 else x
+        # always so, for one image and for many, which a trace cannot know
+        return self.inner(x) if x.sum() > -1e9 else x
 
 
+@version_independent
 def test_control_flow_that_depends_on_values():
     module = nn.Sequential(nn.Conv2d(3, 8, 32), nn.Flatten(), Branching(), nn.Linear(8, NUM_LABELS)).eval()
     with pytest.raises(
@@ -478,36 +503,38 @@ class NoLogits(ResidualNet):
         return self.layer1(self.stem(x))
 
 
+@version_independent
 @pytest.mark.parametrize(
     ("module", "settings", "message"),
     [
         (Unused(), {"after": ["auxiliary"]}, "'auxiliary' cannot .* does not run.*places that can"),
         (BatchMean(), {}, "answers an image otherwise where it is alone"),
-        (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), *vgg()), {"after": ["0"]}, "alone"),
+        (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), *vgg()), {}, "alone"),
         (Logarithm(), {}, "answers NaN or infinity"),
         (NoLogits(), {}, "returns Tensor of shape .*logits"),
         (ResidualNet(), {"example": None}, "example: ResidualNet does not say"),
         (ResidualNet(), {"example": torch.zeros(3, 32, 32)}, "example: shape"),
         (ResidualNet(), {"example": torch.zeros(1, 1, 32, 32)}, "example: ResidualNet does not take"),
-        (ResidualNet(), {"heads": "conv9"}, "unknown head 'conv9'"),
-        (ResidualNet(), {"heads": ["linear"] * 2}, "heads: 2 must be as many as exits, 1"),
-        (ResidualNet(), {"heads": [nn.Linear(3, 5)]}, "heads: Linear at exit 0 does not take"),
-        (ResidualNet(), {"heads": [nn.Flatten()]}, "heads: Flatten at exit 0 gives .*not logits"),
-        (ResidualNet(), {"exit_polcy": "never"}, "'exit_polcy' is no field"),
-        (ResidualNet(), {"image_size": 7}, "image_size: it is told by the module"),
-        (ResidualNet(), {"id2label": {0: "a"}}, "id2label: 1 names for the 5 logits"),
-        (ResidualNet(), {"exit_policy": {"name": "confidence", "threshold": [0.1, 0.2]}}, "exit_policy"),
+        (vgg(), {"heads": "conv9"}, "unknown head 'conv9'"),
+        (vgg(), {"heads": ["linear"] * 2}, "heads: 2 must be as many as exits, 1"),
+        (vgg(), {"heads": [nn.Linear(7, 5)]}, "heads: Linear at exit 0 does not take"),
+        (vgg(), {"heads": [nn.Flatten()]}, "heads: Flatten at exit 0 gives .*not logits"),
+        (vgg(), {"exit_polcy": "never"}, "'exit_polcy' is no field"),
+        (vgg(), {"image_size": 7}, "image_size: it is told by the module"),
+        (vgg(), {"id2label": {0: "a"}}, "id2label: 1 names for the 5 logits"),
+        (vgg(), {"exit_policy": {"name": "confidence", "threshold": [0.1, 0.2]}}, "exit_policy"),
         ("resnet", {}, "module: str is no nn.Module"),
     ],
 )
 def test_what_cannot_be_wrapped(module, settings, message):
-    settings = {"after": ["layer1"], "example": EXAMPLE, **settings}
+    settings = {"after": ["0" if isinstance(module, nn.Sequential) else "layer1"], "example": EXAMPLE, **settings}
     if isinstance(module, nn.Module):
         module.eval()
     with pytest.raises(ValueError, match=message):
         HighwayWrapper(module, **settings)
 
 
+@version_independent
 @pytest.mark.parametrize(
     ("shape", "image", "expected"),
     [
@@ -534,32 +561,44 @@ def test_readings(shape, image, expected):
     assert tokens.prefix.shape == (2, reading.num_prefix, reading.width)
 
 
+@version_independent
 def test_an_output_that_no_head_reads():
     with pytest.raises(ValueError, match="is no map, sequence or vector"):
         reading_of([2, 3, 4, 5], (32, 32))
 
 
+@version_independent
 @torch.no_grad()
 @pytest.mark.parametrize("heads", ["average", "linear", "conv1_1", "attention_r2", "vit", "mlp"])
 def test_heads_of_the_package(heads):
-    for family in ("residual", "mlp"):
-        out = wrapped(family, heads)(images(3), early_exit=False)
-        assert all(logits.shape == (3, NUM_LABELS) and logits.isfinite().all() for logits in out.exit_logits)
+    for family in ("vgg", "mlp"):
+        model = wrapped(family, heads)
+        out = model(images(3), early_exit=False)
+        assert model.config.exit_types == [heads] * (len(out.exit_logits) - 1)
+        for logits in out.exit_logits:
+            assert logits.shape == (3, NUM_LABELS) and logits.isfinite().all() and logits.std(0).min() > 0
 
 
 # -- training --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["residual", "vgg", "convnext"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("residual", marks=version_independent),
+        pytest.param("vgg", marks=version_independent),
+        "convnext",
+    ],
+)
 def test_training_is_that_of_the_module(family):
     """Dropout, drop path and batch statistics: the same draws, the same gradients, the same running averages."""
     module, _ = plain(family)
     model = wrapped(family).train()
     module.train()
-    torch.manual_seed(3)
+    seeded(3)
     expected = logits_of(module(images(6)))
     F.cross_entropy(expected, torch.arange(6) % 5).backward()
-    torch.manual_seed(3)
+    seeded(3)
     out = model(images(6), early_exit=False)
     assert torch.equal(out.logits, expected)
     F.cross_entropy(out.logits, torch.arange(6) % 5).backward()
@@ -582,9 +621,8 @@ def rows(count):
     return [{**row, "pixel_values": image} for row, image in zip(tiny_dataset(count), images(count), strict=True)]
 
 
-@pytest.mark.parametrize(("family", "exit_index"), [("residual", 1), ("vgg", 0)])
-def test_one_exit_is_trained_and_all_else_stays(family, exit_index, tmp_path):
-    model = wrapped(family)
+def test_one_exit_is_trained_and_all_else_stays(tmp_path):
+    model, exit_index = wrapped("residual"), 1
     before = copy.deepcopy(model.state_dict())
     settings = {"strategy": "single_exit", "train_exit": exit_index, "learning_rate": 0.1}
     HighwayTrainer(model, arguments(tmp_path, **settings), train_dataset=rows(8)).train()
@@ -592,26 +630,28 @@ def test_one_exit_is_trained_and_all_else_stays(family, exit_index, tmp_path):
     assert changed and all(name.startswith(f"exits.{exit_index}.") for name in changed)
 
 
+@version_independent
 def test_exits_and_module_are_trained_by_weights(tmp_path):
     weights = [0.0, 1.0, 0.0, 2.0]
-    model = wrapped("residual", exit_loss_weights=weights)
+    model = wrapped("vgg", exit_loss_weights=weights)
     out = model.train()(images(4), labels=torch.arange(4))
     each = [F.cross_entropy(logits, torch.arange(4)) for logits in out.exit_logits]
     torch.testing.assert_close(out.loss, (each[1] + 2 * each[3]) / 3)
     before = copy.deepcopy(model.state_dict())
     HighwayTrainer(model, arguments(tmp_path, learning_rate=0.01), train_dataset=rows(8)).train()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert any(name.startswith("exits.1") for name in changed) and any(name.startswith("wrapped.") for name in changed)
-    assert not any(name.startswith(("exits.0", "exits.2")) for name in changed)
+    changed = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert {"exits.1", "wrapped.0", "wrapped.2"} == {".".join(name.split(".")[:2]) for name in changed}
 
 
 def test_distillation_of_maps_is_refused(tmp_path):
     from lgvit_hf import DistillationTrainer
 
-    model = wrapped("residual")
+    model = wrapped("vgg")
     with pytest.raises(ValueError, match="distillation_lgvit.*strategy='distillation'"):
         DistillationTrainer(model, arguments(tmp_path), train_dataset=rows(4)).train()
+    before = copy.deepcopy(model.state_dict())
     DistillationTrainer(model, arguments(tmp_path, strategy="distillation"), train_dataset=rows(4)).train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.exits.named_parameters("exits"))
 
 
 # -- TARDIS ----------------------------------------------------------------------------------------------------
@@ -626,6 +666,7 @@ def tardis(**settings):
     return scrambled(model), parts, exits
 
 
+@version_independent
 @torch.no_grad()
 def test_the_form_of_tardis():
     model, parts, exits = tardis()
@@ -646,20 +687,24 @@ def test_the_form_of_tardis():
         alone = run_all(model.segments(), State({"pixel_values": images(20)}))[index]
         assert accuracy == pytest.approx((alone.argmax(-1) == labels).float().mean().item())
 
-    # a confidence of one's own: the distance of the two largest logits
+    # a confidence of one's own: the distance of the two largest logits, which half of the samples have at the first
+    everything = torch.stack(model(images(40), early_exit=False).exit_logits)
+    best, second = everything[0].topk(2).values.unbind(-1)
+    least = (best - second).sort().values[19:21].mean()
+
     def sure(logits, memory):
         best, second = logits.topk(2).values.unbind(-1)
-        return best - second > 1.0, memory
+        return best - second > least, memory
 
     model.set_exit_policy(sure)
     out = model(images(40))
-    everything = torch.stack(model(images(40), early_exit=False).exit_logits)
     first = [
         next((index for index in range(3) if sure(everything[index, row : row + 1], {})[0]), 3) for row in range(40)
     ]
     assert out.exit_index.tolist() == first and len(set(first)) > 1
 
 
+@version_independent
 def test_parts_and_exits_must_fit():
     parts = [nn.Conv2d(3, 8, 4, 4), nn.Sequential(nn.Flatten(), nn.Linear(512, 5))]
     for exits in ([], [nn.Flatten(), nn.Flatten()]):
@@ -679,30 +724,26 @@ def assert_equal_models(ours, expected):
 
 
 def test_a_module_of_ones_own_is_given_when_it_is_loaded(tmp_path):
-    model = wrapped("residual", id2label=dict(enumerate("abcde")))
+    model = wrapped("vgg", id2label=dict(enumerate("abcde")))
     model.set_exit_policy("entropy", threshold=[0.1, 0.2, 0.3])
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    again, info = HighwayWrapper.from_pretrained(tmp_path, module=ResidualNet(), output_loading_info=True)
+    again, info = HighwayWrapper.from_pretrained(tmp_path, module=vgg(), output_loading_info=True)
     assert not info["missing_keys"] and not again.training and again.config.id2label[4] == "e"
     assert again.exit_policy.to_dict() == model.exit_policy.to_dict()
     assert_equal_models(again, model)
     fixed = {"name": "fixed", "exit_index": 1}
-    assert HighwayWrapper.from_pretrained(tmp_path, ResidualNet(), exit_policy=fixed).config.exit_policy == fixed
-    with pytest.raises(ValueError, match="ResidualNet is no model of transformers; give a new one"):
+    assert HighwayWrapper.from_pretrained(tmp_path, vgg(), exit_policy=fixed).config.exit_policy == fixed
+    with pytest.raises(ValueError, match="Sequential is no model of transformers; give a new one"):
         HighwayWrapper.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no submodule 'layer1.0'"):
+    with pytest.raises(ValueError, match="no submodule '0.2'"):
         HighwayWrapper.from_pretrained(tmp_path, module=MLP())
     with pytest.raises(ValueError, match="'exit_polcy'"):
-        HighwayWrapper.from_pretrained(tmp_path, module=ResidualNet(), exit_polcy="never")
-
-    class Wider(ResidualNet):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(24, 7)
-
+        HighwayWrapper.from_pretrained(tmp_path, module=vgg(), exit_polcy="never")
+    wider = vgg()
+    wider[2][3] = nn.Linear(32, 7)
     with pytest.raises(ValueError, match="7 labels, but was .* 5 when it was saved"):
-        HighwayWrapper.from_pretrained(tmp_path, module=Wider())
+        HighwayWrapper.from_pretrained(tmp_path, module=wider)
 
 
 class Tied(MLP):
@@ -721,24 +762,26 @@ def test_tied_weights_are_saved_once(tmp_path):
     assert_equal_models(again, model)
 
 
+@version_independent
 def test_no_tensor_is_missed_silently(tmp_path):
-    model = wrapped("residual")
+    model = wrapped("vgg")
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    for name in ("wrapped.layer1.0.conv1.weight", "exits.1.classifiers.0.bias"):
+    for name in ("wrapped.0.1.running_mean", "exits.1.classifiers.0.bias"):
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
         save_file(rest, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=f"no tensor '{name}'"):
-            HighwayWrapper.from_pretrained(tmp_path, module=ResidualNet())
+            HighwayWrapper.from_pretrained(tmp_path, module=vgg())
     save_file({**tensors, "wrapped.more": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="unknown tensor 'wrapped.more'"):
-        HighwayWrapper.from_pretrained(tmp_path, module=ResidualNet())
+        HighwayWrapper.from_pretrained(tmp_path, module=vgg())
     (tmp_path / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="a pickle"):
-        HighwayWrapper.from_pretrained(tmp_path, module=ResidualNet())
+        HighwayWrapper.from_pretrained(tmp_path, module=vgg())
 
 
+@version_independent
 def test_heads_of_ones_own_are_given_when_they_are_loaded(tmp_path):
     model, parts, exits = tardis()
     model.save_pretrained(tmp_path)
@@ -748,9 +791,9 @@ def test_heads_of_ones_own_are_given_when_they_are_loaded(tmp_path):
         HighwayWrapper.from_pretrained(tmp_path, module=nn.Sequential(*parts))
 
 
-@pytest.mark.parametrize("family", ["beit", "dinov2", "resnet"])
+@pytest.mark.parametrize("family", ["beit", "resnet"], indirect=True)
 def test_models_of_transformers_are_built_from_their_config(family, tmp_path):
-    model = wrapped(family)
+    _, model = family
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(again) is HighwayWrapper and type(again.wrapped) is type(model.wrapped)
@@ -772,6 +815,7 @@ def test_a_config_names_no_code(tmp_path):
             HighwayWrapper.from_pretrained(tmp_path)
 
 
+@version_independent
 @pytest.mark.parametrize(
     "changes",
     [
@@ -791,8 +835,9 @@ def test_wrong_configs(changes):
         HighwayWrapperConfig(**settings)
 
 
+@version_independent
 def test_what_a_wrapped_module_does_not_do():
-    model = wrapped("residual")
+    model = wrapped("vgg")
     for run, message in (
         (lambda: model.truncate(0), "truncate: .*set_exit_policy"),
         (lambda: model(images(2), output_hidden_states=True), "output_hidden_states: a wrapped module"),
@@ -806,28 +851,37 @@ def test_what_a_wrapped_module_does_not_do():
 # -- the other rooms -------------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_calibrated_and_benchmarked():
-    model = wrapped("residual")
+    model = wrapped("vgg")
     data = [{"pixel_values": image} for image in images(60)]
-    report = calibrate(collect(model, data), max_accuracy_drop=0.9)
+    # any drop is allowed: all samples exit at the first exit
+    report = calibrate(collect(model, data), max_accuracy_drop=1.0)
     model.set_exit_policy(report.policy)
+    assert report.mean_depth == 1 and set(model(images(9)).exit_layer.tolist()) == {1}
     found = benchmark(model, images(4), batch_sizes=[2], repeats=1)
     parameters = found["parameters"]
     assert parameters["total"] == model.num_parameters() == parameters["blocks"] + sum(parameters["heads"])
     assert [row["macs"] for row in found["profile"] if row["part"] == "block"] == model_macs(model).trunks
 
 
-@pytest.mark.parametrize(("family", "layout"), [("residual", "single"), ("dinov2", "segments")])
-def test_export(family, layout, tmp_path):
+def assert_exports(model, layout, folder):
     from lgvit_hf import ORTHighway, export_onnx
 
-    model = wrapped(family)
-    with torch.no_grad():
-        model.set_exit_policy(policies_for(model(images(40), early_exit=False).exit_logits)[0])
-        export_onnx(model, tmp_path / "onnx", layout)
-        expected, found = model(images(40)), ORTHighway.from_pretrained(tmp_path / "onnx")(images(40))
+    model.set_exit_policy(policies_for(model(images(40), early_exit=False).exit_logits)[0])
+    export_onnx(model, folder, layout)
+    expected, found = model(images(40)), ORTHighway.from_pretrained(folder)(images(40))
+    assert len(expected.exit_index.unique()) == 2
     assert found.exit_index.tolist() == expected.exit_index.tolist()
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_export_of_a_model_of_transformers(tmp_path):
+    module, after = plain("dinov2")
+    model = HighwayWrapper(module, after[:1], example=EXAMPLE)
+    scrambled(model.exits)
+    assert_exports(model, "segments", tmp_path / "onnx")
 
 
 class TwoBranches(nn.Module):
@@ -844,22 +898,20 @@ class TwoBranches(nn.Module):
         return self.answer(x + self.third(x))
 
 
+@version_independent
 @torch.no_grad()
 def test_export_of_a_sum_that_crosses_a_cut(tmp_path):
-    from lgvit_hf import ORTHighway, export_onnx
-
     model = HighwayWrapper(scrambled(TwoBranches()), ["third"], example=EXAMPLE)
+    scrambled(model.exits)
     state = model.segments()[0].advance(State({"pixel_values": images(2)}))
     assert list(state.tensors) == ["hidden", "from_add"]
-    model.set_exit_policy("never")
-    export_onnx(model, tmp_path / "onnx", "segments")
-    found = ORTHighway.from_pretrained(tmp_path / "onnx")(images(4))
-    np.testing.assert_allclose(found.logits, model.wrapped(images(4)), rtol=1e-4, atol=1e-4)
+    assert_exports(model, "single", tmp_path / "onnx")
 
 
 # -- the recipe ------------------------------------------------------------------------------------------------
 
 
+@version_independent
 @pytest.mark.parametrize("network", ["resnet", "vgg"])
 def test_the_recipe_says_what_it_would_train(network, capsys):
     main = runpy.run_path(str(Path(__file__).resolve().parents[1] / "recipes" / "any_model.py"))["main"]

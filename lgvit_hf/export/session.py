@@ -57,8 +57,8 @@ def open_session(
     options = options or session_options()
     try:
         session = onnxruntime.InferenceSession(file, options, providers=list(providers))
-        # in a damaged file a name need not even be text
-        [entry.name for entry in (*session.get_inputs(), *session.get_outputs())]
+        # in a damaged file a name, of a size even, need not be text
+        [(entry.name, entry.shape) for entry in (*session.get_inputs(), *session.get_outputs())]
         return session
     except MemoryError:
         raise

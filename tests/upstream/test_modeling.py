@@ -28,7 +28,7 @@ MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.update(
 )
 
 VIT = {
-    "image_size": 30,
+    "image_size": 16,
     "patch_size": 2,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -37,7 +37,7 @@ VIT = {
     "attn_implementation": "eager",
 }
 SWIN = {
-    "image_size": 32,
+    "image_size": 16,
     "patch_size": 2,
     "embed_dim": 16,
     "depths": [1, 2, 1],
@@ -50,7 +50,7 @@ SWIN = {
 class ImageModelTester:
     """What the common tests ask for: a tiny config, images, and the sizes of what comes out."""
 
-    batch_size = 13
+    batch_size = 4
     num_channels = 3
     is_training = True
 
