@@ -25,14 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAW = ("tests/test_engine.py", "tests/test_modeling_vit.py")
 TESTS = {
-    "engine.py": LAW,
-    "policies.py": ("tests/test_policies.py", *LAW, "tests/test_configuration.py"),
-    "losses.py": ("tests/test_losses.py", "tests/test_training.py"),
-    "heads.py": ("tests/test_heads.py", "tests/test_modeling_vit.py", "tests/test_modeling_swin.py"),
-    "evaluation/search.py": ("tests/test_calibration.py", "tests/test_evaluation.py", "tests/test_grow.py"),
-    "evaluation/bounds.py": ("tests/test_bounds.py", "tests/test_calibration.py"),
+    "engine.py": ("tests/test_engine.py", "tests/test_modeling_vit.py"),
+    "policies.py": ("tests/test_policies.py", "tests/test_engine.py", "tests/test_configuration.py"),
+    "losses.py": ("tests/test_losses.py", "tests/test_reference.py"),
+    "heads.py": ("tests/test_heads.py", "tests/test_modeling_vit.py"),
+    "evaluation/search.py": ("tests/test_calibration.py", "tests/test_evaluation.py"),
+    "evaluation/bounds.py": ("tests/test_bounds.py",),
 }
 # these two need arguments: names of variables
 WITH_ARGUMENTS = {"core/VariableInserter", "core/VariableReplacer"}

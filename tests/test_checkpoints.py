@@ -209,6 +209,7 @@ def in_process():
     return call
 
 
+@pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_killed_at_every_write(whole, tmp_path, in_process):
     log, calls = tmp_path / "log", []
     for last in range(1, 100):
@@ -555,6 +556,7 @@ def same_weights(model, other):
     )
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_labels", [5, 7])
 def test_killed_while_the_model_is_written(num_labels, tmp_path, in_process):
     assert in_process(publish, tmp_path / "old", tmp_path / "log", 0, 5) == 0
@@ -599,6 +601,7 @@ assert trained(sys.argv[1] + "/run", resume=True, **two) == expected
 """
 
 
+@pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_two_processes_write_one_manifest_and_stop_together(tmp_path):
     (tmp_path / "run.py").write_text(LAUNCHED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

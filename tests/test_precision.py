@@ -161,6 +161,7 @@ def test_an_export_that_loses_accuracy_is_not_kept(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @independent
 def test_int8_on_a_real_model(shared, tmp_path):
     """Exits were never trained here: what is judged is the backbone's answers, 60,000 images' worth of training."""
