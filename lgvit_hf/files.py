@@ -67,8 +67,8 @@ def _replaced_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 def locked(output: str | Path) -> Iterator[None]:
     """Hold an output while it is made; a second run for the same is refused at once, whatever it would have done.
 
-    A run that was killed holds nothing. Of several processes of one training the first holds it for all. In one process
-    it may be held several times over.
+    A run that was killed holds nothing. Of several processes of one training the first holds it for all. One process
+    may hold it several times over.
 
     Args:
         output (`str` or `Path`): File or folder; beside it lies `.NAME.lock` meanwhile.

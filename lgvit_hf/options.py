@@ -48,6 +48,14 @@ EXAMPLES = {
 }
 
 
+def _wait(text: Any) -> float:
+    """Milliseconds; `inf` stands for the longest wait."""
+    return LONGEST_WAIT_MS if str(text) == "inf" else real(0, LONGEST_WAIT_MS)(text)
+
+
+_wait.__name__ = real(0, LONGEST_WAIT_MS).__name__
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; nothing heavy is imported for it."""
     parser = argparse.ArgumentParser(prog="lgvit", description="Vision Transformers that answer early.")
@@ -211,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-batch-size", type=whole(), default=32, help="rows that run together (default: 32)")
     serve.add_argument(
         "--max-wait-ms",
-        type=lambda text: LONGEST_WAIT_MS if str(text) == "inf" else real(0, LONGEST_WAIT_MS)(text),
+        type=_wait,
         default=2.0,
         help=f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)",
     )

@@ -283,9 +283,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
             resume=options.resume or False,
             **arguments,
         )
-        if result["main_process"]:
-            write_json(Path(options.output) / "training.json", {n: v for n, v in result.items() if n != "main_process"})
-    if result.pop("main_process"):
+        main_process = result.pop("main_process")
+        if main_process:
+            write_json(Path(options.output) / "training.json", result)
+    if main_process:
         print(as_words_of_halting(result["test"], model) if options.stage == "avit" else as_table(result["test"]))
         print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {options.output}")
     return result

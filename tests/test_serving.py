@@ -299,14 +299,14 @@ def nan_pixels():
 PIXELS = np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
 BAD = {
     "empty": ({"content": b""}, 400, "the body is empty"),
-    "text": ({"content": b"hello"}, 400, "image 0: not an image"),
-    "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: not an image"),
+    "text": ({"content": b"hello"}, 400, "image 0: no readable image: "),
+    "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: no readable image: "),
     "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
     "no image": ({"json": {"picture": "aGk="}}, 400, '"image": BASE64'),
     "no images": ({"json": {"images": []}}, 400, '"image": BASE64'),
     "numbers": ({"json": {"images": [1]}}, 400, '"image": BASE64'),
     "no base64": ({"json": {"image": "%%"}}, 400, "not base64"),
-    "text in json": ({"json": {"image": "aGVsbG8="}}, 400, "image 0: not an image"),
+    "text in json": ({"json": {"image": "aGVsbG8="}}, 400, "image 0: no readable image: "),
     "nan": ({"content": pack({"pixel_values": nan_pixels()}), "headers": TENSORS}, 400, "NaN or infinity"),
     "shape": (
         {"content": pack({"pixel_values": PIXELS[..., 1:]}), "headers": TENSORS},

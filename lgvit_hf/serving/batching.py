@@ -65,7 +65,7 @@ class Batcher:
         self.batches = 0
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._next: _Waiting | None = None
-        self._rows, self._lock, self._closed = 0, threading.Lock(), False
+        self._rows, self._lock, self._closed, self._dead = 0, threading.Lock(), False, False
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
         self._thread = threading.Thread(target=self._work, name="lgvit-compute", daemon=True)
         self._thread.start()
@@ -73,7 +73,7 @@ class Batcher:
     @property
     def alive(self) -> bool:
         """Whether anybody computes."""
-        return self._thread.is_alive()
+        return not self._dead and self._thread.is_alive()
 
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future:
         """Have rows answered; the future gives what `RemoteHighway` would.
@@ -109,10 +109,20 @@ class Batcher:
         self._senders.shutdown()
 
     def _work(self) -> None:
-        while (group := self._group()) is not None:
-            group = [waiting for waiting in group if waiting.future.set_running_or_notify_cancel()]
-            if group:
-                self._run(group)
+        group: list[_Waiting] | None = []
+        try:
+            while (group := self._group()) is not None:
+                group = [waiting for waiting in group if waiting.future.set_running_or_notify_cancel()]
+                if group:
+                    self._run(group)
+        except BaseException as error:
+            # whatever ended this thread: nobody waits for it
+            with self._lock:
+                self._dead = True
+                while not self._queue.empty():
+                    group = [*(group or []), *filter(None, [self._queue.get()])]
+            _fail(group or [], Busy(f"nobody computes any more ({type(error).__name__})"))
+            raise
 
     def _group(self) -> list[_Waiting] | None:
         """The next requests to run together, or nothing at the end."""

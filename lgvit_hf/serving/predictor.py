@@ -221,6 +221,8 @@ class _Opened:
             images = ProcessedImages([], open_processor(path))
         except OSError:
             images = None  # it answers `pixel_values` all the same
+        except ValueError as error:
+            raise ValueError(f"{path}: its image processor does not run ({error})") from error
         return cls(path, model, images, os.getpid())
 
     def prepared(self) -> ProcessedImages:
@@ -271,7 +273,7 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
     try:
         return read_image(source)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}" if isinstance(source, (str, Path)) else str(error)) from error
+        raise ValueError(f"{source} is {error}" if isinstance(source, (str, Path)) else str(error)) from error
 
 
 def _checked_pixels(pixels: Any) -> np.ndarray:

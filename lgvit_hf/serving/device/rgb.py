@@ -44,10 +44,10 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         >>> read_image(b"GIF89a")
         Traceback (most recent call last):
         ...
-        ValueError: no image that can be read: none of PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM, JPEG2000, TGA, ICO
+        ValueError: no readable image: not an image, or none of PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM, ...
     """
     if source == b"":
-        raise ValueError("no image that can be read: the file is empty")
+        raise ValueError("no readable image: the file is empty")
     try:
         # pillow warns of what is refused here anyway
         with warnings.catch_warnings():
@@ -56,11 +56,11 @@ def read_image(source: bytes | str | Path) -> Image.Image:
                 check_size(opened)
                 return as_rgb(opened)
     except UnidentifiedImageError:
-        raise ValueError(f"no image that can be read: none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"no readable image: not an image, or none of {', '.join(FORMATS)}") from None
     # pillow's decoders raise errors of many kinds on damaged files
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"no image that can be read: {' '.join(str(reason).split())[:200]}") from error
+        raise ValueError(f"no readable image: {' '.join(str(reason).split())[:200]}") from error
 
 
 def check_size(image: Image.Image) -> None:
