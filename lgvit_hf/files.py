@@ -90,14 +90,20 @@ def locked(output: str | Path) -> Iterator[None]:
         return
     output = Path(output).resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0, is_singleton=True)
+    place = output.with_name(f".{output.name}.lock")
+    lock = FileLock(place, timeout=0, is_singleton=True)
     try:
         lock.acquire()
+        while not place.exists():  # the run before removed it between our opening and our locking it
+            lock.release()
+            lock.acquire()
     except Timeout:
         raise ValueError(f"{output} is being written by another run; wait for it, or choose another output") from None
     try:
         yield
     finally:
+        if lock.lock_counter == 1:
+            place.unlink(missing_ok=True)
         lock.release()
 
 

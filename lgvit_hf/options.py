@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .recipe import add_options as add_train_options
@@ -56,9 +56,18 @@ def _wait(text: Any) -> float:
 _wait.__name__ = real(0, LONGEST_WAIT_MS).__name__
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are raised, so that they are told in one line as any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ValueError`; says which command, where it is one."""
+        command = self.prog.removeprefix("lgvit").strip()
+        raise ValueError(f"{command}: {message}" if command else message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; nothing heavy is imported for it."""
-    parser = argparse.ArgumentParser(prog="lgvit", description="Vision Transformers that answer early.")
+    parser = Parser(prog="lgvit", description="Vision Transformers that answer early.")
     parser.add_argument("--version", action="version", version=f"lgvit-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

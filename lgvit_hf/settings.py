@@ -35,7 +35,9 @@ def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[Any], int]:
             raise argparse.ArgumentTypeError(f"{value!r} must be {read.__name__}")
         return number
 
-    read.__name__ = f"a whole number from {least} to {most}"
+    read.__name__ = (
+        f"a whole number of at least {least}" if most >= 2**31 - 1 else f"a whole number from {least} to {most}"
+    )
     return read
 
 

@@ -437,8 +437,14 @@ def test_a_dataset(checkpoint, model, tmp_path, capsys):
         (["PHOTOS"], "lgvit predict needs --output"),
         (["PHOTOS", "--output", "out.txt"], "written as .parquet, .csv, .jsonl"),
         (["PHOTOS", "--output", "out"], "written as .parquet, .csv, .jsonl"),
-        (["PHOTOS", "--output", "OUT", "--workers", "0"], "workers=0 must be at least 1"),
-        (["PHOTOS", "--output", "OUT", "--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (
+            ["PHOTOS", "--output", "OUT", "--workers", "0"],
+            "argument --workers: '0' must be a whole number of at least 1",
+        ),
+        (
+            ["PHOTOS", "--output", "OUT", "--batch-size", "0"],
+            "argument --batch-size: '0' must be a whole number of at least 1",
+        ),
         (["PHOTOS", "--output", "OUT", "--top-k", "6"], "top_k=6 must be from 1 to 5"),
         (["PHOTOS", "--output", "OUT", "--threshold", "0.5"], "--threshold goes with --policy"),
         (["PHOTOS", "--output", "OUT", "--split", "test"], "--split test goes with a dataset"),
