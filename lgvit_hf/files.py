@@ -21,7 +21,7 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         overwrite (`bool`, *optional*, defaults to `False`): Whether what is there may be replaced.
 
     Raises:
-        ValueError: There is something at `output` and `overwrite` is false.
+        ValueError: There is something at `output` and `overwrite` is false, or another run makes it now.
 
     Example:
 
@@ -31,7 +31,11 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         ...     [file.name for file in (Path(home) / "out").iterdir()]
         ['a.txt']
     """
-    output = Path(output).resolve()
+    with locked(output):
+        yield from _replaced_folder(Path(output).resolve(), overwrite)
+
+
+def _replaced_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another output")
     if output == Path.cwd() or os.path.ismount(output):
@@ -57,6 +61,65 @@ def replace_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[P
         raise OSError(f"{output} could not be written; the whole result is in {folder}") from error
     if old is not None:
         shutil.rmtree(old)
+
+
+@contextmanager
+def locked(output: str | Path) -> Iterator[None]:
+    """Hold an output while it is made; a second run for the same is refused at once, whatever it would have done.
+
+    A run that was killed holds nothing. Of several processes of one training the first holds it for all. One process
+    may hold it several times over.
+
+    Args:
+        output (`str` or `Path`): File or folder; beside it lies `.NAME.lock` meanwhile.
+
+    Raises:
+        ValueError: Another run makes it now.
+
+    Example:
+
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     with locked(Path(home) / "out"):
+        ...         print([file.name for file in Path(home).iterdir()])
+        ['.out.lock']
+    """
+    from filelock import FileLock, Timeout
+
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    output = Path(output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    place = output.with_name(f".{output.name}.lock")
+    lock = FileLock(place, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+        while not place.exists():  # the run before removed it between our opening and our locking it
+            lock.release()
+            lock.acquire()
+    except Timeout:
+        raise ValueError(f"{output} is being written by another run; wait for it, or choose another output") from None
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            place.unlink(missing_ok=True)
+        lock.release()
+
+
+def file_stamp(file: str | Path) -> str:
+    """Size and time of a file's last change, by which another of the same name is known; or that it is missing.
+
+    Example:
+
+        >>> file_stamp("/nowhere/photo.png")
+        'missing'
+    """
+    try:
+        found = os.stat(file)
+    except OSError:
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _share(folder: Path) -> None:

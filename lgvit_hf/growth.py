@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
 from .costs import Costs, model_macs
@@ -29,10 +29,10 @@ from .evaluation.plots import plot_report
 from .evaluation.report import as_table, evaluate
 from .evaluation.sweep import threshold_curve
 from .evaluation.table import ExitTable
-from .files import replace_folder, write_json
+from .files import locked, replace_folder, write_json
 from .losses import check_labels
 from .models import BY_BACKBONE, read_config, with_exits
-from .processing import ProcessedImages
+from .processing import ProcessedImages, open_processor
 from .training.cached import (
     HeadTraining,
     StateCache,
@@ -136,7 +136,7 @@ def grow(
         set_seed(seed)
         model = _candidates(checkpoint, exit_positions, exit_types)
         if processor is None and not isinstance(checkpoint, PreTrainedModel):
-            processor = AutoImageProcessor.from_pretrained(checkpoint)
+            processor = open_processor(checkpoint)
         items = _items(dataset, model, processor, limit, seed, ignore_labels)
         settings = {
             "checkpoint": _digest(model),
@@ -309,13 +309,14 @@ def _cache_folder(output: str | Path | None, say: Callable[[str], None]) -> Iter
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another output")
     folder = output.parent / f".{output.name}-states"
-    try:
-        yield folder
-    except KeyboardInterrupt:
-        if folder.exists():
-            say(f"stopped; the same command goes on from what is in {folder}")
-        raise
-    shutil.rmtree(folder)
+    with locked(output):
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            if folder.exists():
+                say(f"stopped; the same command goes on from what is in {folder}")
+            raise
+        shutil.rmtree(folder)
 
 
 def _cache_for(

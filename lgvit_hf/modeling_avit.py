@@ -460,7 +460,7 @@ def _kind_of(model: PreTrainedModel) -> str:
 
 
 def _load_native(path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-    check_files(path)
+    check_files(path, hub)
     settings, _ = PretrainedConfig.get_config_dict(path, **hub)
     _check_kind(path, settings.get("model_type"))
     natives = NATIVES[settings["model_type"]]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     BaseImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from .modeling_avit import AViT
 from .modeling_deit import DeiTHighway
 from .modeling_swin import SwinHighway
 from .modeling_vit import ViTHighway
-from .processing import make_processor
+from .processing import make_processor, open_processor
 from .wrapper import HighwayWrapper
 
 BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
@@ -146,7 +145,7 @@ def open_model(
     set_seed(seed)
     if backbone is not None:
         config = small_config(backbone, image_size, **(model_settings or {}), **exits, **labels)
-        return BY_BACKBONE[backbone](config), make_processor(config.image_size)
+        return BY_BACKBONE[backbone](config), make_processor(config.image_size, config.num_channels)
 
     config = read_config(checkpoint)
     if config.model_type in SAVED:
@@ -159,7 +158,7 @@ def open_model(
         model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **exits, **labels)
     else:
         raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
-    return model, AutoImageProcessor.from_pretrained(checkpoint)
+    return model, open_processor(checkpoint)
 
 
 def open_avit(
@@ -195,7 +194,7 @@ def open_avit(
         settings = {**_small_sizes(backbone, image_size), **(model_settings or {})}
         _check_fields(AViTConfig, settings)
         config = AViTConfig(backbone=backbone, **settings, **halting, **labels)
-        return AViT(config), make_processor(config.image_size)
+        return AViT(config), make_processor(config.image_size, config.num_channels)
     config = read_config(checkpoint)
     if config.model_type == AViTConfig.model_type:
         check_class_names(checkpoint, config, label_names)
@@ -205,7 +204,7 @@ def open_avit(
             labels = {}
         source = load_highway(checkpoint) if config.model_type in HIGHWAYS else checkpoint
         model = AViT.from_backbone(source, **halting, **labels)
-    return model, AutoImageProcessor.from_pretrained(checkpoint)
+    return model, open_processor(checkpoint)
 
 
 def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: list[str]) -> None:
@@ -261,7 +260,7 @@ def _same_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str
 
 
 def load_highway(checkpoint: str) -> PreTrainedModel:
-    """A saved highway, whatever its classes, ready to answer.
+    """A saved highway, whatever its classes, ready to answer; its weights are copies, not the file's own.
 
     Args:
         checkpoint (`str`): Folder or Hub id.
@@ -273,15 +272,20 @@ def load_highway(checkpoint: str) -> PreTrainedModel:
     kind = read_config(checkpoint).model_type
     if kind not in SAVED:
         raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(SAVED)}")
-    return SAVED[kind].from_pretrained(checkpoint).eval()
+    model = SAVED[kind].from_pretrained(checkpoint).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        # safetensors maps the file: whatever is copied over it would change answers, and a cut one end the process
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def read_config(checkpoint: str) -> PretrainedConfig:
-    """The config of a folder or Hub id.
+    """The config of a folder or Hub id; code that lies there is not run.
 
     Raises:
         OSError: There is no saved model.
+        ValueError: Its model needs code of its own.
     """
     if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
         raise OSError(f"{checkpoint}: no config.json there, not a saved model")
-    return AutoConfig.from_pretrained(checkpoint)
+    return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)

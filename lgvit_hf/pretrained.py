@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # buffers that are made, not learned
 RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
+NO_OTHER_WEIGHTS = "weights are read from model.safetensors or by its index, from no other file; leave it out"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -59,7 +60,9 @@ class SafeCheckpoint:
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
         kwargs["use_safetensors"] = True
-        check_files(pretrained_model_name_or_path)
+        check_files(pretrained_model_name_or_path, hub_arguments(kwargs))
+        if kwargs.get("transformers_weights") is not None:
+            raise ValueError(f"transformers_weights: {NO_OTHER_WEIGHTS}")
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -126,8 +129,7 @@ class PretrainedHighway(SafeCheckpoint):
         """
         model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
-            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_arguments(kwargs))
             for field in ("exit_positions", "exit_types", "feature_map_dim", "feature_map_seed"):
                 asked = getattr(model.config, field, None)
                 if asked is not None and stored.get(field) not in (None, asked):
@@ -215,7 +217,7 @@ class PretrainedHighway(SafeCheckpoint):
 
     @classmethod
     def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-        check_files(path)
+        check_files(path, hub)
         native_config = cls.native_classes[0].config_class
         settings, _ = PretrainedConfig.get_config_dict(path, **hub)
         cls._check_kind(path, settings.get("model_type"))
@@ -310,11 +312,40 @@ def name_of(backbone: str | os.PathLike | PreTrainedModel) -> str:
     return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
 
 
-def check_files(path: str | os.PathLike | None) -> None:
-    """Refuse a folder whose weights are a pickle, or whose index leads out of it."""
-    folder = Path(path) if path is not None else None
-    if folder is None or not folder.is_dir():
+def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a checkpoint is found."""
+    return {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+
+
+def check_files(path: str | os.PathLike | None, hub: Mapping[str, Any] | None = None) -> None:
+    """Refuse a checkpoint whose weights are a pickle, or whose config or index leads to other files.
+
+    Args:
+        path (`str` or path, *optional*): Folder or Hub id.
+        hub (`dict`, *optional*): As `hub_arguments` gives them.
+
+    Raises:
+        OSError: There are only pickles.
+        ValueError: A file names weights elsewhere, or is no JSON.
+    """
+    if path is None:
         return
+    folder = Path(path) / (dict(hub or {}).get("subfolder") or "")
+    if not Path(path).is_dir():
+        settings, _ = PretrainedConfig.get_config_dict(path, **(hub or {}))
+    elif (folder / "config.json").is_file():
+        settings = _read_json(folder / "config.json")
+    else:
+        settings = {}
+    if settings.get("transformers_weights") is not None:
+        raise ValueError(f"{path}: transformers_weights in config.json: {NO_OTHER_WEIGHTS}")
+    if not folder.is_dir():
+        return
+    # transformers would go on to the base model that such a file names, wherever that lies
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder}: adapter_config.json names a base model elsewhere; merge the adapter and save again"
+        )
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise OSError(
@@ -324,7 +355,7 @@ def check_files(path: str | os.PathLike | None) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(_read_json(index)["weight_map"].values())
             stray = sorted(shard for shard in shards if not _is_shard(folder, shard))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of weights: {error}") from error
@@ -332,6 +363,13 @@ def check_files(path: str | os.PathLike | None) -> None:
             raise ValueError(
                 f"{index}: {stray[0]!r} must be the name of a .safetensors file in this folder, and no link out of it"
             )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON object: {error}") from error
 
 
 def _is_shard(folder: Path, name: str) -> bool:

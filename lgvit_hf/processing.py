@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .augmentation import Augmentation
 from .data import refuse_broken
+from .serving.device.rgb import as_rgb, check_resized
 
 if TYPE_CHECKING:
     import datasets
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 class ProcessedImages(TorchDataset):
     """Images as a model takes them: each item is `{"pixel_values": [C, H, W] float32, "labels": int}`.
 
-    Without `augment` an item is what the processor makes of the image. With it, the image is augmented to the
-    processor's size and then rescaled and normalised as the processor would. What is random about an item depends on
-    `seed`, the epoch and its index alone: dataloader workers, several processes and resumed runs see the same images.
+    Images are upright, opaque RGB, or grey for a processor of one channel, as `serving/device/rgb.py` says. Without
+    `augment` an item is what the processor makes of the image. With it, the image is augmented to the processor's size
+    and then rescaled and normalised as the processor would. What is random about an item depends on `seed`, the epoch
+    and its index alone: dataloader workers, several processes and resumed runs see the same images.
 
     Args:
         images (`datasets.Dataset`): With a column `image`; items have `labels` where there is a column `label`.
@@ -35,7 +38,9 @@ class ProcessedImages(TorchDataset):
         seed (`int`, *optional*, defaults to 0): Of the augmentation.
 
     Raises:
-        ValueError: The processor has no size to augment to; a negative seed; when read, an image that is broken.
+        ValueError:
+            The processor has no size to augment to; a negative seed; when read, an image that is broken, too large, or
+            of numbers without a known range.
 
     Example:
 
@@ -62,6 +67,7 @@ class ProcessedImages(TorchDataset):
         self.augment = augment
         self.seed = seed
         self._size = None if augment is None else image_size(processor)
+        self._channels = channels_of(processor)
         self._table = value_table(processor)
         self._resize_is_plain = augment is None and _resizes_plainly(processor, self._table)
         # shared, so that dataloader workers that outlive an epoch hear of the next one
@@ -88,7 +94,7 @@ class ProcessedImages(TorchDataset):
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
-        return next(iter(self._finished([self._prepare(image.convert("RGB"))], [0])))
+        return next(iter(self._finished([self._prepare(image)], [0])))
 
     def _prepared(self, indices: list[int]) -> list[tuple[Any, dict[str, int]]]:
         """Images as far as they are the same in every epoch, which is what is kept, with `{"labels": int}` or `{}`."""
@@ -98,7 +104,10 @@ class ProcessedImages(TorchDataset):
         if missing:
             for index, row in zip(missing, self._decoded(missing), strict=True):
                 label = {"labels": row["label"]} if "label" in row else {}
-                prepared[index] = self._prepare(row["image"].convert("RGB")), label
+                try:
+                    prepared[index] = self._prepare(row["image"]), label
+                except ValueError as error:
+                    raise ValueError(f"image {index} of the dataset: {error}") from error
             if self._kept is not None:
                 self._kept.update(prepared)
         return [kept[index] if index in kept else prepared[index] for index in indices]
@@ -111,11 +120,12 @@ class ProcessedImages(TorchDataset):
             raise
 
     def _prepare(self, image: Image.Image) -> np.ndarray | torch.Tensor:
+        image = as_rgb(image, self._channels)
         if self.augment is not None:
             return np.asarray(image)
         if self._resize_is_plain:
             return np.asarray(_resized(image, self.processor))
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return _processed(image, self.processor)
 
     def _finished(self, images: Sequence[Any], indices: list[int]) -> Iterable[torch.Tensor]:
         """`pixel_values` of prepared images, one `[C, H, W]` each."""
@@ -131,6 +141,18 @@ class ProcessedImages(TorchDataset):
     def _augmented(self, image: np.ndarray, index: int) -> Image.Image:
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
         return self.augment(Image.fromarray(image), self._size, rng)
+
+
+def channels_of(processor: BaseImageProcessor) -> int:
+    """Channels of what a processor gives: 1 where it normalises by a single mean, else 3.
+
+    Example:
+
+        >>> channels_of(make_processor(32)), channels_of(make_processor(32, num_channels=1))
+        (3, 1)
+    """
+    mean = getattr(processor, "image_mean", None)
+    return 1 if isinstance(mean, (list, tuple)) and len(mean) == 1 else 3
 
 
 def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
@@ -156,7 +178,7 @@ def value_table(processor: BaseImageProcessor) -> np.ndarray | None:
     Asked of the processor itself: looking values up is many times faster than calling it, and exactly equal.
 
     Returns:
-        `np.ndarray` or `None`: `[3, 256]`, the results by channel and value; `None` if a result depends on more.
+        `np.ndarray` or `None`: `[C, 256]`, the results by channel and value; `None` if a result depends on more.
 
     Example:
 
@@ -168,24 +190,26 @@ def value_table(processor: BaseImageProcessor) -> np.ndarray | None:
 
     if not isinstance(processor, BaseImageProcessor):
         return None
-    every_value = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    table = _normalised(Image.fromarray(every_value), processor).numpy()
-    if table.shape != (3, 16, 16):
+    channels = channels_of(processor)
+    every_value = as_rgb(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)), channels)
+    table = _normalised(every_value, processor).numpy()
+    if table.shape != (channels, 16, 16):
         return None
-    table = table.reshape(3, 256)
-    noise = _noise(20, 24)
+    table = table.reshape(channels, 256)
+    noise = _noise(20, 24, channels)
     same = torch.equal(_normalised(noise, processor), look_up(np.asarray(noise)[None], table)[0])
     return table if same else None
 
 
 def look_up(images: np.ndarray, table: np.ndarray) -> torch.Tensor:
-    """Values of images `[B, H, W, 3]` replaced by those of a [`value_table`], as `[B, 3, H, W]`.
+    """Values of images `[B, H, W, 3]`, or grey `[B, H, W]`, replaced by those of a [`value_table`], as `[B, C, H, W]`.
 
     Example:
 
         >>> look_up(np.zeros((2, 4, 5, 3), dtype=np.uint8), value_table(make_processor(4))).shape
         torch.Size([2, 3, 4, 5])
     """
+    images = images.reshape(*images.shape[:3], len(table))
     batch, height, width, channels = images.shape
     pixels = np.empty((batch, channels, height, width), dtype=table.dtype)
     for channel in range(channels):
@@ -197,7 +221,19 @@ def look_up(images: np.ndarray, table: np.ndarray) -> torch.Tensor:
 def _normalised(image: Image.Image, processor: BaseImageProcessor) -> torch.Tensor:
     """The image through the processor in the size that it has."""
     asis = {name: False for name in ("do_resize", "do_center_crop") if getattr(processor, name, None)}
-    return processor(image, return_tensors="pt", **asis)["pixel_values"][0]
+    return _processed(image, processor, **asis)
+
+
+def _processed(image: Image.Image, processor: BaseImageProcessor, **settings: bool) -> torch.Tensor:
+    """What a processor makes of one image, `[C, H, W]`; a small one that it would make huge is refused."""
+    edge = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
+    if edge and settings.get("do_resize", getattr(processor, "do_resize", False)):
+        check_resized(image, edge)
+    if image.mode == "L":
+        # processors cannot tell a grey image's channel from its rows
+        settings["input_data_format"] = "channels_last"
+        return processor(np.asarray(image)[..., None], return_tensors="pt", **settings)["pixel_values"][0]
+    return processor(image, return_tensors="pt", **settings)["pixel_values"][0]
 
 
 def _resized(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
@@ -210,24 +246,43 @@ def _resizes_plainly(processor: BaseImageProcessor, table: np.ndarray | None) ->
     size = dict(getattr(processor, "size", None) or {})
     if table is None or getattr(processor, "do_center_crop", None) or not (size.get("height") and size.get("width")):
         return False
-    noise = _noise(size["height"] + 3, size["width"] + 7)
+    noise = _noise(size["height"] + 3, size["width"] + 7, len(table))
     ours = look_up(np.asarray(_resized(noise, processor))[None], table)[0]
-    return torch.equal(processor(noise, return_tensors="pt")["pixel_values"][0], ours)
+    return torch.equal(_processed(noise, processor), ours)
 
 
-def _noise(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def _noise(height: int, width: int, channels: int) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return as_rgb(Image.fromarray(values), channels)
 
 
-def make_processor(image_size: int) -> BaseImageProcessor:
-    """The image processor of ViT for square images of `image_size` pixels, values in [-1, 1]; saved with the model."""
+def open_processor(checkpoint: str | Path) -> BaseImageProcessor:
+    """The image processor of a folder or Hub id; code that lies there is not run.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It needs code of its own.
+    """
+    from transformers import AutoImageProcessor
+
+    # left to itself, transformers asks on the terminal, and takes a `y` from whatever stands at the other end of it
+    return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+def make_processor(image_size: int, num_channels: int = 3) -> BaseImageProcessor:
+    """The image processor of ViT for square images of `image_size` pixels, values in [-1, 1]; saved with the model.
+
+    Args:
+        image_size (`int`): Height and width.
+        num_channels (`int`, *optional*, defaults to 3): 3 for RGB, 1 for grey.
+    """
     from transformers import ViTImageProcessor
 
     return ViTImageProcessor(
         size={"height": image_size, "width": image_size},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_convert_rgb=True,
+        image_mean=[0.5] * num_channels,
+        image_std=[0.5] * num_channels,
+        do_convert_rgb=num_channels == 3,
     )
 
 

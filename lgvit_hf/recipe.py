@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .eevit import is_eevit, translate_eevit
-from .settings import apply_settings, names_of, read_yaml
+from .settings import apply_settings, names_of, parse_yaml, read_yaml, real, whole
 
 REQUIRED = ("data", "output")
 # what is held in memory of decoded images, so that small sets are decoded once
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--stage", choices=("backbone", "1", "2", "avit"), default="1", help="what to train (default: 1)")
     add("--model", help="checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
     add("--backbone", choices=("vit", "deit", "swin"), help="or: start from a small new one")
-    add("--image-size", type=int, default=32, help="of a new backbone (default: 32)")
+    add("--image-size", type=whole(), default=32, help="of a new backbone (default: 32)")
     add("--model-settings", type=mapping, help="of a new backbone, such as '{hidden_size: 192, num_hidden_layers: 6}'")
     add(
         "--exit-positions", type=position, nargs="+", metavar="BLOCK", help="blocks before each exit, from 1, or lgvit"
@@ -52,20 +53,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--halting", type=mapping, help="of stage avit, how tokens halt: such as '{gate: tiny, target_depth: 8}'")
     add("--strategy", help="how exits share the loss; default alternating_weighted, distillation_lgvit")
     add("--augment", choices=("random_resized", "pad", "none"), default="none", help="crops of training images")
-    add("--crop-scale", type=float, nargs="+", help="shares of the image that random_resized takes (0.08 1.0)")
+    add("--crop-scale", type=real(), nargs="+", help="shares of the image that random_resized takes (0.08 1.0)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the augmented images")
     add("--image-column", help="where the images are, if that is not clear")
     add("--label-column", help="where the labels are")
-    add("--validation-share", type=float, default=0.15, help="of the training rows, if there is no split (0.15)")
-    add("--max-train-samples", type=int, help="train on that many random images only")
-    add("--max-eval-samples", type=int, help="validate and test on that many")
-    add("--epochs", type=float, default=10, help="default: 10")
-    add("--batch-size", type=int, default=32, help="per process (default: 32)")
-    add("--learning-rate", type=float, default=5e-4, help="default: 5e-4")
-    add("--warmup-steps", type=int, default=20, help="default: 20")
-    add("--weight-decay", type=float, default=0.05, help="default: 0.05")
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--early-stopping-patience", type=int, help="stop after that many evaluations without a better accuracy")
+    add("--validation-share", type=real(), default=0.15, help="of the training rows, if there is no split (0.15)")
+    add("--max-train-samples", type=whole(), help="train on that many random images only")
+    add("--max-eval-samples", type=whole(), help="validate and test on that many")
+    add("--epochs", type=real(), default=10, help="default: 10")
+    add("--batch-size", type=whole(), default=32, help="per process (default: 32)")
+    add("--learning-rate", type=real(), default=5e-4, help="default: 5e-4")
+    add("--warmup-steps", type=whole(0), default=20, help="default: 20")
+    add("--weight-decay", type=real(), default=0.05, help="default: 0.05")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="default: 0")
+    add("--early-stopping-patience", type=whole(), help="stop after that many evaluations without a better accuracy")
     add("--resume", nargs="?", const="auto", type=resumption, help="auto, or a checkpoint folder to go on from")
     add("--dry-run", action="store_true", help="say what would be trained, load one batch, write nothing")
 
@@ -73,9 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def mapping(value: Any) -> dict[str, Any]:
     """A mapping, or its YAML text."""
     if isinstance(value, str):
-        import yaml
-
-        value = yaml.safe_load(value)
+        value = parse_yaml(value, repr(value[:40]))
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} is no mapping")
     return value
@@ -88,12 +87,12 @@ def policy(value: Any) -> Any:
 
 def position(value: Any) -> int | str:
     """A block, or `lgvit`."""
-    return value if value == "lgvit" else int(value)
+    return value if value == "lgvit" else whole()(value)
 
 
 def weight(value: Any) -> float | str:
     """A loss weight, or `depth` or `uniform` for all."""
-    return value if value in ("depth", "uniform") else float(value)
+    return value if value in ("depth", "uniform") else real()(value)
 
 
 def resumption(value: Any) -> str | None:
@@ -145,7 +144,11 @@ def others_as_arguments(others: Sequence[str], own: Sequence[str]) -> dict[str, 
     namespace, stray = parser.parse_known_args(words)
     if stray:
         raise ValueError(f"{stray[0]!r} is not understood; options are --name value")
-    return {name: getattr(value, "value", value) for name, value in vars(namespace).items()}
+    found = {name: getattr(value, "value", value) for name, value in vars(namespace).items()}
+    for name, value in found.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {value} must be a finite number")
+    return found
 
 
 def as_words(settings: dict[str, Any]) -> list[str]:
@@ -241,7 +244,7 @@ def _apply(command: argparse.ArgumentParser, settings: dict[str, Any], where: st
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
     from .data import load_images
-    from .files import write_json
+    from .files import locked, write_json
     from .processing import ProcessedImages
     from .training.run import train
 
@@ -267,20 +270,23 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.dry_run:
         print(_dry_run(options, arguments, model, train_images, {"validation": validation, "test": test}))
         return None
-    result = train(
-        model,
-        processor,
-        train_images,
-        options.output,
-        stage=options.stage,
-        eval_dataset=validation,
-        test_dataset=test,
-        early_stopping_patience=options.early_stopping_patience,
-        resume=options.resume or False,
-        **arguments,
-    )
-    if result.pop("main_process"):
-        write_json(Path(options.output) / "training.json", result)
+    with locked(options.output):
+        result = train(
+            model,
+            processor,
+            train_images,
+            options.output,
+            stage=options.stage,
+            eval_dataset=validation,
+            test_dataset=test,
+            early_stopping_patience=options.early_stopping_patience,
+            resume=options.resume or False,
+            **arguments,
+        )
+        main_process = result.pop("main_process")
+        if main_process:
+            write_json(Path(options.output) / "training.json", result)
+    if main_process:
         print(as_words_of_halting(result["test"], model) if options.stage == "avit" else as_table(result["test"]))
         print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {options.output}")
     return result

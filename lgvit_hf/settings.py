@@ -4,8 +4,66 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# of a YAML document, with everything that its aliases stand for
+MAX_NODES = 100_000
+
+
+def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[Any], int]:
+    """Reads a whole number for `argparse`, or of YAML; nothing is rounded.
+
+    Example:
+
+        >>> whole(0, 65535)("8000")
+        8000
+        >>> whole(0, 65535)(99999)
+        Traceback (most recent call last):
+        ...
+        argparse.ArgumentTypeError: 99999 must be a whole number from 0 to 65535
+    """
+
+    def read(value: Any) -> int:
+        try:
+            number = int(str(value))
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{value!r} must be {read.__name__}")
+        return number
+
+    read.__name__ = (
+        f"a whole number of at least {least}" if most >= 2**31 - 1 else f"a whole number from {least} to {most}"
+    )
+    return read
+
+
+def real(least: float = -math.inf, most: float = math.inf) -> Callable[[Any], float]:
+    """Reads a finite number, as `whole` does.
+
+    Example:
+
+        >>> real(0)("1e400")
+        Traceback (most recent call last):
+        ...
+        argparse.ArgumentTypeError: '1e400' must be a finite number of at least 0
+    """
+
+    def read(value: Any) -> float:
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and least <= number <= most):
+            raise argparse.ArgumentTypeError(f"{value!r} must be {read.__name__}")
+        return number
+
+    bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"of at most {most:g}"] * (most < math.inf)
+    read.__name__ = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    return read
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -13,19 +71,47 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
     Raises:
         ImportError: PyYAML is not installed.
-        ValueError: Not YAML, or no mapping.
+        ValueError: Not YAML, or no mapping, or one that is nested too deep or grows too large.
+    """
+    settings = parse_yaml(Path(file).read_text(encoding="utf-8"), file)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: a mapping of options to values is needed")
+    return settings
+
+
+def parse_yaml(text: str, where: str | Path) -> Any:
+    """The content of a YAML document, if its size stays within bounds once every alias is what it stands for.
+
+    Args:
+        text (`str`): The document.
+        where (`str` or `Path`): What an error names.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+        ValueError: Not YAML, or nested too deep, or too large.
     """
     try:
         import yaml
     except ImportError as error:
-        raise ImportError('--config reads YAML: pip install "lgvit-hf[train]"') from error
+        raise ImportError('YAML is read by PyYAML: pip install "lgvit-hf[train]"') from error
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and _num_nodes(root, {}) > MAX_NODES:
+            raise ValueError(f"{where}: more than {MAX_NODES:,} values, with what its aliases stand for")
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: a mapping of options to values is needed")
-    return settings
+        raise ValueError(f"{where}: not YAML ({error})") from error
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deep, or within itself") from None
+
+
+def _num_nodes(node: Any, known: dict[int, int]) -> int:
+    """Nodes of a YAML tree; of one that several aliases name, as often as it is named."""
+    if id(node) not in known:
+        inner = node.value if isinstance(node.value, list) else []
+        inner = [each for entry in inner for each in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_num_nodes(each, known) for each in inner)
+    return known[id(node)]
 
 
 def names_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -81,7 +167,7 @@ def _as_typed(action: argparse.Action, key: str, value: Any, where: str | Path) 
     read = action.type or str
     try:
         typed = [read(entry) for entry in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):
         raise ValueError(
             f"{where}: {key}: {value!r} must be {read.__name__}{' or a list of them' if many else ''}"
         ) from None

@@ -291,8 +291,8 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             OSError: No config or no safetensors there.
         """
         path = pretrained_model_name_or_path
-        check_files(path)
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        check_files(path, hub)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         settings = {key: value for key, value in kwargs.items() if key not in AUTO_ARGUMENTS}
         if config is None:

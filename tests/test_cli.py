@@ -92,7 +92,7 @@ def test_config_file_and_override(tmp_path, photos):
     "text, message",
     [
         ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
-        ("epochs: many", "epochs: 'many' must be float"),
+        ("epochs: many", "epochs: 'many' must be a finite number"),
         ("stage: 3", "must be one of backbone, 1, 2"),
         ("dry_run: maybe", "must be true or false"),
         ("seed: [1, 2]", "must be one value"),

@@ -410,6 +410,12 @@ def test_few_rows_of_many_classes(tmp_path):
 # -- tensors ---------------------------------------------------------------------------------------------------
 
 
+def opaque(image):
+    """An image in RGB, laid over white where it is transparent."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def rows_of(images, labels):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
@@ -419,7 +425,7 @@ def test_processed_images_are_scaled_and_three_channels_wide():
     images = [picture((255, 0, 51)), picture(255, "L"), picture((255, 0, 0, 128), "RGBA"), picture(0, "L", (9, 2))]
     processed = ProcessedImages(rows_of(images, [0, 1, 0, 1]), make_processor(8))
     items = [processed[index] for index in range(len(processed))]
-    for item, colour in zip(items, [(1, -1, -0.6), (1, 1, 1), (1, -1, -1), (-1, -1, -1)], strict=True):
+    for item, colour in zip(items, [(1, -1, -0.6), (1, 1, 1), (1, -1 / 255, -1 / 255), (-1, -1, -1)], strict=True):
         assert item["pixel_values"].dtype == torch.float32
         expected = torch.tensor(colour, dtype=torch.float32)[:, None, None].expand(3, 8, 8)
         torch.testing.assert_close(item["pixel_values"], expected, atol=1e-5, rtol=0)
@@ -506,7 +512,7 @@ def test_evaluation_is_the_processor_and_nothing_else(pictures, name, keep):
     for _ in range(2):
         batch = items.__getitems__(range(5)) if name == "ours" else [items[index] for index in range(5)]
         for item, image in zip(batch, pictures, strict=True):
-            expected = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            expected = processor(opaque(image), return_tensors="pt")["pixel_values"][0]
             torch.testing.assert_close(item["pixel_values"], expected, atol=0, rtol=0)
 
 
@@ -520,7 +526,7 @@ def test_training_is_the_augmentation_and_the_normalisation(pictures, name):
     items.set_epoch(3)
     for index, image in enumerate(pictures):
         drawn = np.random.default_rng((5, 3, index))
-        augmented = Augmentation()(image.convert("RGB"), expected_size, drawn)
+        augmented = Augmentation()(opaque(image), expected_size, drawn)
         asis = {"do_resize": False} | ({"do_center_crop": False} if "crop" in name else {})
         expected = processor(augmented, return_tensors="pt", **asis)["pixel_values"][0]
         assert expected.shape == (3, *expected_size)

@@ -92,7 +92,7 @@ def test_benchmark_command_and_its_cost_table(copy, tmp_path, capsys, monkeypatc
     assert lgvit("calibrate", copy, "--data", "digits", "--max-latency", 1, *wanted[2:4], "--batch-size", 5) == 2
     assert "batch_size=5 is outside the cost table's 1 to 4" in capsys.readouterr().err
     assert lgvit("benchmark", copy, "--data", "digits", "--threads", 0) == 2
-    assert "threads=0 must be at least 1" in capsys.readouterr().err
+    assert "argument --threads: '0' must be a whole number" in capsys.readouterr().err
 
 
 # -- sweep -----------------------------------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def test_one_clear_line(checkpoint, copy, tmp_path, capsys):
     assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.1, "--plot", tmp_path) == 2
     assert "is a folder; give the PNG's file name" in one_line(capsys)
     assert lgvit("evaluate", checkpoint, "--data", "digits", "--timed-batch-sizes", 0) == 2
-    assert "timed_batch_sizes=0 must be at least 1" in one_line(capsys)
+    assert "argument --timed-batch-sizes: '0' must be a whole number of at least 1" in one_line(capsys)
     wanted = ["--values", "nan"]
     assert lgvit("sweep", checkpoint, "--data", "digits", "--output", tmp_path / "o", *wanted) == 2
-    assert "must be numbers" in one_line(capsys)
+    assert "--values: 'nan' must be a finite number" in one_line(capsys)
     (copy / "manifest.json").write_text("{}")
     assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.1) == 2
     assert "is a training checkpoint, which must stay as it is; give --output" in one_line(capsys)

@@ -19,7 +19,7 @@ from lgvit_hf.cli import main
 from lgvit_hf.commands import predict
 from lgvit_hf.data import load_images
 from lgvit_hf.processing import ProcessedImages, make_processor
-from lgvit_hf.serving.predictor import ANSWERS, read_image
+from lgvit_hf.serving.predictor import ANSWERS, open_image
 from tests.clear import clear, clear_model
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
 
@@ -189,7 +189,7 @@ def with_value(value):
         ({"image": np.array(["/etc/passwd"])}, "'/etc/passwd' is a path; Predictor.images takes those"),
         (
             {"image": np.array([b"nothing"], dtype=object)},
-            "image 0: no readable image: not an image, or of an unknown",
+            "image 0: no readable image: not an image, or none of PNG",
         ),
         ({"image": np.array([7], dtype=object)}, "image 0: no readable image"),
     ],
@@ -246,16 +246,16 @@ def test_images_are_upright_and_in_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     image.save(tmp_path / "turned.png", exif=exif)
-    read = read_image(tmp_path / "turned.png")
+    read = open_image(tmp_path / "turned.png")
     assert read.size == (4, 6) and read.mode == "RGB"
     assert np.array_equal(np.asarray(read)[..., 0], np.rot90(np.asarray(image), -1))
-    assert np.array_equal(np.asarray(read_image(np.asarray(image)[..., None])), np.asarray(image.convert("RGB")))
+    assert np.array_equal(np.asarray(open_image(np.asarray(image)[..., None])), np.asarray(image.convert("RGB")))
     whole = (tmp_path / "turned.png").read_bytes()
     for damaged in (b"", whole[:50], whole[:-20], whole[:60] + b"\xff" + whole[61:]):
         with pytest.raises(ValueError, match="no readable image: "):
-            read_image(damaged)
+            open_image(damaged)
     with pytest.raises(ValueError, match="nowhere.png is no readable image: No such file"):
-        read_image(tmp_path / "nowhere.png")
+        open_image(tmp_path / "nowhere.png")
 
 
 def test_it_travels_as_its_arguments(checkpoint, images, monkeypatch):
@@ -437,8 +437,14 @@ def test_a_dataset(checkpoint, model, tmp_path, capsys):
         (["PHOTOS"], "lgvit predict needs --output"),
         (["PHOTOS", "--output", "out.txt"], "written as .parquet, .csv, .jsonl"),
         (["PHOTOS", "--output", "out"], "written as .parquet, .csv, .jsonl"),
-        (["PHOTOS", "--output", "OUT", "--workers", "0"], "workers=0 must be at least 1"),
-        (["PHOTOS", "--output", "OUT", "--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (
+            ["PHOTOS", "--output", "OUT", "--workers", "0"],
+            "argument --workers: '0' must be a whole number of at least 1",
+        ),
+        (
+            ["PHOTOS", "--output", "OUT", "--batch-size", "0"],
+            "argument --batch-size: '0' must be a whole number of at least 1",
+        ),
         (["PHOTOS", "--output", "OUT", "--top-k", "6"], "top_k=6 must be from 1 to 5"),
         (["PHOTOS", "--output", "OUT", "--threshold", "0.5"], "--threshold goes with --policy"),
         (["PHOTOS", "--output", "OUT", "--split", "test"], "--split test goes with a dataset"),

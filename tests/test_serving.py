@@ -299,14 +299,14 @@ def nan_pixels():
 PIXELS = np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
 BAD = {
     "empty": ({"content": b""}, 400, "the body is empty"),
-    "text": ({"content": b"hello"}, 400, "image 0: not an image"),
-    "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: not an image"),
+    "text": ({"content": b"hello"}, 400, "image 0: no readable image: "),
+    "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: no readable image: "),
     "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
     "no image": ({"json": {"picture": "aGk="}}, 400, '"image": BASE64'),
     "no images": ({"json": {"images": []}}, 400, '"image": BASE64'),
     "numbers": ({"json": {"images": [1]}}, 400, '"image": BASE64'),
     "no base64": ({"json": {"image": "%%"}}, 400, "not base64"),
-    "text in json": ({"json": {"image": "aGVsbG8="}}, 400, "image 0: not an image"),
+    "text in json": ({"json": {"image": "aGVsbG8="}}, 400, "image 0: no readable image: "),
     "nan": ({"content": pack({"pixel_values": nan_pixels()}), "headers": TENSORS}, 400, "NaN or infinity"),
     "shape": (
         {"content": pack({"pixel_values": PIXELS[..., 1:]}), "headers": TENSORS},
@@ -350,7 +350,7 @@ def test_addresses_that_are_none_get_a_reason(whole):
 def test_numbers_too_large_for_the_model_are_refused(home, whole):
     pixels = np.full_like(PIXELS, 3e38)
     reply = whole.post("/predict", content=pack({"pixel_values": pixels}), headers=TENSORS)
-    assert reply.status_code == 422 and "row 0" in reply.json()["error"]
+    assert reply.status_code == 422 and "sample 0" in reply.json()["error"]
 
 
 @one_version
@@ -621,7 +621,8 @@ def test_an_answer_that_is_none_is_not_taken(home, stub):
     rows, words = sum(lost), {"schema": "1", "model": info.model}
 
     def answers(rows):
-        return {name: np.full((rows, *array["shape"]), 3, array["dtype"]) for name, array in info.answers.items()}
+        found = {name: np.full((rows, *array["shape"]), 3, array["dtype"]) for name, array in info.answers.items()}
+        return {**found, "exit_layer": np.full(rows, info.depths[3]), "degraded": np.zeros(rows, np.uint8)}
 
     for reply, taken in (
         (b"", False),
@@ -636,7 +637,8 @@ def test_an_answer_that_is_none_is_not_taken(home, stub):
         found = highway({"pixel_values": home[2].numpy()})
         assert not stub.script
         # what is said of the samples that went on is taken as it is
-        assert found["degraded"].tolist() == [3 * each if taken else each for each in lost]
+        assert found["degraded"].tolist() == [0 if taken else each for each in lost]
+        assert (found["logits"] == 3).all(-1).tolist() == [bool(taken and each) for each in lost]
 
 
 @one_version

@@ -22,7 +22,8 @@ from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import State
 from lgvit_hf.serving import split as splitting
 from lgvit_hf.serving.device.info import PartInfo, file_digest
-from lgvit_hf.serving.device.pixels import pixel_settings, prepare, read_image
+from lgvit_hf.serving.device.pixels import pixel_settings, prepare
+from lgvit_hf.serving.device.rgb import read_image
 from lgvit_hf.serving.opening import open_part
 from lgvit_hf.serving.split import run_chain
 from tests.seeds import rng

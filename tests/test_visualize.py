@@ -245,7 +245,7 @@ def test_one_clear_line(avit, photos, tmp_path, monkeypatch, capsys):
 
     out = tmp_path / "out"
     assert "images=7: there are 6 in" in refused(avit, photos, out, "--images", 7)
-    assert "images=0 must be at least 1" in refused(avit, photos, out, "--images", 0)
+    assert "argument --images: '0' must be a whole number of at least 1" in refused(avit, photos, out, "--images", 0)
     assert "no config.json there" in refused(photos, photos, out)
     assert "no such folder" in refused(avit, tmp_path / "nowhere", out)
     (tmp_path / "plain").mkdir()

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from transformers import AutoImageProcessor
 
 from ..evaluation.verdict import in_words
 from ..export.manifest import Manifest
 from ..export.onnx_export import export_onnx
 from ..export.runtime import is_exported
 from ..models import load_highway
+from ..processing import open_processor
 from .opening import check_counts, open_highway
 
 
@@ -47,7 +47,7 @@ def run_export(
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
     if data is None:
-        model, processor, images = load_highway(checkpoint), AutoImageProcessor.from_pretrained(checkpoint), None
+        model, processor, images = load_highway(checkpoint), open_processor(checkpoint), None
     else:
         model, processor, images = open_highway(checkpoint, data, which, validation_share, seed)
         if limit is not None:

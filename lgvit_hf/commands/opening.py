@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from ..costs import Highway
 from ..data import load_images
 from ..evaluation.table import ExitTable, collect, weights_digest
 from ..export.runtime import ORTHighway, is_exported
 from ..models import check_class_names, open_model
-from ..processing import ProcessedImages
+from ..processing import ProcessedImages, open_processor
 
 
 def open_highway(
@@ -38,7 +38,7 @@ def open_highway(
     if is_exported(checkpoint):
         model = ORTHighway.from_pretrained(checkpoint, threads=threads)
         check_class_names(checkpoint, model.config, splits.label_names)
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        processor = open_processor(checkpoint)
     else:
         model, processor = open_model(checkpoint, label_names=splits.label_names, must_be_highway=True)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -28,7 +28,8 @@ from transformers.utils import logging
 
 from ..data import load_encoded
 from ..evaluation.table import weights_digest
-from ..files import replace_file, write_json
+from ..files import file_stamp, locked, replace_file, write_json
+from ..serving.device.rgb import FORMATS
 from ..serving.predictions import COLUMNS, check_format, write_predictions
 from ..serving.predictor import Predictor
 from .opening import check_counts
@@ -74,20 +75,30 @@ def run_predict(
         `dict`: `images`, `errors`, `mean_depth`, `num_blocks`, `answered_now`, `images_per_second` (of those).
 
     Raises:
-        ValueError: No images there; `output` is there already; its parts are of another model, policy, images ...
+        ValueError:
+            No images there; `output` is there already, or another run makes it; its parts are of another model,
+            policy, class names, images that have changed since ...
         OSError: There is no saved model; a process died.
         KeyboardInterrupt: Stopped; says how to go on.
     """
     target = Path(output)
     check_format(target)
     check_counts(batch_size=[batch_size], workers=[workers])
-    if target.exists():
-        raise ValueError(f"{output} is there already; choose another output, or delete it")
-    images = _find_images(paths, split)
-    predictor = Predictor(checkpoint, policy, max_batch_size=batch_size)
+    with locked(target):
+        if target.exists():
+            raise ValueError(f"{output} is there already; choose another output, or delete it")
+        images = _find_images(paths, split)
+        predictor = Predictor(checkpoint, policy, max_batch_size=batch_size)
+        return _predict(predictor, images, target, workers, top_k, probabilities)
+
+
+def _predict(
+    predictor: Predictor, images: _Images, target: Path, workers: int, top_k: int | None, probabilities: bool
+) -> dict[str, Any]:
+    batch_size = predictor.max_batch_size
     labels = predictor.label_names
     if top_k is not None and not 1 <= top_k <= len(labels):
-        raise ValueError(f"top_k={top_k} must be from 1 to {len(labels)}, the labels of {checkpoint}")
+        raise ValueError(f"top_k={top_k} must be from 1 to {len(labels)}, the labels of {predictor.path}")
     columns = [
         name
         for name in COLUMNS
@@ -101,6 +112,7 @@ def run_predict(
             "model": weights_digest(predictor.model),
             "policy": predictor.model.exit_policy.to_dict(),
             "image processor": hashlib.sha256(predictor.processor.to_json_string().encode()).hexdigest(),
+            "class names": labels,
             "images": images.digest(),
             "batch_size": batch_size,
             "images per part": size,
@@ -212,8 +224,8 @@ class _Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, numbers: range) -> list[tuple[str, str | bytes]]:
-        """Path and file, or path and content."""
+    def rows(self, numbers: range) -> list[tuple[str, str | bytes | None]]:
+        """Path and file, or path and content; `None` where the dataset has no image."""
 
     def digest(self) -> str:
         """By which other images are known."""
@@ -226,11 +238,11 @@ class _Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def rows(self, numbers: range) -> list[tuple[str, str | bytes]]:
+    def rows(self, numbers: range) -> list[tuple[str, str | bytes | None]]:
         return [(self.files[number], self.files[number]) for number in numbers]
 
     def digest(self) -> str:
-        return hashlib.sha256(b"\0".join(map(os.fsencode, self.files))).hexdigest()
+        return _stamped(self.files)
 
 
 @dataclass(frozen=True)
@@ -242,20 +254,32 @@ class _Dataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def rows(self, numbers: range) -> list[tuple[str, str | bytes]]:
+    def rows(self, numbers: range) -> list[tuple[str, str | bytes | None]]:
         images = self.dataset[numbers.start : numbers.stop]["image"]
         prefix = f"{self.split}/" if self.split else ""
-        return [
-            (image["path"], image["path"]) if image["bytes"] is None else (f"{prefix}{number}", image["bytes"])
-            for number, image in zip(numbers, images, strict=True)
-        ]
+        return [self._row(f"{prefix}{number}", image or {}) for number, image in zip(numbers, images, strict=True)]
+
+    @staticmethod
+    def _row(name: str, image: dict[str, Any]) -> tuple[str, str | bytes | None]:
+        path, content = image.get("path"), image.get("bytes")
+        return (path, path) if content is None and path is not None else (name, content)
 
     def digest(self) -> str:
-        return f"{len(self)} rows of {self.source}, {self.split}"
+        place = Path(self.source)
+        files = sorted(map(str, place.rglob("*"))) if place.is_dir() else [self.source] if place.exists() else []
+        # of what is not on this disk, `datasets` knows which version it holds
+        known = _stamped(files) if files else self.dataset._fingerprint
+        return f"{len(self)} images of {self.source}, {self.split}: {known}"
+
+
+def _stamped(files: Sequence[str]) -> str:
+    """A digest of files by name, size and time of change."""
+    stamps = (os.fsencode(file) + b"\0" + file_stamp(file).encode() for file in files)
+    return hashlib.sha256(b"\0".join(stamps)).hexdigest()
 
 
 def _find_images(paths: Sequence[str], split: str | None) -> _Images:
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     if len(paths) == 1 and _is_dataset(paths[0], known):
         return _Dataset(paths[0], split, load_encoded(paths[0], split))
     if split is not None:
@@ -297,9 +321,12 @@ def _files_of(path: str, known: set[str]) -> list[str]:
 
 
 def _walk(folder: str, known: set[str]) -> Iterator[str]:
-    """Images of a folder and all below it, links followed once; hidden files and pipes are no images."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    """Images of a folder and all below it, links followed once; hidden files and pipes are no images.
+
+    A folder that cannot be read stands among them, and its row says why.
+    """
+    seen, unreadable = set(), []
+    for place, folders, files in os.walk(folder, onerror=unreadable.append, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
@@ -311,6 +338,7 @@ def _walk(folder: str, known: set[str]) -> Iterator[str]:
             # a link to nothing is one that cannot be read; what exists and is no file would be waited for
             if Path(name).suffix.lower() in known and not name.startswith(".") and not _is_pipe(file):
                 yield file
+    yield from (str(error.filename) for error in unreadable)
 
 
 def _is_pipe(file: str) -> bool:
@@ -329,11 +357,13 @@ class _Work:
     top_k: int | None
     probabilities: bool
 
-    def __call__(self, shard: list[tuple[str, str | bytes]]) -> list[dict[str, Any]]:
+    def __call__(self, shard: list[tuple[str, str | bytes | None]]) -> list[dict[str, Any]]:
         rows, read, pixels = [], [], []
         for path, source in shard:
             row = {"path": _text(path)}
             try:
+                if source is None:
+                    raise ValueError("the dataset has no image here")
                 pixels.append(self.predictor.pixel_values(source))
                 read.append(row)
             except ValueError as error:
@@ -343,7 +373,11 @@ class _Work:
             answers = self.predictor({"pixel_values": np.stack(pixels)})
             chances = self.predictor.probabilities(answers)
             for number, row in enumerate(read):
-                row.update(self._row({name: column[number] for name, column in answers.items()}, chances[number]))
+                answer = {name: column[number] for name, column in answers.items()}
+                if np.isfinite(answer["logits"]).all():
+                    row.update(self._row(answer, chances[number]))
+                else:
+                    row["error"] = "what the model makes of it are no numbers"
         return rows
 
     def _row(self, answer: dict[str, Any], chances: np.ndarray) -> dict[str, Any]:
@@ -363,9 +397,9 @@ class _Work:
         return row
 
 
-def _number(value: np.float32) -> float:
-    """The shortest number that is this one in float32."""
-    return float(str(value))
+def _number(value: np.float32) -> float | None:
+    """The shortest number that is this one in float32; nothing for what JSON has no word for."""
+    return float(str(value)) if np.isfinite(value) else None
 
 
 def _text(text: str) -> str:
@@ -374,7 +408,7 @@ def _text(text: str) -> str:
 
 
 def _answered(
-    work: _Work, tasks: Iterator[tuple[Path, list[tuple[str, str | bytes]]]], workers: int
+    work: _Work, tasks: Iterator[tuple[Path, list[tuple[str, str | bytes | None]]]], workers: int
 ) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """The rows of each shard with its file: in order here, or as they come from several processes."""
     if workers <= 1:
@@ -418,7 +452,7 @@ def _start_worker(work: _Work, reader: Connection) -> None:
     _here = work
 
 
-def _run_here(shard: list[tuple[str, str | bytes]]) -> list[dict[str, Any]]:
+def _run_here(shard: list[tuple[str, str | bytes | None]]) -> list[dict[str, Any]]:
     return _here(shard)
 
 

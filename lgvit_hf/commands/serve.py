@@ -22,12 +22,11 @@ def run_split(
         positions (`Sequence[int]`), format (`str`): As of `split`.
         policy (`dict`, *optional*): Instead of the saved one.
     """
-    from transformers import AutoImageProcessor
-
     from ..models import load_highway
+    from ..processing import open_processor
     from ..serving.split import split
 
-    model, processor = load_highway(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    model, processor = load_highway(checkpoint), open_processor(checkpoint)
     if policy is not None:
         model.set_exit_policy(policy)
     parts = split(model, positions, output, format, processor=processor)
@@ -88,6 +87,8 @@ def run_serve(
     missing, info = highway.check_next(), highway.info
     app = make_app(highway, max_batch_size=max_batch_size, max_wait=max_wait_ms / 1e3, max_body=int(max_body_mb * 1e6))
     listening = socket.create_server((host, port), backlog=1024)
+    # accepted connections take it over; without it the second packet of an answer waits for the first's receipt
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
     # uvicorn takes the signal while it runs, drains, and then raises it again, by which the process would be said to

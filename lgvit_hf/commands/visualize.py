@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor
 
 from ..costs import Highway
 from ..data import class_names, load_images, load_unlabelled
@@ -29,7 +28,7 @@ from ..evaluation.visualization import (
 from ..export.runtime import is_exported
 from ..modeling_avit import AViT
 from ..models import HIGHWAYS, answer_depths, read_config
-from ..processing import ProcessedImages, stack
+from ..processing import ProcessedImages, open_processor, stack
 from .drawing import check_can_draw
 from .opening import check_counts
 
@@ -75,7 +74,7 @@ def run_visualize(
             f"{checkpoint}: model type {kind!r} must be avit or one of {', '.join(HIGHWAYS)}; `lgvit grow` and "
             "AViT.from_backbone make one of a plain checkpoint"
         )
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    processor = open_processor(checkpoint)
     dataset = ProcessedImages(_split_or_all(data, which, validation_share, seed), processor)
     if images > len(dataset):
         raise ValueError(f"images={images}: there are {len(dataset)} in {data}; ask for fewer, or for another --split")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,28 +16,11 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..costs import model_macs
 from ..files import replace_folder
 from ..policies import ExitPolicy
+from .infer import write_infer
 from .manifest import LAYOUTS, PRECISIONS, Manifest, file_digest
 from .parts import EXPORTABLE, exits_that_run, export_decision, export_parts
 from .runtime import ORTHighway, parameter_inputs
 from .verification import compare, verify
-
-# what a machine without torch needs to answer an image; the processor's own arithmetic
-INFER = '''"""python infer.py IMAGE...: needs numpy, pillow and onnxruntime."""
-import json, pathlib, sys
-import numpy as np, onnxruntime
-from PIL import Image
-here = pathlib.Path(__file__).parent
-config, processor = (json.loads((here / name).read_text()) for name in ("config.json", "preprocessor_config.json"))
-session, size = onnxruntime.InferenceSession(here / "model.onnx"), processor["size"]
-crop = CROP
-for file in sys.argv[1:]:
-    image = Image.open(file).convert("RGB").resize((size["width"], size["height"]), processor["resample"])
-    left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
-    pixels = np.asarray(image.crop((left, top, left + crop["width"], top + crop["height"])), np.float32)
-    pixels = (pixels * processor["rescale_factor"] - processor["image_mean"]) / processor["image_std"]
-    logits, depth, _, score = session.run(None, {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})
-    print(file, config["id2label"][str(logits[0].argmax())], f"after {depth[0]} blocks, score {score[0]:.3f}")
-'''
 
 
 def export_onnx(
@@ -87,7 +69,7 @@ def export_onnx(
         if processor is not None:
             processor.save_pretrained(new)
             if layout == "single":
-                _write_infer(new, processor)
+                write_infer(new, processor, model.config.num_channels)
         manifest = describe(model, new, names, layout, precision)
         manifest.save(new)
         checks: dict[str, Any] = verify(model, new)
@@ -194,19 +176,3 @@ def describe(
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
         checks={},
     )
-
-
-def _write_infer(folder: Path, processor: BaseImageProcessor) -> None:
-    """The script that answers images without torch, where it can do what the processor does."""
-    settings = processor.to_dict()
-    plain = all(settings.get(f"do_{step}") for step in ("resize", "rescale", "normalize"))
-    if not plain or not {"height", "width"} <= set(settings["size"]):
-        does = ", ".join(f"{name} {value}" for name, value in settings.items() if name == "size" or "do_" in name)
-        warnings.warn(
-            "infer.py is left out: it resizes to a height and width, rescales and normalizes, but this processor has "
-            f"{does}",
-            stacklevel=3,
-        )
-        return
-    crop = 'processor["crop_size"]' if settings.get("do_center_crop") else "size"
-    (folder / "infer.py").write_text(INFER.replace("CROP", crop), encoding="utf-8")

@@ -303,7 +303,7 @@ class ORTHighway(nn.Module):
 
 def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:
     """The config beside a manifest; it must be of the highway that was exported."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, HighwayConfig):
         raise ValueError(f"{folder / 'config.json'}: model type {config.model_type!r} is no highway")
     depths = answer_depths(config)

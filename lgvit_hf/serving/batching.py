@@ -14,6 +14,9 @@ import numpy as np
 from .device.loop import Arrays
 from .device.remote import SHARE, RemoteHighway
 
+# seconds that a request may be made to wait for others
+MAX_WAIT = 60.0
+
 
 class Busy(RuntimeError):
     """More rows are waiting than may."""
@@ -42,7 +45,7 @@ class Batcher:
         senders (`int`, *optional*, defaults to 16): Batches that may be on their way to the next part.
 
     Raises:
-        ValueError: A number that is not positive.
+        ValueError: A number that is not positive, or a wait of more than a minute.
     """
 
     def __init__(
@@ -54,16 +57,23 @@ class Batcher:
         max_waiting: int = 1024,
         senders: int = 16,
     ):
-        if max_rows < 1 or max_wait < 0 or max_waiting < 1 or senders < 1:
-            raise ValueError(f"{max_rows=}, {max_wait=}, {max_waiting=}, {senders=}: must be positive")
+        if max_rows < 1 or not 0 <= max_wait <= MAX_WAIT or max_waiting < 1 or senders < 1:
+            raise ValueError(
+                f"{max_rows=}, {max_wait=}, {max_waiting=}, {senders=}: must be positive; at most {MAX_WAIT:g} s"
+            )
         self.highway, self.max_rows, self.max_wait, self.max_waiting = highway, max_rows, max_wait, max_waiting
         self.batches = 0
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._next: _Waiting | None = None
-        self._rows, self._lock, self._closed = 0, threading.Lock(), False
+        self._rows, self._lock, self._closed, self._dead = 0, threading.Lock(), False, False
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
         self._thread = threading.Thread(target=self._work, name="lgvit-compute", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody computes."""
+        return not self._dead and self._thread.is_alive()
 
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future:
         """Have rows answered; the future gives what `RemoteHighway` would.
@@ -79,8 +89,8 @@ class Batcher:
         """
         rows = len(next(iter(inputs.values())))
         with self._lock:
-            if self._closed:
-                raise Busy("the service is shutting down")
+            if self._closed or not self.alive:
+                raise Busy("the service is shutting down" if self._closed else "nobody computes any more")
             if self._rows and self._rows + rows > self.max_waiting:
                 raise Busy(f"{self._rows} rows are waiting already")
             self._rows += rows
@@ -99,10 +109,20 @@ class Batcher:
         self._senders.shutdown()
 
     def _work(self) -> None:
-        while (group := self._group()) is not None:
-            group = [waiting for waiting in group if waiting.future.set_running_or_notify_cancel()]
-            if group:
-                self._run(group)
+        group: list[_Waiting] | None = []
+        try:
+            while (group := self._group()) is not None:
+                group = [waiting for waiting in group if waiting.future.set_running_or_notify_cancel()]
+                if group:
+                    self._run(group)
+        except BaseException as error:
+            # whatever ended this thread: nobody waits for it
+            with self._lock:
+                self._dead = True
+                while not self._queue.empty():
+                    group = [*(group or []), *filter(None, [self._queue.get()])]
+            _fail(group or [], Busy(f"nobody computes any more ({type(error).__name__})"))
+            raise
 
     def _group(self) -> list[_Waiting] | None:
         """The next requests to run together, or nothing at the end."""

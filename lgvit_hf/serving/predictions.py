@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # by the suffix of the file
 FORMATS = (".parquet", ".csv", ".jsonl")
@@ -66,12 +66,25 @@ def write_predictions(
     with file.open("w", encoding="utf-8", newline="") as stream:
         if suffix == ".jsonl":
             for row in rows:
-                stream.write(json.dumps({name: row.get(name) for name in columns}, ensure_ascii=False) + "\n")
+                stream.write(
+                    json.dumps({name: row.get(name) for name in columns}, ensure_ascii=False, allow_nan=False) + "\n"
+                )
             return
-        table = csv.writer(stream, lineterminator="\n")
+        # by this end of a line, cells with a carriage return are quoted; written is the newline alone
+        table = csv.writer(_Lines(stream), lineterminator="\r\n")
         table.writerow(columns)
         for row in rows:
             table.writerow([_cell(row.get(name)) for name in columns])
+
+
+class _Lines:
+    """What `csv` writes, each line ended by a newline alone."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, line: str) -> None:
+        self._stream.write(line.removesuffix("\r\n") + "\n")
 
 
 def _write_parquet(file: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoImageProcessor, BaseImageProcessor
+from PIL import Image
+from transformers import BaseImageProcessor
 
 from ..costs import Highway
 from ..export.runtime import ORTHighway, is_exported
 from ..models import load_highway
 from ..policies import number_at
-from ..processing import ProcessedImages
+from ..processing import ProcessedImages, open_processor
+from .device.rgb import as_rgb, read_image
 
 ANSWERS = ("logits", "label", "exit_index", "exit_layer", "exit_score")
 
@@ -92,7 +91,12 @@ class Predictor:
     @property
     def processor(self) -> BaseImageProcessor:
         """The checkpoint's image processor, opened on first use."""
-        return self._here().images.processor
+        return self._here().prepared().processor
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the checkpoint has an image processor; without one it answers `pixel_values` alone."""
+        return self._here().images is not None
 
     @property
     def label_names(self) -> list[str]:
@@ -126,7 +130,7 @@ class Predictor:
         """Answer images that the checkpoint's image processor still has to prepare.
 
         Args:
-            sources (`Sequence`): Of whatever [`read_image`] reads.
+            sources (`Sequence`): Of whatever [`open_image`] reads.
 
         Raises:
             ValueError: One of them is no readable image, by its path or number.
@@ -140,7 +144,7 @@ class Predictor:
             OSError: The checkpoint has no image processor.
             ValueError: The image cannot be read.
         """
-        return self._here().images.pixels(read_image(source)).numpy()
+        return self._here().prepared().pixels(open_image(source)).numpy()
 
     def probabilities(self, answers: Mapping[str, np.ndarray]) -> np.ndarray:
         """Probability of each class, `[B, num_labels]` float32: the softmax, with the policy's temperature if any.
@@ -190,10 +194,11 @@ class Predictor:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a process has opened."""
+    """What a process has opened: all of it at once, so that a folder that changes later changes no answer."""
 
     path: str
     model: Highway
+    images: ProcessedImages | None
     process: int
 
     @classmethod
@@ -203,39 +208,56 @@ class _Opened:
             model: Highway = ORTHighway.from_pretrained(path)
         else:
             model = load_highway(path).to("cuda" if torch.cuda.is_available() else "cpu")
-        kind = model.config.problem_type
-        if model.config.num_labels < 2 or kind not in (None, "single_label_classification"):
+        config = model.config
+        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
             raise ValueError(
-                f"{path}: {model.config.num_labels} label(s), problem_type {kind!r}: it does not choose one label of "
-                "several; call the model itself"
+                f"{path}: {config.num_labels} label(s), problem_type {config.problem_type!r}: it does not choose one "
+                "label of several; call the model itself"
             )
+        check_texts(path, config.id2label.values())
         if policy is not None:
             model.set_exit_policy(policy)
-        return cls(path, model, os.getpid())
+        try:
+            images = ProcessedImages([], open_processor(path))
+        except OSError:
+            images = None  # it answers `pixel_values` all the same
+        except ValueError as error:
+            raise ValueError(f"{path}: its image processor does not run ({error})") from error
+        return cls(path, model, images, os.getpid())
 
-    @cached_property
-    def images(self) -> ProcessedImages:
-        return ProcessedImages([], AutoImageProcessor.from_pretrained(self.path))
+    def prepared(self) -> ProcessedImages:
+        if self.images is None:
+            raise OSError(
+                f"{self.path} has no image processor (preprocessor_config.json); it takes pixel_values alone"
+            )
+        return self.images
 
 
-def read_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-    """A whole image in RGB, upright, as images of datasets are.
+def check_texts(path: str, names: Iterable[Any]) -> None:
+    """Raise `ValueError` for the first class name that cannot be written as UTF-8."""
+    for name in names:
+        try:
+            str(name).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{path}: id2label in config.json: {str(name)!r} is no text that UTF-8 can write"
+            ) from None
+
+
+def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+    """An image as models see it: upright, opaque RGB, by the rules of `serving/device/rgb.py`.
 
     Args:
         source (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`):
             A file, what a file holds, an open image, or `[H, W, 3]`, `[H, W, 1]` or `[H, W]` uint8.
 
     Raises:
-        ValueError: It is no image, or damaged.
+        ValueError: It is no image, damaged, too large, or of numbers without a known range.
 
     Example:
 
-        >>> read_image(np.zeros((4, 6), dtype=np.uint8)).size
+        >>> open_image(np.zeros((4, 6), dtype=np.uint8)).size
         (6, 4)
-        >>> read_image(b"GIF89a")
-        Traceback (most recent call last):
-        ...
-        ValueError: no readable image: not an image, or of an unknown format
     """
     if isinstance(source, np.ndarray):
         good = source.dtype == np.uint8 and source.ndim in (2, 3) and source.size
@@ -245,23 +267,13 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
                 "from 0 to 255"
             )
         grey = source.shape[2:] == (1,)
-        return Image.fromarray(np.ascontiguousarray(source[..., 0] if grey else source)).convert("RGB")
-    where = f"{source} is " if isinstance(source, (str, Path)) else ""
+        source = Image.fromarray(np.ascontiguousarray(source[..., 0] if grey else source))
+    if isinstance(source, Image.Image):
+        return as_rgb(source)
     try:
-        if isinstance(source, Image.Image):
-            return _upright(source)
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            return _upright(opened)
-    except UnidentifiedImageError:
-        raise ValueError(f"{where}no readable image: not an image, or of an unknown format") from None
-    # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... for what it cannot read
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"{where}no readable image: {reason}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
+        return read_image(source)
+    except ValueError as error:
+        raise ValueError(f"{source} is {error}" if isinstance(source, (str, Path)) else str(error)) from error
 
 
 def _checked_pixels(pixels: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -23,8 +24,10 @@ from .batching import Batcher, Busy
 from .device.info import SCHEMA
 from .device.loop import Arrays, probabilities
 from .device.message import CONTENT_TYPE, MessageError, pack, unpack
-from .device.pixels import read_image
 from .device.remote import MESSAGE_ROWS, TIMEOUT_HEADER, RemoteHighway
+from .device.rgb import read_image
+
+logger = logging.getLogger(__name__)
 
 PATHS = ("/predict", "/continue", "/health", "/metrics")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -85,7 +88,12 @@ def make_app(
     @app.middleware("http")
     async def count(request: Request, call_next: Any) -> Response:
         start = time.perf_counter()
-        response = await call_next(request)
+        try:
+            response = await call_next(request)
+        except Exception:
+            # a fault of ours: what it was stands in the log, not in the answer
+            logger.exception("%s %s failed", request.method, request.url.path[:100])
+            response = JSONResponse({"error": "the service failed; its log says how"}, 500)
         metrics.request(request.url.path, response.status_code, time.perf_counter() - start)
         return response
 
@@ -97,6 +105,9 @@ def make_app(
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         inputs = await asyncio.to_thread(_inputs, highway, body, kind, max_request_rows)
         answers = await _answers(batcher, inputs, _timeout(request), metrics)
+        wrong = ~np.isfinite(answers["logits"]).all(-1)
+        if wrong.any():
+            raise Refused(422, f"sample {int(wrong.argmax())}: what the model makes of it are no numbers")
         if CONTENT_TYPE in request.headers.get("accept", ""):
             return _message(highway, answers)
         return JSONResponse({"answers": _as_json(highway, answers)})
@@ -110,9 +121,9 @@ def make_app(
         return _message(highway, await _answers(batcher, inputs, _timeout(request), metrics))
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {
-            "status": "ok",
+    async def health() -> JSONResponse:
+        said = {
+            "status": "ok" if batcher.alive else "nobody computes any more: start the service again",
             "schema": SCHEMA,
             "model": info.model,
             "part": info.index,
@@ -123,6 +134,7 @@ def make_app(
             "policy": info.policy,
             "next": None if highway.hop is None else highway.hop.url,
         }
+        return JSONResponse(said, 200 if batcher.alive else 503)
 
     @app.get("/metrics")
     async def show_metrics() -> PlainTextResponse:
@@ -147,17 +159,22 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 async def _received(request: Request, limit: int) -> tuple[bytes, int]:
-    size, chunks = 0, []
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-        else:
-            # read on without keeping anything, so that who is still sending can read the answer; but not forever
-            chunks.clear()
-            if size > 4 * limit:
-                break
-    return b"".join(chunks), size
+    # one large piece of memory goes back to the system when it is let go; thousands of small ones do not
+    size, body = 0, bytearray()
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= limit:
+                body += chunk
+            else:
+                # read on without keeping anything, so that who is still sending can read the answer; but not forever
+                body.clear()
+                if size > 4 * limit:
+                    break
+        return bytes(body), size
+    finally:
+        # the error of an upload that was broken off holds this frame, and with it all that had come
+        body.clear()
 
 
 def _timeout(request: Request) -> float | None:
@@ -220,9 +237,6 @@ async def _answers(batcher: Batcher, inputs: Arrays, timeout: float | None, metr
         answers = await asyncio.wrap_future(batcher.submit(inputs, timeout))
     except Busy as error:
         raise Refused(503, str(error)) from error
-    wrong = ~np.isfinite(answers["logits"]).all(-1)
-    if wrong.any():
-        raise Refused(422, f"row {int(wrong.argmax())}: what the model makes of it are no numbers")
     metrics.answered(answers)
     return answers
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,20 +22,18 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..engine import Answers, run_all, run_early
 from ..evaluation.table import weights_digest
+from ..export.infer import checked_pixel_settings
 from ..export.parts import EXPORTABLE, exits_that_run, export_decision, export_parts
 from ..export.verification import BATCH_SIZES, TOLERANCE, policies_to_try, undecided_rows
 from ..files import replace_folder, write_json
 from ..models import HIGHWAYS, example_image
 from ..policies import POLICIES, ExitPolicy, build_policy
-from ..processing import ProcessedImages
 from ..segments import Segment, State
 from .device.info import FORMATS, MEMORY, PART_FILE, WEIGHTS, PartInfo, file_digest
-from .device.pixels import pixel_settings, prepare
 from .opening import open_part
 
 # the folder beside an ONNX part with what runs it
 RUNNER = "lgvit_part"
-PIXEL_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -206,25 +203,16 @@ def _array(tensor: Tensor) -> dict[str, Any]:
 
 
 def _image_settings(processor: BaseImageProcessor, num_channels: int) -> dict[str, Any] | None:
-    """How numpy and pillow do what the processor does, tried on images; nothing, and a warning, where they cannot."""
-    random = np.random.default_rng(0)
-    images = ProcessedImages([], processor)
+    """How numpy and pillow do what the processor does; nothing, and a warning, where they cannot."""
     try:
-        settings = pixel_settings(processor.to_dict(), num_channels)
-        for height, width in ((37, 53), (224, 224), (300, 80), (9, 9)):
-            image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-            expected, found = images.pixels(image).numpy(), prepare(image, settings)
-            difference = np.abs(found - expected).max() if found.shape == expected.shape else np.inf
-            if not difference <= PIXEL_TOLERANCE:
-                raise ValueError(f"pixels differ by {difference:.2g}")
-    except (ValueError, KeyError, TypeError) as error:
+        return checked_pixel_settings(processor, num_channels)
+    except ValueError as error:
         warnings.warn(
             f"the first part takes pixel_values, no images: numpy and pillow cannot do what the image processor does "
             f"({error})",
             stacklevel=2,
         )
         return None
-    return settings
 
 
 def _write_onnx(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[list[str]]:

@@ -11,7 +11,7 @@ from PIL import Image
 from ..evaluation.table import weights_digest
 from ..models import answer_depths
 from .device.info import PartInfo
-from .device.loop import Arrays
+from .device.loop import Arrays, try_part
 from .predictor import Predictor
 
 
@@ -24,7 +24,7 @@ class Whole:
         max_batch_size (`int`, *optional*, defaults to 32): Rows that run at once.
 
     Raises:
-        OSError, ValueError: As of `Predictor`.
+        OSError, ValueError: As of `Predictor`; also where it does not run, or its image processor does not fit it.
     """
 
     def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):
@@ -48,6 +48,23 @@ class Whole:
             image=None,
             files={},
         )
+        try_part(self)
+        if self._predictor.takes_images:
+            self._try_images(path)
+
+    def _try_images(self, path: str | Path) -> None:
+        """Images of three shapes through the processor: a size that does not fit would fail at a client's request."""
+        wanted = self.info.takes["pixel_values"]["shape"]
+        for height, width in ((37, 53), (53, 37), tuple(wanted[1:])):
+            try:
+                found = list(self.pixels(Image.new("RGB", (width, height))).shape)
+            except Exception as error:  # whatever transformers' processors raise for settings that do not go together
+                raise ValueError(f"{path}: its image processor does not run ({error})") from error
+            if found != wanted:
+                raise ValueError(
+                    f"{path}: its image processor makes {found} of {height} x {width} pixels, but the model takes "
+                    f"{wanted}; mend size or crop_size in preprocessor_config.json"
+                )
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
         """Answer rows, all of them."""

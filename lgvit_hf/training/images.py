@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..processing import ProcessedImages, make_processor
+from ..processing import ProcessedImages, make_processor, open_processor
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,10 @@ def _is_of_images(dataset: Any) -> bool:
 
 
 def _processor_of(model: PreTrainedModel) -> BaseImageProcessor:
-    from transformers import AutoImageProcessor
-
     for source in (model.name_or_path, getattr(model, "grown_from", "")):
         if source:
             try:
-                return AutoImageProcessor.from_pretrained(source)
+                return open_processor(source)
             except OSError:
                 pass  # saved without one
     size = model.config.image_size
@@ -71,4 +69,4 @@ def _processor_of(model: PreTrainedModel) -> BaseImageProcessor:
         "processing_class=AutoImageProcessor.from_pretrained(...) for another",
         size,
     )
-    return make_processor(size)
+    return make_processor(size, model.config.num_channels)

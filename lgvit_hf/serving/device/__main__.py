@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .loop import probabilities
 from .part import Part
-from .pixels import read_image
 from .remote import STATE_DTYPES, RemoteHighway
+from .rgb import read_image
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
         highway = RemoteHighway(part, options.next, state_dtype=options.state_dtype)
         for file in options.images:
             try:
-                image = read_image(Path(file).read_bytes())
+                image = read_image(file)
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
             answers = highway({"pixel_values": part.pixels(image)[None]})

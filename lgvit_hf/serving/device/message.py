@@ -54,6 +54,7 @@ def unpack(
     words: Mapping[str, str] | None = None,
     *,
     max_rows: int | None = None,
+    finite: bool = True,
 ) -> dict[str, np.ndarray]:
     """The arrays of a message, all of it checked before any of them is made.
 
@@ -64,6 +65,7 @@ def unpack(
             float32 may be sent as float16.
         words (`dict[str, str]`, *optional*): What the message must say of itself; it may say more.
         max_rows (`int`, *optional*): The largest batch that is taken.
+        finite (`bool`, *optional*, defaults to `True`): Whether NaN and infinity are refused.
 
     Returns:
         Arrays of the dtypes that were wanted, with one batch size of at least 1.
@@ -101,7 +103,7 @@ def unpack(
     for name in wanted:
         dtype, shape, start = places[name]
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), math.prod(shape), start).reshape(shape)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise MessageError(f"{name}: NaN or infinity in it")
         arrays[name] = array.astype(wanted[name]["dtype"], copy=False)
     return arrays

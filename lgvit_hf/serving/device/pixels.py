@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 50_000_000
+from .rgb import as_rgb
 
 
 def pixel_settings(processor: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
@@ -54,14 +52,14 @@ def prepare(image: Image.Image, settings: Mapping[str, Any] | None) -> np.ndarra
         settings (`dict`): As `pixel_settings` gives them.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or the image is not one that `as_rgb` takes.
     """
     if settings is None:
         raise ValueError(
             "this part takes pixel_values, no images: it was split without an image processor it could use"
         )
     height, width = settings["size"]
-    image = image.convert("RGB" if settings["channels"] == 3 else "L").resize((width, height), settings["resample"])
+    image = as_rgb(image, settings["channels"]).resize((width, height), settings["resample"])
     pixels = np.asarray(image, np.float32).reshape(height, width, settings["channels"])
     if settings["crop"] is not None:
         rows, columns = settings["crop"]
@@ -69,28 +67,3 @@ def prepare(image: Image.Image, settings: Mapping[str, Any] | None) -> np.ndarra
         pixels = pixels[top : top + rows, left : left + columns]
     mean, std = np.array(settings["mean"], np.float32), np.array(settings["std"], np.float32)
     return ((pixels * np.float32(settings["rescale"]) - mean) / std).transpose(2, 0, 1)
-
-
-def read_image(data: bytes) -> Image.Image:
-    """An image file's picture, if it is one that may be opened.
-
-    Args:
-        data (`bytes`): PNG, JPEG, WebP, BMP, GIF or TIFF.
-
-    Raises:
-        ValueError: It is none of them, is damaged, or has more than 50 million pixels.
-    """
-    if not data:
-        raise ValueError("the image is empty")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are taken")
-        image = ImageOps.exif_transpose(image)
-        image.load()
-    except UnidentifiedImageError:
-        raise ValueError(f"not an image, or none of {', '.join(FORMATS)}") from None
-    # pillow's decoders raise errors of many kinds on damaged files
-    except Exception as error:
-        raise ValueError(f"not an image that can be read: {' '.join(str(error).split())[:200]}") from error
-    return image

@@ -11,6 +11,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT_HEADER = "x-lgvit-timeout"
 STATE_DTYPES = ("float32", "float16")
 REPLY_LIMIT = 1 << 26
+# the largest number of float16
+HALF_MAX = 65504.0
 # of the time that is left: what the next hop is given, so that its own fallback is back in time
 SHARE = 0.8
 # what one message to the next part holds at most, well within what a service takes
@@ -275,19 +278,32 @@ class RemoteHighway:
         """The answers of a part, those of `rows` replaced by the next part's where it gives any."""
         answers = {**answers, "degraded": np.zeros(len(answers["logits"]), np.uint8)}
         until = None if timeout is None else time.monotonic() + timeout
+        if not len(rows):
+            return answers
+        # which samples share a message must not decide how one of them is answered: those whose state is no number
+        # are not sent, and end as in the whole model; those that float16 cannot hold travel apart
+        finite = _each_sample(state, lambda name, array: np.isfinite(array))
+        answers["logits"] = answers["logits"].copy()
+        answers["logits"][rows[~finite]] = np.nan
+        halves = _each_sample(state, _fits_half)
         step = self._rows_of_a_message(len(rows), state)
-        for start in range(0, len(rows), step):
-            piece = rows[start : start + step]
-            sent = {name: array[start : start + step] for name, array in state.items()}
-            try:
-                deeper = self._ask(piece, sent, None if until is None else until - time.monotonic())
-            except NextPartGone:
-                answers["degraded"][piece] = 1
-                self._count(degraded_rows=len(piece), next_failures=int(self.hop is not None))
-                continue
-            for name, array in deeper.items():
-                answers[name][piece] = array
+        for group in (np.flatnonzero(finite & halves), np.flatnonzero(finite & ~halves)):
+            for start in range(0, len(group), step):
+                some = group[start : start + step]
+                left = None if until is None else until - time.monotonic()
+                self._continue(answers, rows[some], {name: array[some] for name, array in state.items()}, left)
         return answers
+
+    def _continue(self, answers: Arrays, rows: np.ndarray, state: Arrays, timeout: float | None) -> None:
+        """Replace the answers of `rows` by the next part's, or mark them as degraded."""
+        try:
+            deeper = self._ask(rows, state, timeout)
+        except NextPartGone:
+            answers["degraded"][rows] = 1
+            self._count(degraded_rows=len(rows), next_failures=int(self.hop is not None))
+            return
+        for name, array in deeper.items():
+            answers[name][rows] = array
 
     def _rows_of_a_message(self, rows: int, state: Arrays) -> int:
         size = sum(array.nbytes for array in state.values())
@@ -299,30 +315,51 @@ class RemoteHighway:
         body = self.message(state)
         reply = self.hop.post("/continue", body, timeout)
         try:
-            deeper = unpack(reply, self.info.answers, {"schema": str(SCHEMA), "model": self.info.model})
+            words = {"schema": str(SCHEMA), "model": self.info.model}
+            deeper = unpack(reply, self.info.answers, words, finite=False)
             if len(deeper["logits"]) != len(rows):
-                raise MessageError(f"{len(deeper['logits'])} answers to {len(rows)} rows")
-            if not np.isin(deeper["exit_index"], np.arange(len(self.info.depths))).all():
-                raise MessageError("an exit_index that is none")
+                raise MessageError(f"{len(deeper['logits'])} answers to {len(rows)} samples")
+            self._check_answers(deeper)
         except MessageError as error:
             logger.warning("the answer of %s is not taken: %s", self.hop.url, error)
             raise NextPartGone(f"{self.hop.url}: {error}") from error
         self._count(sent_rows=len(rows), sent_bytes=len(body))
         return deeper
 
+    def _check_answers(self, deeper: Arrays) -> None:
+        """Raise `MessageError` for answers that no part behind this one gives."""
+        index, first = deeper["exit_index"], self.info.exits[-1]["index"] + 1
+        if not np.isin(index, np.arange(first, len(self.info.depths))).all():
+            raise MessageError(f"an exit_index that is not from {first} to {len(self.info.depths) - 1}")
+        if (deeper["exit_layer"] != np.asarray(self.info.depths)[index]).any():
+            raise MessageError("an exit_layer that is not that of its exit_index")
+        if (deeper["degraded"] > 1).any():
+            raise MessageError("a degraded that is neither 0 nor 1")
+
     def message(self, state: Arrays) -> bytes:
-        """The state of some rows, as the next part takes it."""
-        sent = {}
-        for name, array in state.items():
-            sent[name] = array
-            if self.state_dtype == "float16" and array.dtype == np.float32 and not name.startswith(MEMORY):
-                with np.errstate(over="ignore"):
-                    half = array.astype(np.float16)
-                if np.isfinite(half).all():
-                    sent[name] = half
-        return pack(sent, {**self.info.words, "part": str(self.info.index + 1)})
+        """The state of some samples, as the next part takes it: in float16 where that was asked for and holds all."""
+        if self.state_dtype == "float16" and _each_sample(state, _fits_half).all():
+            state = {
+                name: array.astype(np.float16) if _halves(name, array) else array for name, array in state.items()
+            }
+        return pack(state, {**self.info.words, "part": str(self.info.index + 1)})
 
     def _count(self, **numbers: int) -> None:
         with self._lock:
             for name, number in numbers.items():
                 self.counts[name] += number
+
+
+def _halves(name: str, array: np.ndarray) -> bool:
+    """Whether an array of a state is one that float16 halves."""
+    return array.dtype == np.float32 and not name.startswith(MEMORY)
+
+
+def _fits_half(name: str, array: np.ndarray) -> np.ndarray:
+    return np.abs(array) <= HALF_MAX if _halves(name, array) else np.ones(array.shape, bool)
+
+
+def _each_sample(state: Arrays, holds: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Of which samples it holds for every number of every array, `[K]` bool."""
+    each = [holds(name, array).reshape(len(array), -1).all(-1) for name, array in state.items()]
+    return np.logical_and.reduce(each)
