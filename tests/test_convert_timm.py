@@ -257,7 +257,7 @@ def test_options_that_do_not_fit(tmp_path, capsys):
     for arguments, message in (
         (["--num-attention-heads", "2"], "the weights of a Swin say .1, 2."),
         (["--image-size", "24", "24"], "must be a multiple of 16"),
-        (["--image-size", "0", "0"], "must be a multiple of 16"),
+        (["--image-size", "0", "0"], "must be a whole number of at least 1"),
         (["--image-size", "32", "64"], "32 x 64 pixels"),
     ):
         assert main(["convert", "--from", "timm", str(swin), out, *arguments]) == 2

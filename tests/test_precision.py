@@ -24,8 +24,9 @@ from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_dataset, tiny_images, tiny_m
 onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
+from lgvit_hf.export.infer import write_infer  # noqa: E402
 from lgvit_hf.export.manifest import PRECISIONS, Manifest  # noqa: E402
-from lgvit_hf.export.onnx_export import _write_infer, export_onnx  # noqa: E402
+from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
 from lgvit_hf.export.runtime import ORTHighway  # noqa: E402
 from lgvit_hf.export.verification import compare  # noqa: E402
 
@@ -115,11 +116,11 @@ def test_what_is_said_of_an_export(exports):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A model in half precision whose processor does not normalize, its folder and its manifest."""
+    """A model in half precision whose processor does not resize, its folder and its manifest."""
     model, folder = tiny_model("vit", **SMALL).half(), tmp_path_factory.mktemp("half") / "out"
     model.set_exit_policy("fixed", exit_index=0)
-    with pytest.warns(UserWarning, match="infer.py is left out: .* do_normalize False"):
-        return model, folder, export_onnx(model, folder, processor=ViTImageProcessor(do_normalize=False))
+    with pytest.warns(UserWarning, match="infer.py is left out: .* does not resize to a height and a width"):
+        return model, folder, export_onnx(model, folder, processor=ViTImageProcessor(do_resize=False))
 
 
 def test_a_model_in_half_precision_exports_as_float32(half):
@@ -214,7 +215,7 @@ def test_infer_does_what_the_processor_does(crop, with_infer, tmp_path):
         processor = DeiTImageProcessor(size=size, crop_size=crop_size)
         folder = shutil.copytree(folder, tmp_path / "onnx")
         processor.save_pretrained(folder)
-        _write_infer(folder, processor)
+        write_infer(folder, processor, model.config.num_channels)
     photo = Image.fromarray(rng().integers(0, 255, (24, 31, 3), np.uint8))
     photo.save(tmp_path / "photo.png")
     done = subprocess.run(

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lgvit_hf.settings import read_yaml
 from tests.tiny import KINDS, tiny_images, tiny_model
 
 DROPS = (0.0, 0.01)
+TINY = {"patch_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
 
 
@@ -27,6 +29,10 @@ def run(tmp_path_factory):
 
     output = tmp_path_factory.mktemp("study")
     clock, measured = study.wall_clock_speed_up, []
+
+    def tiny(file):
+        settings = read_yaml(file)
+        return settings | ({"model_settings": dict(TINY)} if "model_settings" in settings else {})
 
     def timed(*arguments, **options):
         measured.append(clock(*arguments, **options))
@@ -46,6 +52,7 @@ def run(tmp_path_factory):
             patch.setattr(study, "wall_clock_speed_up", timed)
             patch.setattr(study, "time_interleaved", run_once)
             patch.setattr(study, "DROPS", DROPS)
+            patch.setattr(study, "read_yaml", tiny)
             threads = torch.get_num_threads()
             study.main()
             torch.set_num_threads(threads)

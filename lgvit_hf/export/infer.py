@@ -71,7 +71,7 @@ def write_infer(folder: Path, processor: BaseImageProcessor, num_channels: int) 
     except ValueError as error:
         warnings.warn(f"infer.py is left out: it cannot do what the image processor does ({error})", stacklevel=3)
         return
-    (folder / PIXELS).mkdir()
+    (folder / PIXELS).mkdir(exist_ok=True)
     (folder / PIXELS / "__init__.py").touch()
     for module in (pixels, rgb):
         shutil.copyfile(module.__file__, folder / PIXELS / Path(module.__file__).name)
