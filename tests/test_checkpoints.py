@@ -600,7 +600,7 @@ except KeyboardInterrupt as stop:
 else:
     raise AssertionError
 logs, digest = trained(sys.argv[1] + "/run", resume=True, **two)
-# weights and optimizer to the last bit; the mean loss since the last log is summed in two parts, each over two processes
+# weights and optimizer to the last bit; the mean loss since the last log is summed in two parts, over two processes
 assert digest == expected[1]
 assert [each[0] for each in logs] == [each[0] for each in expected[0]]
 for ours, theirs in zip(logs, expected[0]):
