@@ -115,10 +115,10 @@ def assert_refused(original, output, error, match):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 @torch.no_grad()
-def test_same_logits_at_every_exit(original, output, suffix):
-    original.write(suffix=suffix)
+def test_same_logits_at_every_exit(original, output):
+    # one of them as a pickle: reading comes before all that differs between backbones
+    original.write(suffix=".bin" if type(original.model).__name__ == "DeiTHighway" else ".safetensors")
     config = convert_lgvit(original.folder, output)
     model, info = AutoModelForImageClassification.from_pretrained(output, output_loading_info=True)
     assert type(model) is type(original.model) and not info["missing_keys"] and not info["unexpected_keys"]
@@ -143,9 +143,12 @@ def test_counters_of_batch_norms_may_be_absent_and_dead_tensors_are_left_out(ori
     state |= {f"{dead}.weight": torch.zeros(4, 4), f"{dead}.bias": torch.zeros(4)}
     original.write(state)
     convert_lgvit(original.folder, output)
-    assert not any(
-        "pooler" in name or name.startswith("layernorm") for name in load_file(output / "model.safetensors")
-    )
+    ours = load_file(original.folder.parent / "ours" / "model.safetensors")
+    converted = load_file(output / "model.safetensors")
+    assert {name for name in converted if "num_batches_tracked" not in name} == {
+        name for name in ours if "num_batches_tracked" not in name
+    }
+    assert all(torch.equal(converted[name], ours[name]) for name in converted if "num_batches_tracked" not in name)
 
 
 @pytest.mark.parametrize(
@@ -165,25 +168,28 @@ def test_a_tensor_without_a_place(vit, output, name, named):
 def test_a_tensor_that_is_missing(original, output):
     names = [name for name in original.state if not name.endswith(("num_batches_tracked", "relative_position_index"))]
     chosen = {re.sub(r"\d+", "", name).split(".")[-2] + name.split(".")[-1]: name for name in names}
+    assert len(chosen) > 20
     for name in chosen.values():
         original.write({key: tensor for key, tensor in original.state.items() if key != name})
         assert_refused(original, output, ValueError, "missing")
 
 
+@pytest.mark.version_independent
 def test_a_tensor_of_another_shape(vit, output):
     name = next(name for name in vit.state if name.endswith("mlp.qkv.weight"))
     vit.write({**vit.state, name: torch.zeros(3, 3)})
     assert_refused(vit, output, (ValueError, RuntimeError), "shape|size")
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-@pytest.mark.parametrize("kept", [0, 7, 200, 0.5, 0.999])
-def test_a_file_that_is_cut_short(vit, output, suffix, kept):
+def test_a_file_that_is_cut_short(vit, output, suffix):
     vit.write(suffix=suffix)
     file = next(file for file in vit.folder.iterdir() if file.suffix == suffix)
     content = file.read_bytes()
-    file.write_bytes(content[: kept if kept > 1 or kept == 0 else int(kept * len(content))])
-    assert_refused(vit, output, (OSError, ValueError), file.name)
+    for kept in (0, 7, 200, len(content) // 2, len(content) - len(content) // 1000):
+        file.write_bytes(content[:kept])
+        assert_refused(vit, output, (OSError, ValueError), file.name)
 
 
 class Malicious:
@@ -194,6 +200,7 @@ class Malicious:
         return exec, (f"open({str(self.canary)!r}, 'w').close()",)
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("inside", [False, True], ids=["whole", "one-tensor"])
 def test_a_pickle_that_runs_code_is_refused(vit, output, tmp_path, inside):
     canary = tmp_path / "canary"
@@ -206,20 +213,21 @@ def test_a_pickle_that_runs_code_is_refused(vit, output, tmp_path, inside):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize(
-    "content", [[torch.zeros(2)], {"a": 3}, {}, {"model": {"a": 3}}, {"model": {}}, torch.zeros(2)]
-)
-def test_a_bin_that_is_no_state_dict(vit, output, content):
-    vit.write(content, suffix=".bin")
-    assert_refused(vit, output, ValueError, r"pytorch_model\.bin: not a state dict")
+@pytest.mark.version_independent
+def test_a_bin_that_is_no_state_dict(vit, output):
+    for content in ([torch.zeros(2)], {"a": 3}, {}, {"model": {"a": 3}}, {"model": {}}, torch.zeros(2)):
+        vit.write(content, suffix=".bin")
+        assert_refused(vit, output, ValueError, r"pytorch_model\.bin: not a state dict")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "\x00\x01"])
-def test_a_config_that_is_no_object(vit, output, content):
-    (vit.folder / "config.json").write_text(content)
-    assert_refused(vit, output, (OSError, ValueError), r"config\.json")
+@pytest.mark.version_independent
+def test_a_config_that_is_no_object(vit, output):
+    for content in ("", "{", "[1, 2]", "3", "\x00\x01"):
+        (vit.folder / "config.json").write_text(content)
+        assert_refused(vit, output, (OSError, ValueError), r"config\.json")
 
 
+@pytest.mark.version_independent
 def test_files_that_are_missing(vit, output, tmp_path):
     (vit.folder / "config.json").unlink()
     assert_refused(vit, output, OSError, "no config.json")
@@ -230,6 +238,7 @@ def test_files_that_are_missing(vit, output, tmp_path):
         convert_lgvit(tmp_path / "nowhere", output)
 
 
+@pytest.mark.version_independent
 def test_an_output_in_use_is_not_touched(vit, output):
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
@@ -241,6 +250,7 @@ def test_an_output_in_use_is_not_touched(vit, output):
     assert (output / "model.safetensors").is_file()
 
 
+@pytest.mark.version_independent
 def test_an_output_that_is_a_file_is_not_touched(vit, output):
     output.write_text("years of work")
     with pytest.raises(ValueError, match="converted"):
@@ -248,6 +258,7 @@ def test_an_output_that_is_a_file_is_not_touched(vit, output):
     assert output.read_text() == "years of work"
 
 
+@pytest.mark.version_independent
 def test_the_image_processor_goes_along(vit, output):
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
     (vit.folder / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -258,6 +269,7 @@ def test_the_image_processor_goes_along(vit, output):
 # -- the config ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize(
     ("text", "positions"),
     [("[4,5,6]", [4, 5, 6]), (" [ 4 ] ", [4]), ([4, 5], [4, 5]), ("[[],[2],[3, 6],[1]]", [[], [2], [3, 6], [1]])],
@@ -266,35 +278,20 @@ def test_positions(text, positions):
     assert parse_positions(text) == positions
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "4",
-        "[4",
-        "4,5",
-        "[4.0]",
-        "['4']",
-        "[true]",
-        "[-1]",
-        "[4]+[5]",
-        "[4 for _ in [1]]",
-        "[1e3]",
-        "list([4])",
-        "[[[4]]]",
-    ]
-    + [None, 4, {"a": 4}, [4.0], ["4"], [True], [[["4"]]], "[" * 500 + "]" * 500, "[" + "1" * 5000 + "]"],
-    ids=lambda text: str(text)[:20],
-)
-def test_positions_that_are_none(text):
-    with pytest.raises(ValueError, match="position_exits: "):
-        parse_positions(text)
+@pytest.mark.version_independent
+def test_positions_that_are_none():
+    texts = ["", "4", "[4", "4,5", "[4.0]", "['4']", "[true]", "[-1]", "[1e3]", "list([4])", "[[[4]]]"]
+    code = ["[4]+[5]", "[4 for _ in [1]]", "[" * 500 + "]" * 500, "[" + "1" * 5000 + "]"]
+    for text in (*texts, *code, None, 4, {"a": 4}, [4.0], ["4"], [True], [[["4"]]]):
+        with pytest.raises(ValueError, match="position_exits: "):
+            parse_positions(text)
 
 
 def plain(**changes):
     return {"position_exits": "[4, 8]", "highway_type": "LGViT", "backbone": "ViT", **changes}
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -335,6 +332,7 @@ def test_settings_of_which_no_model_can_be_built(vit, output, changes):
     assert_refused(vit, output, ValueError, r"config\.json: ")
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize(
     ("strategy", "threshold", "policy"),
     [
@@ -355,6 +353,7 @@ def test_policies_of_the_original(strategy, threshold, policy):
     assert lgvit_config(plain(exit_strategy=strategy, threshold=threshold)).exit_policy == policy
 
 
+@pytest.mark.version_independent
 def test_published_swin_config():
     config = lgvit_config(
         {"depths": [2, 2, 18, 2], "position_exits": "[[],[2],[3,6,9,12,15,18],[1]]", "highway_type": "LGViT"}

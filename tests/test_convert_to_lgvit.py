@@ -28,7 +28,7 @@ CASES = [
     for kind in KINDS
     if (SHARED / "reference").is_dir()
     for case in json.loads((SHARED / "reference" / f"{kind}.json").read_text())
-]
+] or [pytest.param(None, marks=pytest.mark.skip(f"the reference numbers of LGViT are not at {SHARED / 'reference'}"))]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,7 +43,8 @@ def test_the_reference_comes_back(case, tmp_path):
     settings = export_lgvit(tmp_path / "ours", tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert {name: t.shape for name, t in back.items()} == {name: t.shape for name, t in original.items()}
-    assert all(torch.equal(back[name], original[name]) for name in back if not name.startswith("deit.pooler."))
+    kept = [name for name in back if not name.startswith("deit.pooler.")]
+    assert len(kept) > 50 and all(torch.equal(back[name], original[name]) for name in kept)
     assert settings == json.loads((tmp_path / "back" / "config.json").read_text())
     same = ("position_exits", "highway_type", "exit_strategy", "num_early_exits", "backbone", "layer_norm_eps")
     for name in same:
@@ -81,6 +82,7 @@ def test_there_and_back_on_the_command_line(kind, tmp_path, capsys):
     assert (tmp_path / "again" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize(
     ("policy", "written"),
     [
@@ -95,6 +97,7 @@ def test_policies_by_lgvits_names(policy, written):
     assert (settings["exit_strategy"], settings["threshold"]) == written
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [

@@ -9,6 +9,7 @@ def entries(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.version_independent
 def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), replace_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("half")
@@ -27,6 +28,7 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(tmp_path):
     assert entries(tmp_path) == ["out"] and entries(tmp_path / "out") == ["new"]
 
 
+@pytest.mark.version_independent
 def test_what_appears_meanwhile_is_not_lost(tmp_path):
     with pytest.raises(OSError, match="the whole result is in") as error, replace_folder(tmp_path / "out") as folder:
         (folder / "result").write_text("result")
@@ -37,12 +39,14 @@ def test_what_appears_meanwhile_is_not_lost(tmp_path):
     assert entries(type(tmp_path)(kept)) == ["result"]
 
 
+@pytest.mark.version_independent
 def test_a_working_folder_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="working folder"), replace_folder("."):
         raise AssertionError("the block must not run")
 
 
+@pytest.mark.version_independent
 def test_files_are_added_beside_others_and_readable(tmp_path):
     (tmp_path / "other").write_text("other")
     with add_files(tmp_path) as folder:
@@ -57,6 +61,7 @@ def test_files_are_added_beside_others_and_readable(tmp_path):
     assert entries(tmp_path) == ["a.json", "model", "other"]
 
 
+@pytest.mark.version_independent
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
 def test_results_are_readable_as_other_files_are(tmp_path):
     (tmp_path / "plain").write_text("any other file")

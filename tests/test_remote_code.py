@@ -159,6 +159,7 @@ def test_saved_here_opens_elsewhere_without_the_package(other, saved, tmp_path):
     check_answers(open_without_the_package(saved, tmp_path, os.environ["LGVIT_OTHER_PYTHON"]), saved)
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_files_are_copies_of_root_files_and_no_others(kind, saved):
     files = {file.name: file.read_bytes() for file in (saved / kind).glob("*.py")}
@@ -171,6 +172,7 @@ def test_files_are_copies_of_root_files_and_no_others(kind, saved):
     assert not [path for path in (saved / kind).iterdir() if path.is_dir()]
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("model", MODELS)
 def test_auto_map_names_all_auto_classes(model):
     entries = auto_map(model)
@@ -261,11 +263,13 @@ def test_checkpoints_of_a_run_go_without(tmp_path):
         assert ("auto_map" in json.loads((folder / "config.json").read_text())) is has_code
 
 
+@pytest.mark.version_independent
 def test_only_the_main_process_writes(tmp_path):
     tiny_model("vit", **EXITS).save_pretrained(tmp_path, is_main_process=False)
     assert not list(tmp_path.glob("*.py"))
 
 
+@pytest.mark.version_independent
 def test_a_class_of_somebody_else_brings_its_own_code(tmp_path):
     source = tmp_path / "mine.py"
     source.write_text("from lgvit_hf import ViTHighway\nclass Mine(ViTHighway):\n    pass\n")
@@ -277,6 +281,7 @@ def test_a_class_of_somebody_else_brings_its_own_code(tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
+@pytest.mark.version_independent
 def test_old_code_in_a_folder_is_replaced(tmp_path):
     (tmp_path / "heads.py").write_text("raise SystemExit('old')")
     (tmp_path / "notes.py").write_text("# mine")
