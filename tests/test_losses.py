@@ -251,6 +251,9 @@ def test_align_map_averages_neighbouring_channels():
     patches = random_map(4, width=6)
     pairs = torch.stack([patches[..., 0:2].mean(-1), patches[..., 2:4].mean(-1), patches[..., 4:6].mean(-1)], dim=-1)
     torch.testing.assert_close(align_map(patches, (2, 2), (2, 2), 3), pairs)
+    # as many patches as channels are wanted
+    four = random_map(4, width=8)
+    torch.testing.assert_close(align_map(four, (2, 2), (2, 2), 4), four.unflatten(-1, (4, 2)).mean(-1))
     repeated = align_map(patches, (2, 2), (2, 2), 12)
     torch.testing.assert_close(repeated, patches.repeat_interleave(2, dim=-1))
 
