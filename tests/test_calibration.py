@@ -728,9 +728,11 @@ def test_as_much_may_be_lost_as_was_allowed():
     # no row is surer than 1, however sure
     with pytest.raises(ValueError, match="no exit is cheaper"):
         choose_exits(torch.tensor([[[200.0, 0.0]] * 2] * 2), torch.ones(2, 2), costs, 1.0)
-    # what remains costs as much as the full model, which is no gain
+    # what remains costs as much as the full model, or more, which is no gain
     with pytest.raises(ValueError, match="no exit is cheaper than the full model within .* drop of 0.124"):
         choose_exits(logits, worth, costs, 0.124)
+    with pytest.raises(ValueError, match="no exit is cheaper"):
+        choose_exits(logits, worth, Costs([0.5, 0.5], [0.1, 0.0]), 0.124)
 
 
 def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
