@@ -306,10 +306,10 @@ def _cache_folder(output: str | Path | None, say: Callable[[str], None]) -> Iter
             yield Path(temporary)
         return
     output = Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; choose another output")
     folder = output.parent / f".{output.name}-states"
     with locked(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"{output} exists and is not an empty folder; choose another output")
         try:
             yield folder
         except KeyboardInterrupt:

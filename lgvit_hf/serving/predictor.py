@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..export.runtime import ORTHighway, is_exported
 from ..models import load_highway
 from ..policies import number_at
 from ..processing import ProcessedImages, open_processor
+from .device.info import is_text
 from .device.rgb import as_rgb, read_image
 
 ANSWERS = ("logits", "label", "exit_index", "exit_layer", "exit_score")
@@ -214,7 +215,9 @@ class _Opened:
                 f"{path}: {config.num_labels} label(s), problem_type {config.problem_type!r}: it does not choose one "
                 "label of several; call the model itself"
             )
-        check_texts(path, config.id2label.values())
+        for name in map(str, config.id2label.values()):
+            if not is_text(name):
+                raise ValueError(f"{path}: id2label in config.json: {name!r} is no text that UTF-8 can write")
         if policy is not None:
             model.set_exit_policy(policy)
         try:
@@ -231,17 +234,6 @@ class _Opened:
                 f"{self.path} has no image processor (preprocessor_config.json); it takes pixel_values alone"
             )
         return self.images
-
-
-def check_texts(path: str, names: Iterable[Any]) -> None:
-    """Raise `ValueError` for the first class name that cannot be written as UTF-8."""
-    for name in names:
-        try:
-            str(name).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{path}: id2label in config.json: {str(name)!r} is no text that UTF-8 can write"
-            ) from None
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:

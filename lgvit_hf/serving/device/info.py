@@ -139,7 +139,7 @@ class PartInfo:
             "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
             "labels": isinstance(self.labels, list)
             and len(self.labels) > 0
-            and all(isinstance(label, str) and _is_text(label) for label in self.labels),
+            and all(isinstance(label, str) and is_text(label) for label in self.labels),
             "image": self.image is None or isinstance(self.image, dict),
             "files": isinstance(self.files, dict)
             and self._names_its_files()
@@ -168,7 +168,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Whether UTF-8 can write it: half a pair of surrogates is no text."""
     return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
