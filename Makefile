@@ -34,9 +34,9 @@ test-thorough: .venv/.ready .venv-5/.ready ## before a release: slow tests too, 
 	LGVIT_TESTS=thorough $(PYTEST_ENV) .venv/bin/python $(RUN_TESTS) $(PYTEST_THOROUGH) $(PYTEST_ARGS)
 	LGVIT_TESTS=thorough $(PYTEST_ENV) .venv-5/bin/python $(RUN_TESTS) $(PYTEST_THOROUGH) $(PYTEST_ARGS)
 
+# started from one of them, which sends what it saves to the other, and back
 test-cross: .venv/.ready .venv-5/.ready ## checkpoints of each loaded by the other
-	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv-5/bin/python .venv/bin/python -m pytest tests/test_cross_version.py
-	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv/bin/python .venv-5/bin/python -m pytest tests/test_cross_version.py
+	LGVIT_OTHER_PYTHON=$(CURDIR)/.venv-5/bin/python $(PYTEST_ENV) .venv/bin/python -m pytest -n 2 tests/test_cross_version.py -k "elsewhere"
 
 test-all: test test-5 test-cross ## all of these
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .serving.device.rgb import FORMATS
+
 if TYPE_CHECKING:
     import datasets
 
@@ -131,7 +133,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(sorted(np.random.default_rng(seed).permutation(len(dataset))[:limit]))
     if Path(source).is_dir():
-        refuse_broken(dataset)
+        _refuse_broken(dataset)
     return dataset
 
 
@@ -290,15 +292,15 @@ def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
     return dataset.cast_column("label", datasets.ClassLabel(names=names))
 
 
-def refuse_broken(dataset: Any, *, whole: bool = False) -> None:
-    """Raise for the first image that cannot be read: by its header and checksums, or decoded as a `whole`."""
+def _refuse_broken(dataset: Any) -> None:
+    """Raise for the first image that cannot be read, by its header and checksums."""
     datasets = _require_datasets()
     undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for row, image in enumerate(undecoded["image"]):
         path, content = image["path"], image["bytes"]
         try:
-            with Image.open(path if content is None else BytesIO(content)) as opened:
-                opened.load() if whole else opened.verify()
+            with Image.open(path if content is None else BytesIO(content), formats=FORMATS) as opened:
+                opened.verify()
         # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... for what it cannot read
         except Exception as error:
             raise ValueError(f"{path or f'row {row}'} is no readable image: {error}") from error

@@ -12,8 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from .augmentation import Augmentation
-from .data import refuse_broken
-from .serving.device.rgb import as_rgb, check_resized
+from .serving.device.rgb import as_rgb, check_resized, read_image
 
 if TYPE_CHECKING:
     import datasets
@@ -62,7 +61,7 @@ class ProcessedImages(TorchDataset):
     ):
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must be 0 or more")
-        self.images = images
+        self.images = _as_stored(images)
         self.processor = processor
         self.augment = augment
         self.seed = seed
@@ -92,6 +91,10 @@ class ProcessedImages(TorchDataset):
         finished = zip(self._finished(images, indices), labels, strict=True)
         return [{"pixel_values": pixels, **label} for pixels, label in finished]
 
+    def picture(self, index: int) -> Image.Image:
+        """One image of the dataset as people see it, upright RGB, before it is resized."""
+        return as_rgb(_decoded(self.images[index]["image"], index))
+
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
         return next(iter(self._finished([self._prepare(image)], [0])))
@@ -102,22 +105,16 @@ class ProcessedImages(TorchDataset):
         missing = [index for index in indices if index not in kept]
         prepared = {}
         if missing:
-            for index, row in zip(missing, self._decoded(missing), strict=True):
+            for index, row in zip(missing, self.images.__getitems__(missing), strict=True):
                 label = {"labels": row["label"]} if "label" in row else {}
+                image = _decoded(row["image"], index)
                 try:
-                    prepared[index] = self._prepare(row["image"]), label
+                    prepared[index] = self._prepare(image), label
                 except ValueError as error:
                     raise ValueError(f"image {index} of the dataset: {error}") from error
             if self._kept is not None:
                 self._kept.update(prepared)
         return [kept[index] if index in kept else prepared[index] for index in indices]
-
-    def _decoded(self, indices: list[int]) -> list[dict[str, Any]]:
-        try:
-            return self.images.__getitems__(indices)
-        except Exception:
-            refuse_broken(self.images.select(indices), whole=True)
-            raise
 
     def _prepare(self, image: Image.Image) -> np.ndarray | torch.Tensor:
         image = as_rgb(image, self._channels)
@@ -141,6 +138,26 @@ class ProcessedImages(TorchDataset):
     def _augmented(self, image: np.ndarray, index: int) -> Image.Image:
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
         return self.augment(Image.fromarray(image), self._size, rng)
+
+
+def _as_stored(images: Any) -> Any:
+    """The dataset with its images as their files hold them, where they are: `read_image` is to decode them."""
+    column = getattr(images, "features", {}).get("image")
+    if getattr(column, "decode", None) is not True or images.format["type"] is not None:
+        return images
+    import datasets
+
+    return images.cast_column("image", datasets.Image(decode=False))
+
+
+def _decoded(image: Any, index: int) -> Image.Image:
+    if not isinstance(image, dict):
+        return image
+    path, content = image["path"], image["bytes"]
+    try:
+        return read_image(path if content is None else content)
+    except ValueError as error:
+        raise ValueError(f"{path or f'image {index} of the dataset'} is {error}") from error
 
 
 def channels_of(processor: BaseImageProcessor) -> int:

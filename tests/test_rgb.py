@@ -68,6 +68,11 @@ PICTURES = {
     ),
     "cmyk": (written(RGB.convert("CMYK"), "TIFF"), RGB.convert("CMYK").convert("RGB")),
     "turned": (turned(RGB), Image.fromarray(np.rot90(np.asarray(RGB), -1))),
+    "damaged EXIF": (written(RGB, exif=b"Exif\0\0ML\0*\0\0\0\x08"), RGB),
+    "16 bits, PPM": (
+        b"P5 30 20 65535 " + (GREY.astype(np.uint16) * 257).astype(">u2").tobytes(),
+        Image.fromarray(GREY).convert("RGB"),
+    ),
     "profile": (with_profile(RGB), RGB),
 }
 every_picture = pytest.mark.parametrize("picture", PICTURES)

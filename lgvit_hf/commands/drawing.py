@@ -29,10 +29,10 @@ class StoredImages(Sequence):
     """The images of a dataset as they are stored, decoded when they are looked at."""
 
     def __init__(self, dataset: ProcessedImages):
-        self.images = dataset.images
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.images[index]["image"].convert("RGB")
+        return self.dataset.picture(index)

@@ -2,7 +2,7 @@
 
 Training, `Predictor`, `lgvit predict`, services, split parts and `infer.py` all read images by it:
 
-- EXIF's orientation is applied, then dropped;
+- EXIF's orientation is applied, then dropped; EXIF that cannot be read counts as none;
 - of an animation or a file of several pages the first picture is taken;
 - 16 bits per channel are scaled to 8 (divided by 257); numbers without a known range (32 bits, floats) are refused;
 - what is transparent is laid over white;
@@ -92,8 +92,10 @@ def as_rgb(image: Image.Image, num_channels: int = 3) -> Image.Image:
         (255, 255, 255)
     """
     check_size(image)
-    image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    # their decoders give 16 bits as mode I, and a copy has no format
+    sixteen_bits = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    image = _upright(image)
+    if sixteen_bits:
         image = _eight_bits(image)
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} have no known range: save it with 8 or 16 bits per channel")
@@ -101,9 +103,19 @@ def as_rgb(image: Image.Image, num_channels: int = 3) -> Image.Image:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
         image = opaque
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    rgb.load()
-    return rgb if num_channels == 3 else rgb.convert(_MODES[num_channels])
+    rgb = image.convert("RGB").convert(_MODES[num_channels])
+    rgb.info = {}  # an orientation, once applied, must not be applied again
+    return rgb
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as EXIF turns it; EXIF that is damaged says nothing, as in browsers."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    # pillow's readers of it raise errors of many kinds
+    except Exception:
+        return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
