@@ -7,7 +7,7 @@ import difflib
 import math
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,12 @@ from typing import Any
 from transformers import DeiTConfig, SwinConfig, ViTConfig
 
 from .heads import is_head, known_heads, lgvit_heads
-from .policies import build_policy
+from .policies import ExitPolicy, build_policy, check_problem, default_policy
 from .segments import State  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
 OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
-DEFAULT_POLICY = {"name": "confidence", "threshold": 0.8}
 DEFAULT_FEATURES = 256
 MOST_LABELS = 1_000_000
 
@@ -89,8 +88,10 @@ class HighwayConfig(SafeConfig):
             Blocks already run when each exit is reached, counted from 1: strictly increasing, `1 <= p < L`.
         exit_types (`list[str]`, `str`, *optional*, defaults to `"lgvit"`):
             Head of each exit, or one for all.
-        exit_policy (`dict`, *optional*, defaults to confidence above 0.8, or `never` with a single label):
-            When a row leaves, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`.
+        exit_policy (`dict`, *optional*):
+            When a row leaves, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`. By default confidence above
+            0.8; with several labels at once (`problem_type="multi_label_classification"`) `label_confidence` above
+            0.9; `never` for a regression, as of one label.
         exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
             Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
             position), `"uniform"`, or a list of exits + 1 numbers.
@@ -141,8 +142,7 @@ class HighwayConfig(SafeConfig):
             exit_types = self._preset_types(num_exits)
         self.exit_types = [exit_types] * num_exits if isinstance(exit_types, str) else exit_types
         if exit_policy is None:
-            # one output has no softmax to be sure of
-            exit_policy = DEFAULT_POLICY if self.num_labels > 1 else "never"
+            exit_policy = default_policy(self.num_labels, self.problem_type)
         self.exit_policy = {"name": exit_policy} if isinstance(exit_policy, str) else copy.deepcopy(exit_policy)
         self.exit_loss_weights = exit_loss_weights
         self.pool = self.pools[0] if pool is None else pool
@@ -230,8 +230,20 @@ class HighwayConfig(SafeConfig):
         if self.pool not in self.pools:
             raise ValueError(f"pool: {self.pool!r} is not possible for {self.model_type}; choices: {self.pools}")
         if not isinstance(self.exit_policy, dict):
-            raise ValueError(f"exit_policy: {self.exit_policy!r} is not a dict like {DEFAULT_POLICY}")
-        build_policy(self.exit_policy, num_exits)
+            raise ValueError(
+                f"exit_policy: {self.exit_policy!r} is not a dict like {{'name': 'confidence', 'threshold': 0.8}}"
+            )
+        self.checked_policy(self.exit_policy)
+
+    def checked_policy(self, policy: ExitPolicy | Callable | dict[str, Any] | str) -> ExitPolicy:
+        """The policy that a name, dict or object stands for, if it suits these exits and this kind of answer.
+
+        Raises:
+            ValueError: Naming what does not fit, and what does.
+        """
+        built = build_policy(policy, len(self.exit_positions))
+        check_problem(built, self.num_labels, self.problem_type)
+        return built
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HighwayConfig:

@@ -20,7 +20,7 @@ from .configuration import Exit
 from .engine import run_early, study_all
 from .heads import ExitHead, HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
-from .policies import ExitPolicy, build_policy
+from .policies import ExitPolicy
 from .pretrained import PretrainedHighway
 from .recording import Selection, recording, requested
 from .segments import Block, Segment, State, Tokens
@@ -166,7 +166,7 @@ class HighwayMixin(PretrainedHighway):
     def exit_policy(self) -> ExitPolicy:
         """The policy in force: the object given to `set_exit_policy`, or what `config.exit_policy` says."""
         if self._policy is None or self._policy_settings != self.config.exit_policy:
-            self._policy = build_policy(self.config.exit_policy, len(self.exits))
+            self._policy = self.config.checked_policy(self.config.exit_policy)
             self._policy_settings = copy.deepcopy(self.config.exit_policy)
         return self._policy
 
@@ -195,7 +195,7 @@ class HighwayMixin(PretrainedHighway):
             raise ValueError(
                 f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
             )
-        built = build_policy(policy, len(self.exits))
+        built = self.config.checked_policy(policy)
         if isinstance(policy, dict):
             self.config.exit_policy = dict(policy)
         elif built.name != "custom" and is_dataclass(built):

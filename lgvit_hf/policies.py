@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ Memory = dict[str, Tensor]
 Numbers = float | Sequence[float]
 
 POLICIES: dict[str, type] = {}
+
+_DEFAULTS = {
+    "single_label_classification": {"name": "confidence", "threshold": 0.8},
+    "multi_label_classification": {"name": "label_confidence", "threshold": 0.9},
+}
 
 # The names that LGViT's and EEVIT's configs and scripts use for the same rules.
 SEED_NAMES = {"patient_and_confident": "patience_confidence", "confidence_and_entropy": "confidence_entropy"}
@@ -114,6 +120,8 @@ class ExitPolicy:
     name = "custom"
     # whether `__call__` itself never lets a row with NaN logits leave; otherwise the engine sees to it
     keeps_nan = False
+    # the `problem_type` whose answers it can judge; None for any
+    problem_type: ClassVar[str | None] = None
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """The memory before the first exit: tensors with the batch first, so that rows can be dropped."""
@@ -174,6 +182,7 @@ class _ThresholdPolicy(ExitPolicy):
 
     # no comparison with NaN is true
     keeps_nan = True
+    problem_type = "single_label_classification"
 
     def __post_init__(self) -> None:
         _check_numbers("threshold", self.threshold)
@@ -281,6 +290,39 @@ class ConfidenceEntropyPolicy(_ThresholdPolicy):
         return sure & (entropy(probs) < number_at(self.entropy_threshold, exit_index, -math.inf)), {"score": score}
 
 
+@register_policy("label_confidence")
+@dataclass(frozen=True)
+class LabelConfidencePolicy(_ThresholdPolicy):
+    """For several labels at once: leave where each of them is sure by more than `threshold`.
+
+    A label is sure by the larger of its sigmoid probability and one minus it; the score of a row is that of its least
+    sure label.
+
+    Args:
+        threshold (`float` or list): In [0.5, 1]; one for all exits or one per exit.
+        temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
+
+    Example:
+
+        >>> policy = LabelConfidencePolicy(threshold=0.9)
+        >>> policy(torch.tensor([[5.0, 5.0, -5.0], [5.0, 0.0, -5.0]]), {})[0].tolist()
+        [True, False]
+    """
+
+    problem_type = "multi_label_classification"
+
+    def skips(self, exit_index: int) -> bool:
+        """No probability is above 1."""
+        return number_at(self.threshold, exit_index, math.inf) >= 1
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        scaled = logits.float() / number_at(self.temperature, exit_index, 1.0)
+        score = torch.sigmoid(scaled.abs()).amin(-1)
+        sure = score > number_at(self.threshold, exit_index, math.inf)
+        # not every runtime's minimum passes NaN on
+        return sure & ~logits.isnan().any(-1), {"score": score}
+
+
 @register_policy("patience")
 @dataclass(frozen=True)
 class PatiencePolicy(ExitPolicy):
@@ -306,6 +348,7 @@ class PatiencePolicy(ExitPolicy):
     exits: Sequence[int] | None = field(default=None, kw_only=True)
 
     keeps_nan = True
+    problem_type = "single_label_classification"
 
     def __post_init__(self) -> None:
         _check_count("patience", self.patience)
@@ -466,6 +509,41 @@ def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits
         policy = CustomPolicy(policy)
     policy.check(num_exits)
     return policy
+
+
+def problem_of(num_labels: int, problem_type: str | None) -> str:
+    """What a model's logits stand for; as in transformers, one label without a `problem_type` is a regression.
+
+    Example:
+
+        >>> problem_of(10, None), problem_of(1, None)
+        ('single_label_classification', 'regression')
+    """
+    if num_labels < 2 and problem_type != "multi_label_classification":
+        return "regression"
+    return problem_type or "single_label_classification"
+
+
+def default_policy(num_labels: int, problem_type: str | None) -> dict[str, Any]:
+    """The policy of a model for which none was chosen.
+
+    Example:
+
+        >>> default_policy(3, "multi_label_classification"), default_policy(1, None)
+        ({'name': 'label_confidence', 'threshold': 0.9}, {'name': 'never'})
+    """
+    return copy.deepcopy(_DEFAULTS.get(problem_of(num_labels, problem_type), {"name": "never"}))
+
+
+def check_problem(policy: ExitPolicy, num_labels: int, problem_type: str | None) -> None:
+    """Raise `ValueError` where a policy judges other answers than a model gives."""
+    problem = problem_of(num_labels, problem_type)
+    if policy.problem_type not in (None, problem):
+        fitting = [name for name, known in POLICIES.items() if known.problem_type in (None, problem)]
+        raise ValueError(
+            f"exit_policy: {policy.name!r} is for {policy.problem_type}, and this model's is {problem} "
+            f"(num_labels={num_labels}, problem_type={problem_type!r}); choices: {', '.join(sorted(fitting))}"
+        )
 
 
 def _from_dict(settings: dict[str, Any]) -> Any:

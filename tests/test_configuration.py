@@ -432,8 +432,57 @@ def test_configs_share_nothing():
     )
 
 
-def test_a_single_output_never_leaves_by_default():
-    assert tiny_config("vit", exit_policy=None, num_labels=1).exit_policy == {"name": "never"}
+MULTI_LABEL = {"problem_type": "multi_label_classification"}
+REGRESSION = {"problem_type": "regression"}
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("answers", "policy"),
+    [
+        ({"num_labels": 3}, {"name": "confidence", "threshold": 0.8}),
+        ({"num_labels": 1}, {"name": "never"}),
+        ({"num_labels": 2, **REGRESSION}, {"name": "never"}),
+        ({"num_labels": 3, **MULTI_LABEL}, {"name": "label_confidence", "threshold": 0.9}),
+        ({"num_labels": 1, **MULTI_LABEL}, {"name": "label_confidence", "threshold": 0.9}),
+    ],
+)
+def test_the_default_policy_suits_the_answers(kind, answers, policy):
+    assert tiny_config(kind, exit_policy=None, **answers).exit_policy == policy
+
+
+@pytest.mark.parametrize(
+    ("policy", "answers", "choices"),
+    [
+        ("confidence", {"num_labels": 1}, "fixed, never"),
+        ("entropy", {"num_labels": 2, **REGRESSION}, "fixed, never"),
+        ("margin", {"num_labels": 1, "problem_type": "single_label_classification"}, "fixed, never"),
+        ("confidence", {"num_labels": 4, **MULTI_LABEL}, "fixed, label_confidence, never"),
+        ("patience", {"num_labels": 4, **MULTI_LABEL}, "fixed, label_confidence, never"),
+        ("label_confidence", {"num_labels": 4}, "confidence, .*patience_confidence"),
+        ("label_confidence", {"num_labels": 2, **REGRESSION}, "fixed, never"),
+    ],
+)
+def test_a_policy_that_judges_other_answers_is_refused(policy, answers, choices, tmp_path):
+    policy = {"name": policy, **({"patience": 2} if policy == "patience" else {"threshold": 0.9})}
+    message = f"exit_policy: '{policy['name']}' is for .*num_labels={answers['num_labels']}.*choices: {choices}$"
+    with pytest.raises(ValueError, match=message):
+        tiny_config("vit", exit_policy=policy, **answers)
+    model = tiny_model("vit", exit_policy="never", **answers)
+    with pytest.raises(ValueError, match=message):
+        model.set_exit_policy(policy)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        type(model).from_pretrained(tmp_path, exit_policy=policy)
+    model.set_exit_policy("fixed", exit_index=0)
+    assert set(model(tiny_images(2)).exit_index.tolist()) == {0}
+
+
+def test_another_problem_type_later_is_noticed():
+    model = tiny_model("vit", exit_policy={"name": "confidence", "threshold": 0.9})
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="'confidence' is for single_label_classification"):
+        model(tiny_images(2))
 
 
 def test_an_index_stays_in_its_folder(tmp_path):

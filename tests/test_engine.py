@@ -124,6 +124,7 @@ PARAMETERS = {
         "entropy_threshold": for_exits(entropies),
         "temperature": temperatures,
     },
+    "label_confidence": {"threshold": for_exits(st.floats(0.5, 1.0)), "temperature": temperatures},
     "patience": {"patience": st.integers(1, NUM_EXITS + 1)},
     "patience_confidence": {
         "threshold": for_exits(entropies),
@@ -139,6 +140,7 @@ TYPICAL = [
     {"name": "entropy", "threshold": [0.1, 0.3, 0.5, 0.7, 0.9], "temperature": 1.3},
     {"name": "margin", "threshold": 0.9},
     {"name": "confidence_entropy", "threshold": 0.8, "entropy_threshold": 0.4},
+    {"name": "label_confidence", "threshold": 0.7},
     {"name": "patience", "patience": 3},
     {"name": "patience_confidence", "threshold": 0.5, "patience": 2},
     {"name": "fixed", "exit_index": 2},

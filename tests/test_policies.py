@@ -335,6 +335,24 @@ class TestConfidenceEntropy(ThresholdPolicyMixin):
             assert leave.item() == (first is sure and second is sure)
 
 
+class TestLabelConfidence(ThresholdPolicyMixin):
+    name = "label_confidence"
+    cases = [
+        {"threshold": 0.55},
+        {"threshold": [0.52, 0.6, 0.65, 0.55]},
+        {"threshold": 0.55, "temperature": 0.5},
+        {"threshold": 0.55, "temperature": [0.5, 0.8, 1.0, 1.2]},
+    ]
+
+    def score(self, history, settings):
+        temperature = at(settings.get("temperature", 1.0), len(history) - 1)
+        chances = [1 / (1 + math.exp(-logit / temperature)) for logit in history[-1]]
+        return min(max(chance, 1 - chance) for chance in chances)
+
+    def rule(self, history, settings):
+        return self.score(history, settings) > at(settings["threshold"], len(history) - 1)
+
+
 class TestPatience(CountingPolicyMixin, PolicyTesterMixin):
     name = "patience"
     cases = [{"patience": 2}, {"patience": 3}, {"patience": 1}]

@@ -17,6 +17,7 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 from lgvit_hf import HighwayWrapper
 from lgvit_hf.cli import main
 from lgvit_hf.engine import run_all
+from lgvit_hf.export.parts import EXPORTABLE
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy, register_policy
 from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import State
@@ -81,10 +82,7 @@ def assert_equal(found, expected):
 
 @version_independent
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name",
-    ["confidence", "entropy", "margin", "confidence_entropy", "patience", "patience_confidence", "fixed", "never"],
-)
+@pytest.mark.parametrize("name", EXPORTABLE)
 def test_every_policy_travels_between_parts(name, tmp_path):
     def settings_of(model, images):
         own = {
@@ -100,7 +98,8 @@ def test_every_policy_travels_between_parts(name, tmp_path):
         }
         return own.get(name) or between(model, images, name, temperature=[0.8, 1.1, 0.9])
 
-    model, images = drawn(settings_of, least=1 if name in ("fixed", "never") else 2, **SMALL)
+    problem = POLICIES[name].problem_type
+    model, images = drawn(settings_of, least=1 if name in ("fixed", "never") else 2, problem_type=problem, **SMALL)
     infos = model.split([1, 3], tmp_path / "parts")
     expected = model(images)
     found = chained(tmp_path / "parts", 3, images.numpy())

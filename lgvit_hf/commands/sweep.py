@@ -25,6 +25,7 @@ SWEPT = {
     "margin": "threshold",
     "entropy": "threshold",
     "confidence_entropy": "threshold",
+    "label_confidence": "threshold",
     "patience": "patience",
     "patience_confidence": "threshold",
     "fixed": "exit_index",

@@ -24,6 +24,7 @@ SCORES = {
     "entropy": ("entropy, nats", "threshold"),
     "margin": ("margin", "threshold"),
     "confidence_entropy": ("largest probability", "threshold"),
+    "label_confidence": ("least sure label", "threshold"),
     "patience": ("exits that agree", "patience"),
     "patience_confidence": ("sure exits in a row", "patience"),
 }

@@ -24,6 +24,7 @@ EXPORTABLE = (
     "entropy",
     "margin",
     "confidence_entropy",
+    "label_confidence",
     "patience",
     "patience_confidence",
     "fixed",

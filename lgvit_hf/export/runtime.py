@@ -24,7 +24,7 @@ from ..files import add_files
 from ..losses import check_labels, task_loss
 from ..modeling_highway import HighwayOutput, exits_loss
 from ..models import answer_depths
-from ..policies import ExitPolicy, build_policy
+from ..policies import ExitPolicy
 from ..segments import Segment, State
 from .manifest import MANIFEST, Manifest
 from .parts import PARAMETERS, exits_that_run
@@ -181,7 +181,7 @@ class ORTHighway(nn.Module):
         self.exit_policy = built
 
     def _checked(self, policy: Any) -> ExitPolicy:
-        built = build_policy(policy, len(self.config.exit_positions))
+        built = self.config.checked_policy(policy)
         if self.layout != "single":
             return built
         held = self.manifest.policy["name"]
