@@ -26,7 +26,7 @@ from .costs import Costs, model_macs
 from .data import class_names, load_unlabelled
 from .evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
 from .evaluation.plots import plot_report
-from .evaluation.report import as_table, evaluate
+from .evaluation.report import as_table, judge
 from .evaluation.sweep import threshold_curve
 from .evaluation.table import ExitTable
 from .files import locked, replace_folder, write_json
@@ -401,8 +401,9 @@ def _report(
 ) -> dict[str, Any]:
     """What `lgvit evaluate` measures, on the held-out rows, against the full model's answers where labels are not."""
     target = logits[-1].argmax(-1) if labels is None else labels
-    report = evaluate(model, _Labelled(items, rows, target), progress=partial(tqdm, desc="timing", leave=False))
     table = ExitTable(logits, target, [*model.config.exit_positions, model.config.num_blocks], model_macs(model))
+    answers, images = table.replay(model.exit_policy), _Labelled(items, rows, target)
+    report = judge(model, images, table, answers, progress=partial(tqdm, desc="timing", leave=False))
     return {**report, "curve": threshold_curve(table)}
 
 

@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     grow.add_argument("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (conv1_1)")
     grow.add_argument("--max-accuracy-drop", type=real(), default=0.01, help="on images held out (default: 0.01)")
     grow.add_argument("--validation-share", type=real(), default=0.2, help="of the images, held out (default: 0.2)")
-    grow.add_argument("--epochs", type=whole(), default=20, help="of the exits' training (default: 20)")
+    grow.add_argument("--epochs", type=whole(), help="of the exits' training (default: from 5 to 20, by the images)")
     grow.add_argument("--cost", choices=("time", "macs"), default="time", help="what to save (default: time)")
     grow.add_argument("--cache-limit", type=real(), default=20, help="GB of disk for cached states (default: 20)")
     grow.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="default: 0")

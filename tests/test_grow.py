@@ -203,7 +203,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(where, whole, plain, images, tm
         "first exit": (cached, "train_head", 1),
         "last exit": (cached, "train_head", 3),
         "saving a head": (cached, "save_file", 2),
-        "timing": (growth, "evaluate", 1),
+        "timing": (growth, "judge", 1),
         "saving": (growth, "write_json", 1),
     }.get(where, (None, None, None))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
