@@ -272,7 +272,8 @@ def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) ->
         state (`State`): Before the stem.
         policy (`ExitPolicy`): Asked at every exit; all rows stay whatever it says.
     """
-    memory = policy.start(state.batch_size, next(iter(state.tensors.values())).device)
+    home = state.device
+    memory = policy.start(state.batch_size, home)
     times = PartTimes([], [], [])
     for index, segment in enumerate(segments):
         times.blocks.append([])
@@ -280,7 +281,8 @@ def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) ->
             state, seconds = _timed(block, state)
             times.blocks[-1].append(seconds)
         early = index < len(segments) - 1
-        (logits, memory), seconds = _timed(_ask if early else _conclude, segment, state, policy, memory, index)
+        ask = partial(_ask if early else _conclude, home=home)
+        (logits, memory), seconds = _timed(ask, segment, state, policy, memory, index)
         times.heads.append(seconds)
         times.select.append(_timed(_let_go, segment, state, memory, logits, index)[1] if early else 0.0)
     return times
@@ -289,8 +291,10 @@ def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) ->
 # what the engine does at an exit, in three parts
 
 
-def _ask(segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int) -> tuple[Tensor, Memory]:
-    logits = segment.answer(state)
+def _ask(
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
+) -> tuple[Tensor, Memory]:
+    logits = segment.answer(state).to(home)
     leave, memory = policy(logits, memory, exit_index)
     if not policy.keeps_nan:
         leave = leave & ~logits.isnan().any(-1)
@@ -299,9 +303,9 @@ def _ask(segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exi
 
 
 def _conclude(
-    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
 ) -> tuple[Tensor, Memory]:
-    logits = segment.answer(state)
+    logits = segment.answer(state).to(home)
     _, memory = policy(logits, memory, exit_index)
     _write(segment, memory, logits, exit_index)
     return logits, memory
