@@ -18,7 +18,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..batches import to_model
 from ..costs import Costs, Highway, export_of
+from ..devices import device_name, wait_for_accelerators
 from ..engine import Answers
 from ..environment import processor_name
 from ..files import write_json
@@ -51,16 +53,11 @@ def time_interleaved(
 
 
 def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    _wait()
+    wait_for_accelerators()
     start = time.perf_counter()
     result = run(*arguments)
-    _wait()
+    wait_for_accelerators()
     return result, time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -384,7 +381,7 @@ def measure_cost_table(
     walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
 
     def walk(size: int) -> None:
-        state = State({"pixel_values": pixels[:size].to(model.device, model.dtype)})
+        state = State({"pixel_values": to_model(pixels[:size], model)})
         walks[size].append(time_parts(segments, state, policy))
 
     time_interleaved({str(size): partial(walk, size) for size in sizes}, repeats=repeats)
@@ -424,11 +421,6 @@ def timed_segments(model: Highway) -> list[Segment]:
             "layout='segments' to see what each part takes"
         )
     return model.segments()
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the accelerator's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def threads_of(model: Highway) -> int:
