@@ -165,13 +165,18 @@ def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64, num_worke
     return ExitTable(logits, torch.cat(labels), depths, costs, weights_digest(model))
 
 
-def weights_digest(model: Highway) -> str:
-    """A SHA-256 of the names and values of a model's weights; of an exported one, of its files."""
+def weights_digest(model: Highway) -> str | None:
+    """A SHA-256 of the names and values of a model's weights; of an exported one, of its files.
+
+    `None` where accelerate keeps weights elsewhere, to bring them only when they are used.
+    """
     exported = export_of(model)
     if exported is not None:
         return exported.digest
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    digest, state = hashlib.sha256(), model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        return None
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
