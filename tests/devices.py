@@ -42,7 +42,11 @@ class OtherDevices(TorchFunctionMode):
         if func is torch.Tensor.to:
             return _moved(*args, **kwargs)
         device = kwargs.get("device")
-        if device is not None and torch.device(device).type != "cpu" and not any(map(_is_elsewhere, tree_leaves(args))):
+        if (
+            device is not None
+            and torch.device(device).type != "cpu"
+            and not any(map(_is_elsewhere, tree_leaves(args)))
+        ):
             return on(func(*args, **{**kwargs, "device": "cpu"}), device)
         return func(*args, **kwargs)
 

@@ -22,14 +22,13 @@ from tests.tiny import MODELS, NUM_LABELS, tiny_images, tiny_model
 
 # without batch norm, whose statistics are of each process's own samples
 HEADS = {"exit_positions": [2, 3, 5], "exit_types": ["attention_r2", "mlp", "vit"]}
+IMAGES = tiny_images(16, seed=1)
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def highway(kind):
-    model = tiny_model(kind, **HEADS)
-    # rows leave at several exits, alike in both processes: a block is run by all or by none
-    model.set_exit_policy("patience", patience=2)
-    return model
+    # every process would drop other paths
+    return tiny_model(kind, **HEADS, **({"drop_path_rate": 0.0} if kind == "swin" else {}))
 
 
 def optimizer_of(model):
@@ -47,7 +46,9 @@ def step(model, optimizer, rows):
 def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def steps_of_one_process(kind):
@@ -59,8 +60,18 @@ def steps_of_one_process(kind):
         weights.append(copy.deepcopy(model.state_dict()))
         if len(weights) == 1:
             with torch.no_grad():
-                out = model.eval()(tiny_images(12, seed=1))
-    return weights, out
+                exit_logits = model.eval()(IMAGES, early_exit=False).exit_logits[:-1]
+                # some leave at every exit, the same in both processes: what one runs, all must run
+                model.set_exit_policy("confidence", threshold=[between(logits) for logits in exit_logits])
+                out = model(IMAGES)
+    return weights, out, model.config.exit_policy
+
+
+def between(logits):
+    """A threshold that some samples pass and others do not, as far from all of them as can be."""
+    scores = logits.softmax(-1).amax(-1).sort().values[3:-3]
+    widest = scores.diff().argmax()
+    return scores[widest : widest + 2].mean().item()
 
 
 def assert_answers(out, expected):
@@ -71,7 +82,7 @@ def assert_answers(out, expected):
 def sharded(kind, folder, mesh):
     """Every block and head is a unit of its own, which is whole only while it runs."""
     rows = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
-    weights, expected = steps_of_one_process(kind)
+    weights, expected, policy = steps_of_one_process(kind)
 
     def make():
         model = highway(kind)
@@ -85,8 +96,9 @@ def sharded(kind, folder, mesh):
     step(model, optimizer, rows)
     assert all(isinstance(weight, DTensor) for weight in model.exits.parameters())
     assert_close(get_model_state_dict(model, options=WHOLE), weights[0])
+    model.set_exit_policy(policy)
     with torch.no_grad():
-        assert_answers(model.eval()(tiny_images(12, seed=1)), expected)
+        assert_answers(model.eval()(IMAGES), expected)
     parts, states = get_state_dict(model, optimizer)
     dcp.save({"model": parts, "optimizer": states}, checkpoint_id=folder / f"sharded-{kind}")
     step(model, optimizer, rows)
@@ -108,13 +120,14 @@ def sharded(kind, folder, mesh):
 def replicated(kind, folder):
     """A copy in each process, whose gradients are averaged."""
     rows = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
-    weights, expected = steps_of_one_process(kind)
+    weights, expected, policy = steps_of_one_process(kind)
     model = DistributedDataParallel(highway(kind))
     optimizer = optimizer_of(model)
     step(model, optimizer, rows)
     assert_close(model.module.state_dict(), weights[0])
+    model.module.set_exit_policy(policy)
     with torch.no_grad():
-        assert_answers(model.eval()(tiny_images(12, seed=1)), expected)
+        assert_answers(model.eval()(IMAGES), expected)
     saved = folder / f"replicated-{kind}"
     if dist.get_rank() == 0:
         model.module.save_pretrained(saved)
