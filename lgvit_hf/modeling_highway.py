@@ -241,7 +241,8 @@ class HighwayMixin(PretrainedHighway):
             labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
             early_exit (`bool`, *optional*):
                 Whether rows leave early; otherwise all exits run. By default in `eval()` mode, unless hidden states or
-                attentions are asked for, and not in `train()` mode.
+                attentions are asked for, and not in `train()` mode. Under FSDP all processes must run the same blocks:
+                `False`, or the same images in each.
             min_depth (`int`, *optional*): With early exit, shallower exits are not run.
             max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers what is left.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
