@@ -40,23 +40,23 @@ def run_all(segments: Sequence[Segment], state: State) -> list[Tensor]:
     """Run every block and every exit.
 
     Returns:
-        Logits `[B, C]` of each exit, shallowest first, the final classifier last.
+        Logits `[B, C]` of each exit, shallowest first, the final classifier last; on the device of `state`.
     """
-    exit_logits = []
+    home, exit_logits = state.device, []
     for segment in segments:
         state = segment.advance(state)
-        exit_logits.append(segment.answer(state))
+        exit_logits.append(segment.answer(state).to(home))
     return exit_logits
 
 
 def study_all(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
     """As `run_all`, with the features of each exit, which distillation compares."""
-    exit_logits, exit_features = [], []
+    home, exit_logits, exit_features = state.device, [], []
     for segment in segments:
         state = segment.advance(state)
         logits, features = segment.study(state)
-        exit_logits.append(logits)
-        exit_features.append(features)
+        exit_logits.append(logits.to(home))
+        exit_features.append(features.to(home))
     return exit_logits, exit_features
 
 
@@ -71,7 +71,8 @@ def run_early(
     """Run until every row has left; the remaining blocks run on the survivors only.
 
     A row's answer, depth and score do not depend on the rows beside it. The device is waited for once per exit that is
-    asked, for the number of rows that leave.
+    asked, for the number of rows that leave. Where a model lies on several devices, answers are given on that of
+    `state`; where exits differ in dtype, in one that holds the values of all that were asked.
 
     Args:
         segments (`Sequence[Segment]`): The highway, the final classifier's segment last.
@@ -86,12 +87,13 @@ def run_early(
     last = _last_exit(segments, min_depth, max_depth)
     rows: Tensor | None = None  # the caller's row numbers of those still here; None while nobody has left
     answers: Answers | None = None
-    memory = policy.start(state.batch_size, next(iter(state.tensors.values())).device)
+    home = state.device
+    memory = policy.start(state.batch_size, home)
     for index, segment in enumerate(segments[: last + 1]):
         state = segment.advance(state)
         if index < last and (policy.skips(index) or segment.depth < (min_depth or 0)):
             continue
-        logits = segment.answer(state)
+        logits = segment.answer(state).to(home)
         leave, memory = policy(logits, memory, index)
         if index < last:
             if not policy.keeps_nan:
@@ -159,9 +161,13 @@ def _written(answers: Answers | None, rows: Tensor | None, new: Answers) -> Answ
     """`answers` with those of `rows` replaced by `new`; all of them while nobody has left."""
     if answers is None or rows is None:
         return new
-    return Answers(
-        *(old.index_copy(0, rows, fresh) for old, fresh in zip(_tensors(answers), _tensors(new), strict=True))
-    )
+    pairs = zip(_tensors(answers), _tensors(new), strict=True)
+    return Answers(*(_replaced(old, rows, fresh) for old, fresh in pairs))
+
+
+def _replaced(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    dtype = torch.promote_types(old.dtype, new.dtype)
+    return old.to(dtype).index_copy(0, rows, new.to(dtype))
 
 
 def _tensors(answers: Answers) -> tuple[Tensor, ...]:

@@ -130,7 +130,7 @@ def halting_target(num_blocks: int, target_depth: float, published: bool = False
         >>> [round(share, 3) for share in halting_target(4, 2).tolist()]
         [0.058, 0.258, 0.426, 0.258]
     """
-    curve = torch.exp(-0.5 * (torch.arange(num_blocks, dtype=torch.float64) - target_depth) ** 2)
+    curve = torch.exp(-0.5 * (torch.arange(num_blocks, dtype=torch.float64, device="cpu") - target_depth) ** 2)
     scale = curve[: math.ceil(target_depth)].sum() / 0.98 if published else curve.sum()
     return (curve / scale).float()
 
@@ -245,8 +245,8 @@ def token_macs(config: PretrainedConfig, token_depth: Tensor) -> Tensor:
         token_depth (`Tensor`): `[B, N]`, blocks that each token runs.
 
     Returns:
-        `[B]` float64: the patch embedding, for each block the products of its live tokens and their attention among
-        themselves, and a classifier for one token.
+        `[B]` float64, on the CPU, since not every accelerator has float64: the patch embedding, for each block the
+        products of its live tokens and their attention among themselves, and a classifier for one token.
 
     Example:
 
@@ -256,7 +256,8 @@ def token_macs(config: PretrainedConfig, token_depth: Tensor) -> Tensor:
         >>> round(all_blocks.item() / 1e9, 2)
         1.25
     """
-    width, blocks = config.hidden_size, torch.arange(config.num_hidden_layers, device=token_depth.device)
+    token_depth = token_depth.cpu()
+    width, blocks = config.hidden_size, torch.arange(config.num_hidden_layers, device="cpu")
     live = (token_depth[:, :, None] > blocks).sum(1).double()  # [B, L]
     products = live * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * live**2 * width
     rows, columns = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else config.patch_size

@@ -137,6 +137,12 @@ def build_head(name: str, shape: HeadShape) -> ExitHead:
     return MapHead(shape, cls(shape, **options))
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody has hung a hook on a module, or put another `forward`: then it must be called as a whole."""
+    forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
+
+
 class ExitHead(nn.Module):
     """Reads tokens and classifies: the mean over one classifier per prefix token.
 
@@ -158,14 +164,23 @@ class ExitHead(nn.Module):
         """`[B, D]` for each classifier."""
         return self.read(tokens)[0]
 
-    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Logits `[B, C]` and features."""
+    def forward(self, tokens: Tokens, with_features: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Logits `[B, C]` and features; without these (`None`), at the least cost."""
+        tokens = self._in_own_dtype(tokens)
+        if not with_features:
+            return self._classify(self.summarise(tokens)), None
         vectors, features = self.read(tokens)
         return self._classify(vectors), features
 
     def answer(self, tokens: Tokens) -> Tensor:
-        """Logits `[B, C]` alone, at the least cost."""
-        return self._classify(self.summarise(tokens))
+        """Logits `[B, C]` alone."""
+        return self(tokens, with_features=False)[0]
+
+    def _in_own_dtype(self, tokens: Tokens) -> Tokens:
+        """A head in float32 reads what a backbone in bfloat16 gives; autocast sees to that itself."""
+        given = tokens.patches.dtype
+        own = next((each.dtype for each in self.parameters() if each.is_floating_point()), given)
+        return tokens if own == given or torch.is_autocast_enabled(tokens.patches.device.type) else tokens.to(own)
 
     def _classify(self, vectors: list[Tensor]) -> Tensor:
         logits = [classifier(vector) for classifier, vector in zip(self.classifiers, vectors, strict=True)]
@@ -192,8 +207,9 @@ class MapHead(ExitHead):
         return self._vectors(self.norm(feature_map).mean(1), tokens), feature_map
 
     def summarise(self, tokens: Tokens) -> list[Tensor]:
-        # batch norm in training looks at every patch, a layer norm at every token of the map
-        if self.training or not isinstance(self.norm, nn.Identity) or not hasattr(self.body, "pooled"):
+        # batch norm in training looks at every patch, a layer norm at every token of the map, and so do hooks
+        needs_map = self.training or not isinstance(self.norm, nn.Identity) or is_watched(self.body)
+        if needs_map or not hasattr(self.body, "pooled"):
             return super().summarise(tokens)
         return self._vectors(self.body.pooled(tokens.patches, tokens.grid), tokens)
 

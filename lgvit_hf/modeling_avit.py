@@ -41,7 +41,7 @@ from .halting import (
     settle,
     weigh_live_tokens,
 )
-from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+from .heads import is_watched
 from .losses import check_labels, task_loss
 from .policies import POLICIES  # noqa: F401
 from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, check_files, name_of
@@ -103,18 +103,12 @@ def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
     return norms[0], *projections, norms[1], *mlp
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody has hung a hook there, or put another `forward`."""
-    forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
-
-
 def _run(layer: nn.Module, tokens: Tensor) -> Tensor:
     """`layer(tokens)`, without the way through `nn.Module` where it is a plain one that nobody watches."""
-    if type(layer) is nn.Linear and not _is_watched(layer):
+    if type(layer) is nn.Linear and not is_watched(layer):
         values = layer._parameters
         return F.linear(tokens, values["weight"], values["bias"])
-    if type(layer) is nn.LayerNorm and not _is_watched(layer):
+    if type(layer) is nn.LayerNorm and not is_watched(layer):
         values = layer._parameters
         return torch.layer_norm(tokens, layer.normalized_shape, values["weight"], values["bias"], layer.eps)
     return layer(tokens)
@@ -198,7 +192,6 @@ class AViT(SafeCheckpoint, PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["ViTEmbeddings", "HaltingViTLayer", "DeiTEmbeddings", "HaltingDeiTLayer"]
     # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
     accepts_loss_kwargs = False
 
@@ -221,6 +214,8 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             nn.Linear(config.hidden_size, config.num_labels) for _ in range(config.num_read_tokens)
         )
         self.post_init()
+        # what stays on one device, and is a unit of FSDP
+        self._no_split_modules = [type(self.backbone.embeddings).__name__, block_class.__name__]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -330,7 +325,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         # where no gradient is asked for none of these many small steps needs to know of it
         with torch.inference_mode(not torch.is_grad_enabled()):
             for layer in self.layers:
-                hidden = (layer if _is_watched(layer) else layer.forward)(hidden, lengths)
+                hidden = (layer if is_watched(layer) else layer.forward)(hidden, lengths)
                 row = hidden.squeeze(0)
                 scores = halting_scores(row, scale, center)
                 ran.append(token)

@@ -40,7 +40,7 @@ class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
     """
 
     config_class = DeiTHighwayConfig
-    _no_split_modules = [*DeiTForImageClassification._no_split_modules, "ExitHead"]
+    _no_split_modules = ["DeiTEmbeddings", "DeiTLayer"]
     native_classes = (DeiTForImageClassificationWithTeacher, DeiTForImageClassification, DeiTModel)
 
     def __init__(self, config):

@@ -100,6 +100,11 @@ class HighwayMixin(PretrainedHighway):
         self._policy: ExitPolicy | None = None
         self._policy_settings: dict[str, Any] | None = None
         self.post_init()
+        # what stays on one device, and is a unit of FSDP: names of classes that are there
+        self._no_split_modules = [*(type(self)._no_split_modules or []), *self._head_classes()]
+
+    def _head_classes(self) -> list[str]:
+        return sorted({type(head).__name__ for head in self.exits})
 
     # -- what a backbone implements ------------------------------------------------------------------------
 
@@ -154,7 +159,8 @@ class HighwayMixin(PretrainedHighway):
         return segments
 
     def _answer(self, head: ExitHead, state: State) -> Tensor:
-        return head.answer(self.tokens(state))
+        # called as a module, so that hooks run: those of FSDP and of accelerate bring the weights
+        return head(self.tokens(state), with_features=False)[0]
 
     def _study(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
         return head(self.tokens(state))
@@ -235,7 +241,8 @@ class HighwayMixin(PretrainedHighway):
             labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
             early_exit (`bool`, *optional*):
                 Whether rows leave early; otherwise all exits run. By default in `eval()` mode, unless hidden states or
-                attentions are asked for, and not in `train()` mode.
+                attentions are asked for, and not in `train()` mode. Under FSDP all processes must run the same blocks:
+                `False`, or the same images in each.
             min_depth (`int`, *optional*): With early exit, shallower exits are not run.
             max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers what is left.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.

@@ -36,26 +36,33 @@ else:
 
 
 class SwinHighwayStage(SwinStage):
-    """Upstream's stage, one block of which can be run alone.
+    """Upstream's stage, one part of which can be run alone: a block by its number, or the merging at its end, "merge".
 
-    Checkpointed gradients and the moves between devices belong to stages, so a block is run through its stage.
+    Checkpointed gradients and the moves between devices belong to stages, so a part is run through its stage.
     """
 
     def forward(
-        self, hidden_states: Tensor, input_dimensions: tuple[int, int], *args, block: int | None = None, **kwargs
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        *args,
+        part: int | str | None = None,
+        **kwargs,
     ):
-        if block is None:
+        if part is None:
             return super().forward(hidden_states, input_dimensions, *args, **kwargs)
-        return self.blocks[block](hidden_states, input_dimensions)[0]
+        if part == "merge":
+            return self.downsample(hidden_states, input_dimensions)
+        return self.blocks[part](hidden_states, input_dimensions)[0]
 
 
-def _run_block(stage: nn.Module, index: int, merge: nn.Module | None, state: State) -> State:
-    """One block of a stage; the first merges patches before, so that an exit above it does not pay for that."""
+def _run_block(stage: nn.Module, index: int, above: nn.Module | None, state: State) -> State:
+    """One block of a stage; the first has patches merged before, so that an exit above does not pay for that."""
     hidden, grid = state["hidden"], state.grid
-    if merge is not None:
-        hidden = merge(hidden, grid)
+    if above is not None:
+        hidden = above(hidden, grid, part="merge")
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-    return State({"hidden": stage(hidden, grid, block=index)}, grid)
+    return State({"hidden": stage(hidden, grid, part=index)}, grid)
 
 
 class SwinHighway(HighwayMixin, SwinForImageClassification):
@@ -74,7 +81,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
 
     config_class = SwinHighwayConfig
     takes_any_size = True
-    _no_split_modules = ["SwinHighwayStage", "ExitHead"]
+    _no_split_modules = ["SwinEmbeddings", "SwinHighwayStage"]
     native_classes = (SwinForImageClassification, SwinModel)
     # each loads what the other saved
     _keys_to_ignore_on_load_missing = _SAVED_BUFFERS
@@ -92,12 +99,12 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
 
     def blocks(self) -> list[Block]:
         runs: list[Block] = []
-        merge = None
+        above = None
         for stage in self.swin.encoder.layers:
             for index in range(len(stage.blocks)):
-                runs.append(partial(_run_block, stage, index, merge))
-                merge = None
-            merge = stage.downsample
+                runs.append(partial(_run_block, stage, index, above))
+                above = None
+            above = stage
         return runs
 
     def tokens(self, state: State) -> Tokens:

@@ -38,7 +38,7 @@ class ViTHighway(HighwayMixin, ViTForImageClassification):
     """
 
     config_class = ViTHighwayConfig
-    _no_split_modules = [*ViTForImageClassification._no_split_modules, "ExitHead"]
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer"]
     native_classes = (ViTForImageClassification, ViTModel)
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:

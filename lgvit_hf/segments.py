@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,15 @@ class State:
         """Number of rows `B`."""
         return next(iter(self.tensors.values())).shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is; of a model on several devices, where its first tensor is."""
+        return next(iter(self.tensors.values())).device
+
     def select(self, rows: Tensor) -> State:
-        """The state of some `rows` (`[K]`, int64) only."""
-        return replace(self, tensors={name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()})
+        """The state of some `rows` (`[K]`, int64) only; each tensor stays on its own device."""
+        tensors = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,19 @@ class Tokens:
     patches: Tensor
     grid: tuple[int, int]
     prefix: Tensor
+
+    def to(self, target: torch.device | torch.dtype | str | int, non_blocking: bool = False) -> Tokens:
+        """The same on another device, as accelerate's hooks ask for, or in another dtype."""
+        patches, prefix = (each.to(target, non_blocking=non_blocking) for each in (self.patches, self.prefix))
+        return Tokens(patches, self.grid, prefix)
+
+
+# FSDP looks for the tensors that a head is given, to cast them and to see their gradients
+register_pytree_node(
+    Tokens,
+    lambda tokens: ([tokens.patches, tokens.prefix], tokens.grid),
+    lambda tensors, grid: Tokens(tensors[0], grid, tensors[1]),
+)
 
 
 Block = Callable[[State], State]

@@ -118,6 +118,8 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             if isinstance(head, nn.Module):
                 self.exits[index] = _fitting(head, index, shapes[index], config)
         self.exits.to(images.device, images.dtype)
+        # the module itself is no unit: its pieces run its weights, and not its submodules
+        self._no_split_modules = self._head_classes()
         # after all new weights have been made, so that these stay as they are
         self.wrapped = module
         self.training = module.training

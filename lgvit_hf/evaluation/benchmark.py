@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..batches import to_model
 from ..costs import Costs, Highway, decides_inside, export_of
 from ..engine import run_early
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
@@ -64,7 +65,7 @@ def wall_clock_speed_up(
     model.eval()
     total: dict[str, float] = {}
     for pixels in progress(batches):
-        runs = _runs_to_compare(model, pixels.to(model.device, model.dtype))
+        runs = _runs_to_compare(model, to_model(pixels, model))
         for name, seconds in time_interleaved(runs, repeats=repeats, warm_up=1).items():
             total[name] = total.get(name, 0.0) + statistics.median(seconds)
     model.train(was_training)
@@ -152,7 +153,7 @@ def benchmark(
     policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
     if accuracy["static_exit"] is not None:
         policies["static"] = FixedPolicy(accuracy["static_exit"])
-    pixels = stack(items)["pixel_values"].to(model.device, model.dtype)
+    pixels = to_model(stack(items)["pixel_values"], model)
     timings = _time_all(segments, policies, pixels, sizes, set(batch_sizes), repeats, progress)
     walks = {size: timing.steady_walks() for size, timing in timings.items()}
     costs = cost_table(model, walks)

@@ -112,7 +112,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 2 / log 3: a probability of 3/4
         1.82
     """
-    logits = logits.double()
+    logits, labels = logits.cpu().double(), labels.cpu()  # not every accelerator has float64
 
     def loss(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits / np.exp(log_temperature), labels).item()
@@ -230,14 +230,14 @@ def calibrate(
     results = [_Result.of(tested, settings, prices) for settings in found]
     budgets = {"max_macs": max_macs, "max_latency": max_latency, "min_speedup": min_speedup}
     chosen = results[_choose(results, max_accuracy_drop, budgets, delta, bound)]
-    full_accuracy = tested.right[-1].double().mean().item()
+    full_accuracy = tested.right[-1].cpu().double().mean().item()
     return Calibration(
         policy=chosen.settings,
         exits=tuple(chosen.asked),
         temperatures=temperatures,
         accuracy=full_accuracy - chosen.drop,
         full_accuracy=full_accuracy,
-        mean_depth=torch.tensor(table.depths, dtype=torch.float64)[chosen.left].mean().item(),
+        mean_depth=torch.tensor(table.depths, dtype=torch.float64, device="cpu")[chosen.left.cpu()].mean().item(),
         mean_macs=chosen.macs,
         full_macs=table.costs.backbone,
         mean_latency=chosen.latency,
@@ -391,7 +391,7 @@ class _Result:
 
     @property
     def drop(self) -> float:
-        return self.drops.double().mean().item()
+        return self.drops.cpu().double().mean().item()
 
     @property
     def cost(self) -> float:

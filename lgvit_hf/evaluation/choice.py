@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batches import to_model
 from ..costs import Costs
 from ..policies import ConfidencePolicy, probabilities
 from ..segments import State
@@ -121,7 +122,7 @@ def measured_costs(model: PreTrainedModel, pixels: Tensor, *, repeats: int = 15)
     segments, policy = model.segments(), ConfidencePolicy(threshold=1.0)
     both = []
     for batch in (pixels[:1], pixels):
-        state, runs = State({"pixel_values": batch.to(model.device, model.dtype)}), {}
+        state, runs = State({"pixel_values": to_model(batch, model)}), {}
         for index, segment in enumerate(segments):
             runs["trunk", index] = partial(segment.advance, state)
             state = segment.advance(state)

@@ -18,7 +18,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..batches import to_model
 from ..costs import Costs, Highway, export_of
+from ..devices import device_name, wait_for_accelerators
 from ..engine import Answers
 from ..environment import processor_name
 from ..files import write_json
@@ -51,16 +53,11 @@ def time_interleaved(
 
 
 def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    _wait()
+    wait_for_accelerators()
     start = time.perf_counter()
     result = run(*arguments)
-    _wait()
+    wait_for_accelerators()
     return result, time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -272,7 +269,8 @@ def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) ->
         state (`State`): Before the stem.
         policy (`ExitPolicy`): Asked at every exit; all rows stay whatever it says.
     """
-    memory = policy.start(state.batch_size, next(iter(state.tensors.values())).device)
+    home = state.device
+    memory = policy.start(state.batch_size, home)
     times = PartTimes([], [], [])
     for index, segment in enumerate(segments):
         times.blocks.append([])
@@ -280,7 +278,8 @@ def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) ->
             state, seconds = _timed(block, state)
             times.blocks[-1].append(seconds)
         early = index < len(segments) - 1
-        (logits, memory), seconds = _timed(_ask if early else _conclude, segment, state, policy, memory, index)
+        ask = partial(_ask if early else _conclude, home=home)
+        (logits, memory), seconds = _timed(ask, segment, state, policy, memory, index)
         times.heads.append(seconds)
         times.select.append(_timed(_let_go, segment, state, memory, logits, index)[1] if early else 0.0)
     return times
@@ -289,8 +288,10 @@ def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) ->
 # what the engine does at an exit, in three parts
 
 
-def _ask(segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int) -> tuple[Tensor, Memory]:
-    logits = segment.answer(state)
+def _ask(
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
+) -> tuple[Tensor, Memory]:
+    logits = segment.answer(state).to(home)
     leave, memory = policy(logits, memory, exit_index)
     if not policy.keeps_nan:
         leave = leave & ~logits.isnan().any(-1)
@@ -299,9 +300,9 @@ def _ask(segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exi
 
 
 def _conclude(
-    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
 ) -> tuple[Tensor, Memory]:
-    logits = segment.answer(state)
+    logits = segment.answer(state).to(home)
     _, memory = policy(logits, memory, exit_index)
     _write(segment, memory, logits, exit_index)
     return logits, memory
@@ -380,7 +381,7 @@ def measure_cost_table(
     walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
 
     def walk(size: int) -> None:
-        state = State({"pixel_values": pixels[:size].to(model.device, model.dtype)})
+        state = State({"pixel_values": to_model(pixels[:size], model)})
         walks[size].append(time_parts(segments, state, policy))
 
     time_interleaved({str(size): partial(walk, size) for size in sizes}, repeats=repeats)
@@ -420,11 +421,6 @@ def timed_segments(model: Highway) -> list[Segment]:
             "layout='segments' to see what each part takes"
         )
     return model.segments()
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the accelerator's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def threads_of(model: Highway) -> int:

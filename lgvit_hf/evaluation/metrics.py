@@ -174,7 +174,8 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[dict[
         >>> reliability(torch.tensor([0.75, 1.0, 0.25]), torch.tensor([True, False, False]), bins=2)
         [{'rows': 1, 'confidence': 0.25, 'accuracy': 0.0}, {'rows': 2, 'confidence': 0.875, 'accuracy': 0.5}]
     """
-    confidence = confidence.double().nan_to_num(0.0)
+    # not every accelerator has float64
+    confidence, right = confidence.cpu().double().nan_to_num(0.0), right.cpu()
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
     rows = torch.bincount(bin_of, minlength=bins).tolist()
     sums = zip(rows, _sums(confidence, bin_of, bins), _sums(right, bin_of, bins), strict=True)
@@ -257,7 +258,7 @@ def _calibration_error(diagram: list[dict[str, int | float | None]]) -> float | 
 
 def _sums(values: Tensor, groups: Tensor, num_groups: int) -> list[float]:
     """Of the values `[N]` in each group, `groups` `[N]` int64."""
-    return torch.bincount(groups, weights=values.double(), minlength=num_groups).tolist()
+    return torch.bincount(groups.cpu(), weights=values.cpu().double(), minlength=num_groups).tolist()
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -78,7 +78,7 @@ def consequences(table: ExitTable, left: Tensor, asked: list[int], costs: Costs)
 
 def shares(left: Tensor, num_exits: int) -> list[float]:
     """Share of the rows that leave at each exit."""
-    return (torch.bincount(left, minlength=num_exits).double() / len(left)).tolist()
+    return (torch.bincount(left, minlength=num_exits).cpu().double() / len(left)).tolist()
 
 
 # -- one threshold per exit ------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _every_exit(
     for index in range(len(table.depths)):
         settings = {"name": policy, "exit_index": index}
         cost, drops = consequences(table, *leaving(table, settings), costs)
-        yield cost, drops.double().mean().item(), settings
+        yield cost, drops.cpu().double().mean().item(), settings
 
 
 def _grid(
@@ -258,7 +258,7 @@ def _grid(
     @cache
     def judged(number: int, exits: tuple[int, ...]) -> tuple[float, float]:
         cost, drops = consequences(table, *leaving(table, combinations[number](exits)), costs)
-        return cost, drops.double().mean().item()
+        return cost, drops.cpu().double().mean().item()
 
     num_exits = len(table.depths) - 1
     for number, exits in _with_fewer_exits(num_exits, len(combinations), judged, costs.backbone, choose_exits):

@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from ..batches import in_batches, to_model
 from ..costs import Costs, Highway, export_of, model_macs
 from ..engine import Answers, replay, run_all
 from ..files import add_files
 from ..policies import ExitPolicy, build_policy
-from ..processing import stack
 from ..segments import State
 
 
@@ -130,7 +130,7 @@ class ExitTable:
 
 
 @torch.no_grad()
-def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> ExitTable:
+def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64, num_workers: int | None = None) -> ExitTable:
     """Run every exit of a highway on every row of a dataset, in `eval()` mode, and count the MACs of one row.
 
     Args:
@@ -139,6 +139,8 @@ def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> ExitTa
             Items `{"pixel_values": [C, H, W], "labels": int}`; where there are no labels, the full model's answers
             stand for them.
         batch_size (`int`, *optional*, defaults to 64): Rows at a time.
+        num_workers (`int`, *optional*):
+            Processes that read images; by default none on a CPU, and a few beside an accelerator.
 
     Raises:
         ValueError: The dataset is empty, or the model is one exported file, which does not say what exits answer.
@@ -147,24 +149,34 @@ def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> ExitTa
         raise ValueError("there is no image to collect exits for: the dataset is empty")
     was_training = model.training
     model.eval()
-    segments, logits, labels, costs = model.segments(), [], [], None
-    for batch in _progress(DataLoader(dataset, batch_size=batch_size, collate_fn=stack)):
-        pixels = batch["pixel_values"].to(model.device, model.dtype)
-        logits.append(torch.stack(run_all(segments, State({"pixel_values": pixels}))).float().cpu())
-        labels.append(batch.get("labels", logits[-1][-1].argmax(-1)))
-        costs = costs or model_macs(model, pixels[:1])
+    segments, logits, labels, costs, start = model.segments(), None, [], None, 0
+    for batch in _progress(in_batches(dataset, batch_size, num_workers=num_workers)):
+        pixels = to_model(batch["pixel_values"], model)
+        exit_logits = run_all(segments, State({"pixel_values": pixels}))
+        if logits is None:  # all of the table at once: it may be too large to be there twice
+            logits = torch.empty(len(segments), len(dataset), exit_logits[-1].shape[-1], dtype=torch.float32)
+        here = logits[:, start : start + len(pixels)]
+        for rows, answered in zip(here, exit_logits, strict=True):
+            rows.copy_(answered)
+        labels.append(batch.get("labels", here[-1].argmax(-1)))
+        costs, start = costs or model_macs(model, pixels[:1]), start + len(pixels)
     model.train(was_training)
     depths = [segment.depth for segment in segments]
-    return ExitTable(torch.cat(logits, dim=1), torch.cat(labels), depths, costs, weights_digest(model))
+    return ExitTable(logits, torch.cat(labels), depths, costs, weights_digest(model))
 
 
-def weights_digest(model: Highway) -> str:
-    """A SHA-256 of the names and values of a model's weights; of an exported one, of its files."""
+def weights_digest(model: Highway) -> str | None:
+    """A SHA-256 of the names and values of a model's weights; of an exported one, of its files.
+
+    `None` where accelerate keeps weights elsewhere, to bring them only when they are used.
+    """
     exported = export_of(model)
     if exported is not None:
         return exported.digest
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    digest, state = hashlib.sha256(), model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        return None
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -7,15 +7,15 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PretrainedConfig
 from transformers.utils import logging
 
+from ..batches import in_batches, to_model
 from ..costs import Highway
 from ..engine import run_all
 from ..modeling_avit import AViT
 from ..policies import ExitPolicy, number_at, probabilities
-from ..processing import stack
 from ..segments import State
 
 # what the scores of the built-in policies are, and the field with which they are compared
@@ -42,10 +42,9 @@ def token_depths(model: AViT, dataset: Dataset, *, batch_size: int = 32) -> tupl
     Returns:
         `[M, N]` int64, blocks that each token ran, from 1; `[M]` int64 class numbers. On the CPU.
     """
-    batches = DataLoader(dataset, batch_size=batch_size, collate_fn=stack)
+    batches = in_batches(dataset, batch_size)
     outs = [
-        model(batch["pixel_values"].to(model.device, model.dtype))
-        for batch in logging.tqdm(batches, desc="images", leave=False)
+        model(to_model(batch["pixel_values"], model)) for batch in logging.tqdm(batches, desc="images", leave=False)
     ]
     return torch.cat([out.token_depth for out in outs]).cpu(), torch.cat([out.logits.argmax(-1) for out in outs]).cpu()
 
@@ -62,7 +61,7 @@ def widest_spread(token_depth: Tensor, count: int) -> list[int]:
         >>> widest_spread(torch.tensor([[3, 3, 3], [1, 6, 2], [2, 3, 3]]), 2)
         [1, 2]
     """
-    spread = token_depth.double().std(-1, correction=0)
+    spread = token_depth.cpu().double().std(-1, correction=0)
     return spread.argsort(descending=True, stable=True)[:count].tolist()
 
 
@@ -108,7 +107,7 @@ def scores_by_exit(model: Highway, pixel_values: Tensor) -> Tensor:
     Returns:
         `[E, N]` float32 on the CPU, the final classifier last; NaN at exits that the policy does not ask.
     """
-    pixels, policy = pixel_values.to(model.device, model.dtype), model.exit_policy
+    pixels, policy = to_model(pixel_values, model), model.exit_policy
     logits_by_exit = run_all(model.segments(), State({"pixel_values": pixels}))
     memory, scores = policy.start(len(pixels), pixels.device), []
     for index, logits in enumerate(logits_by_exit):

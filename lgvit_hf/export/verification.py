@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..batches import in_batches
 from ..engine import replay, run_all, run_early
 from ..models import example_image
 from ..policies import ExitPolicy, build_policy
-from ..processing import stack
 from ..segments import State
 from .parts import EXPORTABLE
 from .runtime import ORTHighway
@@ -88,7 +88,7 @@ def compare(
     if len(images) == 0:
         raise ValueError("there is no image to judge the export on: the dataset is empty")
     sums = dict.fromkeys(("accuracy", "accuracy_of_model", "agreement", "mean_depth", "mean_depth_of_model"), 0)
-    for batch in DataLoader(images, batch_size=batch_size, collate_fn=stack):
+    for batch in in_batches(images, batch_size):
         ours, theirs = exported(batch["pixel_values"]), model(batch["pixel_values"].float())
         answers, expected = ours.logits.argmax(-1), theirs.logits.argmax(-1)
         labels = batch.get("labels", expected)

@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from ..batches import in_batches, to_model
 from ..files import write_json
 from ..heads import ExitHead
 from ..losses import distillation_loss
@@ -68,7 +69,7 @@ class TokenShape:
 @torch.no_grad()
 def token_shapes(model: PreTrainedModel, pixels: Tensor) -> list[TokenShape]:
     """What is to be kept for each exit of a highway, seen on one batch of images `[B, C, H, W]`."""
-    state, shapes = State({"pixel_values": pixels.to(model.device, model.dtype)}), []
+    state, shapes = State({"pixel_values": to_model(pixels, model)}), []
     for segment, head in zip(model.segments(), model.exits, strict=False):
         state = segment.advance(state)
         tokens = model.tokens(state)
@@ -200,7 +201,7 @@ def fill_cache(
     digests = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     arrays = {name: cache.open(name) for name in cache._arrays()}
     segments = model.segments()
-    batches = DataLoader(Subset(dataset, rows), batch_size=ROWS_AT_ONCE, collate_fn=_stack)
+    batches = in_batches(Subset(dataset, rows), ROWS_AT_ONCE, collate=_stack)
     for number, (pixels, labels) in enumerate(progress(batches)):
         start = number * ROWS_AT_ONCE
         stop = start + len(pixels)
@@ -212,7 +213,7 @@ def fill_cache(
                     "repeat that run to finish it, or delete the folder to start anew"
                 )
             continue
-        state = State({"pixel_values": pixels.to(model.device, model.dtype)})
+        state = State({"pixel_values": to_model(pixels, model)})
         for index, segment in enumerate(segments):
             state = segment.advance(state)
             if index < len(cache.shapes):
