@@ -79,7 +79,7 @@ def load_images(
         where = f"{source} ({name})"
         needed = split == "train" or label_column is not None
         dataset = _with_plain_columns(raw[name], where, image_column, label_column, labelled=needed)
-        if _has_labels(dataset):
+        if has_labels(dataset):
             refuse_missing(dataset, where)
             found[split] = dataset
         elif split != "train":
@@ -134,7 +134,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
     where = f"{source} ({names[0]})"
     dataset = _with_plain_columns(raw[names[0]], where, labelled=False)
     refuse_missing(dataset, where, ["image"])
-    if _has_labels(dataset) and first_missing(dataset, "label") is None:
+    if has_labels(dataset) and first_missing(dataset, "label") is None:
         dataset = _with_labels(dataset, _names_of(dataset), where)
     else:
         dataset = dataset.select_columns("image")
@@ -201,8 +201,8 @@ def _load_raw(source: str, seed: int, labelled: bool = True) -> Any:
         raise OSError(f"{source}: no such folder or file here, and as a dataset of the Hub: {error}") from error
     except ValueError as error:
         raise ValueError(
-            f"{source}, as a dataset of the Hub: {error}\nOne that load_dataset reads with other arguments can be kept "
-            "with save_to_disk(FOLDER); give that folder"
+            f"{source}, as a dataset of the Hub: {error}\nOne that load_dataset reads with other arguments can be "
+            "kept with save_to_disk(FOLDER); give that folder"
         ) from error
 
 
@@ -275,7 +275,7 @@ def find_columns(
     Example:
 
         >>> import datasets
-        >>> find_columns({"img": datasets.Image(), "fine_label": datasets.ClassLabel(2), "id": datasets.Value("int64")})
+        >>> find_columns({"img": datasets.Image(), "fine_label": datasets.ClassLabel(2), "id": datasets.Value("int8")})
         ('img', 'fine_label')
     """
     datasets = require_datasets()
@@ -344,9 +344,9 @@ def _choose(asked: str | None, possible: Iterable[str], likely: list[str]) -> st
     return likely[0] if likely else None
 
 
-def _has_labels(dataset: Any) -> bool:
-    # hidden labels, as in the test splits of competitions, are -1 or nothing
-    return "label" in dataset.features and not set(dataset["label"][:]) <= {-1, None}
+def has_labels(dataset: Any) -> bool:
+    """Whether there is a column `label` with more in it than hidden labels, which are -1 or nothing."""
+    return "label" in dataset.features and any(label not in (-1, None) for label in dataset["label"][:])
 
 
 def _names_of(dataset: Any) -> list[str]:

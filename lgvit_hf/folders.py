@@ -224,8 +224,8 @@ def _check_depth(where: str, group: dict[str, str], depths: set[int]) -> None:
         return
     odd = next(file for file, name in group.items() if name.count("/") != 1)
     raise ValueError(
-        f"{where}: {odd} does not lie in the folder of a class, as CLASS/image.png or train/CLASS/image.png does; move "
-        "it, and others like it, or give the folder that holds the classes"
+        f"{where}: {odd} does not lie in the folder of a class, as CLASS/image.png or train/CLASS/image.png does; "
+        "move it, and others like it, or give the folder that holds the classes"
     )
 
 
@@ -410,7 +410,7 @@ def _is_webdataset(archive: Path) -> bool:
 
 
 def _unpacked(archive: Path) -> Path:
-    """Where the files of an archive lie, in the cache of `datasets`; unpacked once, whole, and anew when it changes."""
+    """Where the files of an archive lie, in the cache of `datasets`; unpacked once, and anew when it changes."""
     stamp = f"{archive.resolve()} {file_stamp(archive)}"
     cache = Path(require_datasets().config.HF_DATASETS_CACHE) / "lgvit"
     folder = cache / hashlib.sha256(os.fsencode(stamp)).hexdigest()[:32]
