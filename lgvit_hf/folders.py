@@ -249,7 +249,8 @@ def _read_metadata(root: Path, where: str, files: list[str], metadata: list[str]
         whole = _described(root, where, files)
         if groups is None:
             return {"train": whole}
-        splits = [split_named(Path(path).relative_to(root).parts[0]) for path in _paths(whole)]
+        place = {os.path.realpath(root / file): split for split, group in groups.items() for file in group}
+        splits = [place[os.path.realpath(path)] for path in _paths(whole)]
         return {
             split: whole.select([row for row, other in enumerate(splits) if other == split]).flatten_indices()
             for split in groups
