@@ -249,7 +249,8 @@ def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] |
         return None
     if all(old in (new, f"LABEL_{index}") for index, (old, new) in enumerate(zip(known, label_names, strict=True))):
         return list(range(len(known)))
-    return [known.index(name) for name in label_names] if set(known) == set(label_names) else None
+    same = len(set(known)) == len(known) and set(known) == set(label_names)
+    return [known.index(name) for name in label_names] if same else None
 
 
 @torch.no_grad()
