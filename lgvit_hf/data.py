@@ -312,7 +312,7 @@ def first_missing(dataset: Any, column: str) -> int | None:
 
     datasets = require_datasets()
     feature = dataset.features[column]
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    values = dataset.data.column(column)
     if isinstance(feature, datasets.Image):
         nulls = [compute.is_null(compute.struct_field(values, part)) for part in ("bytes", "path")]
         missing = compute.and_(*nulls)
@@ -320,6 +320,9 @@ def first_missing(dataset: Any, column: str) -> int | None:
         missing = compute.is_null(values, nan_is_null=True)
     if isinstance(feature, datasets.ClassLabel):
         missing = compute.or_(missing, compute.fill_null(compute.equal(values, -1), True))
+    if dataset._indices is not None:
+        # the rows of a selection, without copying their images
+        missing = missing.take(dataset._indices.column(0))
     row = compute.index(missing, True).as_py()
     return None if row < 0 else row
 

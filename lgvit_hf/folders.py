@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -139,30 +140,25 @@ def _read_folder(root: Path, where: str, labelled: bool, archives: bool = True) 
     )
 
 
-def _files_in(root: Path) -> list[str]:
-    """Files below a folder, sorted, by their path from there; links are followed once, hidden ones left out."""
-    found, seen = [], set()
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else [name for name in folders if not _is_hidden(name)]
-        if real not in seen:
-            below = Path(place).relative_to(root)
-            found += [(below / name).as_posix() for name in files if not _is_hidden(name)]
-        seen.add(real)
+def _files_in(root: str | Path, above: tuple[str, ...] = ()) -> list[str]:
+    """Files below a folder, sorted, by their path from there; without hidden ones and links in circles."""
+    real, found = os.path.realpath(root), []
+    if real in above:
+        return []
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                found += [f"{entry.name}/{below}" for below in _files_in(entry.path, (*above, real))]
+            else:
+                found.append(entry.name)
     return sorted(found)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def _kind(file: str) -> str | None:
-    name = file.rsplit("/", 1)[-1].lower()
-    suffix = os.path.splitext(name)[1]
+    name = file.rsplit("/", 1)[-1]
+    suffix = os.path.splitext(name)[1].lower()
     if name in METADATA:
         return "metadata"
     if is_archive(name):
@@ -350,9 +346,9 @@ def _load(builder: str, files: list[Any], escape: bool = True) -> Any:
     names = [glob.escape(str(file)) if escape else file for file in files]
     try:
         return datasets.load_dataset(builder, data_files={"train": names}, split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:500]
-        raise ValueError(f"{files[0]} cannot be read with the other files of its split: {reason}") from error
+        raise ValueError(f"{files[0]} cannot be read as {builder}, or not with the others: {reason}") from error
 
 
 # -- archives --------------------------------------------------------------------------------------------------
@@ -420,7 +416,8 @@ def _unpacked(archive: Path) -> Path:
         try:
             with replace_folder(folder) as unfinished:
                 _unpack(archive, unfinished)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        # RuntimeError: of a password, or a compression that Python does not know
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
             raise ValueError(f"{archive} is no archive that can be read: {error}") from error
     return folder
 

@@ -282,6 +282,26 @@ def test_ids_with_dots_reach_the_hub(monkeypatch, name):
     assert len(load_unlabelled(name)) == 2 * ROWS and asked == [name]
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_classes(tmp_path / "pets" / "train")
+    write_classes(tmp_path / "elsewhere", split=1)
+    (tmp_path / "pets" / "test").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "pets" / "val").symlink_to(tmp_path / "pets" / "test")
+    (tmp_path / "pets" / "train" / "round").symlink_to(tmp_path / "pets")
+    splits = load_images(str(tmp_path / "pets"))
+    assert colours(splits.train) == written()
+    assert colours(splits.test) == colours(splits.validation) == written(1)
+
+
+@pytest.mark.parametrize("place", ["train", "data/train", "pets/images/train"])
+def test_archives_of_splits_of_classes(tmp_path, place):
+    for number, split in enumerate(("train", "test")):
+        write_classes(tmp_path / "made" / place.replace("train", split), split=number)
+    shutil.make_archive(str(tmp_path / "pets"), "tar", tmp_path / "made")
+    splits = load_images(str(tmp_path / "pets.tar"))
+    assert colours(splits.test) == written(1) and len(splits.train) + len(splits.validation) == 2 * ROWS
+
+
 # -- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -314,6 +334,21 @@ def two_kinds(root):
     write_parquet(root / "test.parquet")
 
 
+def mixed_webdataset(root):
+    root.mkdir()
+    with tarfile.open(root / "0.tar", "w") as tar:
+        for name in ("0.jpg", "0.cls", "1.png", "1.cls"):
+            held = content(0, 0) if name[-1] == "g" else b"1"
+            member = tarfile.TarInfo(name)
+            member.size = len(held)
+            tar.addfile(member, io.BytesIO(held))
+
+
+def damaged_parquet(root):
+    root.mkdir()
+    (root / "train.parquet").write_bytes(b"PAR1 damaged PAR1")
+
+
 def damaged_archive(root):
     root.mkdir()
     (root / "train.zip").write_bytes(b"PK damaged")
@@ -341,6 +376,8 @@ REFUSED = {
         "configurations lie there: a, b; put each in a folder of its own",
     ),
     "archives of classes": (by_split(write_webdataset, "a.tar", "b.tar"), "a.tar, b.tar, ... are not named"),
+    "mixed webdataset": (mixed_webdataset, "0.tar cannot be read as webdataset"),
+    "damaged parquet": (damaged_parquet, "train.parquet cannot be read as parquet"),
     "damaged archive": (damaged_archive, "train.zip is no archive that can be read"),
     "flat": (write_flat, "no column of labels.*a folder for each class"),
     "saved, damaged": (

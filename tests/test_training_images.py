@@ -150,6 +150,22 @@ def test_a_row_that_lacks_something_is_named(photos):
             list(stream)
 
 
+def test_rows_that_are_left_out_may_lack_anything(photos):
+    rows = photos.to_dict()
+    rows["image"][5] = None
+    rows = datasets.Dataset.from_dict(rows, features=photos.features)
+    chosen = rows.select([7, 6, 4, 1])
+    items = with_pixels(tiny_model("vit"), {"train_dataset": chosen})["train_dataset"]
+    assert [item["labels"] for item in items] == [2, 1, 4, 1]
+    with pytest.raises(ValueError, match=r"train_dataset: row 1 \(from 0\) has no image"):
+        with_pixels(tiny_model("vit"), {"train_dataset": rows.select([7, 5])})
+
+
+def test_all_splits_at_once_are_no_training_set(photos):
+    with pytest.raises(ValueError, match="train_dataset: a dict of train, test; give one of them"):
+        with_pixels(tiny_model("vit"), {"train_dataset": datasets.DatasetDict(train=photos, test=photos)})
+
+
 def test_training_images_without_labels_are_refused(photos):
     unlabelled = renamed(photos, label="kind")
     for rows in (unlabelled, unlabelled.to_iterable_dataset()):

@@ -120,6 +120,8 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
     }
     if not any(found.values()):
         return arguments
+    if isinstance(given.get("train_dataset"), dict):
+        raise ValueError(f"train_dataset: a dict of {', '.join(given['train_dataset'])}; give one of them")
     processor = arguments.get("processing_class") or _processor_of(model)
     changed: dict[str, Any] = {"processing_class": processor}
     for name, datasets in several.items():
