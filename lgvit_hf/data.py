@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .folders import SPLITS, is_archive, read_path, require_datasets, split_named
 from .serving.device.rgb import FORMATS
 
 if TYPE_CHECKING:
     import datasets
 
-SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 IMAGE_NAMES = ("image", "img")
-LABEL_NAMES = ("label", "labels", "fine_label")
+LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,23 @@ def load_images(
 
     Args:
         source (`str`):
-            `"digits"` (scikit-learn's 1,797 handwritten digits, no network), a folder of images (`imagefolder`), a
-            folder of parquet files or one parquet file, or the id of a dataset on the Hub.
+            `"digits"` (scikit-learn's 1,797 handwritten digits, no network), the id of a dataset on the Hub, or a
+            folder, Parquet file or archive here: `docs/data.md` lists what is read. A single split of any name is the
+            training split.
         image_column (`str`, *optional*): Where the images are; by default `image`, `img` or any column of images.
         label_column (`str`, *optional*):
             Where the labels are; by default `label`, `labels`, `fine_label` or any column of classes.
         validation_share (`float`, *optional*, defaults to 0.15):
             Share of the training rows that becomes the validation split where the source has no split to spare, and of
             the remaining rows that becomes the test split where it has neither. A split whose labels are hidden (all
-            of them -1) counts as missing.
+            of them -1, or none at all) counts as missing.
         seed (`int`, *optional*, defaults to 0): Decides which rows.
 
     Raises:
         ImportError: The extra `train` is not installed.
-        ValueError: No images, no labels, no training split or no such column there.
+        ValueError:
+            No images, no labels, no training split or no such column there; images that would be left out, such as
+            one that lies beside the folders of classes; a row without an image or a label.
 
     Example:
 
@@ -68,15 +74,16 @@ def load_images(
         >>> len(splits.train), len(splits.validation), len(splits.test), splits.label_names[:3]
         (1221, 216, 360, ['0', '1', '2'])
     """
-    raw = _load_raw(source, seed)
-    found = {}
-    for split, names in SPLITS.items():
-        present = [name for name in names if name in raw]
-        if present:
-            where = f"{source} ({present[0]})"
-            dataset = _with_plain_columns(raw[present[0]], where, image_column, label_column)
-            if _has_labels(dataset):
-                found[split] = dataset
+    raw, found = _load_raw(source, seed), {}
+    for split, name in _split_names(source, raw).items():
+        where = f"{source} ({name})"
+        needed = split == "train" or label_column is not None
+        dataset = _with_plain_columns(raw[name], where, image_column, label_column, labelled=needed)
+        if has_labels(dataset):
+            refuse_missing(dataset, where)
+            found[split] = dataset
+        elif split != "train":
+            logger.warning("%s has no labels: it counts as missing", where)
     if "train" not in found:
         raise ValueError(f"{source}: no split called 'train' that has labels; splits there: {', '.join(raw)}")
     label_names = _names_of(found["train"])
@@ -100,8 +107,8 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
 
     Args:
         source (`str`):
-            As for [`load_images`]; a folder of images need not have a folder per class. Of several splits the training
-            split is taken.
+            As for [`load_images`]; a folder of images need not have a folder per class, and its images may lie at any
+            depth. Of several splits the training split is taken.
         limit (`int`, *optional*): Take at most this many rows, drawn at random, in the order of the source.
         seed (`int`, *optional*, defaults to 0): Decides which rows.
 
@@ -110,7 +117,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
 
     Raises:
         ImportError: The extra `train` is not installed.
-        ValueError: No images there, several splits and none for training, or a file that is no image.
+        ValueError: No images there, several splits and none for training, a file that is no image, or a row without.
 
     Example:
 
@@ -120,13 +127,14 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
-    raw = _load_raw(source, seed)
+    raw = _load_raw(source, seed, labelled=False)
     names = list(raw) if len(raw) == 1 else [name for name in SPLITS["train"] if name in raw]
     if not names:
         raise ValueError(f"{source}: no split called 'train'; splits there: {', '.join(raw)}")
     where = f"{source} ({names[0]})"
     dataset = _with_plain_columns(raw[names[0]], where, labelled=False)
-    if _has_labels(dataset):
+    refuse_missing(dataset, where, ["image"])
+    if has_labels(dataset) and first_missing(dataset, "label") is None:
         dataset = _with_labels(dataset, _names_of(dataset), where)
     else:
         dataset = dataset.select_columns("image")
@@ -156,7 +164,7 @@ def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
         >>> len(load_encoded("digits", "test"))
         360
     """
-    datasets, raw = _require_datasets(), _load_raw(source, seed=0)
+    datasets, raw = require_datasets(), _load_raw(source, seed=0, labelled=False)
     names = list(raw) if split is None else [name for name in SPLITS.get(split, (split,)) if name in raw][:1]
     if len(names) != 1:
         which = "one of its splits must be named" if split is None else f"no split called {split!r}"
@@ -176,42 +184,44 @@ def class_names(dataset: datasets.Dataset) -> list[str] | None:
     return list(dataset.features["label"].names) if "label" in dataset.features else None
 
 
-def _require_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('images are loaded with the datasets library: pip install "lgvit-hf[train]"') from error
-    return datasets
-
-
-def _load_raw(source: str, seed: int) -> Any:
+def _load_raw(source: str, seed: int, labelled: bool = True) -> Any:
     """The splits by name, with whatever columns they have."""
+    source = str(source)
     if source == "digits":
         return _load_digits(seed)
-    datasets = _require_datasets()
-    path = Path(source)
-    if path.is_file() and path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files={"train": str(path)})
-    if path.is_dir():
-        shards: dict[str, list[str]] = {}
-        for file in sorted(path.glob("*.parquet")):
-            shards.setdefault(file.stem.split("-")[0], []).append(str(file))
-        if shards:
-            return datasets.load_dataset("parquet", data_files=shards)
-        try:
-            return datasets.load_dataset("imagefolder", data_dir=str(path))
-        except ValueError as error:
-            raise ValueError(f"{source}: no images there ({error})") from error
-    if path.suffix or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: no such folder or parquet file")
+    path = Path(source).expanduser()
+    if path.exists():
+        return read_path(path, labelled=labelled)
+    is_file = path.suffix.lower() == ".parquet" or is_archive(source)
+    if is_file or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"{source}: no such folder, Parquet file or archive")
     try:
-        return datasets.load_dataset(source)
+        return require_datasets().load_dataset(source)
     except OSError as error:
         raise OSError(f"{source}: no such folder or file here, and as a dataset of the Hub: {error}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{source}, as a dataset of the Hub: {error}\nOne that load_dataset reads with other arguments can be "
+            "kept with save_to_disk(FOLDER); give that folder"
+        ) from error
+
+
+def _split_names(source: str, raw: Any) -> dict[str, str]:
+    """What the training, validation and test splits are called there; one split alone is for training."""
+    if len(raw) == 1 and split_named(next(iter(raw))) is None:
+        return {"train": next(iter(raw))}
+    found: dict[str, str] = {}
+    for name in raw:
+        split = split_named(name)
+        if split in found:
+            raise ValueError(f"{source}: {found[split]} and {name} are the same split, {split}; make one of them")
+        if split is not None:
+            found[split] = name
+    return found
 
 
 def _load_digits(seed: int) -> dict[str, Any]:
-    datasets = _require_datasets()
+    datasets = require_datasets()
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -242,20 +252,93 @@ def _with_plain_columns(
     labelled: bool = True,
 ) -> Any:
     """The dataset with its image and label columns alone, called `image` and `label`."""
-    datasets = _require_datasets()
     features = dataset.features
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = [name for name in LABEL_NAMES if isinstance(features.get(name), (datasets.ClassLabel, datasets.Value))]
-    image = _choose(image_column, images, [*(name for name in IMAGE_NAMES if name in images), *images])
-    label = _choose(label_column, features.keys() - set(images), [*named, *classes])
+    image, label = find_columns(features, image_column, label_column)
     for column, asked, kind in ((image, image_column, "images"), (label, label_column, "labels")):
         if column is None and (kind == "images" or labelled):
             missing = f"no column of {kind}" if asked is None else f"{asked!r} is no column of {kind}"
-            raise ValueError(f"{where}: {missing}; columns: {dict(features)}")
+            hint = "; a folder for each class, or a metadata.csv, gives labels" if set(features) == {"image"} else ""
+            raise ValueError(f"{where}: {missing}; columns: {dict(features)}{hint}")
+    return with_columns(dataset, image, label)
+
+
+def find_columns(
+    features: Mapping[str, Any], image_column: str | None = None, label_column: str | None = None
+) -> tuple[str | None, str | None]:
+    """The columns of images and of labels; `None` where there is none.
+
+    Args:
+        features (`Mapping`): Of the dataset.
+        image_column (`str`, *optional*): The one that is meant.
+        label_column (`str`, *optional*): The one that is meant.
+
+    Example:
+
+        >>> import datasets
+        >>> find_columns({"img": datasets.Image(), "fine_label": datasets.ClassLabel(2), "id": datasets.Value("int8")})
+        ('img', 'fine_label')
+    """
+    datasets = require_datasets()
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    stored = [name for name, feature in features.items() if _holds_files(feature)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = [name for name in LABEL_NAMES if isinstance(features.get(name), (datasets.ClassLabel, datasets.Value))]
+    likely = images or [name for name in stored if name in IMAGE_NAMES or len(stored) == 1]
+    image = _choose(image_column, [*images, *stored], [*(name for name in IMAGE_NAMES if name in likely), *likely])
+    possible = features.keys() - {*images, *stored}
+    return image, _choose(label_column, possible, [name for name in [*named, *classes] if name in possible])
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column may hold encoded images that nothing calls images, as Parquet of other programs does."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and feature.keys() <= {"bytes", "path"}
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def with_columns(dataset: Any, image: str, label: str | None) -> Any:
+    """The dataset with these columns alone, called `image` and `label`, and the first one of images."""
+    datasets = require_datasets()
     columns = {image: "image"} if label is None else {image: "image", label: "label"}
     dataset = dataset.select_columns(list(columns))
+    if not isinstance(dataset.features[image], datasets.Image):
+        dataset = dataset.cast_column(image, datasets.Image())
     return dataset.rename_columns({old: new for old, new in columns.items() if old != new})
+
+
+def first_missing(dataset: Any, column: str) -> int | None:
+    """The first row without an image or a label, by what Arrow knows of it: no image is read."""
+    import pyarrow.compute as compute
+
+    datasets = require_datasets()
+    feature = dataset.features[column]
+    values = dataset.data.column(column)
+    if isinstance(feature, datasets.Image):
+        nulls = [compute.is_null(compute.struct_field(values, part)) for part in ("bytes", "path")]
+        missing = compute.and_(*nulls)
+    else:
+        missing = compute.is_null(values, nan_is_null=True)
+    if isinstance(feature, datasets.ClassLabel):
+        missing = compute.or_(missing, compute.fill_null(compute.equal(values, -1), True))
+    if dataset._indices is not None:
+        # the rows of a selection, without copying their images
+        missing = missing.take(dataset._indices.column(0))
+    row = compute.index(missing, True).as_py()
+    return None if row < 0 else row
+
+
+def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", "label")) -> None:
+    """Raise `ValueError` for the first row without an image or a label.
+
+    Args:
+        dataset (`datasets.Dataset`): With a column `image`, and perhaps `label`.
+        where (`str`): What the error names.
+        columns (`Sequence[str]`, *optional*, defaults to both): Which must be there.
+    """
+    for column in columns:
+        row = first_missing(dataset, column) if column in dataset.features else None
+        if row is not None:
+            raise ValueError(f"{where}: row {row} (from 0) has no {column}; leave it out, as dataset.filter does")
 
 
 def _choose(asked: str | None, possible: Iterable[str], likely: list[str]) -> str | None:
@@ -264,9 +347,9 @@ def _choose(asked: str | None, possible: Iterable[str], likely: list[str]) -> st
     return likely[0] if likely else None
 
 
-def _has_labels(dataset: Any) -> bool:
-    # hidden labels, as in the test splits of competitions, are -1 or nothing
-    return "label" in dataset.features and not set(dataset["label"][:]) <= {-1, None}
+def has_labels(dataset: Any) -> bool:
+    """Whether there is a column `label` with more in it than hidden labels, which are -1 or nothing."""
+    return "label" in dataset.features and any(label not in (-1, None) for label in dataset["label"][:])
 
 
 def _names_of(dataset: Any) -> list[str]:
@@ -276,7 +359,7 @@ def _names_of(dataset: Any) -> list[str]:
 
 def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
     """The dataset with its classes numbered as in `names`, those of the training split."""
-    datasets = _require_datasets()
+    datasets = require_datasets()
     own = dataset.features["label"]
     if isinstance(own, datasets.ClassLabel) and own.names == names:
         return dataset
@@ -294,7 +377,7 @@ def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
 
 def _refuse_broken(dataset: Any) -> None:
     """Raise for the first image that cannot be read, by its header and checksums."""
-    datasets = _require_datasets()
+    datasets = require_datasets()
     undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for row, image in enumerate(undecoded["image"]):
         path, content = image["path"], image["bytes"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     BaseImageProcessor,
@@ -25,6 +26,8 @@ from .modeling_swin import SwinHighway
 from .modeling_vit import ViTHighway
 from .processing import make_processor, open_processor
 from .wrapper import HighwayWrapper
+
+logger = logging.getLogger(__name__)
 
 BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
 HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
@@ -129,7 +132,9 @@ def open_model(
         backbone (`str`, *optional*): `vit`, `deit` or `swin`, for a small new one where no checkpoint is given.
         image_size (`int`, *optional*, defaults to 32): Of a new one.
         model_settings (`dict`, *optional*): Fields of the config of a new one, such as `{"hidden_size": 192}`.
-        label_names (`list[str]`): Classes of the data; a plain checkpoint with others gets a new classifier.
+        label_names (`list[str]`):
+            Classes of the data. Of a plain checkpoint with the same in another order the classifier is put in theirs;
+            one with others gets a new classifier.
         exits (`dict`, *optional*):
             `exit_positions`, `exit_types`, `exit_policy`, `exit_loss_weights`, `pool`; LGViT's exits by default. Of a
             highway that has exits, only policy and weights may be set.
@@ -153,9 +158,10 @@ def open_model(
         model = SAVED[config.model_type].from_pretrained(checkpoint)
         model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif config.model_type in BY_BACKBONE and not must_be_highway:
-        if config.num_labels == len(label_names):
-            labels = {} if config.id2label == labels["id2label"] else labels
+        order = class_order(config, label_names)
+        labels = {} if config.id2label == labels["id2label"] else labels
         model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **exits, **labels)
+        _order_classes(checkpoint, model, config, order)
     else:
         raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
     return model, open_processor(checkpoint)
@@ -200,10 +206,11 @@ def open_avit(
         check_class_names(checkpoint, config, label_names)
         model = AViT.from_pretrained(checkpoint, **halting)
     else:
-        if config.id2label == labels["id2label"]:
-            labels = {}
+        order = class_order(config, label_names)
+        labels = {} if config.id2label == labels["id2label"] else labels
         source = load_highway(checkpoint) if config.model_type in HIGHWAYS else checkpoint
         model = AViT.from_backbone(source, **halting, **labels)
+        _order_classes(checkpoint, model, config, order)
     return model, open_processor(checkpoint)
 
 
@@ -221,6 +228,54 @@ def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: li
         known = config.id2label[index]
         if known != name and known != f"LABEL_{index}":
             raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
+
+
+def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] | None:
+    """The model's number of each class of the data, or `None` where its classes are others.
+
+    Args:
+        config (`PretrainedConfig`): Of the model; a class that it only calls `LABEL_0` or so may be any.
+        label_names (`list[str]`): Of the data.
+
+    Example:
+
+        >>> class_order(PretrainedConfig(id2label={0: "dog", 1: "cat"}), ["cat", "dog"])
+        [1, 0]
+        >>> class_order(PretrainedConfig(num_labels=2), ["cat", "dog"])
+        [0, 1]
+    """
+    known = [config.id2label.get(index) for index in range(config.num_labels)]
+    if len(known) != len(label_names):
+        return None
+    if all(old in (new, f"LABEL_{index}") for index, (old, new) in enumerate(zip(known, label_names, strict=True))):
+        return list(range(len(known)))
+    same = len(set(known)) == len(known) and set(known) == set(label_names)
+    return [known.index(name) for name in label_names] if same else None
+
+
+@torch.no_grad()
+def _order_classes(checkpoint: str, model: PreTrainedModel, old: PretrainedConfig, order: list[int] | None) -> None:
+    """Give the classifiers of a plain checkpoint the order of the model's classes; new weights where it has others."""
+    if order is None and old.num_labels == model.config.num_labels:
+        index = next(i for i, name in model.config.id2label.items() if old.id2label.get(i) != name)
+        logger.warning(
+            "%s: class %d is %r, in the data it is %r: the classifier is new. Train it.",
+            *(checkpoint, index, old.id2label.get(index), model.config.id2label[index]),
+        )
+    for classifier in _final_classifiers(model):
+        if order is not None:
+            classifier.weight.copy_(classifier.weight[order])
+            classifier.bias.copy_(classifier.bias[order])
+        elif old.num_labels == model.config.num_labels:
+            # of another number of classes it is new already
+            classifier.weight.normal_(0.0, model.config.initializer_range)
+            classifier.bias.zero_()
+
+
+def _final_classifiers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The last layer's, of a distilled DeiT both; not those of the exits, which are new."""
+    children = model.classifiers if isinstance(model, AViT) else model.children()
+    return [child for child in children if isinstance(child, nn.Linear)]
 
 
 def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:

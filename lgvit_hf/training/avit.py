@@ -12,12 +12,13 @@ from transformers import EvalPrediction, PretrainedConfig, TrainingArguments
 from ..halting import token_macs
 from ..modeling_avit import AViT
 from .checkpoints import ResumableTrainer
+from .images import TakesImages, with_pixels
 
 # of the model's output, beside the loss
 LOGGED = ("mean_token_depth", "ponder_loss", "distribution_loss")
 
 
-class AViTTrainer(ResumableTrainer):
+class AViTTrainer(TakesImages, ResumableTrainer):
     """Trains an `AViT` by the loss it gives, as the plain `Trainer` does, and says what becomes of the tokens.
 
     Each log holds the means of `mean_token_depth` (blocks), `ponder_loss` and `distribution_loss` over the batches
@@ -26,7 +27,7 @@ class AViTTrainer(ResumableTrainer):
     Args:
         model (`AViT`): Trained in place.
         args (`TrainingArguments`): Any.
-        kwargs: As of `transformers.Trainer`.
+        kwargs: As of `transformers.Trainer`; datasets of images as of `HighwayTrainer`.
 
     Example:
 
@@ -46,7 +47,7 @@ class AViTTrainer(ResumableTrainer):
     """
 
     def __init__(self, model: AViT, args: TrainingArguments, **kwargs: Any):
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args, **with_pixels(model, kwargs))
         self._own_metrics = self.compute_metrics is None and model.config.num_labels > 1
         if self._own_metrics:
             self.compute_metrics = AViTMetrics(model.config)

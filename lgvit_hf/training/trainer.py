@@ -13,22 +13,23 @@ from ..engine import replay
 from ..losses import task_loss
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
 from .checkpoints import ResumableTrainer
-from .images import with_pixels
+from .images import TakesImages, with_pixels
 from .metrics import ExitMetrics, row_answers
 from .strategies import only_depth, stage_one_loss, stage_two_loss
 
 logger = logging.getLogger(__name__)
 
 
-class HighwayTrainer(ResumableTrainer):
+class HighwayTrainer(TakesImages, ResumableTrainer):
     """Trains backbone and exits together, by `args.strategy`; `backbone` and `single_exit` train a part.
 
     Args:
         model (`PreTrainedModel`): A highway.
         args (`HighwayTrainingArguments`): See there for the strategies.
         kwargs:
-            As of `transformers.Trainer`. Datasets may be as `datasets` loads images, with columns `image` and `label`:
-            they go through `processing_class`, or the image processor that stands beside the model's checkpoint.
+            As of `transformers.Trainer`. Datasets, also those of `evaluate` and `predict`, may be as `datasets` loads
+            or streams images, with columns as `load_images` finds them (`img`, `fine_label`, ...): they go through
+            `processing_class`, or the image processor that stands beside the model's checkpoint.
 
     Example:
 
