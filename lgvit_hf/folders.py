@@ -70,6 +70,11 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVES)
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` wrote."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def read_path(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
     """The splits in a folder, a Parquet file or an archive, with whatever columns they have.
 
@@ -107,7 +112,7 @@ def read_path(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
 
 
 def _read_folder(root: Path, where: str, labelled: bool, archives: bool = True) -> dict[str, Any]:
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if is_saved(root):
         return _read_saved(root)
     files = _files_in(root)
     of_kind: dict[str, list[str]] = {"image": [], "foreign": [], "parquet": [], "archive": [], "metadata": []}

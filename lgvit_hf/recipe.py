@@ -262,7 +262,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     def images(rows: Any, most: int | None, **training: Any) -> ProcessedImages:
         if most is not None and most < len(rows):
             rows = rows.shuffle(seed=options.seed).select(range(most))
-        width, height = rows[0]["image"].size
+        width, height = ProcessedImages(rows, processor).picture(0).size
         return ProcessedImages(rows, processor, keep=3 * width * height * len(rows) <= KEPT_BYTES, **training)
 
     train_images = images(splits.train, options.max_train_samples, augment=_augmentation(options), seed=options.seed)

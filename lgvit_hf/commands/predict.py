@@ -29,6 +29,7 @@ from transformers.utils import logging
 from ..data import load_encoded
 from ..evaluation.table import weights_digest
 from ..files import file_stamp, locked, replace_file, write_json
+from ..folders import is_archive, is_saved
 from ..serving.device.rgb import FORMATS
 from ..serving.predictions import COLUMNS, check_format, write_predictions
 from ..serving.predictor import Predictor
@@ -289,14 +290,14 @@ def _find_images(paths: Sequence[str], split: str | None) -> _Images:
 
 
 def _is_dataset(path: str, known: set[str]) -> bool:
-    """Whether this is not files: Parquet, or nothing on this disk and written as the name of a dataset is."""
+    """Whether this is no image files: Parquet, an archive, a saved dataset, or written as the name of one on the Hub."""
     place = Path(path)
-    if place.exists():
-        if not place.is_dir():
-            return place.suffix == ".parquet"
+    if place.is_dir():
         # beside images it may be predictions of them
-        return any(place.glob("*.parquet")) and not any(_walk(path, known))
-    return not (glob.has_magic(path) or place.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1)
+        return (is_saved(place) or any(place.rglob("*.parquet"))) and not any(_walk(path, known))
+    if place.exists() or is_archive(path) or place.suffix.lower() in {".parquet", *known}:
+        return place.exists() and (place.suffix == ".parquet" or is_archive(path))
+    return not (glob.has_magic(path) or path.startswith((".", "/", "~")) or path.count("/") > 1)
 
 
 def _files_of(path: str, known: set[str]) -> list[str]:
@@ -308,7 +309,7 @@ def _files_of(path: str, known: set[str]) -> list[str]:
             raise ValueError(f"{path}: no images in this folder")
         return files
     if place.exists():
-        if place.suffix == ".parquet":
+        if place.suffix == ".parquet" or is_archive(path):
             raise ValueError(f"{path} is a dataset; give it alone")
         return [path]
     if not glob.has_magic(path):
