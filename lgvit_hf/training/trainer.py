@@ -24,7 +24,7 @@ class HighwayTrainer(ResumableTrainer):
     """Trains backbone and exits together, by `args.strategy`; `backbone` and `single_exit` train a part.
 
     Args:
-        model (`PreTrainedModel`): A highway.
+        model (`PreTrainedModel`): A highway; `None` where `model_init` makes one for each run.
         args (`HighwayTrainingArguments`): See there for the strategies.
         kwargs:
             As of `transformers.Trainer`. Datasets may be as `datasets` loads images, with columns `image` and `label`:
@@ -49,19 +49,27 @@ class HighwayTrainer(ResumableTrainer):
 
     strategies = STAGE_ONE
 
-    def __init__(self, model: PreTrainedModel, args: HighwayTrainingArguments, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel | None, args: HighwayTrainingArguments, **kwargs: Any):
         if not isinstance(args, HighwayTrainingArguments):
             raise ValueError(f"args: {type(args).__name__} must be HighwayTrainingArguments")
-        if args.strategy is not None and args.strategy not in self.strategies:
-            raise ValueError(
-                f"strategy: {args.strategy!r} is not for {type(self).__name__}; choices: {', '.join(self.strategies)}"
-            )
-        num_exits = len(model.exits)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "compute_loss_func: the strategy is the loss; use transformers.Trainer for one of your own"
             )
-        if model.config.truncated or (num_exits == 0 and args.strategy != "backbone"):
+        model, model_init = self._first_model(model, args, kwargs)
+        super().__init__(model, args, **with_pixels(model, kwargs))
+        self.model_init = model_init or self.model_init
+        self._counting = False
+        self._measure(model)
+
+    def _take(self, model: PreTrainedModel) -> None:
+        args, num_exits = self.args, len(getattr(model, "exits", ()))
+        if args.strategy is not None and args.strategy not in self.strategies:
+            raise ValueError(
+                f"strategy: {args.strategy!r} is not for {type(self).__name__}; choices: {', '.join(self.strategies)}"
+            )
+        truncated = getattr(model.config, "truncated", True)
+        if truncated or (num_exits == 0 and args.strategy != "backbone"):
             raise ValueError(
                 f"{type(self).__name__} trains early exits, and this model has none; use transformers.Trainer"
             )
@@ -74,12 +82,13 @@ class HighwayTrainer(ResumableTrainer):
                 module.requires_grad_(True)
         elif not any(parameter.requires_grad for parameter in model.base_model.parameters()):
             logger.warning("the backbone is frozen, only exits are trained; model.requires_grad_(True) thaws it")
-        super().__init__(model, args, **with_pixels(model, kwargs))
-        self._counting = False
-        if self.compute_metrics is None and _names_one_class(model.config):
-            depth = only_depth(args, model.config)
-            depths = [*model.config.exit_positions, model.config.num_blocks] if depth is None else [depth]
-            self.compute_metrics = ExitMetrics(depths, model.config.num_blocks)
+
+    def _measure(self, model: PreTrainedModel) -> None:
+        if self.compute_metrics is not None and not isinstance(self.compute_metrics, ExitMetrics):
+            return
+        depth = only_depth(self.args, model.config)
+        depths = [*model.config.exit_positions, model.config.num_blocks] if depth is None else [depth]
+        self.compute_metrics = ExitMetrics(depths, model.config.num_blocks) if _names_one_class(model.config) else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As upstream's; without a `compute_metrics` of one's own, the figures of `ExitMetrics` for every exit."""
