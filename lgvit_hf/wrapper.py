@@ -21,10 +21,11 @@ from transformers.utils import cached_file
 from .chains import HIDDEN, LOGITS, PIXELS, Piece
 from .configuration import Exit, without_attention_code
 from .configuration_wrapper import OWN, HighwayWrapperConfig
-from .cutting import cut, cut_points, evaluating, proven_pieces
+from .cutting import cut, cut_points, proven_pieces
 from .heads import ExitHead, HeadShape
 from .layout import reading_of
 from .modeling_highway import HighwayMixin
+from .modes import evaluating
 from .pretrained import HUB_ARGUMENTS, check_files
 from .segments import Block, State, Tokens
 

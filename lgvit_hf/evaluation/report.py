@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..costs import Highway, decides_inside, model_macs
 from ..engine import Answers
 from ..models import answer_depths
+from ..modes import evaluating
 from ..processing import stack
 from .anatomy import export_facts, head_names
 from .benchmark import wall_clock_speed_up
@@ -68,11 +69,11 @@ def look(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> tuple[Exi
 @torch.no_grad()
 def answer_all(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> Answers:
     """The answers of a highway to every row of a dataset, each row leaving by the model's policy; on the CPU."""
-    model.eval()
-    outs = [
-        model(batch["pixel_values"].to(model.device, model.dtype))
-        for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=stack)
-    ]
+    with evaluating(model):
+        outs = [
+            model(batch["pixel_values"].to(model.device, model.dtype))
+            for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=stack)
+        ]
     names = ("logits", "exit_index", "exit_layer", "exit_score")
     return Answers(*(torch.cat([getattr(out, name) for out in outs]).cpu() for name in names))
 

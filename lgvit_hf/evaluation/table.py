@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..costs import Costs, Highway, export_of, model_macs
 from ..engine import Answers, replay, run_all
 from ..files import add_files
+from ..modes import evaluating
 from ..policies import ExitPolicy, build_policy
 from ..processing import stack
 from ..segments import State
@@ -145,15 +146,13 @@ def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> ExitTa
     """
     if len(dataset) == 0:
         raise ValueError("there is no image to collect exits for: the dataset is empty")
-    was_training = model.training
-    model.eval()
-    segments, logits, labels, costs = model.segments(), [], [], None
-    for batch in _progress(DataLoader(dataset, batch_size=batch_size, collate_fn=stack)):
-        pixels = batch["pixel_values"].to(model.device, model.dtype)
-        logits.append(torch.stack(run_all(segments, State({"pixel_values": pixels}))).float().cpu())
-        labels.append(batch.get("labels", logits[-1][-1].argmax(-1)))
-        costs = costs or model_macs(model, pixels[:1])
-    model.train(was_training)
+    with evaluating(model):
+        segments, logits, labels, costs = model.segments(), [], [], None
+        for batch in _progress(DataLoader(dataset, batch_size=batch_size, collate_fn=stack)):
+            pixels = batch["pixel_values"].to(model.device, model.dtype)
+            logits.append(torch.stack(run_all(segments, State({"pixel_values": pixels}))).float().cpu())
+            labels.append(batch.get("labels", logits[-1][-1].argmax(-1)))
+            costs = costs or model_macs(model, pixels[:1])
     depths = [segment.depth for segment in segments]
     return ExitTable(torch.cat(logits, dim=1), torch.cat(labels), depths, costs, weights_digest(model))
 

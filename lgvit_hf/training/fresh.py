@@ -1,4 +1,4 @@
-"""A Trainer that looks at every model it trains: the one it is given, and those that `model_init` makes, run by run."""
+"""A Trainer that looks at every model it trains: the one it is given, and those that `model_init` makes."""
 
 from __future__ import annotations
 
