@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -131,6 +132,14 @@ def grow(
         raise ValueError(f"cost: {cost!r} must be 'time' or 'macs'")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share: {validation_share!r} must be between 0 and 1")
+    if not 0 <= max_accuracy_drop < 1:
+        raise ValueError(
+            f"max_accuracy_drop: {max_accuracy_drop!r} must be from 0 to below 1, such as 0.01 for one point"
+        )
+    if limit is not None and limit < FEWEST_IMAGES:
+        raise ValueError(f"limit: {limit!r} images are too few to train and choose exits with; give {FEWEST_IMAGES}")
+    if not 0 < cache_limit < math.inf:
+        raise ValueError(f"cache_limit: {cache_limit!r} must be a number of GB above 0")
     started, training = time.perf_counter(), training or HeadTraining()
     with _cache_folder(output, say) as folder:
         set_seed(seed)

@@ -29,6 +29,10 @@ from .modes import evaluating
 from .pretrained import HUB_ARGUMENTS, check_files
 from .segments import Block, State, Tokens
 
+NO_DATA_PARALLEL = (
+    "a wrapped module cannot be copied for several GPUs in one process (nn.DataParallel): its pieces hold the weights "
+    "of the first; start a process for each with torchrun or accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)"
+)
 # what Auto classes pass on beside settings
 AUTO_ARGUMENTS = ("_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
 
@@ -189,6 +193,8 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             )
         return State({PIXELS: state[PIXELS].to(self.dtype)})
 
+    # cutting is no part of a graph that is compiled
+    @torch.compiler.disable
     def blocks(self) -> list[Block]:
         """The stretches between cuts, traced anew where a submodule, mode, dtype or device is another than before."""
         mode = self._mode()
@@ -196,6 +202,9 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             example = torch.zeros(1, self.config.num_channels, *_pair(self.config.image_size))
             self._pieces[mode] = cut(self.wrapped, self.config.after, _probes(self.wrapped, example))
         return list(self._pieces[mode])
+
+    def _replicate_for_data_parallel(self) -> HighwayWrapper:
+        raise ValueError(NO_DATA_PARALLEL)
 
     def _mode(self) -> tuple:
         """What a trace depends on; the modules themselves, since one may be put in the place of another."""

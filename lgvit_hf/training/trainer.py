@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine import replay
 from ..losses import task_loss
+from ..wrapper import NO_DATA_PARALLEL, HighwayWrapper
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
 from .checkpoints import ResumableTrainer
 from .images import with_pixels
@@ -75,6 +76,11 @@ class HighwayTrainer(ResumableTrainer):
             )
         if args.strategy == "single_exit" and args.train_exit >= num_exits:
             raise ValueError(f"train_exit: {args.train_exit} is outside 0..{num_exits - 1} ({num_exits} exits)")
+        if isinstance(model, HighwayWrapper):
+            if args.n_gpu > 1:
+                raise ValueError(NO_DATA_PARALLEL)
+            # what a module of any kind leaves out is not known
+            args.ddp_find_unused_parameters |= args.finds_unused_by_strategy
         trained = self._trained(model, args)
         if trained is not None:
             model.requires_grad_(False)
