@@ -31,7 +31,7 @@ from .segments import Block, State, Tokens
 
 NO_DATA_PARALLEL = (
     "a wrapped module cannot be copied for several GPUs in one process (nn.DataParallel): its pieces hold the weights "
-    "of the first; start a process for each with torchrun or accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)"
+    "of the first; start a process for each with torchrun or accelerate launch, or show it one (CUDA_VISIBLE_DEVICES)"
 )
 # what Auto classes pass on beside settings
 AUTO_ARGUMENTS = ("_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")

@@ -34,6 +34,10 @@ ROWS_AT_ONCE = 64
 NO_LABEL = -100
 
 
+class OtherStates(ValueError):
+    """A folder holds what another run, or somebody else, has left there."""
+
+
 @dataclass(frozen=True)
 class TokenShape:
     """What is kept of the tokens at one exit: `prefix` tokens, then the patches of `grid`, each of `width` channels.
@@ -155,13 +159,13 @@ def open_cache(
         earlier = json.loads(cache_file.read_text(encoding="utf-8"))
         differing = [name for name in {**made_from, **earlier} if made_from.get(name) != earlier.get(name)]
         if differing:
-            raise ValueError(
+            raise OtherStates(
                 f"{folder} holds the states of a stopped run with other {', '.join(differing)}; "
                 "repeat that run to finish it, or delete the folder to start anew"
             )
     else:
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is to hold cached states, but other files are there; move them away")
+            raise OtherStates(f"{folder} is to hold cached states, but other files are there; move them away")
         folder.mkdir(parents=True, exist_ok=True)
         needed, free = num_rows * bytes_per_image(shapes, num_labels), shutil.disk_usage(folder).free
         if needed > free:
@@ -206,7 +210,7 @@ def fill_cache(
         digest = hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         if number < len(digests):
             if digest != digests[number]:
-                raise ValueError(
+                raise OtherStates(
                     f"{cache.folder} holds the states of a stopped run with other images or labels; "
                     "repeat that run to finish it, or delete the folder to start anew"
                 )
@@ -249,15 +253,14 @@ class HeadTraining:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: {value!r} must be a whole number of at least 1")
-        for name in ("learning_rate", "temperature"):
+        for name in ("epochs", "learning_rate", "batch_size", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be a number above 0")
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be above 0, and finite")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) % 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be a whole number")
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: {self.weight_decay!r} must be a number of at least 0")
+            raise ValueError(f"weight_decay: {self.weight_decay!r} must be at least 0, and finite")
 
 
 def train_exits(
