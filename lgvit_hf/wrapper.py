@@ -269,9 +269,11 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As upstream's: weights as safetensors, cuts and heads as JSON; no code, since the module's is the user's."""
+        if kwargs.get("push_to_hub"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
         once = _each_once(self.state_dict() if state is None else state)
-        PreTrainedModel.save_pretrained(self, save_directory, *args, state_dict=once, **kwargs)
+        return PreTrainedModel.save_pretrained(self, save_directory, *args, state_dict=once, **kwargs)
 
     @classmethod
     def from_pretrained(
