@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
 from .models import example_image
+from .modes import evaluating
 from .policies import ExitPolicy
 from .segments import Segment, State
 
@@ -155,8 +156,6 @@ def model_macs(model: Highway, image: Tensor | None = None) -> Costs:
     exported = export_of(model)
     if exported is not None:
         return exported.macs
-    was_training = model.training
-    model.eval()
-    costs = count_macs(model.segments(), State({"pixel_values": example_image(model) if image is None else image}))
-    model.train(was_training)
-    return costs
+    with evaluating(model):
+        image = example_image(model) if image is None else image
+        return count_macs(model.segments(), State({"pixel_values": image}))

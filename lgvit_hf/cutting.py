@@ -6,8 +6,7 @@ A piece takes a `State` to the next cut. Nothing is taken on trust: pieces are r
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,18 +98,6 @@ def _same(ours: Tensor, expected: Tensor) -> bool:
         return False
     tolerance = 100 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
     return bool((ours - expected).abs().max() <= tolerance)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in `eval()` mode, each of its submodules as before afterwards."""
-    before = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in before:
-            each.training = training
 
 
 def _check_names(module: nn.Module, after: Sequence[str]) -> None:

@@ -181,7 +181,8 @@ def class_names(dataset: datasets.Dataset) -> list[str] | None:
         >>> class_names(load_unlabelled("digits").select_columns("image")) is None
         True
     """
-    return list(dataset.features["label"].names) if "label" in dataset.features else None
+    feature = dataset.features.get("label")
+    return list(feature.names) if hasattr(feature, "names") else None
 
 
 def _load_raw(source: str, seed: int, labelled: bool = True) -> Any:

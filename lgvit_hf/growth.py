@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
 from .costs import Costs, model_macs
-from .data import class_names, load_unlabelled
+from .data import class_names, find_columns, load_unlabelled, with_columns
 from .evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
 from .evaluation.plots import plot_report
 from .evaluation.report import as_table, judge
@@ -35,6 +36,7 @@ from .models import BY_BACKBONE, read_config, with_exits
 from .processing import ProcessedImages, open_processor
 from .training.cached import (
     HeadTraining,
+    OtherStates,
     StateCache,
     bytes_per_image,
     exit_logits,
@@ -92,7 +94,8 @@ def grow(
             it to be (`answer_worth`). Exits are never trained on labels.
         output (`str` or `Path`, *optional*):
             Folder for the model, its image processor, `grow.json` and `highway.png`. The states of a run that was
-            stopped wait in the hidden folder `.{output}-states` beside it. Without one, nothing is saved.
+            stopped wait in the hidden folder `.{output}-states` beside it; those of one that failed are removed.
+            Without an output, nothing is saved.
         processor (`BaseImageProcessor`, *optional*): By default the checkpoint's.
         exit_positions (`list[int]`, *optional*): Candidates; all early blocks and every second later one by default.
         exit_types (`list[str]` or `str`, *optional*, defaults to `"conv1_1"`): Head of each, or one for all.
@@ -131,8 +134,14 @@ def grow(
         raise ValueError(f"cost: {cost!r} must be 'time' or 'macs'")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share: {validation_share!r} must be between 0 and 1")
+    if not 0 <= max_accuracy_drop <= 1:
+        raise ValueError(f"max_accuracy_drop: {max_accuracy_drop!r} must be from 0 to 1, such as 0.01 for one point")
+    if limit is not None and limit < FEWEST_IMAGES:
+        raise ValueError(f"limit: {limit!r} images are too few to train and choose exits with; give {FEWEST_IMAGES}")
+    if not 0 < cache_limit < math.inf:
+        raise ValueError(f"cache_limit: {cache_limit!r} must be a number of GB above 0")
     started, training = time.perf_counter(), training or HeadTraining()
-    with _cache_folder(output, say) as folder:
+    with _cache_folder(output, say) as folder, ExitStack() as stack:
         set_seed(seed)
         model = _candidates(checkpoint, exit_positions, exit_types)
         if processor is None and not isinstance(checkpoint, PreTrainedModel):
@@ -146,6 +155,7 @@ def grow(
             "seed": seed,
         }
         cache, rows = _cache_for(model, items, folder, limit, cache_limit, settings, say)
+        stack.enter_context(_gone_if_it_fails(folder))
         num_held_out = max(1, round(len(rows) * validation_share))
         num_trained = len(rows) - num_held_out
         say(f"{num_trained} images to train {len(model.exits)} exits on, {num_held_out} to choose on")
@@ -238,11 +248,13 @@ def _items(
 ) -> Dataset | Sequence[dict[str, Any]]:
     """Rows `pixel_values` and, where they are known and wanted, `labels` numbered as the model's."""
     images = load_unlabelled(dataset, limit=limit, seed=seed) if isinstance(dataset, str) else dataset
-    if "image" not in getattr(images, "column_names", ()):
+    image, label = find_columns(images.features) if hasattr(images, "features") else (None, None)
+    if image is None:
         return _Unlabelled(images) if ignore_labels else images
+    images = with_columns(images, image, label)
     if processor is None:
         raise ValueError("processor: images are not pixel_values yet; give the image processor of the model")
-    if ignore_labels:
+    if ignore_labels or label is None:
         images = images.select_columns("image")
     names, config = class_names(images), model.config
     known = [config.id2label[index] for index in range(config.num_labels)]
@@ -317,6 +329,18 @@ def _cache_folder(output: str | Path | None, say: Callable[[str], None]) -> Iter
                 say(f"stopped; the same command goes on from what is in {folder}")
             raise
         shutil.rmtree(folder)
+
+
+@contextmanager
+def _gone_if_it_fails(folder: Path) -> Iterator[None]:
+    """Remove the states of a run that fails: they may be gigabytes, and it would fail again. A stopped one goes on."""
+    try:
+        yield
+    except (OtherStates, KeyboardInterrupt):
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _cache_for(

@@ -35,6 +35,15 @@ logger = logging.getLogger(__name__)
 # buffers that are made, not learned
 RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
 NO_OTHER_WEIGHTS = "weights are read from model.safetensors or by its index, from no other file; leave it out"
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "revision",
+    "create_pr",
+    "tags",
+)
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -77,11 +86,22 @@ class SafeCheckpoint:
         return model, info
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As upstream's, with the code of the model beside its weights.
+        """As upstream's, with the code of the model beside its weights; with `push_to_hub=True`, `push_to_hub` too.
 
         A saved folder opens with `trust_remote_code=True` where this package is not installed. The `checkpoint-N`
         folders of a `Trainer` go without the code: save the model that is to be handed on.
         """
+        if kwargs.pop("push_to_hub", False):
+            # upstream would push what it writes itself, without the code
+            hub = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+            repo_id = hub.pop("repo_id", None) or Path(save_directory).name
+            shared = {
+                name: kwargs[name] for name in ("token", "max_shard_size", "safe_serialization") if name in kwargs
+            }
+            self.save_pretrained(save_directory, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                self.push_to_hub(repo_id, **hub, **shared)
+            return None
         if not (kwargs.get("is_main_process", True) and code_goes_with(type(self), save_directory)):
             return super().save_pretrained(save_directory, *args, **kwargs)
         write_code(type(self), save_directory)

@@ -286,17 +286,18 @@ def open_processor(checkpoint: str | Path) -> BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
 
-def make_processor(image_size: int, num_channels: int = 3) -> BaseImageProcessor:
-    """The image processor of ViT for square images of `image_size` pixels, values in [-1, 1]; saved with the model.
+def make_processor(image_size: int | Sequence[int], num_channels: int = 3) -> BaseImageProcessor:
+    """The image processor of ViT for images of `image_size` pixels, values in [-1, 1]; saved with the model.
 
     Args:
-        image_size (`int`): Height and width.
+        image_size (`int` or pair): Height and width.
         num_channels (`int`, *optional*, defaults to 3): 3 for RGB, 1 for grey.
     """
     from transformers import ViTImageProcessor
 
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return ViTImageProcessor(
-        size={"height": image_size, "width": image_size},
+        size={"height": height, "width": width},
         image_mean=[0.5] * num_channels,
         image_std=[0.5] * num_channels,
         do_convert_rgb=num_channels == 3,

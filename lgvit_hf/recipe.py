@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--stage", choices=("backbone", "1", "2", "avit"), default="1", help="what to train (default: 1)")
     add("--model", help="checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
     add("--backbone", choices=("vit", "deit", "swin"), help="or: start from a small new one")
-    add("--image-size", type=whole(), default=32, help="of a new backbone (default: 32)")
+    add("--image-size", type=whole(), help="of a new backbone (default: 32)")
     add("--model-settings", type=mapping, help="of a new backbone, such as '{hidden_size: 192, num_hidden_layers: 6}'")
     add(
         "--exit-positions", type=position, nargs="+", metavar="BLOCK", help="blocks before each exit, from 1, or lgvit"
@@ -249,6 +249,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     from .training.run import train
 
     _check_stage(options)
+    _settle_model(options)
     arguments = training_arguments(options)
     splits = load_images(
         options.data,
@@ -303,6 +304,33 @@ def _check_stage(options: argparse.Namespace) -> None:
             raise ValueError(f"{name}: {getattr(options, name)!r} is for exits, which an A-ViT has not; leave it out")
 
 
+def _settle_model(options: argparse.Namespace) -> None:
+    """Each field of a new model is told once: by an option, in `model_settings`, in `halting`, or by the data."""
+    settings = dict(options.model_settings or {})
+    told = {"backbone": "--backbone", **dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")}
+    for name in ("image_size", *EXIT_OPTIONS):
+        if getattr(options, name) is not None:
+            told[name] = f"--{name.replace('_', '-')}"
+    told |= dict.fromkeys(options.halting or (), "--halting")
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise ValueError(f"model_settings: {name!r} is no name of a field")
+        if name in told:
+            raise ValueError(f"model_settings: {name}: {value!r} is told by {told[name]} too; leave one of them out")
+    if options.stage == "avit":
+        exits = [name for name in EXIT_OPTIONS[:-1] if name in settings]
+        if exits:
+            raise ValueError(f"model_settings: {exits[0]!r} is for exits, which an A-ViT has not; leave it out")
+    if "image_size" in settings:
+        try:
+            options.image_size = whole()(settings.pop("image_size"))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"model_settings: image_size: {error}") from None
+        options.model_settings = settings
+    elif options.image_size is None:
+        options.image_size = 32
+
+
 def _open(options: argparse.Namespace, label_names: list[str]) -> tuple[Any, Any]:
     """The model that the stage trains, and its image processor."""
     from .models import open_avit, open_model
@@ -317,7 +345,7 @@ def _open(options: argparse.Namespace, label_names: list[str]) -> tuple[Any, Any
     if options.stage == "avit":
         return open_avit(options.model, halting=options.halting, **source)
     exits = {name: _one_or_all(getattr(options, name)) for name in EXIT_OPTIONS if getattr(options, name) is not None}
-    if options.stage == "backbone":
+    if options.stage == "backbone" and "exit_positions" not in (options.model_settings or {}):
         # exits come with the stage that trains them
         exits.setdefault("exit_positions", [])
     return open_model(options.model, exits=exits, **source)

@@ -142,8 +142,13 @@ def apply_settings(
         ({}, 8)
     """
     known, left = names_of(command), {}
+    spelt: dict[str, Any] = {}
     for key, value in settings.items():
-        action = known.get(str(key).replace("-", "_"))
+        name = str(key).replace("-", "_")
+        if name in spelt:
+            raise ValueError(f"{where}: {spelt[name]!r} and {key!r} are one key; leave one of them out")
+        spelt[name] = key
+        action = known.get(name)
         if action is not None:
             command.set_defaults(**{action.dest: _as_typed(action, key, value, where)})
         elif keep_unknown:

@@ -6,9 +6,11 @@ all others (position tables, masks, sizes) are made again.
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,31 @@ from torch.utils.checkpoint import CheckpointFunction
 from .chains import HIDDEN, LOGITS, PIXELS, Piece, chain_points, listed, logits_of, one_place, wrong_order
 from .segments import State
 
+# in which a module may keep what it has made
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of a trace is found when it runs.
+
+    Args:
+        module (`nn.Module`, *optional*), name (`str`, *optional*): A parameter, buffer or attribute of a module.
+        constant (`Tensor`, *optional*): What it was while tracing, where it may be gone or of another shape by now.
+    """
+
+    module: nn.Module | None = None
+    name: str = ""
+    constant: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """The tensor as it is now."""
+        if self.constant is None:
+            return getattr(self.module, self.name)
+        now = getattr(self.module, self.name, None)
+        fits = isinstance(now, Tensor) and (now.shape, now.dtype) == (self.constant.shape, self.constant.dtype)
+        return now if fits else self.constant
+
 
 @dataclass
 class TracedPiece:
@@ -29,19 +56,19 @@ class TracedPiece:
 
     Args:
         code (`fx.GraphModule`): Takes weights, then tensors of the state; gives those of the next one.
-        weights (`list`): Where each weight is to be found, a module and a name; or a constant of the graph.
+        weights (`list[Source]`): Where each weight is to be found.
         inputs (`list[str]`): Names of the tensors it takes from the state.
         outputs (`list[str]`): Names of those it gives.
     """
 
     code: fx.GraphModule
-    weights: list[tuple[nn.Module, str] | Tensor]
+    weights: list[Source]
     inputs: list[str]
     outputs: list[str]
 
     def __call__(self, state: State) -> State:
         """Run the operations."""
-        weights = [each if isinstance(each, Tensor) else getattr(*each) for each in self.weights]
+        weights = [source() for source in self.weights]
         # not called as a module: an exporter asks of each module it meets where in the model it stands
         found = self.code.forward(*weights, *(state[name] for name in self.inputs))
         return State(dict(zip(self.outputs, found, strict=True)))
@@ -99,7 +126,9 @@ class _Tapped(nn.Module):
         buffers = dict(self.module.named_buffers())
         try:
             logits = logits_of(self.module(pixel_values))
-            set_anew = [name for name, buffer in self.module.named_buffers() if buffer is not buffers.get(name)]
+            # what was not there before is made again each time
+            now = dict(self.module.named_buffers())
+            set_anew = [name for name, buffer in buffers.items() if now.get(name) is not buffer]
             if set_anew:
                 raise TypeError(f"the buffer {set_anew[0]!r} is set anew, which is lost; change it in place (copy_)")
             return [logits, *marks]
@@ -118,7 +147,7 @@ class Traced:
         nodes (`list[fx.Node]`): The operations, in the order in which they run.
         logits (`fx.Node`): The answer.
         taps (`dict[str, list[Tap]]`): Of each name, one for each time that it runs.
-        sources (`dict[fx.Node, ...]`): Where the weights are.
+        sources (`dict[fx.Node, Source]`): Where the weights are.
         pixels (`fx.Node`): The images.
     """
 
@@ -127,7 +156,7 @@ class Traced:
     nodes: list[fx.Node]
     logits: fx.Node
     taps: dict[str, list[Tap]]
-    sources: dict[fx.Node, tuple[nn.Module, str] | Tensor]
+    sources: dict[fx.Node, Source]
     pixels: fx.Node
     place: dict[fx.Node, int] = field(init=False)
     follows: set[fx.Node] = field(init=False)
@@ -322,18 +351,23 @@ def _nearest(traced: Traced, name: str) -> str:
 def trace(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Traced:
     """A module's operations, and where in them its submodules (by default all) end.
 
+    A copy of the module with the same weights is traced: what `forward` keeps on the way (a cache, say) is no real
+    tensor then.
+
     Raises:
         ValueError: It cannot be traced, with the reason and places that need no tracing.
     """
-    tapped = _Tapped(module, names)
+    twin = _twin(module)
+    tapped = _Tapped(twin, names)
     try:
         with (
             _plain_tensors(images.device),
-            _attributes_kept(module),
-            _gradients_kept(module),
+            _attributes_kept(twin),
+            _gradients_kept(twin),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
+            _fill_shared_caches(module, images)
             exported = torch.export.export(
                 tapped, (images.clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
@@ -355,7 +389,7 @@ def _read(module: nn.Module, names: Sequence[str], exported: torch.export.Export
     signature, graph = exported.graph_signature, exported.graph
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
-    sources: dict[fx.Node, tuple[nn.Module, str] | Tensor] = {}
+    sources: dict[fx.Node, Source] = {}
     nodes: list[fx.Node] = []
     pixels = None
     logits, *marks = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -364,9 +398,13 @@ def _read(module: nn.Module, names: Sequence[str], exported: torch.export.Export
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in held:
             path, _, name = held[node.name].removeprefix("module.").rpartition(".")
-            sources[node] = (module.get_submodule(path), name)
+            sources[node] = Source(module.get_submodule(path), name)
         elif node.op == "placeholder" and node.name in constants:
-            sources[node] = exported.constants[constants[node.name]]
+            # of a tensor in a plain attribute, the attribute's name
+            path, _, name = constants[node.name].removeprefix("module.").rpartition(".")
+            constant = exported.constants[constants[node.name]]
+            owner = dict(module.named_modules()).get(path) if constants[node.name].startswith("module.") else None
+            sources[node] = Source(owner, name, constant)
         elif node.op == "placeholder":
             pixels = node
         elif node in named:
@@ -388,16 +426,55 @@ def _plain_tensors(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy with the same weights and modes, and caches as new; the module itself where it cannot be copied."""
+    if any("forward" in vars(each) for each in module.modules()):
+        # a function that may call the module itself, not the copy
+        return module
+    tensors = [held for each in module.modules() for held in _held(vars(each)) if isinstance(held, Tensor)]
+    try:
+        twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        pairs = list(zip(twin.modules(), module.modules(), strict=True))
+        for each, original in pairs:
+            # to and fro: that is how modules forget what they have made of their weights
+            each.train(not original.training)
+            each.train(original.training)
+    # attributes may be anything, and `train` the user's own
+    except Exception:
+        return module
+    for each, original in pairs:
+        each.training = original.training
+    return twin
+
+
+def _fill_shared_caches(module: nn.Module, images: Tensor) -> None:
+    """Answer images for real, so that a cache of a function (`functools.lru_cache`) holds what a trace asks of it."""
+    if not any(each.training for each in module.modules()):
+        with torch.no_grad(), torch.random.fork_rng():
+            _twin(module)(images.clone())
+
+
+def _held(value: Any, known: set[int] | None = None) -> Iterator[Any]:
+    """A value and all that dicts, lists, tuples and sets in it hold."""
+    known = set() if known is None else known
+    yield value
+    if type(value) in (*CONTAINERS, tuple) and id(value) not in known:
+        known.add(id(value))
+        for inner in list(value.values() if isinstance(value, dict) else value):
+            yield from _held(inner, known)
+
+
 @contextmanager
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """A module's attributes as before: what `forward` keeps while it is traced (a cache, say) is no real tensor."""
-    before = [(each, dict(vars(each))) for each in module.modules()]
+    """A module's attributes, and what dicts, lists and sets in them hold, as before."""
+    held = [each for submodule in module.modules() for each in _held(vars(submodule)) if type(each) in CONTAINERS]
+    before = [(container, container.copy()) for container in held]
     try:
         yield
     finally:
-        for each, attributes in before:
-            vars(each).clear()
-            vars(each).update(attributes)
+        for container, content in before:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @contextmanager

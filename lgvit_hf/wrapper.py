@@ -21,13 +21,18 @@ from transformers.utils import cached_file
 from .chains import HIDDEN, LOGITS, PIXELS, Piece
 from .configuration import Exit, without_attention_code
 from .configuration_wrapper import OWN, HighwayWrapperConfig
-from .cutting import cut, cut_points, evaluating, proven_pieces
+from .cutting import cut, cut_points, proven_pieces
 from .heads import ExitHead, HeadShape
 from .layout import reading_of
 from .modeling_highway import HighwayMixin
+from .modes import evaluating
 from .pretrained import HUB_ARGUMENTS, check_files
 from .segments import Block, State, Tokens
 
+NO_DATA_PARALLEL = (
+    "a wrapped module cannot be copied for several GPUs in one process (nn.DataParallel): its pieces hold the weights "
+    "of the first; start a process for each with torchrun or accelerate launch, or show it one (CUDA_VISIBLE_DEVICES)"
+)
 # what Auto classes pass on beside settings
 AUTO_ARGUMENTS = ("_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
 
@@ -190,6 +195,8 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             )
         return State({PIXELS: state[PIXELS].to(self.dtype)})
 
+    # cutting is no part of a graph that is compiled
+    @torch.compiler.disable
     def blocks(self) -> list[Block]:
         """The stretches between cuts, traced anew where a submodule, mode, dtype or device is another than before."""
         mode = self._mode()
@@ -197,6 +204,9 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             example = torch.zeros(1, self.config.num_channels, *_pair(self.config.image_size))
             self._pieces[mode] = cut(self.wrapped, self.config.after, _probes(self.wrapped, example))
         return list(self._pieces[mode])
+
+    def _replicate_for_data_parallel(self) -> HighwayWrapper:
+        raise ValueError(NO_DATA_PARALLEL)
 
     def _mode(self) -> tuple:
         """What a trace depends on; the modules themselves, since one may be put in the place of another."""
@@ -261,9 +271,11 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As upstream's: weights as safetensors, cuts and heads as JSON; no code, since the module's is the user's."""
+        if kwargs.get("push_to_hub"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
         once = _each_once(self.state_dict() if state is None else state)
-        PreTrainedModel.save_pretrained(self, save_directory, *args, state_dict=once, **kwargs)
+        return PreTrainedModel.save_pretrained(self, save_directory, *args, state_dict=once, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -18,7 +18,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from transformers import TrainingArguments
 
-from lgvit_hf import AViTTrainer, DistillationTrainer, HighwayTrainer, HighwayTrainingArguments, ViTHighway
+from lgvit_hf import (
+    AViTTrainer,
+    DistillationTrainer,
+    HighwayTrainer,
+    HighwayTrainingArguments,
+    HighwayWrapper,
+    ViTHighway,
+)
 from lgvit_hf.cli import main
 from lgvit_hf.commands.benchmark import run_benchmark
 from lgvit_hf.commands.calibrate import run_calibrate
@@ -306,7 +313,7 @@ def test_trainers_write_the_card_with_their_own_figures(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub that keeps what was uploaded, as name to bytes."""
-    kept = SimpleNamespace(files={}, readme=None, arguments={})
+    kept = SimpleNamespace(files={}, readme=None, arguments={}, made={})
 
     def upload_folder(self=None, **arguments):
         folder = Path(arguments["folder_path"])
@@ -321,7 +328,13 @@ def hub(monkeypatch):
         return str(kept.readme)
 
     made = SimpleNamespace(repo_id="me/tiny")
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *_, **__: made)
+
+    def create_repo(self, *_, private=None, **__):
+        kept.made.update(private=private, token=self.token)
+        return made
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, *_, branch, **__: kept.made.update(branch=branch))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(push, "hf_hub_download", download)
     monkeypatch.setattr("transformers.trainer.create_repo", lambda *_, **__: made, raising=False)
@@ -375,6 +388,54 @@ def test_a_model_that_was_never_saved_is_pushed_too(hub):
         model.push_to_hub("me/tiny", tags=["new"])
         assert {"README.md", "model.safetensors", "config.json"} <= set(hub.files)
         assert "- new" in hub.files["README.md"].decode()
+
+
+def test_arguments_of_a_push_are_obeyed(checkpoint, hub):
+    model = ViTHighway.from_pretrained(checkpoint)
+    given = {"commit_message": "first", "commit_description": "why", "create_pr": True, "revision": "next"}
+    model.push_to_hub("me/tiny", max_shard_size="50KB", private=True, token="secret", tags=["mine"], **given)
+    assert {name: hub.arguments[name] for name in given} == given
+    assert hub.made == {"private": True, "branch": "next", "token": "secret"}
+    shards = [name for name in hub.files if name.endswith(".safetensors")]
+    assert len(shards) > 1 and "model.safetensors.index.json" in hub.files
+    assert "- mine" in hub.files["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"safe_serialization": False}, ValueError, "safe_serialization: False would push pickles"),
+        ({"use_temp_dir": False}, ValueError, "use_temp_dir: False"),
+        ({"variant": "fp16"}, TypeError, "variant"),
+        ({"organization": "us"}, TypeError, "organization"),
+    ],
+)
+def test_arguments_that_a_push_cannot_obey_are_refused(changes, error, message, hub):
+    with pytest.raises(error, match=message):
+        tiny_model("vit", exit_positions=[2]).push_to_hub("me/tiny", **changes)
+    assert not hub.files
+
+
+def test_tags_are_added_to_any_card(checkpoint, hub, tmp_path):
+    hub.readme = tmp_path / "README.md"
+    hub.readme.write_text("---\nlicense: mit\ntags:\n- old\n---\nwritten on the Hub")
+    ViTHighway.from_pretrained(checkpoint).push_to_hub("me/tiny", tags="new")
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.tags == ["old", "new"] and card.data.license == "mit" and "written on the Hub" in card.text
+
+
+@pytest.mark.parametrize("kind", ["highway", "avit", "wrapped"])
+def test_saving_may_push(kind, hub, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, stride=8), torch.nn.Flatten(), torch.nn.Linear(16, 5)).eval()
+    model = {
+        "highway": lambda: tiny_model("vit", exit_positions=[2]),
+        "avit": lambda: tiny_avit("vit"),
+        "wrapped": lambda: HighwayWrapper(net, after=["0"], example=torch.zeros(1, 3, 16, 16)),
+    }[kind]()
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="me/tiny", commit_message="x", tags=["new"])
+    assert {file.name for file in (tmp_path / "model").iterdir()} <= set(hub.files)
+    assert hub.arguments["commit_message"] == "x" and "- new" in hub.files["README.md"].decode()
+    assert any(name.startswith("modeling_") for name in hub.files) == (kind != "wrapped")
 
 
 def test_a_trainer_pushes_its_card(hub, tmp_path):

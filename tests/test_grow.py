@@ -476,6 +476,11 @@ def test_measured_costs_are_shares_of_the_full_model(monkeypatch):
         ({"exit_types": "conv9"}, "unknown head 'conv9'"),
         ({"cost": "euros"}, "cost: 'euros' must be"),
         ({"validation_share": 1.5}, "validation_share: 1.5"),
+        ({"max_accuracy_drop": -0.01}, "max_accuracy_drop: -0.01 must be from 0 to 1"),
+        ({"max_accuracy_drop": 1.5}, "max_accuracy_drop: 1.5"),
+        ({"max_accuracy_drop": float("nan")}, "max_accuracy_drop: nan"),
+        ({"cache_limit": 0}, "cache_limit: 0 must be"),
+        ({"limit": -5}, "limit: -5 images are too few"),
     ],
 )
 def test_bad_input(changes, message, tmp_path):
@@ -486,8 +491,43 @@ def test_bad_input(changes, message, tmp_path):
 
 @version_independent
 def test_bad_training_settings():
-    with pytest.raises(ValueError, match="epochs: 0 must be above 0"):
-        HeadTraining(epochs=0)
+    for name, value, message in (
+        ("epochs", 0, "above 0"),
+        ("epochs", 1.5, "a whole number"),
+        ("learning_rate", -1e-3, "above 0"),
+        ("learning_rate", float("inf"), "finite"),
+        ("batch_size", 0, "above 0"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("temperature", float("nan"), "above 0"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {value} must be .*{message}"):
+            HeadTraining(**{name: value})
+
+
+@pytest.mark.parametrize("where", ["fill_cache", "train_exits", "choose_exits", "evaluate"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_states_do_not_outlive_a_run_that_fails(where, error, plain, images, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error("no exit pays")
+
+    monkeypatch.setattr(growth, where, fail)
+    monkeypatch.setattr(growth.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for output in (None, tmp_path / "out"):
+        with pytest.raises(error, match="no exit pays"):
+            grow(plain, images, output, **SMALL)
+    # a run that was stopped goes on, if it has a name
+    left = [".out-states"] if error is KeyboardInterrupt else []
+    assert [file.name for file in tmp_path.glob(".*")] == left
+    assert not any((tmp_path / "temporary").glob("lgvit-*"))
+
+
+def test_a_wrong_setting_leaves_the_states_of_a_stopped_run(stopped, plain, images, tmp_path):
+    before = {file.name: file.read_bytes() for file in stopped.iterdir()}
+    for changes in ({"max_accuracy_drop": -1}, {"exit_types": "conv9"}, {"exit_positions": []}):
+        with pytest.raises(ValueError):
+            grow(plain, images, tmp_path / "out", **{**SMALL, **changes})
+        assert {file.name: file.read_bytes() for file in stopped.iterdir()} == before
 
 
 def test_bad_input_of_the_command(plain, tmp_path, capsys):

@@ -60,7 +60,7 @@ def tiny_avit(kind="vit", seed=0, **changes):
 
 @torch.no_grad()
 def clear_images(model, number):
-    """Images none of whose tokens has a sum of scores at the bound, where rounding would decide."""
+    """Images none of whose tokens has a sum of scores at the bound, where rounding would decide; of mixed depths."""
     images, bound = tiny_images(3 * number), 1 - model.config.eps
     out = model(images, output_hidden_states=True)
     gate = model.config.gate_scale, model.config.gate_center
@@ -68,7 +68,8 @@ def clear_images(model, number):
     sums = (torch.stack([halting_scores(hidden, *gate) for hidden in out.hidden_states[1:]]) * live).cumsum(0)
     near = (live & ((sums - bound).abs() < 1e-4)).any(0).any(1)
     assert (~near).sum() >= number
-    return images[~near][:number]
+    depth = out.token_depth[~near].float().mean(1)
+    return images[~near][(depth - model.config.num_hidden_layers / 2).abs().argsort()[:number]]
 
 
 @torch.no_grad()

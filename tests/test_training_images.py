@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, TrainingArguments, ViTImageProcessor
 
-from lgvit_hf import AViT, AViTConfig, AViTTrainer, HighwayTrainer, HighwayTrainingArguments
+from lgvit_hf import AViT, AViTConfig, AViTTrainer, HighwayTrainer, HighwayTrainingArguments, HighwayWrapper
 from lgvit_hf.processing import make_processor
 from lgvit_hf.training.images import with_pixels
 from tests.seeds import rng
@@ -38,6 +38,22 @@ def test_a_folder_of_images_trains_as_it_is(photos, tmp_path, caplog):
     assert evaluated["eval_some_accuracy"] == pytest.approx(right.item())
     trainer.save_model()
     assert AutoImageProcessor.from_pretrained(tmp_path).size["height"] == IMAGE_SIZE
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin", "wrapped"])
+def test_oblong_images_need_no_saved_processor(kind, photos, tmp_path):
+    if kind == "wrapped":
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, stride=8), torch.nn.Flatten(), torch.nn.Linear(32, 5))
+        model = HighwayWrapper(net.eval(), after=["0"], example=torch.zeros(1, 3, 16, 32))
+    else:
+        model = tiny_model(kind, image_size=(16, 32))
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1}
+    args = HighwayTrainingArguments(str(tmp_path), **quiet)
+    trainer = HighwayTrainer(model, args, train_dataset=photos)
+    pixels = trainer.train_dataset[3]["pixel_values"]
+    oblong = ViTImageProcessor(size={"height": 16, "width": 32})
+    assert pixels.shape == (3, 16, 32) and torch.equal(pixels, expected(photos, oblong))
+    trainer.train()
 
 
 def test_which_processor(photos, tmp_path):

@@ -290,7 +290,7 @@ def _find_images(paths: Sequence[str], split: str | None) -> _Images:
 
 
 def _is_dataset(path: str, known: set[str]) -> bool:
-    """Whether this is no image files: Parquet, an archive, a saved dataset, or written as the name of one on the Hub."""
+    """Whether this is no image file: Parquet, an archive, a saved dataset, or written as the name of a Hub set."""
     place = Path(path)
     if place.is_dir():
         # beside images it may be predictions of them

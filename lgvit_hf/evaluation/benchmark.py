@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..batches import to_model
 from ..costs import Costs, Highway, decides_inside, export_of
 from ..engine import run_early
+from ..modes import evaluating
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
 from ..processing import stack
 from ..segments import Segment, State
@@ -61,14 +62,12 @@ def wall_clock_speed_up(
         `early_exit_seconds`, `backbone_seconds`, and their ratio `wall_clock_speed_up`; the last two `None` of one
         exported file.
     """
-    was_training = model.training
-    model.eval()
-    total: dict[str, float] = {}
-    for pixels in progress(batches):
-        runs = _runs_to_compare(model, to_model(pixels, model))
-        for name, seconds in time_interleaved(runs, repeats=repeats, warm_up=1).items():
-            total[name] = total.get(name, 0.0) + statistics.median(seconds)
-    model.train(was_training)
+    with evaluating(model):
+        total: dict[str, float] = {}
+        for pixels in progress(batches):
+            runs = _runs_to_compare(model, to_model(pixels, model))
+            for name, seconds in time_interleaved(runs, repeats=repeats, warm_up=1).items():
+                total[name] = total.get(name, 0.0) + statistics.median(seconds)
     early, backbone = total["early_exit"], total.get("backbone")
     return {
         "early_exit_seconds": early,
@@ -145,34 +144,32 @@ def benchmark(
     """
     items = _random_items(images, limit)
     sizes = measured_sizes(batch_sizes, len(items))
-    was_training = model.training
-    model.eval()
-    segments, policy = timed_segments(model), model.exit_policy
-    table = table or collect(model, items, batch_size=sizes[-1])
-    accuracy = _accuracy(table, policy)
-    policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
-    if accuracy["static_exit"] is not None:
-        policies["static"] = FixedPolicy(accuracy["static_exit"])
-    pixels = to_model(stack(items)["pixel_values"], model)
-    timings = _time_all(segments, policies, pixels, sizes, set(batch_sizes), repeats, progress)
-    walks = {size: timing.steady_walks() for size, timing in timings.items()}
-    costs = cost_table(model, walks)
-    asked = [index for index in range(len(segments) - 1) if not policy.skips(index)]
-    depths = [segment.depth for segment in segments]
-    heads = head_names(model)
-    parts = profile(model, segments, heads, pixels[:1], {size: walks[size] for size in (1, sizes[-1])})
-    report = {
-        "environment": _environment(model, policy, repeats, len(items)),
-        "accuracy": accuracy,
-        "batches": [_of_batches(size, timings[size], depths, costs, asked) for size in sorted(set(batch_sizes))],
-        "exits": _of_exits(depths, heads, timings[min(batch_sizes)]),
-        "memory": None if export_of(model) else _memory(segments, policies, pixels[: sizes[-1]]),
-        "parameters": parameters_by_part(model, parts),
-        "profile": parts,
-        "cost_table": costs.to_dict(),
-        "exported": export_facts(model),
-    }
-    model.train(was_training)
+    with evaluating(model):
+        segments, policy = timed_segments(model), model.exit_policy
+        table = table or collect(model, items, batch_size=sizes[-1])
+        accuracy = _accuracy(table, policy)
+        policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
+        if accuracy["static_exit"] is not None:
+            policies["static"] = FixedPolicy(accuracy["static_exit"])
+        pixels = to_model(stack(items)["pixel_values"], model)
+        timings = _time_all(segments, policies, pixels, sizes, set(batch_sizes), repeats, progress)
+        walks = {size: timing.steady_walks() for size, timing in timings.items()}
+        costs = cost_table(model, walks)
+        asked = [index for index in range(len(segments) - 1) if not policy.skips(index)]
+        depths = [segment.depth for segment in segments]
+        heads = head_names(model)
+        parts = profile(model, segments, heads, pixels[:1], {size: walks[size] for size in (1, sizes[-1])})
+        report = {
+            "environment": _environment(model, policy, repeats, len(items)),
+            "accuracy": accuracy,
+            "batches": [_of_batches(size, timings[size], depths, costs, asked) for size in sorted(set(batch_sizes))],
+            "exits": _of_exits(depths, heads, timings[min(batch_sizes)]),
+            "memory": None if export_of(model) else _memory(segments, policies, pixels[: sizes[-1]]),
+            "parameters": parameters_by_part(model, parts),
+            "profile": parts,
+            "cost_table": costs.to_dict(),
+            "exported": export_facts(model),
+        }
     return report
 
 

@@ -24,6 +24,7 @@ from ..devices import device_name, wait_for_accelerators
 from ..engine import Answers
 from ..environment import processor_name
 from ..files import write_json
+from ..modes import evaluating
 from ..policies import ExitPolicy, Memory, probabilities
 from ..segments import Segment, State
 
@@ -375,17 +376,15 @@ def measure_cost_table(
         ([1, 2], True)
     """
     sizes = measured_sizes(batch_sizes, len(pixels))
-    was_training = model.training
-    model.eval()
-    segments, policy = timed_segments(model), model.exit_policy
-    walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
+    with evaluating(model):
+        segments, policy = timed_segments(model), model.exit_policy
+        walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
 
-    def walk(size: int) -> None:
-        state = State({"pixel_values": to_model(pixels[:size], model)})
-        walks[size].append(time_parts(segments, state, policy))
+        def walk(size: int) -> None:
+            state = State({"pixel_values": to_model(pixels[:size], model)})
+            walks[size].append(time_parts(segments, state, policy))
 
-    time_interleaved({str(size): partial(walk, size) for size in sizes}, repeats=repeats)
-    model.train(was_training)
+        time_interleaved({str(size): partial(walk, size) for size in sizes}, repeats=repeats)
     return cost_table(model, {size: times[-repeats:] for size, times in walks.items()})
 
 

@@ -13,6 +13,7 @@ from ..batches import in_batches, to_model
 from ..costs import Highway, decides_inside, model_macs
 from ..engine import Answers
 from ..models import answer_depths
+from ..modes import evaluating
 from .anatomy import export_facts, head_names
 from .benchmark import wall_clock_speed_up
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
@@ -68,8 +69,8 @@ def look(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> tuple[Exi
 @torch.no_grad()
 def answer_all(model: Highway, dataset: Dataset, *, batch_size: int = 64) -> Answers:
     """The answers of a highway to every row of a dataset, each row leaving by the model's policy; on the CPU."""
-    model.eval()
-    outs = [model(to_model(batch["pixel_values"], model)) for batch in in_batches(dataset, batch_size)]
+    with evaluating(model):
+        outs = [model(to_model(batch["pixel_values"], model)) for batch in in_batches(dataset, batch_size)]
     names = ("logits", "exit_index", "exit_layer", "exit_score")
     return Answers(*(torch.cat([getattr(out, name) for out in outs]).cpu() for name in names))
 

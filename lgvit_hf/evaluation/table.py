@@ -21,6 +21,7 @@ from ..batches import in_batches, to_model
 from ..costs import Costs, Highway, export_of, model_macs
 from ..engine import Answers, replay, run_all
 from ..files import add_files
+from ..modes import evaluating
 from ..policies import ExitPolicy, build_policy
 from ..segments import State
 
@@ -147,20 +148,18 @@ def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64, num_worke
     """
     if len(dataset) == 0:
         raise ValueError("there is no image to collect exits for: the dataset is empty")
-    was_training = model.training
-    model.eval()
-    segments, logits, labels, costs, start = model.segments(), None, [], None, 0
-    for batch in _progress(in_batches(dataset, batch_size, num_workers=num_workers)):
-        pixels = to_model(batch["pixel_values"], model)
-        exit_logits = run_all(segments, State({"pixel_values": pixels}))
-        if logits is None:  # all of the table at once: it may be too large to be there twice
-            logits = torch.empty(len(segments), len(dataset), exit_logits[-1].shape[-1], dtype=torch.float32)
-        here = logits[:, start : start + len(pixels)]
-        for rows, answered in zip(here, exit_logits, strict=True):
-            rows.copy_(answered)
-        labels.append(batch.get("labels", here[-1].argmax(-1)))
-        costs, start = costs or model_macs(model, pixels[:1]), start + len(pixels)
-    model.train(was_training)
+    with evaluating(model):
+        segments, logits, labels, costs, start = model.segments(), None, [], None, 0
+        for batch in _progress(in_batches(dataset, batch_size, num_workers=num_workers)):
+            pixels = to_model(batch["pixel_values"], model)
+            exit_logits = run_all(segments, State({"pixel_values": pixels}))
+            if logits is None:  # all of the table at once: it may be too large to be there twice
+                logits = torch.empty(len(segments), len(dataset), exit_logits[-1].shape[-1], dtype=torch.float32)
+            here = logits[:, start : start + len(pixels)]
+            for rows, answered in zip(here, exit_logits, strict=True):
+                rows.copy_(answered)
+            labels.append(batch.get("labels", here[-1].argmax(-1)))
+            costs, start = costs or model_macs(model, pixels[:1]), start + len(pixels)
     depths = [segment.depth for segment in segments]
     return ExitTable(logits, torch.cat(labels), depths, costs, weights_digest(model))
 

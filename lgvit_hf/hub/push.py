@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..models import read_config
@@ -22,7 +22,14 @@ PROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
 
 
-def publish_folder(model: PreTrainedModel, folder: str | Path, *, name: str, tags: Sequence[str] = ()) -> None:
+def publish_folder(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    name: str,
+    tags: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
+) -> None:
     """Save a model as it is pushed: with what lies in the folder that it was loaded from.
 
     That is its image processor, the reports of `lgvit evaluate`, `calibrate` and `benchmark`, and its card with the
@@ -34,9 +41,10 @@ def publish_folder(model: PreTrainedModel, folder: str | Path, *, name: str, tag
         folder (`str` or `Path`): New, or of an earlier push.
         name (`str`): The Hub id, which the card's snippet loads.
         tags (`Sequence[str]`, *optional*): Of a card that is made.
+        max_shard_size (`int` or `str`, *optional*): Of a file of weights, by default upstream's.
     """
     folder, source = Path(folder), Path(model.name_or_path)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     if not model.name_or_path or not (source / "config.json").is_file():
         if has_card(model.config):
             write_card(card(model, name=name, tags=tags), folder / CARD)
@@ -71,21 +79,41 @@ def push(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    tags: Sequence[str] | None = None,
+    max_shard_size: int | str | None = None,
+    tags: str | Sequence[str] | None = None,
+    safe_serialization: bool = True,
+    use_temp_dir: bool | None = None,
 ) -> CommitInfo:
-    """Push what `publish_folder` saves; a README that somebody wrote in the repository stays.
+    """Push what `publish_folder` saves; a README that somebody wrote in the repository stays, but for `tags`.
 
     Args:
         model (`PreTrainedModel`): A highway or an `AViT`.
         repo_id (`str`): `owner/name`, made where it is not there.
-        commit_message, commit_description, private, token, revision, create_pr, tags: As of `PreTrainedModel`.
+        revision (`str`, *optional*): A branch, made where it is not there.
+        commit_message, commit_description, private, token, create_pr, max_shard_size, tags: As of `PreTrainedModel`.
+        safe_serialization, use_temp_dir: As of transformers 4; `True` is all there is.
+
+    Raises:
+        ValueError: Pickles, or a folder that is no temporary one, are asked for.
     """
+    if not safe_serialization:
+        raise ValueError("safe_serialization: False would push pickles, which can run code; leave it out")
+    if use_temp_dir is False:
+        raise ValueError("use_temp_dir: False is not possible: save_pretrained(folder) leaves a copy on the disk")
+    tags = [tags] if isinstance(tags, str) else list(tags or ())
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        publish_folder(model, folder, name=repo_id, tags=tags or ())
-        if _has_own_card(repo_id, revision, token):
-            (Path(folder) / CARD).unlink(missing_ok=True)
+        publish_folder(model, folder, name=repo_id, tags=tags, max_shard_size=max_shard_size)
+        readme, theirs = Path(folder) / CARD, _own_card(repo_id, revision, token)
+        if theirs is not None:
+            readme.unlink(missing_ok=True)
+            if tags:
+                shutil.copyfile(theirs, readme)
+        if tags:
+            _add_tags(readme, tags)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -96,8 +124,19 @@ def push(
         )
 
 
-def _has_own_card(repo_id: str, revision: str | None, token: Any) -> bool:
+def _own_card(repo_id: str, revision: str | None, token: Any) -> str | None:
+    """The README that somebody wrote in a repository, if there is one."""
     try:
-        return is_own(hf_hub_download(repo_id, CARD, revision=revision, token=token))
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return False
+        file = hf_hub_download(repo_id, CARD, revision=revision, token=token)
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+    return file if is_own(file) else None
+
+
+def _add_tags(readme: Path, tags: Sequence[str]) -> None:
+    """Add tags to a README, which is made where there is none."""
+    made = ModelCard.load(readme) if readme.is_file() else ModelCard("---\n{}\n---\n")
+    missing = [tag for tag in tags if tag not in (made.data.tags or [])]
+    if missing:
+        made.data.tags = [*(made.data.tags or []), *missing]
+        made.save(readme)

@@ -74,8 +74,10 @@ class HighwayTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor: {self.label_smoothing_factor!r} is not used by any strategy; set 0"
             )
-        if self.ddp_find_unused_parameters is None:
+        self.finds_unused_by_strategy = self.ddp_find_unused_parameters is None
+        if self.finds_unused_by_strategy:
             # what a strategy leaves out of a step has no gradient there
-            self.ddp_find_unused_parameters = True
+            leaves_out = self.strategy in ("alternating", "alternating_weighted", "backbone")
+            self.ddp_find_unused_parameters = leaves_out or self.backbone_share > 0
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature!r} must be above 0")

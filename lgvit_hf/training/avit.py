@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PretrainedConfig, TrainingArguments
 
+from ..configuration_avit import AViTConfig
 from ..halting import token_macs
 from ..modeling_avit import AViT
 from .checkpoints import ResumableTrainer
@@ -25,7 +26,7 @@ class AViTTrainer(TakesImages, ResumableTrainer):
     since the last. Evaluation gives the figures of `AViTMetrics`, unless there is a `compute_metrics` of one's own.
 
     Args:
-        model (`AViT`): Trained in place.
+        model (`AViT`): Trained in place; `None` where `model_init` makes one for each run.
         args (`TrainingArguments`): Any.
         kwargs: As of `transformers.Trainer`; datasets of images as of `HighwayTrainer`.
 
@@ -46,12 +47,22 @@ class AViTTrainer(TakesImages, ResumableTrainer):
         ['eval_mean_token_depth']
     """
 
-    def __init__(self, model: AViT, args: TrainingArguments, **kwargs: Any):
+    def __init__(self, model: AViT | None, args: TrainingArguments, **kwargs: Any):
+        model, model_init = self._first_model(model, args, kwargs)
         super().__init__(model, args, **with_pixels(model, kwargs))
-        self._own_metrics = self.compute_metrics is None and model.config.num_labels > 1
-        if self._own_metrics:
-            self.compute_metrics = AViTMetrics(model.config)
+        self.model_init = model_init or self.model_init
+        self._measure(model)
         self._sums, self._batches = dict.fromkeys(LOGGED, 0.0), 0
+
+    def _take(self, model: AViT) -> None:
+        if getattr(model.config, "model_type", None) != AViTConfig.model_type:
+            raise ValueError(f"model: {type(model).__name__} has no tokens that halt; an AViT is needed")
+
+    def _measure(self, model: AViT) -> None:
+        self._own_metrics = self.compute_metrics is None or isinstance(self.compute_metrics, AViTMetrics)
+        if self._own_metrics:
+            self._own_metrics = model.config.num_labels > 1
+            self.compute_metrics = AViTMetrics(model.config) if self._own_metrics else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; what it says of its tokens is kept for the next log."""

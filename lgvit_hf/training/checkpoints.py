@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..configuration_avit import HALTING_FIELDS
-from .publishing import CardTrainer
+from .fresh import FreshModelTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-class ResumableTrainer(CardTrainer):
+class ResumableTrainer(FreshModelTrainer):
     """A `Trainer` whose checkpoints are complete or skipped, and which Ctrl-C stops behind a checkpoint.
 
     A run that goes on from one gives the losses and weights of a run that was never stopped. Augmentation must follow
@@ -187,8 +187,8 @@ class ResumableTrainer(CardTrainer):
     repeated exactly only from the end of an epoch.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
+        super().__init__(model, args, **kwargs)
         self._saving = Saving()
         self.add_callback(self._saving)
         self.add_callback(_TellEpoch(self.train_dataset))

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine import replay
 from ..losses import task_loss
+from ..wrapper import NO_DATA_PARALLEL, HighwayWrapper
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
 from .checkpoints import ResumableTrainer
 from .images import TakesImages, with_pixels
@@ -24,7 +25,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
     """Trains backbone and exits together, by `args.strategy`; `backbone` and `single_exit` train a part.
 
     Args:
-        model (`PreTrainedModel`): A highway.
+        model (`PreTrainedModel`): A highway; `None` where `model_init` makes one for each run.
         args (`HighwayTrainingArguments`): See there for the strategies.
         kwargs:
             As of `transformers.Trainer`. Datasets, also those of `evaluate` and `predict`, may be as `datasets` loads
@@ -50,24 +51,37 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
 
     strategies = STAGE_ONE
 
-    def __init__(self, model: PreTrainedModel, args: HighwayTrainingArguments, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel | None, args: HighwayTrainingArguments, **kwargs: Any):
         if not isinstance(args, HighwayTrainingArguments):
             raise ValueError(f"args: {type(args).__name__} must be HighwayTrainingArguments")
-        if args.strategy is not None and args.strategy not in self.strategies:
-            raise ValueError(
-                f"strategy: {args.strategy!r} is not for {type(self).__name__}; choices: {', '.join(self.strategies)}"
-            )
-        num_exits = len(model.exits)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "compute_loss_func: the strategy is the loss; use transformers.Trainer for one of your own"
             )
-        if model.config.truncated or (num_exits == 0 and args.strategy != "backbone"):
+        model, model_init = self._first_model(model, args, kwargs)
+        super().__init__(model, args, **with_pixels(model, kwargs))
+        self.model_init = model_init or self.model_init
+        self._counting = False
+        self._measure(model)
+
+    def _take(self, model: PreTrainedModel) -> None:
+        args, num_exits = self.args, len(getattr(model, "exits", ()))
+        if args.strategy is not None and args.strategy not in self.strategies:
+            raise ValueError(
+                f"strategy: {args.strategy!r} is not for {type(self).__name__}; choices: {', '.join(self.strategies)}"
+            )
+        truncated = getattr(model.config, "truncated", True)
+        if truncated or (num_exits == 0 and args.strategy != "backbone"):
             raise ValueError(
                 f"{type(self).__name__} trains early exits, and this model has none; use transformers.Trainer"
             )
         if args.strategy == "single_exit" and args.train_exit >= num_exits:
             raise ValueError(f"train_exit: {args.train_exit} is outside 0..{num_exits - 1} ({num_exits} exits)")
+        if isinstance(model, HighwayWrapper):
+            if args.n_gpu > 1:
+                raise ValueError(NO_DATA_PARALLEL)
+            # what a module of any kind leaves out is not known
+            args.ddp_find_unused_parameters |= args.finds_unused_by_strategy
         trained = self._trained(model, args)
         if trained is not None:
             model.requires_grad_(False)
@@ -75,12 +89,13 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
                 module.requires_grad_(True)
         elif not any(parameter.requires_grad for parameter in model.base_model.parameters()):
             logger.warning("the backbone is frozen, only exits are trained; model.requires_grad_(True) thaws it")
-        super().__init__(model, args, **with_pixels(model, kwargs))
-        self._counting = False
-        if self.compute_metrics is None and _names_one_class(model.config):
-            depth = only_depth(args, model.config)
-            depths = [*model.config.exit_positions, model.config.num_blocks] if depth is None else [depth]
-            self.compute_metrics = ExitMetrics(depths, model.config.num_blocks)
+
+    def _measure(self, model: PreTrainedModel) -> None:
+        if self.compute_metrics is not None and not isinstance(self.compute_metrics, ExitMetrics):
+            return
+        depth = only_depth(self.args, model.config)
+        depths = [*model.config.exit_positions, model.config.num_blocks] if depth is None else [depth]
+        self.compute_metrics = ExitMetrics(depths, model.config.num_blocks) if _names_one_class(model.config) else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As upstream's; without a `compute_metrics` of one's own, the figures of `ExitMetrics` for every exit."""
