@@ -32,13 +32,29 @@ from tests.wrapped import wrapped
 HEADS = ["conv1_1", "attention_r2", "linear", "average"]
 
 
+@torch.no_grad()
 def tiny_avit(backbone="vit"):
-    seeded()
+    """Random weights, and a gate at which some tokens halt early and others go through all blocks."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    config = AViTConfig(
-        backbone=backbone, image_size=16, patch_size=4, num_labels=NUM_LABELS, gate_scale=1.0, gate_center=0.0, **sizes
-    )
-    return scrambled(AViT(config))
+    for center in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0):
+        seeded()
+        model = scrambled(
+            AViT(
+                AViTConfig(
+                    backbone=backbone,
+                    image_size=16,
+                    patch_size=4,
+                    num_labels=NUM_LABELS,
+                    gate_scale=1.0,
+                    gate_center=center,
+                    **sizes,
+                )
+            )
+        ).eval()
+        depth = model(tiny_images(4)).token_depth
+        if depth.min() < 4 and (depth.amax(1) == 4).any():
+            return model
+    raise AssertionError("tokens halt all alike")
 
 
 MODELS = {
