@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from .segments import Tokens
 
 HEADS: dict[str, Callable[..., nn.Module]] = {}
+"""Bodies of exit heads by name: what `exit_types` may hold; `register_head` adds one."""
 
 
 @dataclass(frozen=True)

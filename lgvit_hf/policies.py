@@ -17,6 +17,7 @@ Memory = dict[str, Tensor]
 Numbers = float | Sequence[float]
 
 POLICIES: dict[str, type] = {}
+"""Exit policies by name: what `exit_policy` may name; `register_policy` adds one."""
 
 _DEFAULTS = {
     "single_label_classification": {"name": "confidence", "threshold": 0.8},
