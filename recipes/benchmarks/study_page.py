@@ -22,14 +22,14 @@ HEAD = """# What was measured
 
 Every figure on this page is from `recipes/benchmarks/study.py`; `recipes/benchmarks/study_page.py` wrote it. Small
 models, trained from scratch for minutes on a CPU: accuracies are far from what longer training gives, comparisons
-between rows are what counts. Thresholds were chosen on validation rows so that the accuracy is at most so many points
+between rows are what counts. Thresholds were chosen on validation samples so that the accuracy is at most so many points
 below the *plain backbone*'s, which was trained without exits, and as cheap as can be: for ours by the search of `lgvit
-calibrate`, for the others one number for all exits. Accuracies and times are of test rows. *Speed-up* is
+calibrate`, for the others one number for all exits. Accuracies and times are of test samples. *Speed-up* is
 wall-clock, one thread, against the head-free backbone, in turn; a row without exits is timed against the plain
-backbone. A dash: no threshold is accurate enough on the validation rows. ± is half the 95 % interval of the drop
-(paired rows); where there are several seeds, figures are means.
+backbone. A dash: no threshold is accurate enough on the validation samples. ± is half the 95 % interval of the drop
+(paired samples); where there are several seeds, figures are means.
 
-A longer run would change how much the last blocks add to those before them, which is what early exit lives on: where
+A longer run would change how much the last blocks add to those before them, which is what early exit depends on: where
 they add little, a model that is cut off or smaller is hard to beat. It would not change what heads and decisions cost.
 
 Images are JPEG re-encodings of 32 pixels (CIFAR-10; 100 classes of Tiny-ImageNet), so accuracies do not compare with
@@ -207,7 +207,7 @@ def verdict(by_method):
     cut_off = points(by_method.get("truncated", []), AT_DROP, AT_SIZE)
     if cut_off:
         blocks, lost = mean(p["depth"] for p in cut_off), 100 * mean(p["drop"] for p in cut_off)
-        yield f"LGViT cut off behind block {blocks:g} is {lost:.1f} pt below the plain backbone."
+        yield f"LGViT cut off after block {blocks:g} is {lost:.1f} pt below the plain backbone."
     smaller = points(by_method.get("blocks6", []), AT_DROP, AT_SIZE)
     if smaller:
         more, times = -100 * mean(p["drop"] for p in smaller), mean(p["speed_up"] for p in smaller)
@@ -231,7 +231,7 @@ def page(rows, folder):
         + ".\n"
     )
     cells = groups(rows)
-    yield f"At most {100 * AT_DROP:g} point below the plain backbone, by the clock at batch {AT_SIZE}:\n"
+    yield f"At most {100 * AT_DROP:g} point below the plain backbone, wall-clock speed-up at batch {AT_SIZE}:\n"
     yield from table_of_cells(cells, AT_DROP, AT_SIZE)
     yield ""
     for (data, backbone), by_method in cells.items():
@@ -241,7 +241,7 @@ def page(rows, folder):
         yield f"## {data}, {BACKBONES[backbone]}\n"
         yield (
             f"Plain backbone {mean(r['plain_accuracy'] for ls in by_method.values() for r in ls):.1%}; "
-            f"{any_row['rows']['validation']} validation and {any_row['rows']['test']} test rows; epochs: backbone "
+            f"{any_row['rows']['validation']} validation and {any_row['rows']['test']} test samples; epochs: backbone "
             f"{budget['backbone']:g}, with exits {budget['joint']:g}, exits alone {budget['exits']:g}; seeds "
             f"{', '.join(map(str, seeds))}. {' '.join(verdict(by_method))}\n"
         )
@@ -259,9 +259,9 @@ def page(rows, folder):
         yield f"![accuracy against wall-clock speed-up]({picture})\n"
         yield f"At most {100 * AT_DROP:g} point below the plain backbone:\n"
         yield from table_at(by_method, AT_DROP)
-        yield f"\nBy the clock at batch {AT_SIZE}, for every drop:\n"
+        yield f"\nWall-clock speed-up at batch {AT_SIZE}, for every drop:\n"
         yield from table_of_drops(by_method, AT_SIZE)
-        yield "\nWhat each exit gets right of all test rows, in percent, by blocks run:\n"
+        yield "\nAccuracy of each exit on all test samples, in percent, by blocks run:\n"
         yield from table_of_exits(by_method)
         runtimes = list(table_of_runtimes(by_method, AT_SIZE))
         if runtimes:
