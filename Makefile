@@ -16,7 +16,7 @@ DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-5 test-thorough test-cross test-all test-upstream quality style clean
+.PHONY: help demo test test-5 test-thorough test-cross test-all test-upstream quality style docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -54,8 +54,19 @@ style: .venv/.ready ## mend what ruff can mend, then say what is left
 	.venv/bin/ruff format .
 	.venv/bin/ruff check .
 
-clean: ## remove the environments, the demo's output and every cache
-	rm -rf .venv .venv-5 demo_output build dist *.egg-info
+docs: .venv-docs/.ready ## build the site in site/; dead links and public names without a docstring fail
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@if grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//' --include='*.html' site; \
+		then echo "the site must load nothing from elsewhere"; exit 1; fi
+	@echo "open site/index.html"
+
+dist: .venv-dist/.ready ## build the sdist and, from it, the wheel in dist/, and check both
+	rm -rf dist
+	.venv-dist/bin/python -m build --no-isolation
+	.venv-dist/bin/twine check --strict dist/*
+
+clean: ## remove the environments, the demo's output, the site and every cache
+	rm -rf .venv .venv-5 .venv-docs .venv-dist demo_output site build dist *.egg-info
 	rm -rf .ruff_cache .hypothesis .import_linter_cache
 	find . -type d \( -name __pycache__ -o -name .pytest_cache \) -prune -exec rm -rf {} +
 
@@ -73,6 +84,18 @@ clean: ## remove the environments, the demo's output and every cache
 	@rm -f $@
 	@$(@D)/bin/python -m pip install -qq --upgrade pip
 	@$(@D)/bin/python -m pip install -qq -c $(filter .ci/%,$^) -e ".[$(EXTRAS)]"
+	@touch $@
+
+# Tools that read the sources: neither the package nor torch is installed beside them.
+.venv-docs/.ready: .ci/requirements-docs.txt
+.venv-dist/.ready: .ci/requirements-dist.txt
+
+.venv-docs/.ready .venv-dist/.ready:
+	@echo "setting up $(@D) with $<"
+	@test -f $@ || $(PYTHON) -m venv --clear $(@D)
+	@rm -f $@
+	@$(@D)/bin/python -m pip install -qq --upgrade pip
+	@$(@D)/bin/python -m pip install -qq -r $<
 	@touch $@
 
 # The wheel of transformers has no tests: they come from the package index, in the version that is installed.

@@ -13,6 +13,7 @@ ARGUMENTS = re.compile(rf"^( +)({ARGUMENT}(?:, {ARGUMENT})*):((?: .*)?(?:\n\1 .*
 
 
 def one_line_each(match: re.Match) -> str:
+    """The arguments of one line, without what the code says."""
     indent, arguments, description = match.groups()
     arguments = re.sub(r",? ?\*optional\*(?:, defaults to (?:\(.*?\)|`.*?`|[^,()]*))?", "", arguments).replace("`", "")
     arguments = re.findall(ARGUMENT, arguments)
@@ -20,6 +21,9 @@ def one_line_each(match: re.Match) -> str:
 
 
 class Docstrings(Extension):
+    """What `mkdocs.yml` names."""
+
     def on_object(self, *, obj, **_) -> None:
+        """Every docstring, before it is parsed."""
         if obj.docstring:
             obj.docstring.value = ARGUMENTS.sub(one_line_each, obj.docstring.value)

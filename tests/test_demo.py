@@ -1,21 +1,13 @@
-"""The demo, and the README with the model that it makes."""
+"""The demo, and README and pages with the model that it makes."""
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from lgvit_hf.demo import MODEL, run_demo
-
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+from tests.test_docs import RUN_WITH_THE_DEMO, snippets
 
 
 @pytest.fixture(scope="module")
@@ -86,33 +78,13 @@ for number in range(int(sys.argv[1])):
 """
 
 
-def test_readme_snippets_run(demo):
-    snippets = blocks("python")
-    assert len(snippets) == 5
-    for number, snippet in enumerate(snippets):
+def test_snippets_run(demo):
+    found = [snippet for page in RUN_WITH_THE_DEMO for snippet in snippets(page, "python")]
+    assert len(found) == 5
+    for number, snippet in enumerate(found):
         (demo[0] / f"snippet{number}.py").write_text(snippet)
-    command = [sys.executable, "-c", ONE_BY_ONE, str(len(snippets))]
+    command = [sys.executable, "-c", ONE_BY_ONE, str(len(found))]
     done = subprocess.run(command, cwd=demo[0], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # what they print: shapes, depths, the policy found
     assert "torch.Size([5, 10])" in done.stdout and "tensor(True)" in done.stdout
-
-
-@pytest.mark.version_independent
-def test_readme_commands_exist():
-    from lgvit_hf.options import build_parser
-
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lgvit ")]
-    assert len(commands) >= 4
-    for command in commands:
-        build_parser().parse_args(command.split()[1:])
-
-
-@pytest.mark.version_independent
-def test_readme_names_every_head_and_policy():
-    from lgvit_hf.heads import HEADS
-    from lgvit_hf.policies import POLICIES
-
-    for name in {*HEADS, *POLICIES} - {"attention"}:
-        assert f"`{name}`" in README, name
-    assert "`attention_r{n}`" in README

@@ -1,5 +1,7 @@
-"""The pages of `docs/`: what they say to type can be typed, their links lead somewhere, and their Python runs."""
+"""README and `docs/`: commands are understood, links lead somewhere, Python runs, every public name is there."""
 
+import ast
+import importlib.util
 import re
 import shlex
 import sys
@@ -9,13 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+import lgvit_hf
+from lgvit_hf.heads import HEADS
 from lgvit_hf.options import build_parser
+from lgvit_hf.policies import POLICIES
 from lgvit_hf.processing import make_processor
 from tests.seeds import generator
 from tests.tiny import tiny_images, tiny_model, tiny_native
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+# in `test_demo.py`, each snippet in a process of its own, beside the model that the demo makes
+RUN_WITH_THE_DEMO = [
+    ROOT / "README.md",
+    *(ROOT / f"docs/{name}.md" for name in ("index", "train", "choosing-thresholds")),
+]
 version_independent = pytest.mark.version_independent
 
 
@@ -31,6 +42,13 @@ def commands(page):
     inline = re.findall(r"`(lgvit [a-z]+ [^`]+)`", prose)
     whole = [line for line in [*lines, *inline] if line.startswith("lgvit ") and "..." not in line]
     return [shlex.split(line) for line in whole]
+
+
+def anchors(page):
+    """Of its headings, as GitHub and mkdocs make them."""
+    text = re.sub(r'^--8<-- "(.+)"$', lambda match: (ROOT / match[1]).read_text(), page.read_text(), flags=re.M)
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 def of(page):
@@ -65,8 +83,8 @@ def test_every_project_has_its_page():
 
 @version_independent
 def test_commands_are_understood():
-    found = [(page.name, words) for page in PAGES for words in commands(page)]
-    assert len(found) > 20
+    found = [(page.name, words) for page in TEXTS for words in commands(page)]
+    assert len(found) > 60
     parser = build_parser()
     for page, words in found:
         options, others = parser.parse_known_args(words[1:])
@@ -77,13 +95,62 @@ def test_commands_are_understood():
 
 @version_independent
 def test_links_lead_somewhere():
-    links = [(page, target) for page in PAGES for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text())]
-    assert len(links) >= 5
-    for page, target in links:
-        assert (page.parent / target).exists(), (page.name, target)
+    links = [
+        (page, target, anchor)
+        for page in TEXTS
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text())
+    ]
+    assert len(links) > 55
+    for page, target, anchor in links:
+        file = page.parent / target if target else page
+        assert file.exists(), (page.name, target)
+        assert not anchor or anchor in anchors(file), (page.name, target, anchor)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")], ids=of)
+@version_independent
+def test_readme_is_a_first_screen():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150
+    assert "](docs/demo.png)" in text
+    for command in ("make demo", "make test"):
+        assert f"```bash\n{command}\n```" in text
+    pages = {path.name for path in PAGES if path.parent.name == "docs"} - {"contributing.md"}
+    assert pages <= set(re.findall(r"\]\(docs/([a-z-]+\.md)", text))
+
+
+@version_independent
+def test_every_head_and_policy_is_named():
+    text = (ROOT / "docs" / "heads-and-policies.md").read_text()
+    for name in {*HEADS, *POLICIES} - {"attention"}:
+        assert f"`{name}`" in text, name
+    assert "`attention_r{n}`" in text
+
+
+@version_independent
+def test_every_public_name_is_in_the_reference():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    named = re.findall(r"^::: lgvit_hf\.(\w+)$", text, flags=re.M)
+    assert sorted(named) == sorted(lgvit_hf.__all__)
+
+
+@version_independent
+@pytest.mark.parametrize("name", lgvit_hf.__all__)
+def test_every_public_name_has_a_docstring(name):
+    """In its module, where the reference reads it: no object is asked, which would inherit one."""
+    spec = importlib.util.find_spec(f"lgvit_hf.{lgvit_hf._HOME_OF[name]}")
+    body = ast.parse(Path(spec.origin).read_text()).body
+    for statement, following in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if getattr(statement, "name", None) == name:
+            assert ast.get_docstring(statement)
+            return
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            assert isinstance(following, ast.Expr) and isinstance(following.value.value, str)
+            return
+    raise AssertionError(f"{name} is not defined in {spec.origin}")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p, "python") and p not in RUN_WITH_THE_DEMO], ids=of)
 def test_its_python_runs(page, workspace, tmp_path, monkeypatch):
     import onnxruntime
 

@@ -22,9 +22,9 @@ HEAD = """# What was measured
 
 Every figure on this page is from `recipes/benchmarks/study.py`; `recipes/benchmarks/study_page.py` wrote it. Small
 models, trained from scratch for minutes on a CPU: accuracies are far from what longer training gives, comparisons
-between rows are what counts. Thresholds were chosen on validation samples so that the accuracy is at most so many points
-below the *plain backbone*'s, which was trained without exits, and as cheap as can be: for ours by the search of `lgvit
-calibrate`, for the others one number for all exits. Accuracies and times are of test samples. *Speed-up* is
+between rows are what counts. Thresholds were chosen on validation samples so that the accuracy is at most so many
+points below the *plain backbone*'s, which was trained without exits, and as cheap as can be: for ours by the search
+of `lgvit calibrate`, for the others one number for all exits. Accuracies and times are of test samples. *Speed-up* is
 wall-clock, one thread, against the head-free backbone, in turn; a row without exits is timed against the plain
 backbone. A dash: no threshold is accurate enough on the validation samples. ± is half the 95 % interval of the drop
 (paired samples); where there are several seeds, figures are means.
