@@ -54,7 +54,7 @@ style: .venv/.ready ## mend what ruff can mend, then say what is left
 	.venv/bin/ruff format .
 	.venv/bin/ruff check .
 
-docs: .venv-docs/.ready ## build the site in site/; dead links and public names without a docstring fail
+docs: .venv-docs/.ready ## build the site in site/; dead links and anchors fail
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@if grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//' --include='*.html' site; \
 		then echo "the site must load nothing from elsewhere"; exit 1; fi
@@ -62,7 +62,7 @@ docs: .venv-docs/.ready ## build the site in site/; dead links and public names 
 
 dist: .venv-dist/.ready ## build the sdist and, from it, the wheel in dist/, and check both
 	rm -rf dist
-	.venv-dist/bin/python -m build --no-isolation
+	.venv-dist/bin/python -m build --no-isolation --quiet
 	.venv-dist/bin/twine check --strict dist/*
 
 clean: ## remove the environments, the demo's output, the site and every cache
