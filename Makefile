@@ -54,8 +54,9 @@ style: .venv/.ready ## mend what ruff can mend, then say what is left
 	.venv/bin/ruff format .
 	.venv/bin/ruff check .
 
+# without --quiet, which would hide the warnings from --strict
 docs: .venv-docs/.ready ## build the site in site/; dead links and anchors fail
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@if grep -rnE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* href="(https?:)?//' --include='*.html' site; \
 		then echo "the site must load nothing from elsewhere"; exit 1; fi
 	@echo "open site/index.html"
