@@ -214,10 +214,10 @@ def test_a_policy_of_ones_own_travels_by_its_name(tmp_path):
 @version_independent
 def test_parts_that_answer_otherwise_are_not_kept(tmp_path, monkeypatch):
     model = tiny_model("vit", **SMALL)
-    whole = splitting.run_early
+    whole = splitting.run_chain
     monkeypatch.setattr(
         splitting,
-        "run_early",
+        "run_chain",
         lambda *given: type(found := whole(*given))(found.logits + 1, *list(vars(found).values())[1:]),
     )
     with pytest.raises(ValueError, match="do not answer as the model does.*nothing was written"):

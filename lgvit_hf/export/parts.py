@@ -6,7 +6,7 @@ import copy
 import logging
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,8 @@ from ..policies import ExitPolicy
 from ..segments import State
 
 OPSET = 18
+# protobuf takes 2 GiB, of which the graph needs some
+MAX_FILE_BYTES = 2_000_000_000
 # policies that a single file can decide by
 EXPORTABLE = (
     "confidence",
@@ -149,6 +151,50 @@ def _exported_step(
     return _exported(module, (tensors,), ([batch for _ in names],), names, outputs, known, called), given
 
 
+@torch.no_grad()
+def weight_bytes(model: PreTrainedModel, exits: Sequence[int]) -> list[int]:
+    """Bytes of the weights between some exits of a highway, as its dtype has them; runs it on one image.
+
+    Args:
+        model (`PreTrainedModel`): A highway, in `eval()` mode.
+        exits (`Sequence[int]`): Ascending indices.
+
+    Example:
+
+        >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+        >>> small = dict(hidden_size=24, intermediate_size=24, num_attention_heads=2, image_size=32)
+        >>> model = ViTHighway(ViTHighwayConfig(**small, num_hidden_layers=2, exit_positions=[1])).eval()
+        >>> first, last = weight_bytes(model, [0, 1])
+        >>> first > last > 0, weight_bytes(model, [1])[0] < first + last
+        (True, True)
+    """
+    held = [*model.parameters(), *model.buffers()]
+    sizes, state, start = [], State({"pixel_values": example_image(model)}), 0
+    for index in exits:
+        with Read() as read:
+            for segment in model.segments()[start : index + 1]:
+                state = segment.advance(state)
+            segment.answer(state)
+        sizes.append(sum(weight.nbytes for weight in held if weight.untyped_storage().data_ptr() in read.storages))
+        start = index + 1
+    return sizes
+
+
+def check_file_sizes(sizes: Mapping[str, int], advice: str) -> None:
+    """Raise `ValueError` for an ONNX file that would be too large.
+
+    Args:
+        sizes (`Mapping[str, int]`): Bytes of weights by file.
+        advice (`str`): What to do instead.
+    """
+    for name, size in sizes.items():
+        if size > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{name} would hold {size / 1e9:.1f} GB of weights, and an ONNX file takes "
+                f"{MAX_FILE_BYTES / 1e9:g} GB; {advice}"
+            )
+
+
 def _modules_read(model: nn.Module, read: Read) -> list[nn.Module]:
     """The modules, none inside another, whose own parameters or buffers were read."""
     owners = [
@@ -252,13 +298,11 @@ def _exported(
     with _quiet():
         # in two steps: in one, the second would give the sizes names of its own and stumble over inputs without any
         traced = torch.export.export(module.eval(), arguments, dynamic_shapes=dynamic_shapes)
-        structure, weights = f"{inputs} {outputs} {_structure(traced)}", _weights(traced)
+        structure, weights = _structure(traced), _weights(traced)
         if structure not in known:
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
-                input_names=inputs,
-                output_names=outputs,
                 opset_version=OPSET,
                 # folds weights into others, and so has to wait for them
                 optimize=False,
@@ -266,7 +310,12 @@ def _exported(
                 verbose=False,
             )
             known[structure] = program, list(weights)
-        model = _with_weights(*known[structure], weights, called)
+        program = _with_weights(*known[structure], weights, called)
+    # at last: the optimizer gives an input that is handed on as it is a name of its own
+    for entries, names in ((program.model.graph.inputs, inputs), (program.model.graph.outputs, outputs)):
+        for entry, name in zip(entries, names, strict=True):
+            entry.name = name
+    model = program.model_proto
     # stack traces, which may be larger than the weights
     for holder in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         del holder.metadata_props[:]
@@ -277,7 +326,7 @@ def _exported(
 
 
 def _with_weights(program: Any, names: list[str], weights: dict[str, Tensor], called: dict[Tensor, str]) -> Any:
-    """An ONNX model of a program that is not optimized yet, with other weights in place of those called `names`."""
+    """A program that is not optimized yet with other weights in place of those called `names`; optimized."""
     import onnx_ir
 
     program = copy.copy(program)
@@ -288,7 +337,7 @@ def _with_weights(program: Any, names: list[str], weights: dict[str, Tensor], ca
             held[name].name = called.get(weight, name)
             held[name].const_value = onnx_ir.tensor(weight.detach().contiguous().numpy(), name=held[name].name)
     program.optimize()
-    return program.model_proto
+    return program
 
 
 def _weights(traced: Any) -> dict[str, Tensor]:

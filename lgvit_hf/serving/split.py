@@ -21,7 +21,15 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..engine import Answers, run_all
 from ..evaluation.table import weights_digest
 from ..export.infer import checked_pixel_settings
-from ..export.parts import EXPORTABLE, Read, exits_that_run, export_decision, export_parts
+from ..export.parts import (
+    EXPORTABLE,
+    Read,
+    check_file_sizes,
+    exits_that_run,
+    export_decision,
+    export_parts,
+    weight_bytes,
+)
 from ..export.verification import BATCH_SIZES, TOLERANCE, trials
 from ..files import replace_folder, write_json
 from ..models import HIGHWAYS, example_image
@@ -75,8 +83,8 @@ def split(
 
     Raises:
         ImportError: For `"onnx"`, the extra `onnx` is not installed.
-        ValueError: Unknown format, no exit at a position, a policy that cannot travel, the folder is in use, or the
-            parts do not answer as the model does.
+        ValueError: Unknown format, no exit at a position, a policy that cannot travel, an ONNX file of more than 2 GB,
+            the folder is in use, or the parts do not answer as the model does.
 
     Example:
 
@@ -219,6 +227,8 @@ def _write_onnx(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[
     except ImportError as error:
         raise ImportError('parts in ONNX need onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
     exits = [exit["index"] for cut in cuts for exit in cut.exits]
+    sizes = zip(exits, weight_bytes(model, exits), strict=True)
+    check_file_sizes({f"segment_{index:02}.onnx": size for index, size in sizes}, "use format='safetensors'")
     stretches = dict(zip(exits, export_parts(model, exits), strict=True))
     decision = export_decision(model.exit_policy, model.config.num_labels)
     names = []
