@@ -45,7 +45,7 @@ def run_export(
         data (`str`, *optional*): As of `load_images`: rows on which the export is judged as well.
         limit (`int`, *optional*): At most so many of them, drawn at random, always the same.
         which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
-            As of `open_highway`.
+            As of `load_images`; which of its splits.
         processor (`str`, *optional*): As of `processor_for`.
     """
     if is_exported(checkpoint):
