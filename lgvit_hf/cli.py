@@ -190,6 +190,7 @@ def _export(options: argparse.Namespace) -> None:
         which=options.split,
         validation_share=options.validation_share,
         seed=options.seed,
+        processor=options.processor,
     )
     print(export_as_text(manifest, options.output))
 
@@ -212,7 +213,8 @@ def _predict(options: argparse.Namespace) -> int:
 def _split(options: argparse.Namespace) -> None:
     from .commands.serve import run_split
 
-    print(run_split(options.checkpoint, options.output, options.at, options.format, policy_of(options)))
+    settings = (options.at, options.format, policy_of(options), options.processor)
+    print(run_split(options.checkpoint, options.output, *settings))
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -184,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--max-accuracy-drop", type=real(), default=0.005, help="on these rows; more fails the export (default: 0.005)"
     )
+    _add_processor(export)
     _add_policy(export)
 
     predict = _command(commands, "predict", "answer images into one file; goes on where it stopped")
@@ -212,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument(
         "--format", choices=("safetensors", "onnx"), default="safetensors", help="onnx needs no PyTorch (safetensors)"
     )
+    _add_processor(split)
     _add_policy(split)
     split.set_defaults(required=("at",))
 
@@ -299,6 +301,12 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file with these options; the command line overrides it")
     parser.set_defaults(required=())
     return parser
+
+
+def _add_processor(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--processor", metavar="FOLDER|NAME", help="folder or Hub id with the image processor, instead of checkpoint's"
+    )
 
 
 def _add_policy(command: argparse.ArgumentParser) -> None:

@@ -31,8 +31,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[o
 from lgvit_hf.export.compose import compose_single  # noqa: E402
 from lgvit_hf.export.manifest import Manifest, file_digest  # noqa: E402
 from lgvit_hf.export.onnx_export import EXPORTABLE, export_onnx, verify  # noqa: E402
-from lgvit_hf.export.parts import exits_that_run, export_decision, export_parts  # noqa: E402
+from lgvit_hf.export.parts import exits_that_run, export_decision, export_parts, weight_bytes  # noqa: E402
 from lgvit_hf.export.runtime import ORTHighway, parameter_inputs  # noqa: E402
+from lgvit_hf.export.verification import trials, undecided_rows  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 NUM_EXITS = 3
@@ -540,6 +541,115 @@ def test_infer_needs_no_torch(tmp_path):
         assert float(line.split()[-1]) == pytest.approx(score.item(), abs=1e-3)
     source = (tmp_path / "onnx" / "infer.py").read_text()
     assert "torch" not in source and "transformers" not in source
+
+
+def test_a_folder_without_an_image_processor(small, parts_of_small, tmp_path, capsys, monkeypatch):
+    small[0].save_pretrained(tmp_path / "model")
+    make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "processor")
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "onnx")]
+    with monkeypatch.context() as patch:
+        patch.setattr("lgvit_hf.commands.export.load_highway", lambda _: pytest.fail("the model was opened first"))
+        for options, place in (([], "model"), (["--processor", str(tmp_path / "none")], "none")):
+            assert main([*command, *options]) == 2
+            error = capsys.readouterr().err
+            assert f"{place}: no preprocessor_config.json there" in error and "--processor FOLDER|NAME" in error
+    assert main([*command, "--processor", str(tmp_path / "processor")]) == 0
+    written = [
+        json.loads((tmp_path / name / "preprocessor_config.json").read_text()) for name in ("onnx", "processor")
+    ]
+    assert written[0] == written[1] and (tmp_path / "onnx" / "infer.py").is_file()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_files_that_would_be_too_large(precision, tmp_path, monkeypatch):
+    model = tiny_model("vit", **SMALL)
+    model.set_exit_policy("patience", patience=2)
+    sizes = weight_bytes(copy.deepcopy(model).half() if precision == "float16" else model, [0, 1, 2])
+    monkeypatch.setattr("lgvit_hf.export.onnx_export.export_parts", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("lgvit_hf.export.parts.MAX_FILE_BYTES", sum(sizes) - 1)
+    advice = {"float32": "or precision='float16'", "int8": r"or precision='float16' .*\(int8 is made of"}
+    for layout in ("single", "all_exits"):
+        with pytest.raises(ValueError, match=r"model\.onnx would hold .* GB; use layout='segments' .*") as error:
+            export_onnx(model, tmp_path / "onnx", layout, precision=precision)
+        assert error.match(advice.get(precision, r"use layout='segments' \(--layout segments\)$"))
+    monkeypatch.setattr("lgvit_hf.export.parts.MAX_FILE_BYTES", max(sizes) - 1)
+    with pytest.raises(ValueError, match=r"segment_0\d\.onnx would hold .* use more exits, which make smaller"):
+        export_onnx(model, tmp_path / "onnx", "segments", precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_counted_as_the_files_hold_them(small, tmp_path, monkeypatch):
+    model, _, _, _, parts = small
+    sizes = weight_bytes(model, [0, 1, 2])
+    held = [sum(onnx.numpy_helper.to_array(each).nbytes for each in part.model.graph.initializer) for part in parts]
+    # shapes and other small constants are counted in the files alone
+    assert all(0 <= found - size < 1000 for found, size in zip(held, sizes, strict=True)), (held, sizes)
+    monkeypatch.setattr("lgvit_hf.export.parts.MAX_FILE_BYTES", max(sizes))
+    monkeypatch.setattr("lgvit_hf.export.onnx_export.export_parts", lambda *_: parts)
+    assert len(export_onnx(model, tmp_path / "onnx", "segments").files) == 3
+
+
+@torch.no_grad()
+def test_equal_blocks_are_translated_once(monkeypatch):
+    translated, translate = [], torch.onnx.export
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda *given, **named: translated.append(1) or translate(*given, **named)
+    )
+    model = tiny_model("vit", num_hidden_layers=6, exit_positions=[2, 3, 4], exit_types="linear")
+    model.vit.encoder.layer[4].layernorm_before.eps = 0.5  # computes something else
+    images, parts = tiny_images(3), export_parts(model, range(4))
+    # the stem, a block, the block of its own, an exit, the final classifier
+    assert len(translated) == 5
+    state, expected = {"pixel_values": images.numpy()}, run_all(model.segments(), State({"pixel_values": images}))
+    for part, logits in zip(parts, expected, strict=True):
+        session = onnxruntime.InferenceSession(part.model.SerializeToString())
+        names = [entry.name.removesuffix("_out") for entry in session.get_outputs()]
+        state = dict(zip(names, session.run(None, state), strict=True))
+        np.testing.assert_allclose(state.pop("logits"), logits.numpy(), atol=1e-4)
+    weights = {entry.name for part in parts for entry in part.model.graph.initializer}
+    assert {f"0_vit.encoder.layer.{block}.layernorm_after.weight" for block in (2, 3, 4)} <= weights
+
+
+@version_independent
+def test_rows_that_rounding_decides():
+    clear, other, tie = [2.0, 0.0, 1.0], [0.0, 2.0, 1.0], [2.0, 2.0 - 1e-6, 0.0]
+    rows = [
+        [clear, clear, clear],
+        [tie, clear, clear],
+        [clear, clear, tie],
+        [clear, tie, other],
+        [clear, other, clear],
+    ]
+    exit_logits, depths = torch.tensor(rows).transpose(0, 1), [1, 2, 3]
+
+    def found(name, **settings):
+        return undecided_rows(build_policy({"name": name, **settings}, 2), exit_logits, depths, 2).tolist()
+
+    assert found("patience", patience=2) == [False, True, True, True, False]
+    assert found("patience", patience=1, exits=[1]) == [False, False, True, True, False]
+    assert found("confidence", threshold=0.9) == [False] * 5
+    sure = exit_logits[0, 0].softmax(-1).max().item()
+    assert found("confidence", threshold=[sure, 0.0]) == [True, False, True, True, True]
+
+
+@version_independent
+@pytest.mark.parametrize("name", ["confidence", "patience", "never"])
+@torch.no_grad()
+def test_what_an_export_is_tried_on(name):
+    model = tiny_model("vit", num_hidden_layers=4, exit_positions=[1, 2, 3], exit_types="linear")
+    model.set_exit_policy(name, **{"confidence": {"threshold": 0.5}, "patience": {"patience": 2}, "never": {}}[name])
+    tried = list(trials(model, list(range(4)) if name != "never" else [3]))
+    for trial in tried:
+        expected = model.set_exit_policy(trial.policy) or model(trial.images)
+        same = expected.exit_index == trial.expected.exit_index
+        assert bool((same | trial.undecided).all())
+        torch.testing.assert_close(expected.logits[same], trial.expected.logits[same], atol=1e-4, rtol=0)
+    forced = {(len(trial.images), *trial.expected.exit_index.unique().tolist()) for trial in tried}
+    everywhere = {"confidence": range(4), "patience": (0, 3), "never": (3,)}[name]
+    assert {(size, index) for size in (1, 2, 7) for index in everywhere} <= forced
+    assert 32 in {entry[0] for entry in forced}
+    if name == "confidence":
+        assert any(entry[0] == 32 and len(entry) > 2 for entry in forced)
 
 
 @version_independent

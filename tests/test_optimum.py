@@ -195,6 +195,33 @@ def test_what_does_not_export_leaves_no_model(tmp_path):
     assert not list(tmp_path.rglob("*.onnx"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"opset": 17}, "opset=17: a highway is written in opset 18; leave --opset out"),
+        ({"no_dynamic_axes": True, "batch_size": 1}, "no_dynamic_axes=True: .* leave --no-dynamic-axes out"),
+        ({"height": 32}, f"height=32: the model takes {IMAGE_SIZE}; leave --height out"),
+        ({"num_channels": 1}, "num_channels=1: the model takes 3; leave --num_channels out"),
+        ({"model_kwargs": {"early_exit": False}}, "model_kwargs=.*early_exit.* leave --model-kwargs out"),
+    ],
+)
+def test_what_is_asked_of_optimum_and_cannot_be(asked, message, tmp_path, monkeypatch):
+    small_model("vit").save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.setattr("lgvit_hf.export.onnx_config.write_onnx", lambda *_, **__: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match=message):
+        main_export(str(tmp_path / "checkpoint"), tmp_path / "out", task=TASK, **asked)
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_what_is_asked_of_optimum_and_is_so(tmp_path):
+    small_model("vit").save_pretrained(tmp_path / "checkpoint")
+    asked = {"opset": 18, "batch_size": 3, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_channels": 3}
+    main_export(str(tmp_path / "checkpoint"), tmp_path / "out", task=TASK, **asked)
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
+    assert ORTHighway.from_pretrained(tmp_path / "out")(IMAGES[:5]).logits.shape[0] == 5
+
+
 def test_optimum_may_be_imported_first():
     code = """
 from optimum.onnxruntime import ORTModel

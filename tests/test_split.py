@@ -213,10 +213,10 @@ def test_a_policy_of_ones_own_travels_by_its_name(tmp_path):
 @version_independent
 def test_parts_that_answer_otherwise_are_not_kept(tmp_path, monkeypatch):
     model = tiny_model("vit", **SMALL)
-    whole = splitting.run_early
+    whole = splitting.run_chain
     monkeypatch.setattr(
         splitting,
-        "run_early",
+        "run_chain",
         lambda *given: type(found := whole(*given))(found.logits + 1, *list(vars(found).values())[1:]),
     )
     with pytest.raises(ValueError, match="do not answer as the model does.*nothing was written"):
@@ -517,3 +517,9 @@ def test_the_command_splits_a_checkpoint(tmp_path, capsys):
     assert PartInfo.load(tmp_path / "parts" / "part1").policy == {"name": "never"}
     assert main(command) == 2 and "exists and is not an empty folder" in capsys.readouterr().err
     assert main(["split", str(tmp_path / "model"), str(tmp_path / "x")]) == 2
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    command = ["split", str(tmp_path / "model"), str(tmp_path / "without"), "--at", "1"]
+    assert main(command) == 2 and "--processor FOLDER|NAME" in capsys.readouterr().err
+    make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "processor")
+    assert main([*command, "--processor", str(tmp_path / "processor")]) == 0
+    assert PartInfo.load(tmp_path / "without" / "part0").image is not None

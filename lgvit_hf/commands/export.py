@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch.utils.data import Subset
+from transformers import BaseImageProcessor
 
+from ..data import load_images
 from ..evaluation.verdict import in_words
 from ..export.manifest import Manifest
 from ..export.onnx_export import export_onnx
 from ..export.runtime import is_exported
-from ..models import load_highway
-from ..processing import open_processor
-from .opening import check_counts, open_highway
+from ..models import check_class_names, load_highway
+from ..processing import ProcessedImages, open_processor
+from .opening import check_counts
 
 
 def run_export(
@@ -30,6 +32,7 @@ def run_export(
     which: str = "test",
     validation_share: float = 0.15,
     seed: int = 0,
+    processor: str | None = None,
 ) -> Manifest:
     """Write a checkpoint as ONNX, run against PyTorch before it is kept.
 
@@ -42,14 +45,17 @@ def run_export(
         data (`str`, *optional*): As of `load_images`: rows on which the export is judged as well.
         limit (`int`, *optional*): At most so many of them, drawn at random, always the same.
         which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
-            As of `open_highway`.
+            As of `load_images`; which of its splits.
+        processor (`str`, *optional*): As of `processor_for`.
     """
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
-    if data is None:
-        model, processor, images = load_highway(checkpoint), open_processor(checkpoint), None
-    else:
-        model, processor, images = open_highway(checkpoint, data, which, validation_share, seed)
+    opened, images = processor_for(checkpoint, processor), None
+    splits = None if data is None else load_images(data, validation_share=validation_share, seed=seed)
+    model = load_highway(checkpoint)
+    if splits is not None:
+        check_class_names(checkpoint, model.config, splits.label_names)
+        images = ProcessedImages(getattr(splits, which), opened)
         if limit is not None:
             check_counts(limit=[limit])
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -61,10 +67,30 @@ def run_export(
         output,
         layout,
         precision=precision,
-        processor=processor,
+        processor=opened,
         images=images,
         max_accuracy_drop=max_accuracy_drop,
     )
+
+
+def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProcessor:
+    """The image processor that goes with a checkpoint, from elsewhere where it has none.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of a highway.
+        source (`str`, *optional*): Folder or Hub id of a processor, instead of the checkpoint's.
+
+    Raises:
+        ValueError: There is none.
+    """
+    place = checkpoint if source is None else source
+    try:
+        return open_processor(place)
+    except OSError as error:
+        raise ValueError(
+            f"{place}: no preprocessor_config.json there, which says how images become pixels; give a folder or Hub "
+            "id that has one, as the plain model has that the checkpoint began as: --processor FOLDER|NAME"
+        ) from error
 
 
 def export_as_text(manifest: Manifest, folder: str | Path) -> str:

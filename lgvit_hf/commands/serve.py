@@ -12,7 +12,12 @@ from ..serving.opening import open_any
 
 
 def run_split(
-    checkpoint: str, output: str, positions: Sequence[int], format: str, policy: dict[str, Any] | None = None
+    checkpoint: str,
+    output: str,
+    positions: Sequence[int],
+    format: str,
+    policy: dict[str, Any] | None = None,
+    processor: str | None = None,
 ) -> str:
     """Write a checkpoint as parts, and say what they are.
 
@@ -21,15 +26,16 @@ def run_split(
         output (`str`): Folder to make.
         positions (`Sequence[int]`), format (`str`): As of `split`.
         policy (`dict`, *optional*): Instead of the saved one.
+        processor (`str`, *optional*): As of `processor_for`.
     """
     from ..models import load_highway
-    from ..processing import open_processor
     from ..serving.split import split
+    from .export import processor_for
 
-    model, processor = load_highway(checkpoint), open_processor(checkpoint)
+    opened, model = processor_for(checkpoint, processor), load_highway(checkpoint)
     if policy is not None:
         model.set_exit_policy(policy)
-    parts = split(model, positions, output, format, processor=processor)
+    parts = split(model, positions, output, format, processor=opened)
     lines = []
     for part in parts:
         depths = ", ".join(str(part.depths[exit["index"]]) for exit in part.exits)

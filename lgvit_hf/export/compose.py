@@ -7,40 +7,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, compose, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from .graph import Graph
 from .parts import OPSET, PARAMETERS, Decision, Part
 
 PRODUCER = "lgvit-hf"
-
-
-class _Graph:
-    """Nodes and constants of one graph or branch, growing."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-
-    def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def constant(self, name: str, value: Any) -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def inline(self, model: Any, prefix: str, inputs: Sequence[str]) -> list[str]:
-        """Another model's nodes, its inputs fed by ours; returns what its outputs are called here."""
-        inside = compose.add_prefix(model, prefix).graph
-        fed = dict(zip((entry.name for entry in inside.input), inputs, strict=True))
-        for node in inside.node:
-            for place, name in enumerate(node.input):
-                node.input[place] = fed.get(name, name)
-            self.nodes.append(node)
-        self.constants.extend(inside.initializer)
-        outputs = [entry.name for entry in inside.output]
-        # an input that is handed on as it is
-        return [fed.get(name, name) for name in outputs]
 
 
 def compose_single(parts: Sequence[Part], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]) -> Any:
@@ -57,7 +29,7 @@ def compose_single(parts: Sequence[Part], decision: Decision, depths: Sequence[i
         An `onnx.ModelProto`: `pixel_values` in; `logits` `[B, C]`, `exit_layer`, `exit_index` `[B]` int64 and
         `exit_score` `[B]` float32 out.
     """
-    graph = _Graph()
+    graph = Graph()
     batch = graph.add("Shape", ["pixel_values"], "batch", start=0, end=1)
     memory = []
     for name, value in decision.memory.items():
@@ -77,7 +49,7 @@ def compose_single(parts: Sequence[Part], decision: Decision, depths: Sequence[i
 
 
 def _body(
-    graph: _Graph, number: int, state: Sequence[str], memory: Sequence[str], parts: Sequence[Part], decision: Decision
+    graph: Graph, number: int, state: Sequence[str], memory: Sequence[str], parts: Sequence[Part], decision: Decision
 ) -> tuple[str, str, str]:
     """From one exit on: names of the logits, exit index and score of the rows that have come this far."""
     part, here = parts[number], f"e{parts[number].exit_index}_"
@@ -99,7 +71,7 @@ def _body(
     nobody = graph.add("Squeeze", [nobody, graph.constant(f"{here}axis", np.array([0]))], f"{here}nobody")
     answers = (logits, exit_index, score)
 
-    done, on = _Graph(), _Graph()
+    done, on = Graph(), Graph()
     last = [done.add("Identity", [name], f"{here}done_{place}") for place, name in enumerate(answers)]
     kept = on.add("Squeeze", [found, on.constant(f"{here}first_axis", np.array([0]))], f"{here}kept")
     carried = [on.add("Gather", [name, kept], f"{name}_kept", axis=0) for name in (*after, *memory)]
@@ -124,7 +96,7 @@ def _body(
 
 
 def _decide(
-    graph: _Graph, here: str, threshold: int, part: Part, logits: str, memory: Sequence[str], decision: Decision
+    graph: Graph, here: str, threshold: int, part: Part, logits: str, memory: Sequence[str], decision: Decision
 ) -> list[str]:
     """Names of who leaves, the score, and the memory after it; `threshold` is the place of those to judge by."""
     inputs = [_at(graph, here, "exit_temperatures", part.exit_index)]
@@ -133,13 +105,13 @@ def _decide(
     return graph.inline(decision.model, f"{here}decide_", [logits, *inputs, *memory])
 
 
-def _at(graph: _Graph, here: str, name: str, index: int) -> str:
+def _at(graph: Graph, here: str, name: str, index: int) -> str:
     """One number `[1]` of an input. Not by `Gather`, which a quantizer would turn into integers with its values."""
     start, end = (graph.constant(f"{here}{name}_{end}", np.array([index + end])) for end in (0, 1))
     return graph.add("Slice", [name, start, end], f"{here}{name}")
 
 
-def _branch(graph: _Graph, outputs: Sequence[str], name: str, part: Part) -> Any:
+def _branch(graph: Graph, outputs: Sequence[str], name: str, part: Part) -> Any:
     kinds = (_logits_info(outputs[0], part).type.tensor_type.elem_type, TensorProto.INT64, TensorProto.FLOAT)
     infos = [helper.make_tensor_value_info(entry, kind, None) for entry, kind in zip(outputs, kinds, strict=True)]
     return helper.make_graph(graph.nodes, name, [], infos, graph.constants)
@@ -147,7 +119,7 @@ def _branch(graph: _Graph, outputs: Sequence[str], name: str, part: Part) -> Any
 
 def compose_all_exits(parts: Sequence[Part]) -> Any:
     """One model that runs every exit: `logits` of the last and `exit_logits` `[E, B, C]` of all."""
-    graph, state, found = _Graph(), ["pixel_values"], []
+    graph, state, found = Graph(), ["pixel_values"], []
     for part in parts:
         *state, logits = graph.inline(part.model, f"e{part.exit_index}_part_", state)
         axis = graph.constant(f"e{part.exit_index}_axis", np.array([0]))
@@ -169,7 +141,7 @@ def _logits_info(name: str, part: Part) -> Any:
     return helper.make_tensor_value_info(name, kind, ["batch", _num_labels(part)])
 
 
-def _model(graph: _Graph, first: Part, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
+def _model(graph: Graph, first: Part, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
     pixels = first.model.graph.input[0].type.tensor_type
     sizes = ["batch", *(dim.dim_value for dim in pixels.shape.dim[1:])]
     inputs = [helper.make_tensor_value_info("pixel_values", pixels.elem_type, sizes)]

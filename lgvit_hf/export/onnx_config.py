@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 from optimum.exporters.onnx.model_configs import ViTOnnxConfig
 from optimum.exporters.tasks import TasksManager
+from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..models import example_image
 from ..pretrained import PretrainedHighway
 from .manifest import MANIFEST
 from .onnx_export import describe, write_onnx
@@ -45,7 +48,8 @@ class HighwayOnnxConfig(ViTOnnxConfig):
         float_dtype (`str`, *optional*, defaults to `"fp32"`): The only one; `lgvit export` has others.
 
     Raises:
-        ValueError: Another `float_dtype`.
+        ValueError: Another `float_dtype`; or, when it exports, what a highway's file cannot do: another opset, a fixed
+            batch, other sizes than the model's, arguments of the model's call.
     """
 
     ATOL_FOR_VALIDATION = 1e-4
@@ -73,7 +77,16 @@ class HighwayOnnxConfig(ViTOnnxConfig):
     def patch_model_for_export(
         self, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None
     ) -> Iterator[None]:
-        """Keep the model for `fix_dynamic_axes`, and give what is traced nothing to do."""
+        """Keep the model for `fix_dynamic_axes`, and give what is traced nothing to do.
+
+        Raises:
+            ValueError: There are `model_kwargs`.
+        """
+        if model_kwargs:
+            raise ValueError(
+                f"model_kwargs={model_kwargs}: a highway's file takes pixel_values and the policy's numbers alone; "
+                "leave --model-kwargs out"
+            )
         self._model = model
         with super().patch_model_for_export(model, model_kwargs):
             answer = model.forward
@@ -88,10 +101,18 @@ class HighwayOnnxConfig(ViTOnnxConfig):
             model.forward = forward
             yield
 
-    def fix_dynamic_axes(self, model_path: Path, *args: Any, **kwargs: Any) -> None:
-        """Write the highway in the place of what was traced; the arguments of Optimum's method are not needed."""
+    def fix_dynamic_axes(
+        self, model_path: Path, *args: Any, input_shapes: dict[str, int] | None = None, **kwargs: Any
+    ) -> None:
+        """Write the highway in the place of what was traced, which only says what was asked for.
+
+        Raises:
+            ValueError: A highway's file cannot be that.
+        """
+        traced = onnx.load(model_path, load_external_data=False)
         # no model rather than a wrong one, if this fails
         model_path.unlink()
+        _check_asked(traced, input_shapes or {}, self._model)
         write_onnx(self._model.cpu(), model_path.parent, file=model_path.name)
 
     def post_process_exported_models(
@@ -116,6 +137,23 @@ class HighwayOnnxConfig(ViTOnnxConfig):
             # holds for the whole process, which is here the command's own
             onnxruntime.set_default_logger_severity(3)
         return models_and_onnx_configs, onnx_files_subpaths
+
+
+def _check_asked(traced: Any, shapes: dict[str, int], model: PreTrainedModel) -> None:
+    """Raise `ValueError` for an argument of Optimum's that a highway's file cannot follow."""
+    opset = next(entry.version for entry in traced.opset_import if not entry.domain)
+    if opset != OPSET:
+        raise ValueError(f"opset={opset}: a highway is written in opset {OPSET}; leave --opset out")
+    if not traced.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise ValueError(
+            "no_dynamic_axes=True: rows leave inside a highway's file, which takes any batch; leave --no-dynamic-axes "
+            "out"
+        )
+    sizes = dict(zip(("num_channels", "height", "width"), example_image(model).shape[1:], strict=True))
+    for name, size in sizes.items():
+        # what was not asked for is there too, by a default of Optimum's
+        if shapes.get(name, size) not in (size, DEFAULT_DUMMY_SHAPES[name]):
+            raise ValueError(f"{name}={shapes[name]}: the model takes {size}; leave --{name} out")
 
 
 _infer_library = TasksManager._infer_library_from_model_or_model_class

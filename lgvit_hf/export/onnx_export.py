@@ -18,7 +18,7 @@ from ..files import replace_folder
 from ..policies import ExitPolicy
 from .infer import write_infer
 from .manifest import LAYOUTS, PRECISIONS, Manifest, file_digest
-from .parts import EXPORTABLE, exits_that_run, export_decision, export_parts
+from .parts import EXPORTABLE, check_file_sizes, exits_that_run, export_decision, export_parts, weight_bytes
 from .runtime import ORTHighway, parameter_inputs
 from .verification import compare, verify
 
@@ -56,8 +56,8 @@ def export_onnx(
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        ValueError: An `AViT`, unknown layout, precision or policy, the folder is in use, or the files do not answer as
-            the model does.
+        ValueError: An `AViT`, unknown layout, precision or policy, a file of more than 2 GB, the folder is in use, or
+            the files do not answer as the model does.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
@@ -118,7 +118,7 @@ def write_onnx(
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        ValueError: Unknown layout, or a policy that is not built in in a single file.
+        ValueError: Unknown layout, a policy that is not built in in a single file, or a file of more than 2 GB.
     """
     try:
         import onnx
@@ -132,6 +132,8 @@ def write_onnx(
         model = copy.deepcopy(model).half()
     policy, depths = model.exit_policy, [segment.depth for segment in model.segments()]
     exits = exits_in_files(policy, len(depths), layout)
+    names = [f"segment_{index:02}.onnx" for index in exits] if layout == "segments" else [file]
+    _check_sizes(model, exits, names, precision)
     parts = export_parts(model, exits)
     if layout == "single":
         decision = export_decision(policy, model.config.num_labels)
@@ -139,7 +141,7 @@ def write_onnx(
     elif layout == "all_exits":
         models = {file: compose_all_exits(parts)}
     else:
-        models = {f"segment_{part.exit_index:02}.onnx": part.model for part in parts}
+        models = {name: part.model for name, part in zip(names, parts, strict=True)}
     for name, content in models.items():
         if precision == "int8":
             with tempfile.TemporaryDirectory() as temporary:
@@ -148,6 +150,19 @@ def write_onnx(
         else:
             onnx.save(content, Path(folder) / name)
     return list(models)
+
+
+def _check_sizes(model: PreTrainedModel, exits: list[int], names: list[str], precision: str) -> None:
+    """Raise `ValueError`, before anything is traced, where a file would hold more weights than ONNX takes."""
+    sizes = weight_bytes(model, exits)
+    if len(names) < len(sizes):
+        sizes, smaller = [sum(sizes)], ["layout='segments' (--layout segments)"]
+    else:
+        smaller = ["more exits, which make smaller segments"]
+    if precision != "float16":
+        smaller.append("precision='float16' (--quantize float16)")
+    why = " (int8 is made of a file in float32)" if precision == "int8" else ""
+    check_file_sizes(dict(zip(names, sizes, strict=True)), f"use {' or '.join(smaller)}{why}")
 
 
 def describe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..batches import in_batches
-from ..engine import replay, run_all, run_early
+from ..engine import Answers, replay, run_all, run_early
 from ..models import example_image
 from ..policies import ExitPolicy, build_policy
 from ..segments import State
-from .parts import EXPORTABLE
+from .parts import EXPORTABLE, exits_that_run
 from .runtime import ORTHighway
 
 BATCH_SIZES = (1, 2, 7, 32)
@@ -39,31 +40,70 @@ def verify(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
         ValueError: Logits differ by more than 1e-4 of the largest, or a row leaves elsewhere; with the numbers.
     """
     exported = ORTHighway.from_pretrained(folder)
-    images = example_image(model, batch_size=max(BATCH_SIZES))
-    segments, largest = model.segments(), 0.0
-    exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
-    exact = exported.manifest.precision == "float32"
-    scale = max(1.0, exit_logits.abs().max().item())
-    for settings in policies_to_try(model, exported.manifest.exits, exit_logits):
-        policy = build_policy(settings, len(model.config.exit_positions))
-        exported.set_exit_policy(settings)
-        undecided = undecided_rows(policy, exit_logits, exported.depths, len(model.config.exit_positions))
-        for size in BATCH_SIZES:
-            expected = run_early(segments, State({"pixel_values": images[:size]}), policy)
-            found = exported(images[:size])
-            elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
-            # not where rounding decides; and NaN is larger than any difference
-            compared = ~undecided[:size] if exact else ~elsewhere
-            difference = torch.where(compared, (found.logits - expected.logits).abs().amax(-1), 0.0).max().item()
-            wrong = bool((elsewhere & compared).any()) or not difference <= TOLERANCE * scale
-            if wrong if exact else not found.logits.isfinite().all():
-                raise ValueError(
-                    f"the export does not answer as the model does: of a batch of {size} under {policy}, "
-                    f"{int((elsewhere & compared).sum())} rows leave elsewhere, and logits differ by {difference:.2g} "
-                    f"(largest {scale:.2g}); nothing was written"
-                )
-            largest = max(largest, difference)
+    largest, exact = 0.0, exported.manifest.precision == "float32"
+    for trial in trials(model, exported.manifest.exits):
+        exported.set_exit_policy(trial.policy)
+        found, expected = exported(trial.images), trial.expected
+        elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
+        # not where rounding decides; and NaN is larger than any difference
+        compared = ~trial.undecided if exact else ~elsewhere
+        difference = torch.where(compared, (found.logits - expected.logits).abs().amax(-1), 0.0).max().item()
+        wrong = bool((elsewhere & compared).any()) or not difference <= TOLERANCE * trial.scale
+        if wrong if exact else not found.logits.isfinite().all():
+            raise ValueError(
+                f"the export does not answer as the model does: of a batch of {len(elsewhere)} under {trial.policy}, "
+                f"{int((elsewhere & compared).sum())} rows leave elsewhere, and logits differ by {difference:.2g} "
+                f"(largest {trial.scale:.2g}); nothing was written"
+            )
+        largest = max(largest, difference)
     return {"batch_sizes": list(BATCH_SIZES), "largest_difference": largest}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A batch, the policy under which it runs, and what comes of it in PyTorch.
+
+    Args:
+        policy (`ExitPolicy`): The model's own, or one of its name with other numbers.
+        images (`Tensor`): `[B, C, H, W]`.
+        expected (`Answers`): Of the model.
+        undecided (`Tensor`): `[B]` bool: rows that leave elsewhere if rounding wants so.
+        scale (`float`): The largest logit of any exit, and at least 1.
+    """
+
+    policy: ExitPolicy
+    images: Tensor
+    expected: Answers
+    undecided: Tensor
+    scale: float
+
+
+def trials(model: PreTrainedModel, exits: list[int]) -> Iterator[Trial]:
+    """Every exit forced, rows mixed, none leaving early, and the model's policy as it is, in batches of several sizes.
+
+    Every exit of the model is run once, and policies are replayed on that; its own runs early in PyTorch too. Where
+    all rows take one path, the largest batch is left out: a small one shows the same.
+
+    Args:
+        model (`PreTrainedModel`): A highway, in `eval()` mode.
+        exits (`list[int]`): Indices of the exits that are asked.
+    """
+    images = example_image(model, batch_size=max(BATCH_SIZES))
+    segments, num_policy_exits = model.segments(), len(model.config.exit_positions)
+    exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
+    depths = [segment.depth for segment in segments]
+    scale = max(1.0, exit_logits.abs().max().item())
+    for settings in policies_to_try(model, exits, exit_logits):
+        policy, is_own = build_policy(settings, num_policy_exits), not isinstance(settings, dict)
+        undecided = undecided_rows(policy, exit_logits, depths, num_policy_exits)
+        is_mixed = len(replay(exit_logits, depths, policy).exit_index.unique()) > 1
+        for size in BATCH_SIZES if is_own or is_mixed else BATCH_SIZES[:-1]:
+            batch = images[:size]
+            if is_own:
+                expected = run_early(segments, State({"pixel_values": batch}), policy)
+            else:
+                expected = replay(exit_logits[:, :size], depths, policy)
+            yield Trial(policy, batch, expected, undecided[:size], scale)
 
 
 @torch.no_grad()
@@ -122,13 +162,14 @@ def _with_other_numbers(
 ) -> Iterator[dict[str, Any]]:
     indices = range(num_policy_exits)
     if "patience" in held:
-        for patience in range(1, num_policy_exits + 1):
+        for patience in range(1, num_policy_exits + 2):
             yield {**held, "patience": patience}
     if "threshold" not in held:
         return
     never, always = {"entropy": (-1.0, 1e6), "patience_confidence": (-1.0, 1e6)}.get(held["name"], (2.0, -2.0))
     entropies = {} if "entropy_threshold" not in held else {"entropy_threshold": [1e6] * num_policy_exits}
-    for target in exits[:-1]:
+    # the last target is behind all of them: nobody leaves
+    for target in exits:
         numbers = [always if index >= target and index in exits else never for index in indices]
         yield {**held, **entropies, "threshold": numbers}
     policy = build_policy({**held, **entropies, "threshold": 0.0}, num_policy_exits)
@@ -142,8 +183,28 @@ def _with_other_numbers(
 
 
 def undecided_rows(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
-    """Which rows leave elsewhere when every threshold moves by as much as rounding may, `[B]` bool."""
+    """Which rows leave elsewhere when every threshold, or a label that counts, moves by as much as rounding may.
+
+    Args:
+        policy (`ExitPolicy`): Any.
+        exit_logits (`Tensor`): `[E, B, C]`.
+        depths (`list[int]`): Blocks run before each exit.
+        num_policy_exits (`int`): The final classifier not counted.
+
+    Returns:
+        `[B]` bool.
+
+    Example:
+
+        >>> from lgvit_hf.policies import PatiencePolicy
+        >>> tie, clear = [1.0, 1.0], [2.0, 0.0]
+        >>> exit_logits = torch.tensor([[tie, clear], [clear, clear], [clear, clear]])
+        >>> undecided_rows(PatiencePolicy(patience=2), exit_logits, [1, 2, 3], 2).tolist()
+        [True, False]
+    """
     held = policy.to_dict() if policy.name in EXPORTABLE else {}
+    if policy.name == "patience":
+        return _has_tie(policy, exit_logits)
 
     def left(step: float) -> Tensor:
         moved = {
@@ -155,6 +216,15 @@ def undecided_rows(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], n
         return replay(exit_logits, depths, judge).exit_index
 
     return (left(-ROUNDING) != left(0.0)) | (left(ROUNDING) != left(0.0))
+
+
+def _has_tie(policy: ExitPolicy, exit_logits: Tensor) -> Tensor:
+    """Rows with two best labels at an exit that is asked, `[B]` bool; with one label there is no other."""
+    if exit_logits.shape[-1] == 1:
+        return torch.zeros(exit_logits.shape[1], dtype=torch.bool)
+    asked = exit_logits[exits_that_run(policy, len(exit_logits))]
+    best, second = asked.topk(2).values.unbind(-1)
+    return (best - second <= ROUNDING * max(1.0, exit_logits.abs().max().item())).any(0)
 
 
 def _between(scores: Tensor) -> float:

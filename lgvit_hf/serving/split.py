@@ -16,18 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..engine import Answers, run_all, run_early
+from ..engine import Answers, run_all
 from ..evaluation.table import weights_digest
 from ..export.infer import checked_pixel_settings
-from ..export.parts import EXPORTABLE, exits_that_run, export_decision, export_parts
-from ..export.verification import BATCH_SIZES, TOLERANCE, policies_to_try, undecided_rows
+from ..export.parts import (
+    EXPORTABLE,
+    Read,
+    check_file_sizes,
+    exits_that_run,
+    export_decision,
+    export_parts,
+    weight_bytes,
+)
+from ..export.verification import BATCH_SIZES, TOLERANCE, trials
 from ..files import replace_folder, write_json
 from ..models import HIGHWAYS, example_image
-from ..policies import POLICIES, ExitPolicy, build_policy
+from ..policies import POLICIES, ExitPolicy
 from ..segments import Segment, State
 from .device.info import FORMATS, MEMORY, PART_FILE, WEIGHTS, PartInfo, file_digest
 from .opening import open_part
@@ -77,8 +83,8 @@ def split(
 
     Raises:
         ImportError: For `"onnx"`, the extra `onnx` is not installed.
-        ValueError: Unknown format, no exit at a position, a policy that cannot travel, the folder is in use, or the
-            parts do not answer as the model does.
+        ValueError: Unknown format, no exit at a position, a policy that cannot travel, an ONNX file of more than 2 GB,
+            the folder is in use, or the parts do not answer as the model does.
 
     Example:
 
@@ -221,6 +227,8 @@ def _write_onnx(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[
     except ImportError as error:
         raise ImportError('parts in ONNX need onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
     exits = [exit["index"] for cut in cuts for exit in cut.exits]
+    sizes = zip(exits, weight_bytes(model, exits), strict=True)
+    check_file_sizes({f"segment_{index:02}.onnx": size for index, size in sizes}, "use format='safetensors'")
     stretches = dict(zip(exits, export_parts(model, exits), strict=True))
     decision = export_decision(model.exit_policy, model.config.num_labels)
     names = []
@@ -235,28 +243,15 @@ def _write_onnx(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[
     return names
 
 
-class _Touched(TorchDispatchMode):
-    """Remembers the storages of all tensors that are read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.storages.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
-        return func(*args, **(kwargs or {}))
-
-
 def _write_safetensors(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[list[str]]:
     held = model.state_dict()
     for cut in cuts:
-        with _Touched() as touched:
+        with Read() as read:
             run_all(cut.segments, cut.state)
         used = {
             name: tensor.contiguous()
             for name, tensor in held.items()
-            if tensor.untyped_storage().data_ptr() in touched.storages
+            if tensor.untyped_storage().data_ptr() in read.storages
         }
         # upstream's own writing: under the names that files have, whatever this version calls its modules
         PreTrainedModel.save_pretrained(model, folder / f"part{cut.index}", state_dict=used)
@@ -265,31 +260,23 @@ def _write_safetensors(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -
 
 def _verify(model: PreTrainedModel, folder: Path, infos: list[PartInfo]) -> dict[str, Any]:
     """Run the parts as a chain against the model: every exit forced, mixed batches, and several batch sizes."""
-    images = example_image(model, batch_size=max(BATCH_SIZES))
-    segments, largest = model.segments(), 0.0
-    exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
-    depths, num_exits = [segment.depth for segment in segments], len(segments) - 1
-    scale = max(1.0, exit_logits.abs().max().item())
+    largest = 0.0
     asked = [exit["index"] for info in infos for exit in info.exits if exit["leave"] != "nobody"]
     parts = [open_part(folder / f"part{info.index}", threads=torch.get_num_threads()) for info in infos]
-    for settings in policies_to_try(model, asked, exit_logits):
-        policy = build_policy(settings, num_exits)
-        undecided = undecided_rows(policy, exit_logits, depths, num_exits)
+    for trial in trials(model, asked):
         for part in parts:
-            part.set_policy(policy.to_dict())
-        for size in BATCH_SIZES:
-            expected = run_early(segments, State({"pixel_values": images[:size]}), policy)
-            found = run_chain(parts, {"pixel_values": images[:size].numpy()})
-            elsewhere = (found.exit_index != expected.exit_index) & ~undecided[:size]
-            apart = (found.logits - expected.logits).abs().amax(-1)
-            difference = torch.where(undecided[:size], 0.0, apart).max().item()
-            if bool(elsewhere.any()) or not difference <= TOLERANCE * scale:
-                raise ValueError(
-                    f"the parts do not answer as the model does: of a batch of {size} under {policy}, "
-                    f"{int(elsewhere.sum())} rows leave elsewhere, and logits differ by {difference:.2g} (largest "
-                    f"{scale:.2g}); nothing was written"
-                )
-            largest = max(largest, difference)
+            part.set_policy(trial.policy.to_dict())
+        found = run_chain(parts, {"pixel_values": trial.images.numpy()})
+        elsewhere = (found.exit_index != trial.expected.exit_index) & ~trial.undecided
+        apart = (found.logits - trial.expected.logits).abs().amax(-1)
+        difference = torch.where(trial.undecided, 0.0, apart).max().item()
+        if bool(elsewhere.any()) or not difference <= TOLERANCE * trial.scale:
+            raise ValueError(
+                f"the parts do not answer as the model does: of a batch of {len(elsewhere)} under {trial.policy}, "
+                f"{int(elsewhere.sum())} rows leave elsewhere, and logits differ by {difference:.2g} (largest "
+                f"{trial.scale:.2g}); nothing was written"
+            )
+        largest = max(largest, difference)
     return {"batch_sizes": list(BATCH_SIZES), "largest_difference": largest}
 
 
