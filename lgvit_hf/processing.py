@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
+# where transformers looks for an image processor
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
 class ProcessedImages(TorchDataset):
     """Images as a model takes them: each item is `{"pixel_values": [C, H, W] float32, "labels": int}`.
 
@@ -282,6 +286,8 @@ def open_processor(checkpoint: str | Path) -> BaseImageProcessor:
     """
     from transformers import AutoImageProcessor
 
+    if Path(checkpoint).is_dir() and not any((Path(checkpoint) / name).is_file() for name in PROCESSOR_FILES):
+        raise OSError(f"{checkpoint}: no preprocessor_config.json there, so nothing says how images are prepared")
     # left to itself, transformers asks on the terminal, and takes a `y` from whatever stands at the other end of it
     return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 

@@ -34,10 +34,11 @@ def seeds_of_this_run():
 
 
 @pytest.fixture(autouse=True)
-def precision_of_one_test():
-    """`TrainingArguments` write their precision into the environment, and accelerate keeps it for the next trainer."""
+def arguments_of_one_test():
+    """`TrainingArguments` write precision and compiler into the environment, where the next trainer finds them."""
     yield
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_DYNAMO_", "ACCELERATE_MIXED_PRECISION"))]:
+        del os.environ[name]
     accelerate = sys.modules.get("accelerate.state")
     if accelerate and accelerate.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         accelerate.AcceleratorState._reset_state()

@@ -127,7 +127,7 @@ def test_bad_config_file(text, message, tmp_path, capsys):
         (["train", "--data", "digits", "--output", "OUT"], "give either --model CHECKPOINT or --backbone"),
         (
             ["train", "--data", "./nowhere", "--backbone", "vit", "--output", "OUT"],
-            "./nowhere: no such folder or parquet file",
+            "./nowhere: no such folder, Parquet file or archive",
         ),
         (["train", "--data", "digits", "--model", "EMPTY", "--output", "OUT"], "no config.json there"),
         (

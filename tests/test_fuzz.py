@@ -331,8 +331,11 @@ def test_any_weights(kind, tmp_path):
         file.write_bytes(mutant)
         load = AutoModelForImageClassification if number % 4 == 0 else model_class
         if attempt(load.from_pretrained, tmp_path):
-            # nothing but tensors of one shape that have changed places
-            assert layout(mutant) == layout(content), f"mutant {number}"
+            # nothing but tensors of one shape that have changed places, or Swin's index, which is computed anew
+            (before, *places), (after, *others) = layout(content), layout(mutant)
+            lost = [name for name, entry in before.items() if after.get(name) != entry]
+            assert all(name.endswith(".relative_position_index") for name in lost), f"mutant {number}"
+            assert len(after) == len(before) and places == others, f"mutant {number}"
     file.write_bytes(content)
     assert attempt(model_class.from_pretrained, tmp_path)
 

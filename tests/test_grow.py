@@ -504,7 +504,7 @@ def test_bad_training_settings():
             HeadTraining(**{name: value})
 
 
-@pytest.mark.parametrize("where", ["fill_cache", "train_exits", "choose_exits", "evaluate"])
+@pytest.mark.parametrize("where", ["fill_cache", "train_exits", "choose_exits", "judge"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_states_do_not_outlive_a_run_that_fails(where, error, plain, images, tmp_path, monkeypatch):
     def fail(*_, **__):
@@ -534,7 +534,7 @@ def test_bad_input_of_the_command(plain, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ([tmp_path / "empty", "digits"], "no config.json there"),
-        ([plain, tmp_path / "nowhere.parquet"], "no such folder or parquet file"),
+        ([plain, tmp_path / "nowhere.parquet"], "no such folder, Parquet file or archive"),
         ([plain, tmp_path / "empty"], "empty"),
         ([plain, "digits"], "class '0' is none of the model's"),
         ([plain, "digits", "--limit", 10, "--ignore-labels"], "10 images are too few"),
