@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
     from .configuration_wrapper import HighwayWrapperConfig
+    from .data import load_images, load_unlabelled
     from .engine import run_all, run_early
     from .evaluation.benchmark import benchmark
     from .evaluation.calibration import Calibration, calibrate
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from .growth import grow
     from .halting import token_macs
     from .heads import HEADS, register_head
-    from .modeling_avit import AViT, AViTOutput
-    from .modeling_deit import DeiTHighway
+    from .modeling_avit import AViT, AViTForImageClassification, AViTOutput
+    from .modeling_deit import DeiTHighway, DeiTHighwayForImageClassification
     from .modeling_highway import HighwayOutput
-    from .modeling_swin import SwinHighway
-    from .modeling_vit import ViTHighway
+    from .modeling_swin import SwinHighway, SwinHighwayForImageClassification
+    from .modeling_vit import ViTHighway, ViTHighwayForImageClassification
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
+    from .processing import ProcessedImages, make_processor
     from .recipe import train_recipe
     from .segments import Segment, State, Tokens
     from .serving.device.remote import RemoteHighway
@@ -47,6 +49,7 @@ _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "configuration_avit": ("AViTConfig",),
     "configuration_wrapper": ("HighwayWrapperConfig",),
+    "data": ("load_images", "load_unlabelled"),
     "engine": ("run_all", "run_early"),
     "evaluation.benchmark": ("benchmark",),
     "evaluation.calibration": ("Calibration", "calibrate"),
@@ -59,12 +62,13 @@ _HOMES = {
     "growth": ("grow",),
     "halting": ("token_macs",),
     "heads": ("HEADS", "register_head"),
-    "modeling_avit": ("AViT", "AViTOutput"),
-    "modeling_vit": ("ViTHighway",),
-    "modeling_deit": ("DeiTHighway",),
-    "modeling_swin": ("SwinHighway",),
+    "modeling_avit": ("AViT", "AViTForImageClassification", "AViTOutput"),
+    "modeling_vit": ("ViTHighway", "ViTHighwayForImageClassification"),
+    "modeling_deit": ("DeiTHighway", "DeiTHighwayForImageClassification"),
+    "modeling_swin": ("SwinHighway", "SwinHighwayForImageClassification"),
     "modeling_highway": ("HighwayOutput",),
     "policies": ("POLICIES", "ExitPolicy", "build_policy", "register_policy"),
+    "processing": ("ProcessedImages", "make_processor"),
     "segments": ("Segment", "State", "Tokens"),
     "recipe": ("train_recipe",),
     "serving.device.remote": ("RemoteHighway",),

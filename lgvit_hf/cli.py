@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .options import build_parser, policy_of
@@ -18,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     says why; 130 on Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if arguments[:1] == ["train"] and arguments[-1] == "--debug":
+        del arguments[-1]
     parser = build_parser()
     try:
         options, others = parser.parse_known_args(arguments)
@@ -33,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"lgvit {options.command} needs --{name}")
         return COMMANDS[options.command](options) or 0
     except (ValueError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
         # one line: libraries wrap theirs over several
         print(f"lgvit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

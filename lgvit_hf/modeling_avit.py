@@ -491,3 +491,7 @@ def _config_of(native: PreTrainedModel, changes: dict[str, Any]) -> AViTConfig:
     with_teacher = isinstance(native, DeiTForImageClassificationWithTeacher)
     settings["distilled"] = with_teacher and getattr(native.config, "distilled", True)
     return AViTConfig(**{**settings, **changes})
+
+
+AViTForImageClassification = AViT
+"""The name that transformers gives such a class: the same one."""

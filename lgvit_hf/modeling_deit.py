@@ -91,3 +91,7 @@ class DeiTHighway(HighwayMixin, DeiTForImageClassificationWithTeacher):
             return [self.deit.embeddings, *self._layers]
         # the weights are given by `attention.attention` in transformers 4, by `attention` in 5
         return [getattr(layer.attention, "attention", layer.attention) for layer in self._layers]
+
+
+DeiTHighwayForImageClassification = DeiTHighway
+"""The name that transformers gives such a class: the same one."""

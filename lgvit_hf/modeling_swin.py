@@ -138,3 +138,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
         attentions = [stage.blocks[-1].attention for stage in stages]
         # transformers 4 gives the weights only on request; its dropout sees them in any case
         return [attention.self.dropout if hasattr(attention, "self") else attention for attention in attentions]
+
+
+SwinHighwayForImageClassification = SwinHighway
+"""The name that transformers gives such a class: the same one."""

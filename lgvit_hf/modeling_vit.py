@@ -81,3 +81,7 @@ class ViTHighway(HighwayMixin, ViTForImageClassification):
             return [self.vit.embeddings, *self._layers]
         # the weights are given by `attention.attention` in transformers 4, by `attention` in 5
         return [getattr(layer.attention, "attention", layer.attention) for layer in self._layers]
+
+
+ViTHighwayForImageClassification = ViTHighway
+"""The name that transformers gives such a class: the same one."""

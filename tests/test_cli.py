@@ -121,6 +121,20 @@ def test_bad_config_file(text, message, tmp_path, capsys):
 
 @pytest.mark.version_independent
 @pytest.mark.parametrize(
+    "arguments", [["evaluate", "nowhere", "--data", "digits"], ["evaluate", "x", "--batch-size", "0"]]
+)
+def test_debug_shows_where_an_error_comes_from(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere").mkdir()
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert main([*arguments, "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown and shown.splitlines()[-1] == line
+
+
+@pytest.mark.version_independent
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (["train", "--output", "OUT"], "lgvit train needs --data"),
