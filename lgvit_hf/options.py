@@ -15,8 +15,8 @@ EXAMPLES = {
     "train": "lgvit train --config recipes/configs/vit_small/stage1.yaml --data photos/ --epochs 3\n"
     "  lgvit train --backbone vit --data digits --stage backbone --epochs 12 --output runs/backbone\n"
     "  lgvit train --model runs/backbone --data digits --stage 1 --epochs 8 --output runs/stage1 --resume auto\n"
-    "any other option is one of HighwayTrainingArguments, such as --bf16 true or --gradient-checkpointing true; --debug\n"
-    "at the end shows where an error comes from",
+    "any other option is one of HighwayTrainingArguments, such as --bf16 true or --gradient-checkpointing true;\n"
+    "--debug at the end shows where an error comes from",
     "grow": "lgvit grow google/vit-base-patch16-224 photos/ early_vit --max-accuracy-drop 0.01",
     "evaluate": "lgvit evaluate runs/stage2 --data digits --policy confidence --threshold 0.8 --output results.json",
     "benchmark": "lgvit benchmark runs/stage2 --data photos/ --batch-sizes 1 8 32 --cost-table costs.json",
