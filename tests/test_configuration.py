@@ -456,7 +456,7 @@ def test_the_default_policy_suits_the_answers(kind, answers, policy):
     [
         ("confidence", {"num_labels": 1}, "fixed, never"),
         ("entropy", {"num_labels": 2, **REGRESSION}, "fixed, never"),
-        ("margin", {"num_labels": 1, "problem_type": "single_label_classification"}, "fixed, never"),
+        ("margin", {"num_labels": 1, **REGRESSION}, "fixed, never"),
         ("confidence", {"num_labels": 4, **MULTI_LABEL}, "fixed, label_confidence, never"),
         ("patience", {"num_labels": 4, **MULTI_LABEL}, "fixed, label_confidence, never"),
         ("label_confidence", {"num_labels": 4}, "confidence, .*patience_confidence"),
