@@ -270,6 +270,32 @@ class AverageHead(ExitHead):
         return [pooled], pooled
 
 
+@register_head("concat")
+class ConcatHead(ExitHead):
+    """DINOv2's own classifier (https://arxiv.org/abs/2304.07193): prefix tokens and mean patch side by side.
+
+    One layer norm over all tokens, then one classifier of the P prefix tokens and the mean of the patches, which are
+    the features, `[B, (P + 1) * D]`. Where no prefix token is read (Swin, `pool="mean"`): of the mean and the largest
+    value of each channel, `[B, 2 * D]`.
+    """
+
+    def __init__(self, shape: HeadShape):
+        super().__init__(shape)
+        num_vectors = 1 + (shape.num_prefix if shape.pool == "cls" and shape.num_prefix else 1)
+        self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.classifiers = nn.ModuleList([nn.Linear(num_vectors * shape.width, shape.num_labels)])
+
+    def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
+        num_prefix = tokens.prefix.shape[1]
+        normed = self.norm(torch.cat([tokens.prefix, tokens.patches], dim=1) if num_prefix else tokens.patches)
+        if num_prefix and self.pool == "cls":
+            vectors = [*normed[:, :num_prefix].unbind(1), normed[:, num_prefix:].mean(1)]
+        else:
+            vectors = [normed.mean(1), normed.amax(1)]
+        joined = torch.cat(vectors, dim=-1)
+        return [joined], joined
+
+
 @register_head("vit")
 class ViTHead(LinearHead):
     """One more transformer block on all tokens, then the `linear` head (ViT-EE)."""

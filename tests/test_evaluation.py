@@ -189,6 +189,8 @@ def head_macs(name, prefix):
     classify = max(1, prefix) * d * NUM_LABELS
     if name == "linear":
         return (d * d if prefix == 1 else 0) + classify
+    if name == "concat":
+        return (prefix + 1) * d * NUM_LABELS
     if name == "vit":
         return block_macs(n + prefix, d, HIDDEN) + head_macs("linear", prefix)
     coarse = (GRID // 2) ** 2
@@ -211,6 +213,8 @@ def head_macs(name, prefix):
         ("vit", 1, "linear vit mlp conv_normal conv1_1 conv2_1 attention_r1 attention_r2 self_attention"),
         # another prefix token: its classifier, no pooler, and one token more in a block
         ("deit", 2, "linear vit mlp"),
+        ("vit", 1, "concat linear mlp"),
+        ("deit", 2, "concat linear mlp"),
     ],
 )
 def test_macs_by_hand(kind, prefix, heads):

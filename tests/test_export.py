@@ -57,7 +57,7 @@ MODELS = {
         "depths": [1, 4],
         "num_heads": [2, 2],
         "exit_positions": [2, 3, 4],
-        "exit_types": ["conv2_1", "self_attention", "linear"],
+        "exit_types": ["conv2_1", "self_attention", "concat"],
     },
 }
 
@@ -253,7 +253,7 @@ def test_every_policy_and_head_is_tried():
     assert {settings["name"] for settings in tried} == set(EXPORTABLE)
     heads = {head for settings in MODELS.values() for head in settings["exit_types"]}
     # the other attention heads differ from `attention_r2` by a number
-    assert heads == set(HEADS) - {"attention_r1", "attention_r3"}
+    assert heads == {*HEADS, "concat"} - {"attention_r1", "attention_r3"}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from lgvit_hf.heads import (
     HEADS,
@@ -264,6 +265,37 @@ class TestAverage(HeadTesterMixin):
         return mean_of_classifiers(head, vectors), features
 
 
+class TestConcat(HeadTesterMixin):
+    name, kind = "concat", None
+    num_parameters = 2 * 768 + (2 * 768 * 100 + 100)
+
+    def formula(self, head, tokens):
+        num_prefix = tokens.prefix.shape[1]
+        normed = layer_norm(torch.cat([tokens.prefix, tokens.patches], dim=1), head.norm)
+        if head.pool == "cls" and num_prefix:
+            vectors = [normed[:, index] for index in range(num_prefix)]
+            vectors.append(normed[:, num_prefix:].sum(1) / tokens.patches.shape[1])
+        else:
+            vectors = [normed.sum(1) / normed.shape[1], normed.sort(1).values[:, -1]]
+        joined = torch.cat(vectors, -1)
+        return mean_of_classifiers(head, [joined]), joined
+
+
+@torch.no_grad()
+def test_concat_is_the_classifier_of_dinov2():
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    native = scrambled(Dinov2ForImageClassification(Dinov2Config(**sizes, num_labels=NUM_LABELS))).eval()
+    head = make("concat")
+    head.norm.load_state_dict(native.dinov2.layernorm.state_dict())
+    head.norm.eps = native.config.layer_norm_eps
+    head.classifiers[0].load_state_dict(native.classifier.state_dict())
+    images, seen = torch.randn(BATCH, 3, 8, 8), []
+    native.dinov2.layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    expected = native(images).logits
+    tokens = Tokens(seen[0][:, 1:], (2, 2), seen[0][:, :1])
+    torch.testing.assert_close(head.answer(tokens), expected)
+
+
 class TestViT(TestLinear):
     name, num_parameters, kind = "vit", 7_755_364, None
 
@@ -419,7 +451,7 @@ def test_a_shape_says_what_was_left_out():
 
 def test_known_heads():
     assert known_heads() == (
-        "attention_r{n}, average, conv1_1, conv2_1, conv_normal, linear, mlp, self_attention, vit"
+        "attention_r{n}, average, concat, conv1_1, conv2_1, conv_normal, linear, mlp, self_attention, vit"
     )
 
 

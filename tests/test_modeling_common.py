@@ -41,9 +41,9 @@ FINAL = len(POSITIONS)
 # every head, each at one exit or another
 MIXES = {
     "lgvit": "lgvit",
-    "blocks": ["linear", "vit", "mlp"],
+    "blocks": ["concat", "vit", "mlp"],
     "maps": ["conv_normal", "self_attention", "attention_r1"],
-    "others": ["attention_r3", "average", "conv1_1"],
+    "others": ["attention_r3", "average", "linear"],
 }
 every_head = pytest.mark.parametrize("heads", MIXES.values(), ids=MIXES)
 UNREAD = ("relative_position_index", "num_batches_tracked")  # recomputed, or never looked at
