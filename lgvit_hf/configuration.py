@@ -15,7 +15,7 @@ from typing import Any
 from transformers import DeiTConfig, SwinConfig, ViTConfig
 
 from .heads import is_head, known_heads, lgvit_heads
-from .policies import ExitPolicy, build_policy, check_problem, default_policy
+from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
 from .segments import State  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
@@ -233,6 +233,7 @@ class HighwayConfig(SafeConfig):
             raise ValueError(
                 f"exit_policy: {self.exit_policy!r} is not a dict like {{'name': 'confidence', 'threshold': 0.8}}"
             )
+        self.exit_policy = following_default(self.exit_policy, self.num_labels, self.problem_type)
         self.checked_policy(self.exit_policy)
 
     def checked_policy(self, policy: ExitPolicy | Callable | dict[str, Any] | str) -> ExitPolicy:

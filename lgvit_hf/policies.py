@@ -536,6 +536,23 @@ def default_policy(num_labels: int, problem_type: str | None) -> dict[str, Any]:
     return copy.deepcopy(_DEFAULTS.get(problem_of(num_labels, problem_type), {"name": "never"}))
 
 
+def following_default(policy: dict[str, Any], num_labels: int, problem_type: str | None) -> dict[str, Any]:
+    """A policy as it is; the default of another problem becomes that of this one.
+
+    transformers' users set `problem_type` and `num_labels` of a config that is there already.
+
+    Example:
+
+        >>> following_default({"name": "confidence", "threshold": 0.8}, 1, "regression")
+        {'name': 'never'}
+        >>> following_default({"name": "confidence", "threshold": 0.7}, 1, "regression")
+        {'name': 'confidence', 'threshold': 0.7}
+    """
+    problem = problem_of(num_labels, problem_type)
+    of_others = [default for other, default in _DEFAULTS.items() if other != problem]
+    return default_policy(num_labels, problem_type) if policy in of_others else policy
+
+
 def check_problem(policy: ExitPolicy, num_labels: int, problem_type: str | None) -> None:
     """Raise `ValueError` where a policy judges other answers than a model gives."""
     problem = problem_of(num_labels, problem_type)

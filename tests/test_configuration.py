@@ -464,7 +464,7 @@ def test_the_default_policy_suits_the_answers(kind, answers, policy):
     ],
 )
 def test_a_policy_that_judges_other_answers_is_refused(policy, answers, choices, tmp_path):
-    policy = {"name": policy, **({"patience": 2} if policy == "patience" else {"threshold": 0.9})}
+    policy = {"name": policy, **({"patience": 2} if policy == "patience" else {"threshold": 0.95})}
     message = f"exit_policy: '{policy['name']}' is for .*num_labels={answers['num_labels']}.*choices: {choices}$"
     with pytest.raises(ValueError, match=message):
         tiny_config("vit", exit_policy=policy, **answers)
@@ -476,6 +476,20 @@ def test_a_policy_that_judges_other_answers_is_refused(policy, answers, choices,
         type(model).from_pretrained(tmp_path, exit_policy=policy)
     model.set_exit_policy("fixed", exit_index=0)
     assert set(model(tiny_images(2)).exit_index.tolist()) == {0}
+
+
+def test_the_default_policy_follows_a_problem_that_is_set_later():
+    """As transformers' own tests set it: on a config that is there already."""
+    for answers, name in (
+        ({"num_labels": 2, **REGRESSION}, "never"),
+        ({"num_labels": 3, **MULTI_LABEL}, "label_confidence"),
+    ):
+        config = tiny_config("vit", exit_policy=None)
+        for field, value in answers.items():
+            setattr(config, field, value)
+        model = MODELS["vit"](config).eval()
+        assert model.exit_policy.name == model.config.exit_policy["name"] == name
+        assert model(tiny_images(2)).logits.shape == (2, answers["num_labels"])
 
 
 def test_another_problem_type_later_is_noticed():
