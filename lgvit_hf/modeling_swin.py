@@ -60,7 +60,9 @@ def _run_block(stage: nn.Module, index: int, above: nn.Module | None, state: Sta
     """One block of a stage; the first has patches merged before, so that an exit above does not pay for that."""
     hidden, grid = state["hidden"], state.grid
     if above is not None:
-        hidden = above(hidden, grid, part="merge")
+        # transformers 5 checkpoints a stage once; the merging is little beside its blocks
+        merge = above.downsample if above.gradient_checkpointing else partial(above, part="merge")
+        hidden = merge(hidden, grid)
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     return State({"hidden": stage(hidden, grid, part=index)}, grid)
 
