@@ -67,9 +67,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    import torch.distributed
+
     from .recipe import run
 
     run(options)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # a group that is still held when the interpreter ends now and then aborts it
+        torch.distributed.destroy_process_group()
 
 
 def _grow(options: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """What two processes do with one tiny highway, over gloo: sharded (FSDP2), and a copy each (DDP)."""
 
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -140,15 +139,9 @@ def replicated(kind, folder):
     assert_close(again.module.state_dict(), weights[1])
 
 
-def main(folder, kinds):
+def run(folder, kinds):
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     for kind in kinds:
         sharded(kind, Path(folder), mesh)
         replicated(kind, Path(folder))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

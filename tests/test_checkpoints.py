@@ -29,8 +29,8 @@ from lgvit_hf.training.checkpoints import (
     last_complete_checkpoint,
     read_manifest,
 )
+from tests.processes import in_two_processes
 from tests.seeds import THOROUGH, rng
-from tests.test_training import torchrun
 from tests.tiny import tiny_dataset, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -612,7 +612,7 @@ for ours, theirs in zip(logs, expected[0]):
 
 @pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_two_processes_write_one_manifest_and_stop_together(tmp_path):
-    torchrun(LAUNCHED, tmp_path)
+    in_two_processes(LAUNCHED, tmp_path)
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_manifest(tmp_path / "run" / "checkpoint-4")["files"])
     with pytest.raises(ValueError, match="world_size: 2 then, 1 now"):
         trained(tmp_path / "run", resume=True, per_device_train_batch_size=4)

@@ -1,10 +1,6 @@
 """Evaluation during training: every exit, the policy, every row once, and no logits kept."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from transformers import EvalPrediction
 from lgvit_hf import DistillationTrainer, HighwayTrainer, HighwayTrainingArguments
 from lgvit_hf.evaluation.table import collect
 from lgvit_hf.training.metrics import ExitMetrics, row_answers
+from tests.processes import in_two_processes
 from tests.test_evaluation import in_a_gap
 from tests.tiny import NUM_BLOCKS, NUM_LABELS, tiny_dataset, tiny_model
 
@@ -163,18 +160,11 @@ for name, changes in {"whole": {}, "list": {"eval_do_concat_batches": False}}.it
 if trainer.is_world_process_zero():
     (Path(sys.argv[1]) / "metrics.json").write_text(json.dumps(metrics))
 del trainer  # its model holds the group
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
 """
 
 
 def test_two_processes_count_every_row_once(tmp_path):
-    (tmp_path / "run.py").write_text(RUN)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, str(tmp_path / "run.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(RUN, tmp_path)
     rows = tiny_dataset(37)
     wanted = expected(trainer_of(tmp_path, rows).model, rows)
     for metrics in json.loads((tmp_path / "metrics.json").read_text()).values():

@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from lgvit_hf import DistillationTrainer, HighwayTrainer, HighwayTrainingArgumen
 from lgvit_hf.losses import lgvit_feature_losses
 from lgvit_hf.training.arguments import STAGE_ONE, STAGE_TWO
 from lgvit_hf.training.strategies import stage_one_loss, stage_two_loss
+from tests.processes import in_two_processes
 from tests.tiny import NUM_BLOCKS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
 
 POSITIONS = [2, 3, 5]
@@ -496,24 +495,7 @@ for name in LAUNCHED:
     if trainer.is_world_process_zero():
         (folder / f"{name}.json").write_text(json.dumps(log))
     del trainer  # its model holds the group
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
 """
-
-
-def torchrun(script, folder):
-    """Run a script in two processes, which end with this one; its argument is the folder."""
-    (folder / "run.py").write_text(script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(folder / "run.py"), str(folder)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        try:
-            _, error = process.communicate()
-        finally:
-            process.terminate()
-    assert process.returncode == 0, error[-3000:]
 
 
 def launched(folder, name, accumulation=1):
@@ -561,7 +543,7 @@ def test_accumulating_four_times_gives_the_same_loss(name, expected, tmp_path):
 
 @pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_two_processes_give_the_same_loss(expected, tmp_path):
-    torchrun(RUN, tmp_path)
+    in_two_processes(RUN, tmp_path)
     for name in LAUNCHED:
         assert_same_run(json.loads((tmp_path / f"{name}.json").read_text()), expected[name])
 
