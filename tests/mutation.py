@@ -98,6 +98,8 @@ def run_tests(tree, tests):
 
     os.chdir(tree)
     sys.path.insert(0, str(tree))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # of the other tree, where this script is
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--randomly-seed=1", "--timeout=0"]

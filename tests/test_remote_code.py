@@ -46,9 +46,8 @@ def save_all(folder):
         save_file(kept, folder / f"{kind}.safetensors")
 
 
-# run where `lgvit_hf` is not: saved folders in, their answers out
-OPEN_ALL = """
-import importlib.util, json, os, sys
+WITHOUT = """
+import importlib.util, sys
 assert importlib.util.find_spec("lgvit_hf") is None
 try:
     import lgvit_hf
@@ -56,6 +55,10 @@ except ImportError:
     pass
 else:
     raise AssertionError("this package can be imported here")
+"""
+# run where `lgvit_hf` is not: saved folders in, their answers out
+OPEN_ALL = """
+import json, os
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,18 +100,18 @@ def site_packages(python):
     return Path(found.stdout.strip()).parent
 
 
-def open_without_the_package(folder, home, python=sys.executable):
-    """What `OPEN_ALL` says; `home` gets a copy of site-packages, in links, without this package."""
+def without_the_package(code, arguments, home, python=sys.executable):
+    """The last line that code prints; `home` gets a copy of site-packages, in links, without this package."""
     site = home / "site-packages"
     site.mkdir()
     for entry in site_packages(python).iterdir():
         if "lgvit" not in entry.name:
             (site / entry.name).symlink_to(entry)
     # -I and -S: no PYTHONPATH, working folder or site-packages, whose .pth files would bring the package back
-    code = f"import sys\nsys.path.insert(0, {str(site)!r})\n{OPEN_ALL}"
+    code = f"import sys\nsys.path.insert(0, {str(site)!r})\n{WITHOUT}\n{code}"
     environment = {**os.environ, "HF_MODULES_CACHE": str(home / "modules"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [python, "-I", "-S", "-c", code, str(folder), *ALL_KINDS],
+        [python, "-I", "-S", "-c", code, *map(str, arguments)],
         env=environment,
         cwd=home,
         capture_output=True,
@@ -116,7 +119,11 @@ def open_without_the_package(folder, home, python=sys.executable):
         timeout=250,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return result.stdout.splitlines()[-1]
+
+
+def open_without_the_package(folder, home, python=sys.executable):
+    return json.loads(without_the_package(OPEN_ALL, [folder, *ALL_KINDS], home, python))
 
 
 def check_answers(answers, folder):

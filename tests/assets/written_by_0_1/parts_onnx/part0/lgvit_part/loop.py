@@ -1,0 +1,134 @@
+"""The loop over a part's segments: answers of the rows that are sure, and the state of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .info import MEMORY, PART_FILE, PartInfo
+
+Arrays = dict[str, np.ndarray]
+# state in; state and logits out
+Segment = Callable[[Arrays], tuple[Arrays, np.ndarray]]
+# logits, memory and exit index in; who leaves, score and memory out
+Decision = Callable[[np.ndarray, Arrays, int], tuple[np.ndarray, np.ndarray, Arrays]]
+
+
+def run_part(
+    info: PartInfo, segments: Sequence[Segment], decide: Decision, inputs: Arrays
+) -> tuple[Arrays, np.ndarray, Arrays]:
+    """Run a part; the remaining segments run on the rows that have not left.
+
+    Args:
+        info (`PartInfo`): Of the part.
+        segments (`Sequence[Segment]`): One per exit of the part.
+        decide (`Decision`): The policy.
+        inputs (`dict[str, np.ndarray]`): What the part takes, batch first.
+
+    Returns:
+        - `answers`: `logits` `[B, C]`, `exit_index` `[B]` (from 0, in the whole highway), `exit_layer` `[B]` (blocks
+          run, from 1) and `exit_score` `[B]` of every row,
+        - `rows` `[K]`: of the rows that are not sure yet; their answers are those of the deepest exit here,
+        - `state`: of these rows, what the next part takes.
+    """
+    state = {name: array for name, array in inputs.items() if not name.startswith(MEMORY)}
+    rows = np.arange(len(next(iter(state.values()))))
+    memory = {
+        name: inputs[MEMORY + name]
+        if MEMORY + name in inputs
+        else np.full(len(rows), first, _memory_dtype(info, name))
+        for name, first in info.memory.items()
+    }
+    answers: Arrays = {}
+    for exit, segment in zip(info.exits, segments, strict=True):
+        state, logits = segment(state)
+        leave, score, memory = _decided(exit, decide, logits, memory)
+        index = np.full(len(rows), exit["index"])
+        here = {
+            "logits": logits,
+            "exit_index": index,
+            "exit_layer": np.asarray(info.depths)[index],
+            "exit_score": score,
+        }
+        if not answers:
+            answers = {name: array.copy() for name, array in here.items()}
+        # of rows that stay, too: who goes on is overwritten later, or was not answered any deeper
+        for name, array in here.items():
+            answers[name][rows] = array
+        stay = np.flatnonzero(~leave)
+        if len(stay) == len(rows):
+            continue
+        rows = rows[stay]
+        if not len(rows):
+            break
+        state = {name: array[stay] for name, array in state.items()}
+        memory = {name: array[stay] for name, array in memory.items()}
+    if not len(rows):
+        return answers, rows, {}
+    return answers, rows, {**state, **{MEMORY + name: array for name, array in memory.items()}}
+
+
+def _decided(
+    exit: dict[str, Any], decide: Decision, logits: np.ndarray, memory: Arrays
+) -> tuple[np.ndarray, np.ndarray, Arrays]:
+    if exit["leave"] == "nobody":
+        return np.zeros(len(logits), bool), softmax(logits).max(-1), memory
+    leave, score, memory = decide(logits, memory, exit["index"])
+    if exit["leave"] == "everybody":
+        return np.ones(len(logits), bool), score, memory
+    return leave & ~np.isnan(logits).any(-1), score, memory
+
+
+def _memory_dtype(info: PartInfo, name: str) -> str:
+    # the last part alone gives no memory, and takes it
+    return {**info.takes, **info.gives}[MEMORY + name]["dtype"]
+
+
+def try_part(part: Any) -> None:
+    """Run a part on a row of zeros, so that it says when it is opened, and not to who asks it, what does not fit.
+
+    Raises:
+        ValueError: It does not run, or its answers are not those that its description says.
+    """
+    info = part.info
+    try:
+        answers, rows, state = part({name: np.zeros((1, *a["shape"]), a["dtype"]) for name, a in info.takes.items()})
+        shapes = {name: list(array.shape[1:]) for name, array in answers.items()}
+        wanted = {name: info.answers[name]["shape"] for name in shapes}
+        if len(rows):
+            shapes |= {name: list(array.shape[1:]) for name, array in state.items()}
+            wanted |= {name: array["shape"] for name, array in info.gives.items()}
+        if shapes != wanted:
+            raise ValueError(f"it gives {shapes}, not {wanted}")
+        probabilities(info, answers)
+        if info.image is not None:
+            pixels, shape = part.pixels(Image.new("RGB", (2, 2))), info.takes["pixel_values"]["shape"]
+            if list(pixels.shape) != shape or not np.isfinite(pixels).all():
+                raise ValueError(f"images become {list(pixels.shape)}, not numbers of shape {shape}")
+    except Exception as error:  # of NumPy, pillow, PyTorch and ONNX Runtime
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{part.folder} does not run as its {PART_FILE} says; split it again ({reason})") from error
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of each row of `logits` `[B, C]`, float32.
+
+    Example:
+
+        >>> softmax(np.array([[0.0, 0.0]], np.float32)).tolist()
+        [[0.5, 0.5]]
+    """
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+
+def probabilities(info: PartInfo, answers: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Probability of each class, `[B, C]` float32, with the policy's temperature at the exit that answered."""
+    given = info.policy.get("temperature", 1.0)
+    spread = given if isinstance(given, list) else [given] * len(info.depths)
+    spread = np.array([*spread, *[1.0] * (len(info.depths) - len(spread))], np.float32)
+    return softmax(answers["logits"] / spread[answers["exit_index"]][:, None])

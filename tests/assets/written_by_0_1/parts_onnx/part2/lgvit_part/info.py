@@ -1,0 +1,192 @@
+"""`part.json`: what a part of a split highway is, takes and gives, and by which files; checked when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import reprlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PART_FILE = "part.json"
+SCHEMA = 1
+FORMATS = ("onnx", "safetensors")
+WEIGHTS = "model.safetensors"
+# names of a policy's memory in a state, beside the tensors of the highway
+MEMORY = "memory."
+# in one row of an array
+MAX_NUMBERS = 1 << 28
+LEAVES = ("policy", "nobody", "everybody")
+_NAME = re.compile(r"[\w.-]{1,100}")
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """What `split` says of a part. Arrays are given by `dtype` and `shape` of one row; the batch comes first.
+
+    Args:
+        model (`str`): SHA-256 of the whole model, its policy and its cuts: parts of one split have the same.
+        index (`int`): Which part, from 0.
+        parts (`int`): How many there are.
+        format (`str`): `onnx` or `safetensors`.
+        takes (`dict`), gives (`dict`):
+            Arrays by name. The first part takes `pixel_values`; the last gives none. What starts with `memory.` is the
+            policy's.
+        memory (`dict`): What each number of the policy's memory starts with.
+        depths (`list[int]`): Blocks run before each exit of the whole highway, the final classifier last.
+        start (`int`): Of the segments of the whole highway, the first one here.
+        exits (`list[dict]`):
+            Of this part, in order: `index`, in the whole highway, and who may `leave`: whom the `policy` lets go,
+            `nobody` (it only answers where nobody deeper can be asked) or `everybody`; and the `grid` of patches with
+            which the state comes to its segment, if it has one.
+        policy (`dict`): With its thresholds and temperatures, of all exits.
+        labels (`list[str]`): Classes.
+        image (`dict`, *optional*): How `prepare` makes pixels of an image, or nothing if that takes the processor.
+        files (`dict[str, str]`): SHA-256 of each file, by name; of `onnx` in the order in which they run.
+        versions (`dict[str, str]`), checks (`dict`): Of the packages that wrote it; how close it came to the model.
+    """
+
+    model: str
+    index: int
+    parts: int
+    format: str
+    takes: dict[str, dict[str, Any]]
+    gives: dict[str, dict[str, Any]]
+    memory: dict[str, float]
+    depths: list[int]
+    start: int
+    exits: list[dict[str, Any]]
+    policy: dict[str, Any]
+    labels: list[str]
+    image: dict[str, Any] | None
+    files: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Arrays of the answers to every row."""
+        numbers = {"exit_index": "int64", "exit_layer": "int64", "exit_score": "float32", "degraded": "uint8"}
+        return {
+            "logits": {"dtype": "float32", "shape": [len(self.labels)]},
+            **{name: {"dtype": dtype, "shape": []} for name, dtype in numbers.items()},
+        }
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What a message to this part must say of itself."""
+        return {"schema": str(SCHEMA), "model": self.model, "part": str(self.index)}
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `part.json`."""
+        return {"what": "lgvit part", "schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PartInfo:
+        """Read a part's description, and check the files beside it by it.
+
+        Raises:
+            OSError: There is none.
+            ValueError: It is not what `split` writes, or a file is another than was written.
+        """
+        folder = Path(folder)
+        file = folder / PART_FILE
+        if not file.is_file():
+            raise OSError(f"{folder}: no {PART_FILE} there, not a part of a split highway")
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            schema = settings.pop("schema", None)
+            if schema != SCHEMA:
+                raise ValueError(f"schema={reprlib.repr(schema)}, but this version reads {SCHEMA}")
+            info = cls(**{name: value for name, value in settings.items() if name != "what"})
+            info._check()
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{file} is not what `split` writes ({error})") from error
+        for name, digest in info.files.items():
+            if not (folder / name).is_file() or (folder / name).is_symlink():
+                raise ValueError(f"{folder / name} is missing; split the model again")
+            if file_digest(folder / name) != digest:
+                raise ValueError(f"{folder / name} is not the file that was written; split the model again")
+        return info
+
+    def _check(self) -> None:
+        """Raise `ValueError` for a field that does not hold what it should."""
+        counted = _is_count(self.index) and _is_count(self.parts) and self.index < self.parts
+        num_exits = len(self.depths) if isinstance(self.depths, list) else 0
+        good = {
+            "model": _is_digest(self.model),
+            "index": counted,
+            "format": self.format in FORMATS,
+            "takes": _are_arrays(self.takes) and bool(self.takes),
+            "gives": _are_arrays(self.gives) and bool(self.gives) == (self.index < self.parts - 1),
+            "memory": isinstance(self.memory, dict) and all(_is_number(value) for value in self.memory.values()),
+            "depths": num_exits > 0 and all(_is_count(depth) for depth in self.depths),
+            "exits": isinstance(self.exits, list)
+            and len(self.exits) > 0
+            and all(
+                set(each) == {"index", "leave", "grid"}
+                and _is_count(each["index"])
+                and each["index"] < num_exits
+                and each["leave"] in LEAVES
+                and (each["grid"] is None or all(map(_is_count, each["grid"])))
+                for each in self.exits
+            )
+            and all(one["index"] < other["index"] for one, other in zip(self.exits, self.exits[1:], strict=False)),
+            "start": _is_count(self.start) and all(self.start <= each["index"] for each in self.exits),
+            "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
+            "labels": isinstance(self.labels, list)
+            and len(self.labels) > 0
+            and all(isinstance(label, str) and is_text(label) for label in self.labels),
+            "image": self.image is None or isinstance(self.image, dict),
+            "files": isinstance(self.files, dict)
+            and self._names_its_files()
+            and all(_NAME.fullmatch(name) and _is_digest(digest) for name, digest in self.files.items()),
+        }
+        for name, is_good in good.items():
+            if not is_good:
+                raise ValueError(f"{name}={reprlib.repr(getattr(self, name))}")
+
+    def _names_its_files(self) -> bool:
+        if self.format == "onnx":
+            return len(self.files) == len(self.exits) + 1
+        return set(self.files) == {"config.json", WEIGHTS}
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can write it: half a pair of surrogates is no text."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _are_arrays(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        set(each) == {"dtype", "shape"}
+        and each["dtype"] in ("float32", "int64")
+        and isinstance(each["shape"], list)
+        and all(map(_is_count, each["shape"]))
+        and math.prod(each["shape"]) <= MAX_NUMBERS
+        for each in value.values()
+    )

@@ -1,0 +1,484 @@
+"""The three configs: where the exits stand, what they compute, when rows leave. Everything is checked when built."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import DeiTConfig, SwinConfig, ViTConfig
+
+from .heads import is_head, known_heads, lgvit_heads
+from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
+from .segments import State  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+
+EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
+PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
+OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
+DEFAULT_FEATURES = 256
+MOST_LABELS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One early exit: the blocks that have run before it (counted from 1) and the head it computes."""
+
+    after: int
+    head: str
+
+
+def lgvit_positions(num_blocks: int) -> list[int]:
+    """Where LGViT puts exits: up to eight, from a third of the depth to the last but one block, evenly.
+
+    For 12 blocks that is the published 4..11.
+
+    Example:
+
+        >>> lgvit_positions(12), lgvit_positions(6)
+        ([4, 5, 6, 7, 8, 9, 10, 11], [2, 3, 4, 5])
+    """
+    first, last = -(-num_blocks // 3), num_blocks - 1
+    count = min(8, last - first + 1)
+    if count < 2:
+        return [last] if last >= 1 else []
+    return [first + round(i * (last - first) / (count - 1)) for i in range(count)]
+
+
+class SafeConfig:
+    """Reading a `config.json` that anybody may have written, mixed into one of transformers' configs."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SafeConfig:
+        """As upstream's, without the attention code that a file asks for; what it cannot read is a `ValueError`."""
+        with _strange_settings(cls):
+            return super().from_dict(without_attention_code(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As upstream's, but a folder without `config.json` raises `OSError` instead of giving the defaults."""
+        with _strange_settings(cls):
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}: not a saved model")
+        return config_dict, kwargs
+
+
+@contextmanager
+def _strange_settings(config_class: type) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, OSError):
+        raise
+    # a field of another kind than it takes shows as any error, in transformers 5 one of its own
+    except Exception as error:
+        raise ValueError(f"{config_class.__name__}: a setting is not what it can be: {error}") from error
+
+
+class HighwayConfig(SafeConfig):
+    """The exit settings that every highway config has, mixed into the backbone's own config.
+
+    Args:
+        exit_positions (`list[int]` or `"lgvit"`, *optional*, defaults to `"lgvit"`):
+            Blocks already run when each exit is reached, counted from 1: strictly increasing, `1 <= p < L`.
+        exit_types (`list[str]`, `str`, *optional*, defaults to `"lgvit"`):
+            Head of each exit, or one for all.
+        exit_policy (`dict`, *optional*):
+            When a row leaves, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`. By default confidence above
+            0.8; with several labels at once (`problem_type="multi_label_classification"`) `label_confidence` above
+            0.9; `never` for a regression, as of one label.
+        exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
+            Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
+            position), `"uniform"`, or a list of exits + 1 numbers.
+        pool (`str`, *optional*):
+            What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
+        truncated (`bool`, *optional*, defaults to `False`):
+            Written by `model.truncate`: the one exit stands behind the last block and is the model's only answer.
+        feature_map_dim (`int`, *optional*):
+            Random features of `attn_implementation="performer"`, 256 by default there; not given, attention is exact.
+            transformers saves no `attn_implementation`: this field is how a saved model knows that it is a Performer.
+        feature_map_seed (`int`, *optional*):
+            With `feature_map_dim`, what the directions of the first block are drawn from, 0 by default; each block
+            counts on by one.
+
+    Raises:
+        ValueError: Naming the field, its value and what it may be.
+    """
+
+    # predictions of a plain `Trainer` are then the answers alone, as for any other classifier
+    keys_to_ignore_at_inference = [
+        "exit_layer",
+        "exit_index",
+        "exit_score",
+        "exit_logits",
+        "exit_features",
+        "hidden_states",
+        "attentions",
+    ]
+    pools = ("cls", "mean")
+    # what `exit_types` may hold beside the heads of `heads.py`
+    other_types: tuple[str, ...] = ()
+    takes_performer = True
+    feature_map_dim = feature_map_seed = None
+
+    def _set_exits(
+        self,
+        exit_positions: Sequence[int] | str,
+        exit_types: Sequence[str] | str,
+        exit_policy: dict[str, Any] | str | None,
+        exit_loss_weights: Sequence[float] | str,
+        pool: str | None,
+        truncated: bool,
+    ) -> None:
+        self.truncated = truncated
+        self.exit_positions = self._preset_positions() if exit_positions == "lgvit" else exit_positions
+        num_exits = len(self.exit_positions) if isinstance(self.exit_positions, Sequence) else 0
+        if exit_types == "lgvit":
+            exit_types = self._preset_types(num_exits)
+        self.exit_types = [exit_types] * num_exits if isinstance(exit_types, str) else exit_types
+        if exit_policy is None:
+            exit_policy = default_policy(self.num_labels, self.problem_type)
+        self.exit_policy = {"name": exit_policy} if isinstance(exit_policy, str) else copy.deepcopy(exit_policy)
+        self.exit_loss_weights = exit_loss_weights
+        self.pool = self.pools[0] if pool is None else pool
+        self.validate_exits()
+        _offer_models()
+
+    def _set_performer(self, feature_map_dim: int | None, feature_map_seed: int | None) -> None:
+        self.feature_map_dim, self.feature_map_seed = feature_map_dim, feature_map_seed
+        if self._attn_implementation is None and feature_map_dim is not None:
+            self._attn_implementation = "performer"
+        self.validate_performer()
+
+    def validate_performer(self) -> None:
+        """Check `attn_implementation` and the fields that go with it, and fill in their defaults.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        given = {field: getattr(self, field) for field in PERFORMER_FIELDS if getattr(self, field) is not None}
+        if self._attn_implementation != "performer":
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: {', '.join(map(repr, given.values()))} takes no effect with "
+                    f"attn_implementation={self._attn_implementation!r}, only with 'performer'"
+                )
+            return
+        self.check_performer()
+        for field, least, default in (("feature_map_dim", 1, DEFAULT_FEATURES), ("feature_map_seed", 0, 0)):
+            value = given.get(field, default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field}: {value!r} must be an integer of at least {least}")
+            setattr(self, field, value)
+
+    def check_performer(self) -> None:
+        """Raise `ValueError` where `attn_implementation="performer"` cannot take effect."""
+        if not self.takes_performer:
+            raise ValueError(
+                f"attn_implementation='performer' is not possible for {self.model_type}: the attention of a window "
+                "adds a bias to every pair of tokens, and an estimate in linear time never forms the pairs; choices: "
+                "'eager', 'sdpa'"
+            )
+        if self.attention_probs_dropout_prob > 0:
+            raise ValueError(
+                f"attention_probs_dropout_prob: {self.attention_probs_dropout_prob} takes no effect with "
+                "attn_implementation='performer', which never forms the probabilities; set it to 0.0"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Depth `L` of the backbone in blocks; Swin's are counted through all its stages."""
+        return self.num_hidden_layers
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The early exits, shallowest first."""
+        return tuple(map(Exit, self.exit_positions, self.exit_types))
+
+    def _preset_positions(self) -> list[int]:
+        return lgvit_positions(self.num_blocks)
+
+    def _preset_types(self, num_exits: int) -> list[str]:
+        return lgvit_heads(num_exits)
+
+    def cut_to(self, num_blocks: int) -> dict[str, Any]:
+        """The settings of the same backbone with only its first `num_blocks` blocks."""
+        return {"num_hidden_layers": num_blocks}
+
+    def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches behind block `after` (from 1) for images of `height` x `width` pixels."""
+        rows, columns = _pair(self.patch_size)
+        return height // rows, width // columns
+
+    def validate_exits(self) -> None:
+        """Check all exit settings against each other and the backbone; lists are copied and made plain.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        self.exit_positions = _checked_positions(self.exit_positions, self.num_blocks, self.truncated)
+        num_exits = len(self.exit_positions)
+        self.exit_types = _checked_types(self.exit_types, self.exit_positions, self.other_types)
+        _check_loss_weights(self.exit_loss_weights, num_exits)
+        if not isinstance(self.exit_loss_weights, str):
+            self.exit_loss_weights = list(self.exit_loss_weights)
+        if self.pool not in self.pools:
+            raise ValueError(f"pool: {self.pool!r} is not possible for {self.model_type}; choices: {self.pools}")
+        if not isinstance(self.exit_policy, dict):
+            raise ValueError(
+                f"exit_policy: {self.exit_policy!r} is not a dict like {{'name': 'confidence', 'threshold': 0.8}}"
+            )
+        self.exit_policy = following_default(self.exit_policy, self.num_labels, self.problem_type)
+        self.checked_policy(self.exit_policy)
+
+    def checked_policy(self, policy: ExitPolicy | Callable | dict[str, Any] | str) -> ExitPolicy:
+        """The policy that a name, dict or object stands for, if it suits these exits and this kind of answer.
+
+        Raises:
+            ValueError: Naming what does not fit, and what does.
+        """
+        built = build_policy(policy, len(self.exit_positions))
+        check_problem(built, self.num_labels, self.problem_type)
+        return built
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HighwayConfig:
+        """As upstream's; exit settings among `kwargs` replace those of the dict and are checked with it."""
+        settings = dict(config_dict)
+        if kwargs.get("attn_implementation") not in (None, "performer"):
+            settings = {key: value for key, value in settings.items() if key not in PERFORMER_FIELDS}
+        names = ("exits", "pool", "truncated", *PERFORMER_FIELDS)
+        ours = [key for key in kwargs if key.startswith("exit_") or key in names]
+        settings.update((key, kwargs.pop(key)) for key in ours)
+        if "exit_positions" in ours and "exit_types" not in ours:
+            settings.pop("exit_types", None)
+        return super().from_dict(settings, **kwargs)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def without_attention_code(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` without what would choose the attention code.
+
+    Transformers before 5.3 fetches and runs code from a Hub repository that is named there (CVE-2026-4372). The caller
+    of `from_pretrained` may still choose with `attn_implementation=`.
+    """
+    return {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
+
+
+def _own_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` for upstream's config: without what it must not see, and with a misspelt `exit_*` key refused."""
+    for key in kwargs:
+        if key.startswith("exit_") or key == "exits":
+            close = difflib.get_close_matches(key, EXIT_FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown config field {key!r}: {hint}The exit fields are {', '.join(EXIT_FIELDS)}")
+    check_num_labels(kwargs.get("num_labels"))
+    kwargs.pop("model_type", None)
+    return {key: value for key, value in kwargs.items() if not key.startswith("_attn_implementation")}
+
+
+def check_num_labels(num_labels: Any) -> None:
+    """Raise `ValueError` for no number of labels, or a huge one: each label gets a name, which takes memory."""
+    if num_labels is not None and (type(num_labels) is not int or not 0 <= num_labels <= MOST_LABELS):
+        raise ValueError(f"num_labels: {num_labels!r} must be an integer from 0 to {MOST_LABELS}")
+
+
+def _offer_models() -> None:
+    # Auto classes are asked for a model with a config in hand; registering earlier would import all models at once.
+    # No import: in a checkpoint's folder there is this file and no `auto`, and its `auto_map` names the models
+    auto = sys.modules.get(f"{__package__}.auto")
+    if auto is not None:
+        auto.register_models()
+
+
+def _checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list[int]:
+    rule = f"a strictly increasing list of integers from 1 to {num_blocks - 1} (the backbone has {num_blocks} blocks)"
+    wrong = f"exit_positions: {positions!r} must be {rule}, or 'lgvit'"
+    if isinstance(positions, (str, bytes)) or not isinstance(positions, Sequence):
+        raise ValueError(wrong)
+    try:
+        checked = [operator.index(position) for position in positions]
+    except TypeError:
+        raise ValueError(wrong) from None
+    if any(isinstance(position, bool) for position in positions):
+        raise ValueError(wrong)
+    if truncated:
+        if checked != [num_blocks]:
+            raise ValueError(f"exit_positions: {positions!r} must be [{num_blocks}] in a truncated model")
+        return checked
+    outside = [position for position in checked if not 1 <= position < num_blocks]
+    if outside:
+        raise ValueError(f"{wrong}: {outside[0]} is outside")
+    if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
+        raise ValueError(f"{wrong}: it is not strictly increasing")
+    return checked
+
+
+def _checked_types(types: Any, positions: list[int], others: Sequence[str] = ()) -> list[str]:
+    if isinstance(types, (str, bytes)) or not isinstance(types, Sequence) or len(types) != len(positions):
+        raise ValueError(
+            f"exit_types: {types!r} must be one head name for all or a list of {len(positions)}, one per exit; "
+            f"known heads: {known_heads()}"
+        )
+    for position, head in zip(positions, types, strict=True):
+        if not is_head(head) and head not in others:
+            raise ValueError(
+                f"exit_types: unknown head {head!r} at the exit after block {position}; known heads: {known_heads()}"
+            )
+    return list(types)
+
+
+def _check_loss_weights(weights: Any, num_exits: int) -> None:
+    if weights in ("depth", "uniform"):
+        return
+    good = isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) == num_exits + 1
+    good = good and all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w < math.inf for w in weights)
+    if not good or sum(weights) <= 0:
+        raise ValueError(
+            f"exit_loss_weights: {weights!r} must be 'depth', 'uniform' or {num_exits + 1} numbers >= 0, not all zero "
+            f"({num_exits} exits and the final classifier)"
+        )
+
+
+class ViTHighwayConfig(HighwayConfig, ViTConfig):
+    """A `ViTConfig` with exits; see `HighwayConfig` for the exit settings.
+
+    Example:
+
+        >>> config = ViTHighwayConfig(num_hidden_layers=6, exit_positions=[2, 4])
+        >>> config.exits
+        (Exit(after=2, head='conv1_1'), Exit(after=4, head='attention_r2'))
+    """
+
+    model_type = "vit_highway"
+
+    def __init__(
+        self,
+        exit_positions="lgvit",
+        exit_types="lgvit",
+        exit_policy=None,
+        exit_loss_weights="depth",
+        pool=None,
+        truncated=False,
+        feature_map_dim=None,
+        feature_map_seed=None,
+        **kwargs,
+    ):
+        super().__init__(**_own_settings(kwargs))
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_performer(feature_map_dim, feature_map_seed)
+
+
+class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
+    """A `DeiTConfig` with exits; see `HighwayConfig` for the exit settings.
+
+    Args:
+        distilled (`bool`, *optional*, defaults to `True` unless `architectures` names `DeiTForImageClassification`):
+            Whether there is a classifier for the distillation token, as in `DeiTForImageClassificationWithTeacher`.
+            The exits then have two as well; otherwise the final classifier and the exits read the class token alone.
+
+    Example:
+
+        >>> DeiTHighwayConfig(exit_positions=[4, 8], exit_types="linear").exit_types
+        ['linear', 'linear']
+    """
+
+    model_type = "deit_highway"
+
+    def __init__(
+        self,
+        exit_positions="lgvit",
+        exit_types="lgvit",
+        exit_policy=None,
+        exit_loss_weights="depth",
+        pool=None,
+        truncated=False,
+        feature_map_dim=None,
+        feature_map_seed=None,
+        distilled=None,
+        **kwargs,
+    ):
+        if distilled is None:
+            distilled = "DeiTForImageClassification" not in (kwargs.get("architectures") or [])
+        super().__init__(**_own_settings(kwargs))
+        self.distilled = distilled
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_performer(feature_map_dim, feature_map_seed)
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """With two classifiers each must read its own token."""
+        return ("cls",) if self.distilled else ("cls", "mean")
+
+
+class SwinHighwayConfig(HighwayConfig, SwinConfig):
+    """A `SwinConfig` with exits; see `HighwayConfig` for the exit settings. An exit stands before the patch merging.
+
+    Example:
+
+        >>> SwinHighwayConfig(depths=[2, 2, 18, 2]).exit_positions
+        [4, 7, 10, 13, 16, 19, 22, 23]
+    """
+
+    model_type = "swin_highway"
+    pools = ("mean",)
+    takes_performer = False
+
+    def __init__(
+        self,
+        exit_positions="lgvit",
+        exit_types="lgvit",
+        exit_policy=None,
+        exit_loss_weights="depth",
+        pool=None,
+        truncated=False,
+        **kwargs,
+    ):
+        super().__init__(**_own_settings(kwargs))
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self.validate_performer()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    def stage_of(self, after: int) -> int:
+        """Stage, from 0, that block number `after` (from 1) belongs to."""
+        for stage in range(len(self.depths)):
+            if after <= sum(self.depths[: stage + 1]):
+                return stage
+        raise ValueError(f"block {after} is beyond the {self.num_blocks} blocks of {list(self.depths)}")
+
+    def cut_to(self, num_blocks: int) -> dict[str, Any]:
+        """The settings of the same backbone with only its first `num_blocks` blocks."""
+        stage = self.stage_of(num_blocks)
+        depths = [*self.depths[:stage], num_blocks - sum(self.depths[:stage])]
+        return {
+            "depths": depths,
+            "num_heads": list(self.num_heads[: stage + 1]),
+            # they follow from the depths
+            **dict.fromkeys(("out_features", "out_indices", "stage_names", "num_layers", "hidden_size")),
+        }
+
+    def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches behind block `after` (from 1) for images of `height` x `width` pixels."""
+        rows, columns = _pair(self.patch_size)
+        # images are padded to whole patches, and a grid to whole groups of patches at each merging
+        shrink = 2 ** self.stage_of(after)
+        return -(-height // (rows * shrink)), -(-width // (columns * shrink))
+
+    def _preset_positions(self) -> list[int]:
+        # published for Swin-B; the stages of other depths lie elsewhere
+        return [4, 7, 10, 13, 16, 19, 22, 23] if list(self.depths) == [2, 2, 18, 2] else super()._preset_positions()
+
+    def _preset_types(self, num_exits: int) -> list[str]:
+        return lgvit_heads(num_exits, attention=("attention_r1", "attention_r2"))

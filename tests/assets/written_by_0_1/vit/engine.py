@@ -1,0 +1,174 @@
+"""Loops over segments: `run_all` visits every exit, `run_early` drops the rows that leave. No model in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .policies import ExitPolicy, probabilities
+from .segments import Segment, State
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer per row, from the exit where the row left.
+
+    Args:
+        logits (`Tensor`): `[B, C]`.
+        exit_index (`Tensor`): `[B]` int64, exits counted from 0, the final classifier last.
+        exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
+        exit_score (`Tensor`): `[B]` float32, what the policy saw when the row left.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+    exit_layer: Tensor
+    exit_score: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, index: int, depth: int, score: Tensor) -> Answers:
+        """The answers of rows that are all at one exit."""
+        full = partial(torch.full, (len(logits),), device=logits.device)
+        return cls(logits, full(index), full(depth), score.float())
+
+
+def run_all(segments: Sequence[Segment], state: State) -> list[Tensor]:
+    """Run every block and every exit.
+
+    Returns:
+        Logits `[B, C]` of each exit, shallowest first, the final classifier last; on the device of `state`.
+    """
+    home, exit_logits = state.device, []
+    for segment in segments:
+        state = segment.advance(state)
+        exit_logits.append(segment.answer(state).to(home))
+    return exit_logits
+
+
+def study_all(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
+    """As `run_all`, with the features of each exit, which distillation compares."""
+    home, exit_logits, exit_features = state.device, [], []
+    for segment in segments:
+        state = segment.advance(state)
+        logits, features = segment.study(state)
+        exit_logits.append(logits.to(home))
+        exit_features.append(features.to(home))
+    return exit_logits, exit_features
+
+
+def run_early(
+    segments: Sequence[Segment],
+    state: State,
+    policy: ExitPolicy,
+    *,
+    min_depth: int | None = None,
+    max_depth: int | None = None,
+) -> Answers:
+    """Run until every row has left; the remaining blocks run on the survivors only.
+
+    A row's answer, depth and score do not depend on the rows beside it. The device is waited for once per exit that is
+    asked, for the number of rows that leave. Where a model lies on several devices, answers are given on that of
+    `state`; where exits differ in dtype, in one that holds the values of all that were asked.
+
+    Args:
+        segments (`Sequence[Segment]`): The highway, the final classifier's segment last.
+        state (`State`): Before the stem.
+        policy (`ExitPolicy`): Decides which rows leave; the last exit answers all that are left.
+        min_depth (`int`, *optional*): Exits above this depth are not run at all.
+        max_depth (`int`, *optional*): The deepest exit within this depth answers whatever the policy says.
+
+    Raises:
+        ValueError: `max_depth` lies above the first exit, or `min_depth` below `max_depth` or the final classifier.
+    """
+    last = _last_exit(segments, min_depth, max_depth)
+    rows: Tensor | None = None  # the caller's row numbers of those still here; None while nobody has left
+    answers: Answers | None = None
+    home = state.device
+    memory = policy.start(state.batch_size, home)
+    for index, segment in enumerate(segments[: last + 1]):
+        state = segment.advance(state)
+        if index < last and (policy.skips(index) or segment.depth < (min_depth or 0)):
+            continue
+        logits = segment.answer(state).to(home)
+        leave, memory = policy(logits, memory, index)
+        if index < last:
+            if not policy.keeps_nan:
+                leave = leave & ~logits.isnan().any(-1)
+            num_leaving = sum(leave.tolist())  # the one wait for the device
+            if num_leaving == 0:
+                continue
+        # all rows still here are written: who goes on is overwritten later
+        score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
+        answers = _written(answers, rows, Answers.of(logits, index, segment.depth, score))
+        if index == last or num_leaving == len(logits):
+            break
+        stay = leave.argsort(stable=True)[: len(logits) - num_leaving]
+        state = state.select(stay)
+        memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
+        rows = stay if rows is None else rows.index_select(0, stay)
+    return answers
+
+
+def replay(
+    exit_logits: Sequence[Tensor],
+    depths: Sequence[int],
+    policy: ExitPolicy,
+    *,
+    min_depth: int | None = None,
+    max_depth: int | None = None,
+) -> Answers:
+    """What `run_early` would answer, from logits that `run_all` gave: the same loop, without the model.
+
+    Args:
+        exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last; or one tensor `[E, B, C]`.
+        depths (`Sequence[int]`): Blocks run before each exit, from 1.
+        policy (`ExitPolicy`): Decides which rows leave.
+        min_depth (`int`, *optional*), max_depth (`int`, *optional*): As of `run_early`.
+
+    Example:
+
+        >>> from lgvit_hf.policies import ConfidencePolicy
+        >>> exit_logits = torch.tensor([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 5.0], [0.0, 5.0]]])
+        >>> replay(exit_logits, [1, 2], ConfidencePolicy(threshold=0.9)).exit_layer.tolist()
+        [1, 2]
+    """
+    segments = [
+        Segment(depth, (), lambda state, logits=logits: logits[state["row"]])
+        for depth, logits in zip(depths, exit_logits, strict=True)
+    ]
+    rows = State({"row": torch.arange(len(exit_logits[0]), device=exit_logits[0].device)})
+    return run_early(segments, rows, policy, min_depth=min_depth, max_depth=max_depth)
+
+
+def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: int | None) -> int:
+    depths = [segment.depth for segment in segments]
+    allowed = [index for index, depth in enumerate(depths) if max_depth is None or depth <= max_depth]
+    if not allowed:
+        raise ValueError(f"max_depth={max_depth} lies above the first exit; exits answer at depths {depths}")
+    if min_depth is not None and min_depth > depths[allowed[-1]]:
+        raise ValueError(
+            f"min_depth={min_depth} lies below the deepest exit allowed, {depths[allowed[-1]]}; "
+            f"exits answer at depths {depths}"
+        )
+    return allowed[-1]
+
+
+def _written(answers: Answers | None, rows: Tensor | None, new: Answers) -> Answers:
+    """`answers` with those of `rows` replaced by `new`; all of them while nobody has left."""
+    if answers is None or rows is None:
+        return new
+    pairs = zip(_tensors(answers), _tensors(new), strict=True)
+    return Answers(*(_replaced(old, rows, fresh) for old, fresh in pairs))
+
+
+def _replaced(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    dtype = torch.promote_types(old.dtype, new.dtype)
+    return old.to(dtype).index_copy(0, rows, new.to(dtype))
+
+
+def _tensors(answers: Answers) -> tuple[Tensor, ...]:
+    return answers.logits, answers.exit_index, answers.exit_layer, answers.exit_score

@@ -1,0 +1,397 @@
+"""PretrainedHighway: how a highway is loaded, grown from a plain backbone, and cut down to a smaller model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .configuration import OWN_FIELDS, without_attention_code
+from .files import leads_out
+from .remote_code import auto_map, code_goes_with, write_code
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping as name_conversions
+except ImportError:
+
+    def name_conversions(model: PreTrainedModel) -> list[Any]:
+        """Transformers 4 calls weights in files as it calls them in modules."""
+        return []
+
+
+logger = logging.getLogger(__name__)
+
+# buffers that are made, not learned
+RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
+NO_OTHER_WEIGHTS = "weights are read from model.safetensors or by its index, from no other file; leave it out"
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "revision",
+    "create_pr",
+    "tags",
+)
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+class WrongShape(ValueError, RuntimeError):
+    """A tensor of a file has not the shape that the config asks for; a `RuntimeError` too, which upstream raises."""
+
+
+class SafeCheckpoint:
+    """Loading from safetensors alone, for a class that also derives from one of transformers' models."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
+        """As upstream's; the names of checkpoint files are understood as well as those of the modules.
+
+        transformers 5 renames weights between file and module, but its `Trainer` resumes without that.
+        """
+        known, conversions = set(self.state_dict()), name_conversions(self)
+        state_dict = {name if name in known else _renamed(name, conversions): t for name, t in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @classmethod
+    def _load_safely(cls, pretrained_model_name_or_path, *args, **kwargs) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model as upstream loads it, and which tensors were missing or left over."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: pickle checkpoints can run code and are not loaded")
+        kwargs["use_safetensors"] = True
+        check_files(pretrained_model_name_or_path, hub_arguments(kwargs))
+        if kwargs.get("transformers_weights") is not None:
+            raise ValueError(f"transformers_weights: {NO_OTHER_WEIGHTS}")
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(f"{pretrained_model_name_or_path}: damaged safetensors ({error})") from error
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise WrongShape(f"{pretrained_model_name_or_path}: {error}") from error
+        vars(model.config).pop("auto_map", None)  # of that folder; `save_pretrained` says what goes with another
+        return model, info
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As upstream's, with the code of the model beside its weights; with `push_to_hub=True`, `push_to_hub` too.
+
+        A saved folder opens with `trust_remote_code=True` where this package is not installed. The `checkpoint-N`
+        folders of a `Trainer` go without the code: save the model that is to be handed on.
+        """
+        if kwargs.pop("push_to_hub", False):
+            # upstream would push what it writes itself, without the code
+            hub = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+            repo_id = hub.pop("repo_id", None) or Path(save_directory).name
+            shared = {
+                name: kwargs[name] for name in ("token", "max_shard_size", "safe_serialization") if name in kwargs
+            }
+            self.save_pretrained(save_directory, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                self.push_to_hub(repo_id, **hub, **shared)
+            return None
+        if not (kwargs.get("is_main_process", True) and code_goes_with(type(self), save_directory)):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        write_code(type(self), save_directory)
+        self.config.auto_map = auto_map(type(self))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            vars(self.config).pop("auto_map", None)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As upstream's, with the image processor, the reports and the card of the folder the model was loaded from.
+
+        Where there is no card, one is made of the config and the reports; see `lgvit_hf.hub.push.push`.
+        """
+        if f"{__package__}.auto" not in sys.modules:
+            # the copy of this file that goes with a checkpoint has no rooms beside it
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        return import_module(f"{__package__}.hub.push").push(self, repo_id, *args, **kwargs)
+
+
+class PretrainedHighway(SafeCheckpoint):
+    """Loading, growing and cutting, for a class that also derives from one of transformers' image classifiers."""
+
+    # transformers' classes whose checkpoints warm-start this one, the bare backbone last
+    native_classes: tuple[type[PreTrainedModel], ...]
+    # softmax checkpoints load as Performers, and Performers as softmax
+    _keys_to_ignore_on_load_missing = [r"random_features"]
+    _keys_to_ignore_on_load_unexpected = [r"random_features"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As upstream's, from safetensors only; a tensor missing outside the exits raises.
+
+        A plain checkpoint of the backbone loads too, with new exits (`from_backbone` also resets the classifier).
+
+        Args:
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Also return which tensors are missing or left over, and leave it to the caller to judge them.
+
+        Raises:
+            ValueError:
+                A tensor of the backbone, or some of a highway's own, is missing; a pickle was asked for; a highway is
+                asked for other exits than it was trained with.
+            OSError: No config or no safetensors there.
+        """
+        model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_arguments(kwargs))
+            for field in ("exit_positions", "exit_types", "feature_map_dim", "feature_map_seed"):
+                asked = getattr(model.config, field, None)
+                if asked is not None and stored.get(field) not in (None, asked):
+                    raise ValueError(
+                        f"{field}: {asked!r} was asked for, but {pretrained_model_name_or_path} was saved with "
+                        f"{stored[field]!r}"
+                    )
+        if output_loading_info:
+            return model, info
+        missing = sorted(key for key in info["missing_keys"] if not key.endswith(RECOMPUTED))
+        exits = [key for key in missing if key.startswith("exits.")]
+        known_exits = [key for key in model.state_dict() if key.startswith("exits.") and not key.endswith(RECOMPUTED)]
+        is_highway = cls.__name__ in (model.config.architectures or [])
+        if len(exits) < len(missing) or (exits and (is_highway or len(exits) < len(known_exits))):
+            lost = [key for key in missing if key not in exits] or exits
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {len(lost)} tensors of {cls.__name__} are missing, such as "
+                f"{lost[0]!r}; from_backbone(..., num_labels=N) makes a new classifier on a pretrained backbone"
+            )
+        return model
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str | os.PathLike | PreTrainedModel, *, output_loading_info: bool = False, **kwargs: Any
+    ):
+        """Put exits on a plain ViT, DeiT or Swin checkpoint; its own answers stay what they are.
+
+        Args:
+            backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
+            output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
+            kwargs:
+                Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
+                With a `num_labels` that the checkpoint does not have, the classifier is made anew. `dtype` converts
+                the result; Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
+                `subfolder`) are passed on.
+
+        Raises:
+            ValueError: The checkpoint is of another kind, or lacks a tensor.
+
+        Example:
+
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> from lgvit_hf import ViTHighway
+            >>> small = dict(num_hidden_layers=4, hidden_size=24, intermediate_size=24, num_attention_heads=2)
+            >>> plain = ViTForImageClassification(ViTConfig(**small))
+            >>> ViTHighway.from_backbone(plain, exit_positions=[1, 2]).config.exit_positions
+            [1, 2]
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        native = backbone if isinstance(backbone, PreTrainedModel) else cls._load_native(backbone, hub)
+        cls._check_kind(native, native.config.model_type)
+        model = cls(cls._config_of(native, kwargs)).to(native.device, native.dtype)
+        ours, prefix = model.state_dict(), cls.base_model_prefix
+        state = native.state_dict()
+        if native.base_model is native:
+            state = {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+        # a bare backbone may carry a pooler, which no classifier of transformers uses
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.pooler.")}
+        classifiers = [name for name in ours if not name.startswith(("exits.", "feature_maps.", f"{prefix}."))]
+        reset = [name for name in classifiers if name not in state or state[name].shape != ours[name].shape]
+        if reset and not {"num_labels", "id2label"} & set(kwargs):
+            raise ValueError(f"{name_of(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")
+        kept = {name: tensor for name, tensor in state.items() if name not in reset}
+        missing, unexpected = model.load_state_dict(kept, strict=False)
+        exits = [name for name in missing if name.startswith("exits.")]
+        lost = [name for name in missing if name not in exits + reset and not name.endswith(RECOMPUTED)]
+        if lost or unexpected:
+            what = f"no tensor {lost[0]!r}" if lost else f"unknown tensor {unexpected[0]!r}"
+            raise ValueError(f"{name_of(backbone)}: {what}; a plain {cls.native_classes[0].__name__} is needed")
+        logger.warning(
+            "%s: all %d tensors of the backbone are loaded. New: %d exits (%d tensors)%s. Train them before use.",
+            cls.__name__,
+            len(kept),
+            len(model.exits),
+            len(exits),
+            f" and the classifier, for {model.config.num_labels} labels" if reset else "",
+        )
+        model.eval()
+        model.grown_from = native.name_or_path  # where its image processor is
+        if dtype is not None:
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        info = {"missing_keys": sorted(exits + reset), "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
+        check_files(path, hub)
+        native_config = cls.native_classes[0].config_class
+        settings, _ = PretrainedConfig.get_config_dict(path, **hub)
+        cls._check_kind(path, settings.get("model_type"))
+        config = native_config.from_dict(without_attention_code(settings))
+        # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
+        named = [native for native in cls.native_classes if native.__name__ in (config.architectures or [])]
+        native_class = (named or [cls.native_classes[-1]])[0]
+        model, info = native_class.from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, **hub
+        )
+        lost = sorted(name for name in info["missing_keys"] if not name.endswith(RECOMPUTED))
+        lost = [name for name in lost if not name.startswith("pooler.")]
+        if lost:
+            raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
+        return model
+
+    @classmethod
+    def _check_kind(cls, backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
+        wanted = cls.native_classes[0].config_class.model_type
+        if model_type != wanted:
+            raise ValueError(
+                f"{name_of(backbone)}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
+            )
+
+    @classmethod
+    def _config_of(cls, native: PreTrainedModel, changes: dict[str, Any]):
+        """The native model's config as ours, with `changes`."""
+        settings = native.config.to_dict()
+        for key in ("model_type", "transformers_version", "_name_or_path"):
+            settings.pop(key, None)
+        unknown = sorted(set(changes) - set(settings) - set(OWN_FIELDS))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], [*settings, *OWN_FIELDS], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{unknown[0]!r} is no field of {cls.config_class.__name__}{hint}")
+        if changes.get("num_labels", native.config.num_labels) != native.config.num_labels or "id2label" in changes:
+            for key in ("num_labels", "id2label", "label2id"):
+                settings.pop(key, None)
+        settings["architectures"] = [type(native).__name__]
+        settings["attn_implementation"] = native.config._attn_implementation
+        return cls.config_class(**{**settings, **changes})
+
+    def truncate(self, exit_index: int) -> PretrainedHighway:
+        """The smaller static model that always answers at one exit: deeper blocks and all other heads are left out.
+
+        Args:
+            exit_index (`int`): Which exit, from 0; the number of exits gives the plain backbone with its classifier.
+
+        Returns:
+            A new model of the same class with copied weights, which saves and loads as any other.
+
+        Raises:
+            ValueError: There is no such exit.
+
+        Example:
+
+            >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+            >>> model = ViTHighway(ViTHighwayConfig(num_hidden_layers=4, hidden_size=24, intermediate_size=24))
+            >>> small = model.truncate(0)
+            >>> small.config.num_hidden_layers, small.config.exit_positions
+            (2, [2])
+        """
+        num_exits = len(self.exits)
+        if not isinstance(exit_index, int) or not 0 <= exit_index <= num_exits or self.config.truncated:
+            raise ValueError(
+                f"exit_index={exit_index!r} must be from 0 to {num_exits} ({num_exits} exits and the final)"
+            )
+        settings = {key: value for key, value in self.config.to_dict().items() if key != "model_type"}
+        settings["attn_implementation"] = self.config._attn_implementation
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("exits.")}
+        if exit_index == num_exits:
+            settings.update(exit_positions=[], exit_types=[])
+        else:
+            exit = self.config.exits[exit_index]
+            settings.update(self.config.cut_to(exit.after), truncated=True)
+            settings.update(exit_positions=[exit.after], exit_types=[exit.head])
+            state |= {f"exits.0.{name}": tensor for name, tensor in self.exits[exit_index].state_dict().items()}
+        settings.update(exit_policy={"name": "never"}, exit_loss_weights="uniform")
+        model = type(self)(self.config_class(**settings)).to(device=self.device, dtype=self.dtype)
+        model.load_state_dict({name: tensor for name, tensor in state.items() if name in model.state_dict()})
+        return model.train(self.training)
+
+
+def _renamed(name: str, conversions: list[Any]) -> str:
+    for conversion in conversions:
+        name, _ = conversion.rename_source_key(name)
+    return name
+
+
+def name_of(backbone: str | os.PathLike | PreTrainedModel) -> str:
+    """What an error calls a checkpoint, or a model in memory."""
+    return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
+
+
+def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a checkpoint is found."""
+    return {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
+
+
+def check_files(path: str | os.PathLike | None, hub: Mapping[str, Any] | None = None) -> None:
+    """Refuse a checkpoint whose weights are a pickle, or whose config or index leads to other files.
+
+    Args:
+        path (`str` or path, *optional*): Folder or Hub id.
+        hub (`dict`, *optional*): As `hub_arguments` gives them.
+
+    Raises:
+        OSError: There are only pickles.
+        ValueError: A file names weights elsewhere, or is no JSON.
+    """
+    if path is None:
+        return
+    folder = Path(path) / (dict(hub or {}).get("subfolder") or "")
+    if not Path(path).is_dir():
+        settings, _ = PretrainedConfig.get_config_dict(path, **(hub or {}))
+    elif (folder / "config.json").is_file():
+        settings = _read_json(folder / "config.json")
+    else:
+        settings = {}
+    if settings.get("transformers_weights") is not None:
+        raise ValueError(f"{path}: transformers_weights in config.json: {NO_OTHER_WEIGHTS}")
+    if not folder.is_dir():
+        return
+    # transformers would go on to the base model that such a file names, wherever that lies
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder}: adapter_config.json names a base model elsewhere; merge the adapter and save again"
+        )
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{folder}: only {pickles[0]}, a pickle that could run code, and no safetensors; save the model again "
+            "with save_pretrained, or convert an original LGViT checkpoint with `lgvit convert --from lgvit`"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(_read_json(index)["weight_map"].values())
+            stray = sorted(shard for shard in shards if not _is_shard(folder, shard))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of weights: {error}") from error
+        if stray:
+            raise ValueError(
+                f"{index}: {stray[0]!r} must be the name of a .safetensors file in this folder, and no link out of it"
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON object: {error}") from error
+
+
+def _is_shard(folder: Path, name: str) -> bool:
+    # what is called otherwise upstream would open as a pickle
+    return name.endswith(".safetensors") and Path(name).name == name and not leads_out(folder / name)
