@@ -13,18 +13,16 @@ if TYPE_CHECKING:
     from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
     from .configuration_wrapper import HighwayWrapperConfig
-    from .data import load_images, load_unlabelled
+    from .data.datasets import load_images, load_unlabelled
+    from .data.processing import ProcessedImages, make_processor
     from .engine import run_all, run_early
     from .evaluation.benchmark import benchmark
     from .evaluation.calibration import Calibration, calibrate
-    from .evaluation.latency import CostTable
-    from .evaluation.metric import HighwayMetric
+    from .evaluation.cost_table import CostTable
+    from .evaluation.evaluate_metric import HighwayMetric
+    from .evaluation.exit_table import ExitTable, collect
     from .evaluation.report import evaluate
-    from .evaluation.table import ExitTable, collect
     from .export.onnx_export import export_onnx
-    from .export.runtime import ORTHighway
-    from .growth import grow
-    from .halting import token_macs
     from .heads import HEADS, register_head
     from .modeling_avit import AViT, AViTForImageClassification, AViTOutput
     from .modeling_deit import DeiTHighway, DeiTHighwayForImageClassification
@@ -32,14 +30,16 @@ if TYPE_CHECKING:
     from .modeling_swin import SwinHighway, SwinHighwayForImageClassification
     from .modeling_vit import ViTHighway, ViTHighwayForImageClassification
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
-    from .processing import ProcessedImages, make_processor
-    from .recipe import train_recipe
+    from .runtimes.onnxruntime import ORTHighway
     from .segments import Segment, State, Tokens
     from .serving.device.remote import RemoteHighway
-    from .serving.opening import open_part
+    from .serving.open_part import open_part
     from .serving.predictor import Predictor
+    from .token_halting import token_macs
     from .training.arguments import HighwayTrainingArguments
-    from .training.avit import AViTTrainer
+    from .training.avit_trainer import AViTTrainer
+    from .training.distill_exits import grow
+    from .training.recipe import train_recipe
     from .training.trainer import DistillationTrainer, HighwayTrainer
     from .wrapper import HighwayWrapper
 
@@ -49,18 +49,18 @@ _HOMES = {
     "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "configuration_avit": ("AViTConfig",),
     "configuration_wrapper": ("HighwayWrapperConfig",),
-    "data": ("load_images", "load_unlabelled"),
+    "data.datasets": ("load_images", "load_unlabelled"),
     "engine": ("run_all", "run_early"),
     "evaluation.benchmark": ("benchmark",),
     "evaluation.calibration": ("Calibration", "calibrate"),
-    "evaluation.latency": ("CostTable",),
-    "evaluation.metric": ("HighwayMetric",),
+    "evaluation.cost_table": ("CostTable",),
+    "evaluation.evaluate_metric": ("HighwayMetric",),
     "evaluation.report": ("evaluate",),
-    "evaluation.table": ("ExitTable", "collect"),
+    "evaluation.exit_table": ("ExitTable", "collect"),
     "export.onnx_export": ("export_onnx",),
-    "export.runtime": ("ORTHighway",),
-    "growth": ("grow",),
-    "halting": ("token_macs",),
+    "runtimes.onnxruntime": ("ORTHighway",),
+    "training.distill_exits": ("grow",),
+    "token_halting": ("token_macs",),
     "heads": ("HEADS", "register_head"),
     "modeling_avit": ("AViT", "AViTForImageClassification", "AViTOutput"),
     "modeling_vit": ("ViTHighway", "ViTHighwayForImageClassification"),
@@ -68,14 +68,14 @@ _HOMES = {
     "modeling_swin": ("SwinHighway", "SwinHighwayForImageClassification"),
     "modeling_highway": ("HighwayOutput",),
     "policies": ("POLICIES", "ExitPolicy", "build_policy", "register_policy"),
-    "processing": ("ProcessedImages", "make_processor"),
+    "data.processing": ("ProcessedImages", "make_processor"),
     "segments": ("Segment", "State", "Tokens"),
-    "recipe": ("train_recipe",),
+    "training.recipe": ("train_recipe",),
     "serving.device.remote": ("RemoteHighway",),
-    "serving.opening": ("open_part",),
+    "serving.open_part": ("open_part",),
     "serving.predictor": ("Predictor",),
     "training.arguments": ("HighwayTrainingArguments",),
-    "training.avit": ("AViTTrainer",),
+    "training.avit_trainer": ("AViTTrainer",),
     "training.trainer": ("HighwayTrainer", "DistillationTrainer"),
     "wrapper": ("HighwayWrapper",),
 }

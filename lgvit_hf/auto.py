@@ -64,7 +64,7 @@ def register_onnx_configs() -> None:
     """Make Optimum export the three models as `export_onnx` does."""
     try:
         # by its name: a room does not travel with a checkpoint, as the files beside this one do
-        import_module(f"{__package__}.export.onnx_config")
+        import_module(f"{__package__}.export.optimum_config")
     except (ImportError, AttributeError) as error:
         # Optimum is used for other models too, and must go on whatever becomes of ours
         warnings.warn(

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import ViTConfig
 
 from .configuration import SafeConfig, _offer_models, check_num_labels
-from .halting import GATES
 from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .policies import POLICIES  # noqa: F401
 from .segments import State  # noqa: F401
+from .token_halting import GATES
 
 BACKBONES = ("vit", "deit")
 # how tokens halt, and what that weighs in training

@@ -31,7 +31,14 @@ from transformers.utils import ModelOutput
 from .configuration import OWN_FIELDS, without_attention_code
 from .configuration_avit import AViTConfig
 from .files import add_files  # noqa: F401
-from .halting import (
+from .heads import is_watched
+from .losses import check_labels, task_loss
+from .policies import POLICIES  # noqa: F401
+from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, check_files, name_of
+from .recording import Selection, recording, requested
+from .remote_code import write_code  # noqa: F401
+from .segments import State  # noqa: F401
+from .token_halting import (
     Halting,
     attend_in_a_row,
     attend_live_tokens,
@@ -41,13 +48,6 @@ from .halting import (
     settle,
     weigh_live_tokens,
 )
-from .heads import is_watched
-from .losses import check_labels, task_loss
-from .policies import POLICIES  # noqa: F401
-from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, check_files, name_of
-from .recording import Selection, recording, requested
-from .remote_code import write_code  # noqa: F401
-from .segments import State  # noqa: F401
 
 logger = logging.getLogger(__name__)
 

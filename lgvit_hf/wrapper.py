@@ -18,16 +18,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from .chains import HIDDEN, LOGITS, PIXELS, Piece
 from .configuration import Exit, without_attention_code
 from .configuration_wrapper import OWN, HighwayWrapperConfig
-from .cutting import cut, cut_points, proven_pieces
+from .feature_layout import reading_of
 from .heads import ExitHead, HeadShape
-from .layout import reading_of
 from .modeling_highway import HighwayMixin
 from .modes import evaluating
+from .module_split import cut, cut_points, proven_pieces
 from .pretrained import HUB_ARGUMENTS, check_files
 from .segments import Block, State, Tokens
+from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece
 
 NO_DATA_PARALLEL = (
     "a wrapped module cannot be copied for several GPUs in one process (nn.DataParallel): its pieces hold the weights "

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import set_seed
 
 from lgvit_hf import HighwayTrainer, HighwayTrainingArguments, HighwayWrapper, calibrate, collect
-from lgvit_hf.costs import model_macs
-from lgvit_hf.data import load_images
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import ProcessedImages, make_processor
+from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.plots import plot_pareto
 from lgvit_hf.evaluation.report import as_table, evaluate
 from lgvit_hf.evaluation.sweep import threshold_curve
 from lgvit_hf.files import add_files, write_json
-from lgvit_hf.processing import ProcessedImages, make_processor
 
 SIZE = 32
 

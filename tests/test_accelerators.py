@@ -11,18 +11,19 @@ from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
-from lgvit_hf import AViT, AViTConfig, batches, devices
-from lgvit_hf.batches import in_batches, to_model
+from lgvit_hf import AViT, AViTConfig
+from lgvit_hf.data import batches, devices
+from lgvit_hf.data.batches import in_batches, to_model
 from lgvit_hf.engine import Answers, run_all, run_early
-from lgvit_hf.evaluation.anatomy import peak_memory
 from lgvit_hf.evaluation.benchmark import benchmark
 from lgvit_hf.evaluation.calibration import fit_temperature
+from lgvit_hf.evaluation.exit_table import ExitTable, collect
+from lgvit_hf.evaluation.image_scores import widest_spread
 from lgvit_hf.evaluation.metrics import expected_calibration_error, per_class
-from lgvit_hf.evaluation.table import ExitTable, collect
-from lgvit_hf.evaluation.visualization import widest_spread
-from lgvit_hf.halting import token_macs
+from lgvit_hf.evaluation.profiling import peak_memory
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import Segment, State, Tokens
+from lgvit_hf.token_halting import token_macs
 from tests.devices import FIRST, SECOND, Elsewhere, OtherDevices, here, moved, on
 from tests.seeds import generator, seeded
 from tests.test_modeling_common import assert_close_to_largest, widest_gap
@@ -387,7 +388,7 @@ def test_timing_waits_for_accelerators_of_every_type(kind, held, count, expected
 
 @pytest.mark.version_independent
 def test_every_timed_run_is_waited_for(monkeypatch):
-    from lgvit_hf.evaluation.latency import time_interleaved
+    from lgvit_hf.evaluation.cost_table import time_interleaved
 
     waited = pretend(monkeypatch, "mps")
     order = []

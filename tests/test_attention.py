@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lgvit_hf.attention import CHUNK, FeatureMap, orthogonal_gaussian, performer
-from lgvit_hf.costs import model_macs
+from lgvit_hf.evaluation.costs import model_macs
 from tests.seeds import generator
 from tests.test_cross_version import elsewhere, other  # noqa: F401
 from tests.test_modeling_common import exit_in_gaps
@@ -418,7 +418,7 @@ def test_macs_are_those_of_the_estimate():
 def test_exported(tmp_path):
     pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
     from lgvit_hf.export.onnx_export import export_onnx
-    from lgvit_hf.export.runtime import ORTHighway
+    from lgvit_hf.runtimes.onnxruntime import ORTHighway
 
     small = {"num_hidden_layers": 2, "exit_positions": [1], "exit_types": "linear"}
     model, images = tiny_model("vit", **small, **PERFORMER), tiny_images(9)

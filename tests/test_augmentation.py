@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgvit_hf.augmentation import Augmentation, random_box
+from lgvit_hf.data.augmentation import Augmentation, random_box
 from tests.seeds import rng, seed
 
 version_independent = pytest.mark.version_independent

@@ -21,8 +21,8 @@ pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from lgvit_hf.export.manifest import Manifest, file_digest  # noqa: E402
-from lgvit_hf.export.runtime import ORTHighway  # noqa: E402
+from lgvit_hf.runtimes.manifest import Manifest, file_digest  # noqa: E402
+from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 OUTPUTS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64}

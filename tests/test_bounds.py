@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from lgvit_hf.evaluation.bounds import (
+from lgvit_hf.evaluation.risk_control import (
     betting_p_value,
     binomial_p_value,
     drop_p_value,

@@ -13,12 +13,12 @@ from scipy import stats
 from scipy.special import softmax
 
 from lgvit_hf import ExitTable, calibrate
-from lgvit_hf.costs import Costs
 from lgvit_hf.evaluation import calibration
 from lgvit_hf.evaluation import choice as choosing
 from lgvit_hf.evaluation import search as searching
 from lgvit_hf.evaluation.calibration import fit_temperature, split
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits
+from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
 from lgvit_hf.evaluation.search import (
     SEARCHES,

@@ -27,15 +27,15 @@ from lgvit_hf import (
     ViTHighway,
 )
 from lgvit_hf.cli import main
-from lgvit_hf.commands.benchmark import run_benchmark
-from lgvit_hf.commands.calibrate import run_calibrate
-from lgvit_hf.commands.card import _drawing, run_card
-from lgvit_hf.commands.evaluate import run_evaluate
-from lgvit_hf.costs import model_macs
+from lgvit_hf.cli.benchmark import run_benchmark
+from lgvit_hf.cli.calibrate import run_calibrate
+from lgvit_hf.cli.card import _drawing, run_card
+from lgvit_hf.cli.evaluate import run_evaluate
+from lgvit_hf.data.processing import make_processor
+from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.report import evaluate
 from lgvit_hf.hub import push
 from lgvit_hf.hub.card import MARK, card
-from lgvit_hf.processing import make_processor
 from tests.test_cross_version import tiny_avit
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_model
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from lgvit_hf.models import class_order, open_avit, open_model
-from lgvit_hf.processing import make_processor
+from lgvit_hf.data.processing import make_processor
+from lgvit_hf.hub.loading import class_order, open_avit, open_model
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, KINDS, tiny_images, tiny_native
 

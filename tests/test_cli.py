@@ -6,8 +6,9 @@ import pytest
 import transformers
 from PIL import Image
 
-from lgvit_hf.cli import COMMANDS, main
-from lgvit_hf.options import build_parser
+from lgvit_hf.cli import main
+from lgvit_hf.cli.main import COMMANDS
+from lgvit_hf.cli.options import build_parser
 
 
 def lgvit(*arguments):

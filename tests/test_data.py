@@ -14,10 +14,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lgvit_hf import processing
-from lgvit_hf.augmentation import Augmentation
-from lgvit_hf.data import class_names, load_images, load_unlabelled
-from lgvit_hf.processing import ProcessedImages, image_size, make_processor, stack, value_table
+from lgvit_hf.data import processing
+from lgvit_hf.data.augmentation import Augmentation
+from lgvit_hf.data.datasets import class_names, load_images, load_unlabelled
+from lgvit_hf.data.processing import ProcessedImages, image_size, make_processor, stack, value_table
 from lgvit_hf.serving.device.rgb import read_image
 from tests.seeds import rng
 from tests.tiny import tiny_model

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lgvit_hf.demo import MODEL, run_demo
+from lgvit_hf.cli.demo import MODEL, run_demo
 from tests.test_docs import RUN_WITH_THE_DEMO, snippets
 
 
@@ -16,7 +16,7 @@ def demo(tmp_path_factory):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         # half as wide, and fewer images for the clock
-        patch.setattr("lgvit_hf.demo.MODEL", MODEL | {"hidden_size": 48, "intermediate_size": 96})
+        patch.setattr("lgvit_hf.cli.demo.MODEL", MODEL | {"hidden_size": 48, "intermediate_size": 96})
         patch.setattr("lgvit_hf.evaluation.report.TIMED_ROWS", 64)
         results = run_demo(home / "demo_output", quick=True, say=lines.append)
     return home, results, "\n".join(lines)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import lgvit_hf
+from lgvit_hf.cli.options import build_parser
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.heads import HEADS
-from lgvit_hf.options import build_parser
 from lgvit_hf.policies import POLICIES
-from lgvit_hf.processing import make_processor
 from tests.seeds import generator
 from tests.tiny import tiny_images, tiny_model, tiny_native
 

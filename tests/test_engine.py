@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgvit_hf.engine import run_all, run_early, study_all
-from lgvit_hf.evaluation.table import ExitTable
+from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy
 from lgvit_hf.segments import Segment, State
 from tests.seeds import examples, generator

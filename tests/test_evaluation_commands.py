@@ -9,8 +9,8 @@ from PIL import Image
 
 from lgvit_hf import CostTable, ExitTable, ViTHighway, ViTHighwayConfig
 from lgvit_hf.cli import main
-from lgvit_hf.commands import sweep as sweeping
-from lgvit_hf.processing import make_processor
+from lgvit_hf.cli import sweep as sweeping
+from lgvit_hf.data.processing import make_processor
 from tests.seeds import seeded
 from tests.test_latency import tick
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from transformers import ViTImageProcessor, pipeline
 
-from lgvit_hf.evaluation.metric import HighwayMetric
+from lgvit_hf.evaluation.evaluate_metric import HighwayMetric
 from tests.seeds import rng
 from tests.test_evaluation import in_a_gap
 from tests.tiny import IMAGE_SIZE, tiny_model

@@ -8,7 +8,7 @@ import torch
 from transformers import EvalPrediction
 
 from lgvit_hf import DistillationTrainer, HighwayTrainer, HighwayTrainingArguments
-from lgvit_hf.evaluation.table import collect
+from lgvit_hf.evaluation.exit_table import collect
 from lgvit_hf.training.metrics import ExitMetrics, row_answers
 from tests.processes import in_two_processes
 from tests.test_evaluation import in_a_gap

@@ -18,9 +18,9 @@ from transformers import AutoImageProcessor, pipeline
 
 from lgvit_hf import ViTHighway
 from lgvit_hf.cli import main
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.engine import replay, run_all
 from lgvit_hf.policies import POLICIES, build_policy
-from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import State
 from tests.seeds import rng
 from tests.tiny import HEADS, IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
@@ -28,12 +28,16 @@ from tests.tiny import HEADS, IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
 onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
-from lgvit_hf.export.compose import compose_single  # noqa: E402
-from lgvit_hf.export.manifest import Manifest, file_digest  # noqa: E402
+from lgvit_hf.export.composition import compose_single  # noqa: E402
 from lgvit_hf.export.onnx_export import EXPORTABLE, export_onnx, verify  # noqa: E402
-from lgvit_hf.export.parts import exits_that_run, export_decision, export_parts, weight_bytes  # noqa: E402
-from lgvit_hf.export.runtime import ORTHighway, parameter_inputs  # noqa: E402
+from lgvit_hf.export.segment_graphs import export_decision, export_parts, weight_bytes  # noqa: E402
 from lgvit_hf.export.verification import trials, undecided_rows  # noqa: E402
+from lgvit_hf.runtimes.manifest import (  # noqa: E402
+    Manifest,
+    exits_that_run,  # noqa: E402
+    file_digest,
+)
+from lgvit_hf.runtimes.onnxruntime import ORTHighway, parameter_inputs  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 NUM_EXITS = 3
@@ -548,7 +552,7 @@ def test_a_folder_without_an_image_processor(small, parts_of_small, tmp_path, ca
     make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "processor")
     command = ["export", str(tmp_path / "model"), str(tmp_path / "onnx")]
     with monkeypatch.context() as patch:
-        patch.setattr("lgvit_hf.commands.export.load_highway", lambda _: pytest.fail("the model was opened first"))
+        patch.setattr("lgvit_hf.cli.export.load_highway", lambda _: pytest.fail("the model was opened first"))
         for options, place in (([], "model"), (["--processor", str(tmp_path / "none")], "none")):
             assert main([*command, *options]) == 2
             error = capsys.readouterr().err
@@ -566,13 +570,13 @@ def test_files_that_would_be_too_large(precision, tmp_path, monkeypatch):
     model.set_exit_policy("patience", patience=2)
     sizes = weight_bytes(copy.deepcopy(model).half() if precision == "float16" else model, [0, 1, 2])
     monkeypatch.setattr("lgvit_hf.export.onnx_export.export_parts", lambda *_: pytest.fail("the work began"))
-    monkeypatch.setattr("lgvit_hf.export.parts.MAX_FILE_BYTES", sum(sizes) - 1)
+    monkeypatch.setattr("lgvit_hf.export.segment_graphs.MAX_FILE_BYTES", sum(sizes) - 1)
     advice = {"float32": "or precision='float16'", "int8": r"or precision='float16' .*\(int8 is made of"}
     for layout in ("single", "all_exits"):
         with pytest.raises(ValueError, match=r"model\.onnx would hold .* GB; use layout='segments' .*") as error:
             export_onnx(model, tmp_path / "onnx", layout, precision=precision)
         assert error.match(advice.get(precision, r"use layout='segments' \(--layout segments\)$"))
-    monkeypatch.setattr("lgvit_hf.export.parts.MAX_FILE_BYTES", max(sizes) - 1)
+    monkeypatch.setattr("lgvit_hf.export.segment_graphs.MAX_FILE_BYTES", max(sizes) - 1)
     with pytest.raises(ValueError, match=r"segment_0\d\.onnx would hold .* use more exits, which make smaller"):
         export_onnx(model, tmp_path / "onnx", "segments", precision=precision)
     assert list(tmp_path.iterdir()) == []
@@ -584,7 +588,7 @@ def test_weights_are_counted_as_the_files_hold_them(small, tmp_path, monkeypatch
     held = [sum(onnx.numpy_helper.to_array(each).nbytes for each in part.model.graph.initializer) for part in parts]
     # shapes and other small constants are counted in the files alone
     assert all(0 <= found - size < 1000 for found, size in zip(held, sizes, strict=True)), (held, sizes)
-    monkeypatch.setattr("lgvit_hf.export.parts.MAX_FILE_BYTES", max(sizes))
+    monkeypatch.setattr("lgvit_hf.export.segment_graphs.MAX_FILE_BYTES", max(sizes))
     monkeypatch.setattr("lgvit_hf.export.onnx_export.export_parts", lambda *_: parts)
     assert len(export_onnx(model, tmp_path / "onnx", "segments").files) == 3
 

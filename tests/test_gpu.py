@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from lgvit_hf.devices import accelerator, device_name
+from lgvit_hf.data.devices import accelerator, device_name
 from lgvit_hf.evaluation.benchmark import benchmark
-from lgvit_hf.evaluation.table import collect
+from lgvit_hf.evaluation.exit_table import collect
 from tests.test_accelerators import MODELS, leaving_in_parts
 from tests.test_compile import assert_same
 from tests.test_modeling_common import assert_close_to_largest

@@ -12,17 +12,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from lgvit_hf import ViTHighway, grow, growth
+from lgvit_hf import ViTHighway, grow
 from lgvit_hf.cli import main
-from lgvit_hf.costs import Costs
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.evaluation import choice as choosing
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits, measured_costs
+from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.heads import HEADS, HeadShape, build_head
 from lgvit_hf.losses import distillation_loss
-from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import Tokens
-from lgvit_hf.training import cached
-from lgvit_hf.training.cached import HeadTraining, TokenShape, bytes_per_image, open_cache, token_shapes
+from lgvit_hf.training import cached_states as cached
+from lgvit_hf.training import distill_exits as growth
+from lgvit_hf.training.cached_states import HeadTraining, TokenShape, bytes_per_image, open_cache, token_shapes
 from tests.seeds import generator, seeded
 from tests.tiny import IMAGE_SIZE, KINDS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model, tiny_native
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
-from lgvit_hf.halting import (
+from lgvit_hf.token_halting import (
     Halting,
     _attend_padded,
     attend_in_a_row,
@@ -21,7 +21,7 @@ from lgvit_hf.halting import (
     halting_target,
     token_macs,
 )
-from lgvit_hf.training.avit import macro_f1
+from lgvit_hf.training.avit_trainer import macro_f1
 from tests.seeds import examples, generator, rng
 
 pytestmark = pytest.mark.version_independent

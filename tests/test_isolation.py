@@ -19,17 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lgvit_hf import AViT, HighwayWrapper, ViTHighway
-from lgvit_hf.cli import main
-from lgvit_hf.commands import predict
+from lgvit_hf.cli import main, predict
+from lgvit_hf.data.processing import make_processor
+from lgvit_hf.data.settings import parse_yaml
 from lgvit_hf.files import locked
-from lgvit_hf.processing import make_processor
+from lgvit_hf.serving.answer_files import write_predictions
 from lgvit_hf.serving.device.message import MessageError, pack, unpack
 from lgvit_hf.serving.device.remote import RemoteHighway
-from lgvit_hf.serving.opening import open_part
-from lgvit_hf.serving.predictions import write_predictions
+from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.predictor import Predictor
-from lgvit_hf.serving.whole import Whole
-from lgvit_hf.settings import parse_yaml
+from lgvit_hf.serving.whole_model import Whole
 from tests.clear import clear_model
 from tests.seeds import rng
 from tests.test_split import SMALL

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lgvit_hf.evaluation import latency
-from lgvit_hf.evaluation.latency import (
+from lgvit_hf.evaluation import cost_table as latency
+from lgvit_hf.evaluation.cost_table import (
     CostTable,
     PartTimes,
     architecture,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lgvit_hf.data import load_encoded, load_images, load_unlabelled
+from lgvit_hf.data.datasets import load_encoded, load_images, load_unlabelled
 from tests.seeds import rng
 
 datasets = pytest.importorskip("datasets", reason='the datasets library comes with "lgvit-hf[train]"')

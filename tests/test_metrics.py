@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgvit_hf import build_policy
-from lgvit_hf.costs import Costs, model_macs
 from lgvit_hf.engine import Answers
-from lgvit_hf.evaluation.metric import HighwayMetric
+from lgvit_hf.evaluation.costs import Costs, model_macs
+from lgvit_hf.evaluation.evaluate_metric import HighwayMetric
+from lgvit_hf.evaluation.exit_table import ExitTable, collect
 from lgvit_hf.evaluation.metrics import (
     confusion_matrix,
     expected_calibration_error,
@@ -23,7 +24,6 @@ from lgvit_hf.evaluation.metrics import (
     summarise,
 )
 from lgvit_hf.evaluation.report import head_names
-from lgvit_hf.evaluation.table import ExitTable, collect
 from tests.seeds import rng
 from tests.test_evaluation import in_a_gap
 from tests.tiny import KINDS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
@@ -340,6 +340,6 @@ def test_metric_of_depths_needs_num_blocks(tmp_path):
 @version_independent
 def test_metric_without_evaluate(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    monkeypatch.delitem(sys.modules, "lgvit_hf.evaluation.metric")
+    monkeypatch.delitem(sys.modules, "lgvit_hf.evaluation.evaluate_metric")
     with pytest.raises(ImportError, match=r'pip install "lgvit-hf\[train\]"'):
-        importlib.import_module("lgvit_hf.evaluation.metric")
+        importlib.import_module("lgvit_hf.evaluation.evaluate_metric")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lgvit_hf.cli import main
-from lgvit_hf.recipe import train_recipe
+from lgvit_hf.training.recipe import train_recipe
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 1, "patch_size": 8}
 NEW = ["train", "--data", "nowhere/at/all", "--output", "out", "--backbone", "vit"]

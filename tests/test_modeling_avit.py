@@ -25,8 +25,8 @@ from transformers import (
 
 from lgvit_hf import AViT, AViTConfig, AViTTrainer, token_macs
 from lgvit_hf.cli import main
-from lgvit_hf.halting import halting_scores
 from lgvit_hf.hub.convert import convert_avit
+from lgvit_hf.token_halting import halting_scores
 from tests.conftest import SHARED
 from tests.seeds import examples, generator, seeded
 from tests.tiny import (

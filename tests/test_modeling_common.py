@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from lgvit_hf.evaluation.table import ExitTable
+from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.policies import ConfidencePolicy
 from tests.seeds import rng
 from tests.tiny import (

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from lgvit_hf.costs import model_macs
 from lgvit_hf.evaluation.benchmark import benchmark, wall_clock_speed_up
-from lgvit_hf.evaluation.latency import measure_cost_table
+from lgvit_hf.evaluation.cost_table import measure_cost_table
+from lgvit_hf.evaluation.costs import model_macs
+from lgvit_hf.evaluation.exit_table import collect
 from lgvit_hf.evaluation.report import answer_all, evaluate
-from lgvit_hf.evaluation.table import collect
-from lgvit_hf.growth import HeadTraining, grow
 from lgvit_hf.modes import evaluating
+from lgvit_hf.training.distill_exits import HeadTraining, grow
 from tests.tiny import tiny_dataset, tiny_images, tiny_model, tiny_native
 
 LOOKS = {

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import pipeline
 
 from lgvit_hf import ORTHighway
-from lgvit_hf.processing import make_processor
+from lgvit_hf.data.processing import make_processor
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, MODELS, tiny_images, tiny_model
 
@@ -29,7 +29,7 @@ import optimum.onnxruntime as optimum_ort  # noqa: E402
 from optimum.exporters.onnx import export, main_export, onnx_export_from_model  # noqa: E402
 from optimum.exporters.tasks import TasksManager  # noqa: E402
 
-from lgvit_hf.export.onnx_config import HighwayOnnxConfig  # noqa: E402
+from lgvit_hf.export.optimum_config import HighwayOnnxConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "lgvit_hf/export/optimum_plugin"
@@ -207,7 +207,7 @@ def test_what_does_not_export_leaves_no_model(tmp_path):
 )
 def test_what_is_asked_of_optimum_and_cannot_be(asked, message, tmp_path, monkeypatch):
     small_model("vit").save_pretrained(tmp_path / "checkpoint")
-    monkeypatch.setattr("lgvit_hf.export.onnx_config.write_onnx", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("lgvit_hf.export.optimum_config.write_onnx", lambda *_, **__: pytest.fail("the work began"))
     with pytest.raises(ValueError, match=message):
         main_export(str(tmp_path / "checkpoint"), tmp_path / "out", task=TASK, **asked)
     assert not list(tmp_path.rglob("*.onnx"))

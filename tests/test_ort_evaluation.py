@@ -13,27 +13,27 @@ from transformers import pipeline
 
 from lgvit_hf import ExitTable, ORTHighway, ViTHighway, ViTHighwayConfig, build_policy
 from lgvit_hf.cli import main
-from lgvit_hf.costs import Costs, model_macs
-from lgvit_hf.data import load_images
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import ProcessedImages, make_processor
 from lgvit_hf.engine import replay
 from lgvit_hf.evaluation.benchmark import benchmark, wall_clock_speed_up
 from lgvit_hf.evaluation.calibration import calibrate, fit_temperature
-from lgvit_hf.evaluation.latency import architecture, measure_cost_table
+from lgvit_hf.evaluation.cost_table import architecture, measure_cost_table
+from lgvit_hf.evaluation.costs import Costs, model_macs
+from lgvit_hf.evaluation.exit_table import collect, weights_digest
 from lgvit_hf.evaluation.report import as_table, evaluate
+from lgvit_hf.evaluation.report_text import as_text, verdict
 from lgvit_hf.evaluation.search import sureness
-from lgvit_hf.evaluation.table import collect, weights_digest
-from lgvit_hf.evaluation.verdict import as_text, verdict
-from lgvit_hf.processing import ProcessedImages, make_processor
 from tests.seeds import rng, seeded
 from tests.tiny import scrambled, tiny_images
 
 pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
-from lgvit_hf.export.manifest import Manifest, file_digest  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
-from lgvit_hf.export.parts import export_parts  # noqa: E402
 from lgvit_hf.export.quantization import quantize  # noqa: E402
+from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
+from lgvit_hf.runtimes.manifest import Manifest, file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 LAYOUTS = ("single", "segments", "all_exits")

@@ -15,9 +15,9 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 
 from lgvit_hf import ViTHighway
 from lgvit_hf.cli import main
-from lgvit_hf.commands.export import export_as_text
-from lgvit_hf.commands.opening import open_highway
-from lgvit_hf.processing import make_processor
+from lgvit_hf.cli.export import export_as_text
+from lgvit_hf.cli.inputs import open_highway
+from lgvit_hf.data.processing import make_processor
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
 
@@ -25,10 +25,10 @@ onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
 from lgvit_hf.export.infer import write_infer  # noqa: E402
-from lgvit_hf.export.manifest import PRECISIONS, Manifest  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
-from lgvit_hf.export.runtime import ORTHighway  # noqa: E402
 from lgvit_hf.export.verification import compare  # noqa: E402
+from lgvit_hf.runtimes.manifest import PRECISIONS, Manifest  # noqa: E402
+from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
 
 independent = pytest.mark.version_independent
 NUM_BLOCKS = 2

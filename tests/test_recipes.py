@@ -13,14 +13,14 @@ import yaml
 from PIL import Image
 from transformers import Trainer
 
-import lgvit_hf.data
 from lgvit_hf import HighwayTrainingArguments, train_recipe
 from lgvit_hf.cli import main
-from lgvit_hf.data import load_images
-from lgvit_hf.eevit import translate_eevit
-from lgvit_hf.options import build_parser
-from lgvit_hf.processing import make_processor
-from lgvit_hf.recipe import as_words, others_as_arguments
+from lgvit_hf.cli.options import build_parser
+from lgvit_hf.data import datasets
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import make_processor
+from lgvit_hf.hub.eevit_config import translate_eevit
+from lgvit_hf.training.recipe import as_words, others_as_arguments
 from tests.tiny import tiny_model, tiny_native
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -55,7 +55,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def images_are_read_once():
     patch = pytest.MonkeyPatch()
-    patch.setattr(lgvit_hf.data, "load_images", cache(load_images))
+    patch.setattr(datasets, "load_images", cache(load_images))
     yield
     patch.undo()
 

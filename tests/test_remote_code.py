@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 
 import lgvit_hf
 from lgvit_hf import AViT, DeiTHighway, SwinHighway, ViTHighway
-from lgvit_hf.processing import make_processor
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.remote_code import auto_map, code_files
 from tests.clear import clear_model
 from tests.test_cross_version import elsewhere, other, tiny_avit  # noqa: F401  (`other` is a fixture)
@@ -242,7 +242,7 @@ for kind in kinds:
         torch.testing.assert_close(out.logits, expected["logits"], rtol=1e-4, atol=1e-5)
 # the rooms take either
 from lgvit_hf import benchmark, collect
-from lgvit_hf.processing import stack
+from lgvit_hf.data.processing import stack
 rows = [{"pixel_values": image, "labels": 0} for image in expected["images"]]
 table = collect(models["vit"][0], rows)
 assert table.depths == [2, 3, 5, 6], table.depths

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lgvit_hf.data import load_unlabelled
+from lgvit_hf.data.datasets import load_unlabelled
+from lgvit_hf.data.processing import ProcessedImages, channels_of, make_processor, open_processor
 from lgvit_hf.export.infer import INFER, write_infer
-from lgvit_hf.processing import ProcessedImages, channels_of, make_processor, open_processor
 from lgvit_hf.serving.device.pixels import pixel_settings, prepare
 from lgvit_hf.serving.device.rgb import FORMATS, MAX_PIXELS, as_rgb, check_resized, read_image
 from lgvit_hf.serving.predictor import Predictor, open_image
-from lgvit_hf.serving.whole import Whole
+from lgvit_hf.serving.whole_model import Whole
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, tiny_model
 

@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lgvit_hf.cli import main
-from lgvit_hf.processing import make_processor
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.serving.batching import Batcher, Busy
 from lgvit_hf.serving.device import remote
 from lgvit_hf.serving.device.message import CONTENT_TYPE, MessageError, pack, unpack
 from lgvit_hf.serving.device.remote import Hop, NextPartGone, RemoteHighway
-from lgvit_hf.serving.opening import open_any, open_part
+from lgvit_hf.serving.open_part import open_any, open_part
 from tests.clear import clear, clear_model
 from tests.seeds import examples, rng
 from tests.test_split import SMALL, random_image

@@ -16,16 +16,16 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 
 from lgvit_hf import HighwayWrapper
 from lgvit_hf.cli import main
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.engine import run_all
-from lgvit_hf.export.parts import EXPORTABLE
+from lgvit_hf.export.segment_graphs import EXPORTABLE
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy, register_policy
-from lgvit_hf.processing import make_processor
 from lgvit_hf.segments import State
 from lgvit_hf.serving import split as splitting
 from lgvit_hf.serving.device.info import PartInfo, file_digest
 from lgvit_hf.serving.device.pixels import pixel_settings, prepare
 from lgvit_hf.serving.device.rgb import read_image
-from lgvit_hf.serving.opening import open_part
+from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, scrambled, tiny_images, tiny_model
@@ -371,7 +371,7 @@ class Refuse:
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Refuse())
 from lgvit_hf.serving.device.remote import RemoteHighway
-from lgvit_hf.serving.opening import open_any
+from lgvit_hf.serving.open_part import open_any
 from lgvit_hf.serving.server import make_app
 make_app(RemoteHighway(open_any(sys.argv[1])))
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgvit_hf.settings import read_yaml
+from lgvit_hf.data.settings import read_yaml
 from tests.tiny import KINDS, tiny_images, tiny_model
 
 DROPS = (0.0, 0.01)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from lgvit_hf import ExitTable
 from lgvit_hf.cli import main
-from lgvit_hf.commands.compare import PAPERS, run_compare
-from lgvit_hf.costs import Costs
+from lgvit_hf.cli.compare import PAPERS, run_compare
+from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.sweep import sweep, threshold_curve
 from tests.seeds import rng
 

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, TrainingArguments, ViTImageProcessor
 
 from lgvit_hf import AViT, AViTConfig, AViTTrainer, HighwayTrainer, HighwayTrainingArguments, HighwayWrapper
-from lgvit_hf.processing import make_processor
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.training.images import with_pixels
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, MODELS, tiny_backbone_settings, tiny_dataset, tiny_model, tiny_native

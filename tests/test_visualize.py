@@ -10,12 +10,12 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 
 from lgvit_hf import AViT, AViTConfig
 from lgvit_hf.cli import main
-from lgvit_hf.commands import visualize as command
-from lgvit_hf.data import load_images
-from lgvit_hf.evaluation.visualization import as_seen, first_and_last, limits_of, scores_by_exit, widest_spread
-from lgvit_hf.options import build_parser
+from lgvit_hf.cli import visualize as command
+from lgvit_hf.cli.options import build_parser
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import ProcessedImages, make_processor
+from lgvit_hf.evaluation.image_scores import as_seen, first_and_last, limits_of, scores_by_exit, widest_spread
 from lgvit_hf.policies import build_policy
-from lgvit_hf.processing import ProcessedImages, make_processor
 from tests.seeds import rng, seeded
 from tests.test_evaluation import in_a_gap
 from tests.tiny import scrambled, tiny_images, tiny_model

@@ -15,16 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
 from lgvit_hf import HighwayTrainer, HighwayTrainingArguments, HighwayWrapper, HighwayWrapperConfig, collect
-from lgvit_hf.chains import ChainPiece, logits_of
-from lgvit_hf.costs import model_macs
 from lgvit_hf.engine import run_all, run_early
 from lgvit_hf.evaluation.benchmark import benchmark
 from lgvit_hf.evaluation.calibration import calibrate
-from lgvit_hf.evaluation.table import ExitTable
-from lgvit_hf.layout import reading_of
+from lgvit_hf.evaluation.costs import model_macs
+from lgvit_hf.evaluation.exit_table import ExitTable
+from lgvit_hf.feature_layout import reading_of
+from lgvit_hf.graph_split import TracedPiece
 from lgvit_hf.policies import FixedPolicy
 from lgvit_hf.segments import State
-from lgvit_hf.tracing import TracedPiece
+from lgvit_hf.sequential_split import ChainPiece, logits_of
 from tests.seeds import seeded
 from tests.test_modeling_common import assert_close_to_largest, assert_same_answers, joined, policies_for
 from tests.tiny import NUM_LABELS, scrambled, tiny_dataset, tiny_images

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from lgvit_hf import CostTable, ExitTable, ORTHighway, calibrate
-from lgvit_hf.serving.opening import open_part
+from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain
 from tests.test_remote_code import without_the_package
 

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..batches import to_model
-from ..costs import Costs, Highway, decides_inside, export_of
+from ..data.batches import to_model
+from ..data.processing import stack
 from ..engine import run_early
 from ..modes import evaluating
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
-from ..processing import stack
 from ..segments import Segment, State
-from .anatomy import export_facts, head_names, parameters_by_part, peak_memory, profile
-from .latency import (
+from .cost_table import (
     CostTable,
     PartTimes,
     architecture,
@@ -33,7 +31,9 @@ from .latency import (
     time_parts,
     timed_segments,
 )
-from .table import ExitTable, collect
+from .costs import Costs, Highway, decides_inside, export_of
+from .exit_table import ExitTable, collect
+from .profiling import export_facts, head_names, parameters_by_part, peak_memory, profile
 
 _PERCENTILES = (50, 95, 99)
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..costs import Costs
 from ..policies import probabilities
-from .bounds import drop_p_value, harm_p_value, passed_in_order, rows_needed
-from .latency import CostTable
+from .cost_table import CostTable
+from .costs import Costs
+from .exit_table import ExitTable
 from .metrics import expected_calibration_error
+from .report_text import in_words
+from .risk_control import drop_p_value, harm_p_value, passed_in_order, rows_needed
 from .search import SEARCHES, Settings, candidates, consequences, leaving, shares
-from .table import ExitTable
-from .verdict import in_words
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batches import to_model
-from ..costs import Costs
+from ..data.batches import to_model
 from ..policies import ConfidencePolicy, probabilities
 from ..segments import State
 from .benchmark import time_interleaved
+from .costs import Costs
 
 
 @dataclass(frozen=True)

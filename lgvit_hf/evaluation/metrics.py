@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..costs import Costs
 from ..engine import Answers
 from ..policies import ExitPolicy, number_at, probabilities
-from .table import ExitTable
+from .costs import Costs
+from .exit_table import ExitTable
 
 
 def layer_speed_up(answers: Answers, num_blocks: int) -> float:

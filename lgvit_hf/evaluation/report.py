@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..batches import in_batches, to_model
-from ..costs import Highway, decides_inside, model_macs
+from ..data.batches import in_batches, to_model
 from ..engine import Answers
-from ..models import answer_depths
+from ..hub.loading import answer_depths
 from ..modes import evaluating
-from .anatomy import export_facts, head_names
 from .benchmark import wall_clock_speed_up
+from .costs import Highway, decides_inside, model_macs
+from .exit_table import ExitTable, collect
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
-from .table import ExitTable, collect
-from .verdict import in_words
+from .profiling import export_facts, head_names
+from .report_text import in_words
 
 TIMED_ROWS = 256
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..costs import Costs
 from ..policies import POLICIES, build_policy
-from .table import ExitTable
+from .costs import Costs
+from .exit_table import ExitTable
 
 # of the sureness of a row, which is the policy's score, or minus it for the entropy: all rows are above the first
 # number and none above the second

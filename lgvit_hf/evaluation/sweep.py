@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..policies import build_policy
+from .exit_table import ExitTable
 from .metrics import summarise
 from .search import RANGES, Settings, sureness, uniform_thresholds
-from .table import ExitTable
 
 
 def sweep(
@@ -46,7 +46,7 @@ def sweep(
     Example:
 
         >>> import tempfile, torch
-        >>> from lgvit_hf.costs import Costs
+        >>> from lgvit_hf.evaluation.costs import Costs
         >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 5.0], [0.0, 5.0]]])
         >>> table = ExitTable(logits, torch.tensor([0, 1]), [1, 2], Costs([4.0, 4.0], [1.0, 1.0]))
         >>> policies = [{"name": "confidence", "threshold": threshold} for threshold in (0.5, 0.9, 1.0)]
@@ -85,7 +85,7 @@ def threshold_curve(table: ExitTable, policy: str = "confidence", points: int = 
     Example:
 
         >>> import torch
-        >>> from lgvit_hf.costs import Costs
+        >>> from lgvit_hf.evaluation.costs import Costs
         >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 5.0], [0.0, 5.0]]])
         >>> table = ExitTable(logits, torch.tensor([0, 1]), [1, 2], Costs([4.0, 4.0], [1.0, 1.0]))
         >>> [(point["accuracy"], point["mean_macs"]) for point in threshold_curve(table)]

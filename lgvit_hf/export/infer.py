@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..processing import ProcessedImages
+from ..data.processing import ProcessedImages
 from ..serving.device import pixels, rgb
 
 PIXEL_TOLERANCE = 1e-5

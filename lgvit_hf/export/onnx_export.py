@@ -13,13 +13,13 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..costs import model_macs
+from ..evaluation.costs import model_macs
 from ..files import replace_folder
 from ..policies import ExitPolicy
+from ..runtimes.manifest import LAYOUTS, PRECISIONS, Manifest, exits_that_run, file_digest
+from ..runtimes.onnxruntime import ORTHighway, parameter_inputs
 from .infer import write_infer
-from .manifest import LAYOUTS, PRECISIONS, Manifest, file_digest
-from .parts import EXPORTABLE, check_file_sizes, exits_that_run, export_decision, export_parts, weight_bytes
-from .runtime import ORTHighway, parameter_inputs
+from .segment_graphs import EXPORTABLE, check_file_sizes, export_decision, export_parts, weight_bytes
 from .verification import compare, verify
 
 
@@ -123,7 +123,7 @@ def write_onnx(
     try:
         import onnx
 
-        from .compose import compose_all_exits, compose_single
+        from .composition import compose_all_exits, compose_single
         from .quantization import quantize
     except ImportError as error:
         raise ImportError('export needs onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ..batches import in_batches
+from ..data.batches import in_batches
 from ..engine import Answers, replay, run_all, run_early
-from ..models import example_image
+from ..hub.loading import example_image
 from ..policies import ExitPolicy, build_policy
+from ..runtimes.manifest import exits_that_run
+from ..runtimes.onnxruntime import ORTHighway
 from ..segments import State
-from .parts import EXPORTABLE, exits_that_run
-from .runtime import ORTHighway
+from .segment_graphs import EXPORTABLE
 
 BATCH_SIZES = (1, 2, 7, 32)
 TOLERANCE = 1e-4

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..files import replace_file
-from ..models import HIGHWAYS, answer_depths, read_config
 from ..policies import build_policy
+from .loading import HIGHWAYS, answer_depths, read_config
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # a README that has this line is ours to write again

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..configuration import ViTHighwayConfig
-from ..eevit import EXITS, is_eevit, translate_eevit
+from ..data.settings import read_yaml
 from ..heads import num_sparse_heads
 from ..modeling_vit import ViTHighway
-from ..settings import read_yaml
+from .eevit_config import EXITS, is_eevit, translate_eevit
 from .lgvit_names import BODIES
 from .reading import find_weights, read_weights
 from .strict import Rename, built_from, load_strictly, processor_beside, renamed, split_fused, write_model

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
 from ..heads import lgvit_heads
-from ..models import BY_BACKBONE
 from .lgvit_names import from_lgvit, kind_of
+from .loading import BY_BACKBONE
 from .reading import find_weights, read_json, read_weights
 from .strict import built_from, load_strictly, processor_beside, write_model
 

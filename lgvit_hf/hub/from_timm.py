@@ -18,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ..models import BY_BACKBONE
+from .loading import BY_BACKBONE
 from .reading import find_weights, in_short, read_json, read_weights
 from .strict import Rename, load_strictly, processor_beside, renamed, split_fused, write_model
 from .timm_names import SWIN_NAMES, VIT_NAMES, swin_sizes, vit_sizes

@@ -13,8 +13,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..models import read_config
 from .card import card, has_card, is_own, reports_beside, write_card
+from .loading import read_config
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from ..configuration import HighwayConfig
 from ..files import replace_folder, write_json
 from ..heads import lgvit_heads, num_sparse_heads
-from ..models import BY_BACKBONE, load_highway
 from ..policies import build_policy
 from ..pretrained import RECOMPUTED
 from .lgvit_names import POOLER, exit_modules, kind_of, to_lgvit
+from .loading import BY_BACKBONE, load_highway
 from .reading import read_json
 
 ARCHITECTURES = {"swin": "SwinHighwayForImageClassification"}

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..costs import Highway
-from ..export.runtime import ORTHighway, is_exported
-from ..models import load_highway
+from ..data.processing import ProcessedImages, open_processor
+from ..evaluation.costs import Highway
+from ..hub.loading import load_highway
 from ..policies import number_at
-from ..processing import ProcessedImages, open_processor
+from ..runtimes.onnxruntime import ORTHighway, is_exported
 from .device.info import is_text
 from .device.rgb import as_rgb, read_image
 

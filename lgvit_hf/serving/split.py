@@ -19,24 +19,24 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..engine import Answers, run_all
-from ..evaluation.table import weights_digest
+from ..evaluation.exit_table import weights_digest
 from ..export.infer import checked_pixel_settings
-from ..export.parts import (
+from ..export.segment_graphs import (
     EXPORTABLE,
     Read,
     check_file_sizes,
-    exits_that_run,
     export_decision,
     export_parts,
     weight_bytes,
 )
 from ..export.verification import BATCH_SIZES, TOLERANCE, trials
 from ..files import replace_folder, write_json
-from ..models import HIGHWAYS, example_image
+from ..hub.loading import HIGHWAYS, example_image
 from ..policies import POLICIES, ExitPolicy
+from ..runtimes.manifest import exits_that_run
 from ..segments import Segment, State
 from .device.info import FORMATS, MEMORY, PART_FILE, WEIGHTS, PartInfo, file_digest
-from .opening import open_part
+from .open_part import open_part
 
 # the folder beside an ONNX part with what runs it
 RUNNER = "lgvit_part"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..models import HIGHWAYS, read_config
+from ..hub.loading import HIGHWAYS, read_config
 from ..policies import build_policy, probabilities
 from ..pretrained import RECOMPUTED
 from ..segments import Segment, State

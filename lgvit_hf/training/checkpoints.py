@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..configuration_avit import HALTING_FIELDS
-from .fresh import FreshModelTrainer
+from .model_init import FreshModelTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data import LABEL_NAMES, find_columns, has_labels, refuse_missing, with_columns
-from ..folders import require_datasets
-from ..processing import ProcessedImages, make_processor, open_processor
+from ..data.datasets import LABEL_NAMES, find_columns, has_labels, refuse_missing, with_columns
+from ..data.folders import require_datasets
+from ..data.processing import ProcessedImages, make_processor, open_processor
 from ..serving.device.rgb import read_image
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class StreamedImages(IterableDataset):
 
     Example:
 
-        >>> from lgvit_hf.data import load_images
+        >>> from lgvit_hf.data.datasets import load_images
         >>> stream = load_images("digits").test.to_iterable_dataset()
         >>> images = StreamedImages(stream, make_processor(16), ("image", "label"), [])
         >>> next(iter(images))["pixel_values"].shape
@@ -105,7 +105,7 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
     Example:
 
         >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
-        >>> from lgvit_hf.data import load_images
+        >>> from lgvit_hf.data.datasets import load_images
         >>> model = ViTHighway(ViTHighwayConfig(num_hidden_layers=3, hidden_size=24, image_size=16, patch_size=4))
         >>> arguments = with_pixels(model, {"train_dataset": load_images("digits").train})
         >>> sorted(arguments["train_dataset"][0])

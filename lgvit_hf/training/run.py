@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..files import add_files
 from .arguments import HighwayTrainingArguments
-from .avit import AViTTrainer
+from .avit_trainer import AViTTrainer
 from .trainer import DistillationTrainer, HighwayTrainer
 
 STAGES = {"backbone": HighwayTrainer, "1": HighwayTrainer, "2": DistillationTrainer, "avit": AViTTrainer}

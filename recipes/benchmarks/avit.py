@@ -24,10 +24,10 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from lgvit_hf import AViT, token_macs
-from lgvit_hf.data import load_images
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import ProcessedImages, stack
 from lgvit_hf.evaluation.benchmark import time_interleaved
 from lgvit_hf.files import write_json
-from lgvit_hf.processing import ProcessedImages, stack
 
 DEIT_TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}
 PUBLISHED_SHARE = 0.8 / 1.25

@@ -19,13 +19,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForImageClassification
 
-from lgvit_hf.commands.opening import open_highway
-from lgvit_hf.evaluation.latency import time_interleaved
+from lgvit_hf.cli.inputs import open_highway
+from lgvit_hf.data.processing import stack
+from lgvit_hf.evaluation.cost_table import time_interleaved
 from lgvit_hf.export.onnx_export import export_onnx
-from lgvit_hf.export.runtime import ORTHighway
 from lgvit_hf.files import write_json
-from lgvit_hf.models import HIGHWAYS
-from lgvit_hf.processing import stack
+from lgvit_hf.hub.loading import HIGHWAYS
+from lgvit_hf.runtimes.onnxruntime import ORTHighway
 
 RUNTIMES = ("PyTorch", "ONNX Runtime", "ONNX Runtime, int8")
 

@@ -17,8 +17,8 @@ from engine import MODELS
 
 from lgvit_hf.evaluation.benchmark import time_interleaved
 from lgvit_hf.files import write_json
-from lgvit_hf.growth import early_positions
-from lgvit_hf.training.cached import fill_cache, open_cache, run_epoch, shuffled_slices, token_shapes
+from lgvit_hf.training.cached_states import fill_cache, open_cache, run_epoch, shuffled_slices, token_shapes
+from lgvit_hf.training.distill_exits import early_positions
 
 
 def measure(name, head_name, batch_size, num_images, repeats, folder):

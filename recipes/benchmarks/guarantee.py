@@ -15,7 +15,7 @@ import math
 import torch
 
 from lgvit_hf import ExitTable, calibrate
-from lgvit_hf.costs import Costs
+from lgvit_hf.evaluation.costs import Costs
 
 COSTS = Costs([3.0, 3.0, 3.0, 3.0], [0.2, 0.3, 0.2, 0.1])
 POPULATION = 50_000

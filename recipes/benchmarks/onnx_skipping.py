@@ -19,12 +19,12 @@ import torch
 from engine import MIX, MODELS, plans_of
 
 from lgvit_hf.engine import run_all
-from lgvit_hf.evaluation.latency import time_interleaved
-from lgvit_hf.export.compose import compose_all_exits, compose_single
-from lgvit_hf.export.parts import export_decision, export_parts
-from lgvit_hf.export.runtime import parameter_inputs
+from lgvit_hf.evaluation.cost_table import time_interleaved
+from lgvit_hf.export.composition import compose_all_exits, compose_single
+from lgvit_hf.export.segment_graphs import export_decision, export_parts
 from lgvit_hf.files import write_json
 from lgvit_hf.policies import build_policy
+from lgvit_hf.runtimes.onnxruntime import parameter_inputs
 from lgvit_hf.segments import State
 
 

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor
 
-from lgvit_hf.data import load_images
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import ProcessedImages
 from lgvit_hf.files import write_json
-from lgvit_hf.models import load_highway
-from lgvit_hf.processing import ProcessedImages
+from lgvit_hf.hub.loading import load_highway
 from lgvit_hf.serving.device.info import PartInfo
 from lgvit_hf.serving.device.message import CONTENT_TYPE, pack, unpack
 from lgvit_hf.serving.split import split

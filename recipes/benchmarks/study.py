@@ -33,13 +33,13 @@ from study_settings import against, calibrated, cheapest, published, replayed, s
 from transformers import AutoImageProcessor
 
 from lgvit_hf import AViT, ExitTable, collect, train_recipe
-from lgvit_hf.data import load_images
+from lgvit_hf.data.datasets import load_images
+from lgvit_hf.data.processing import ProcessedImages, stack
+from lgvit_hf.data.settings import read_yaml
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
-from lgvit_hf.evaluation.latency import machine, measure_cost_table, time_interleaved
-from lgvit_hf.halting import token_macs
-from lgvit_hf.models import load_highway
-from lgvit_hf.processing import ProcessedImages, stack
-from lgvit_hf.settings import read_yaml
+from lgvit_hf.evaluation.cost_table import machine, measure_cost_table, time_interleaved
+from lgvit_hf.hub.loading import load_highway
+from lgvit_hf.token_halting import token_macs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DROPS = (0.0, 0.005, 0.01, 0.02)

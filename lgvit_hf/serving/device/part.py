@@ -36,7 +36,7 @@ class Part:
     def __init__(self, folder: str | Path, *, threads: int | None = None):
         self.folder, self.info = Path(folder), PartInfo.load(folder)
         if self.info.format != "onnx":
-            raise ValueError(f"{folder}: a {self.info.format} part, which lgvit_hf.serving.opening.open_part opens")
+            raise ValueError(f"{folder}: a {self.info.format} part, which lgvit_hf.serving.open_part.open_part opens")
         *files, decision = self.info.files
         self._segments = [_Segment(_session(self.folder / name, threads)) for name in files]
         self._decision = _session(self.folder / decision, threads)

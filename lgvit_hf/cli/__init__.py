@@ -1,0 +1,5 @@
+"""The command line: a file per command."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,116 @@
+"""`lgvit export`: a checkpoint as ONNX, run against PyTorch before it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import BaseImageProcessor
+
+from ..data.datasets import load_images
+from ..data.processing import ProcessedImages, open_processor
+from ..evaluation.report_text import in_words
+from ..export.onnx_export import export_onnx
+from ..hub.loading import check_class_names, load_highway
+from ..runtimes.manifest import Manifest
+from ..runtimes.onnxruntime import is_exported
+from .inputs import check_counts
+
+
+def run_export(
+    checkpoint: str,
+    output: str,
+    *,
+    layout: str = "single",
+    precision: str = "float32",
+    policy: dict[str, Any] | None = None,
+    data: str | None = None,
+    max_accuracy_drop: float = 0.005,
+    limit: int | None = None,
+    which: str = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+    processor: str | None = None,
+) -> Manifest:
+    """Write a checkpoint as ONNX, run against PyTorch before it is kept.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of a highway.
+        output (`str`): Folder to make.
+        layout (`str`, *optional*), precision (`str`, *optional*), max_accuracy_drop (`float`, *optional*):
+            As of `export_onnx`.
+        policy (`dict`, *optional*): Instead of the saved one.
+        data (`str`, *optional*): As of `load_images`: rows on which the export is judged as well.
+        limit (`int`, *optional*): At most so many of them, drawn at random, always the same.
+        which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
+            As of `load_images`; which of its splits.
+        processor (`str`, *optional*): As of `processor_for`.
+    """
+    if is_exported(checkpoint):
+        raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
+    opened, images = processor_for(checkpoint, processor), None
+    splits = None if data is None else load_images(data, validation_share=validation_share, seed=seed)
+    model = load_highway(checkpoint)
+    if splits is not None:
+        check_class_names(checkpoint, model.config, splits.label_names)
+        images = ProcessedImages(getattr(splits, which), opened)
+        if limit is not None:
+            check_counts(limit=[limit])
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            images = Subset(images, order[:limit].tolist())
+    if policy is not None:
+        model.set_exit_policy(policy)
+    return export_onnx(
+        model,
+        output,
+        layout,
+        precision=precision,
+        processor=opened,
+        images=images,
+        max_accuracy_drop=max_accuracy_drop,
+    )
+
+
+def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProcessor:
+    """The image processor that goes with a checkpoint, from elsewhere where it has none.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of a highway.
+        source (`str`, *optional*): Folder or Hub id of a processor, instead of the checkpoint's.
+
+    Raises:
+        ValueError: There is none.
+    """
+    place = checkpoint if source is None else source
+    try:
+        return open_processor(place)
+    except OSError as error:
+        raise ValueError(
+            f"{place}: no preprocessor_config.json there, which says how images become pixels; give a folder or Hub "
+            "id that has one, as the plain model has that the checkpoint began as: --processor FOLDER|NAME"
+        ) from error
+
+
+def export_as_text(manifest: Manifest, folder: str | Path) -> str:
+    """What `run_export` wrote and how it was checked, for a terminal."""
+    size = sum((Path(folder) / name).stat().st_size for name in manifest.files)
+    checks, sizes = manifest.checks, ", ".join(map(str, manifest.checks["batch_sizes"]))
+    lines = [
+        f"{', '.join(manifest.files)} in {folder}: {manifest.precision}, {size / 1e6:.1f} MB; policy "
+        f"{in_words(manifest.policy)}",
+        f"run in ONNX Runtime on batches of {sizes} with every exit taken: "
+        + ("answers as the model does, " if manifest.precision == "float32" else "")
+        + f"logits within {checks['largest_difference']:.1e}",
+    ]
+    if "images" in checks:
+        found = checks["images"]
+        lines.append(
+            f"on {found['rows']} images {found['accuracy']:.2%} right, the model {found['accuracy_of_model']:.2%}; "
+            f"the same answer on {found['agreement']:.2%}; mean depth {found['mean_depth']:.2f}, the model "
+            f"{found['mean_depth_of_model']:.2f}"
+        )
+    elif manifest.precision != "float32":
+        lines.append(f"what {manifest.precision} costs in accuracy was not measured; --data says on which images to")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""A checkpoint or an exported folder, its data and its table of exits, as the commands open them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import BaseImageProcessor
+
+from ..data.datasets import load_images
+from ..data.processing import ProcessedImages, open_processor
+from ..evaluation.costs import Highway
+from ..evaluation.exit_table import ExitTable, collect, weights_digest
+from ..hub.loading import check_class_names, open_model
+from ..runtimes.onnxruntime import ORTHighway, is_exported
+
+
+def open_highway(
+    checkpoint: str,
+    data: str,
+    which: str = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+    threads: int | None = None,
+) -> tuple[Highway, BaseImageProcessor, ProcessedImages]:
+    """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of a highway, or folder of an exported one.
+        data (`str`): As of `load_images`.
+        which (`str`, *optional*, defaults to `"test"`): Or `"validation"`, `"train"`.
+        validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
+            As of `load_images`; those of the training keep its validation rows apart.
+        threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
+    """
+    splits = load_images(data, validation_share=validation_share, seed=seed)
+    if is_exported(checkpoint):
+        model = ORTHighway.from_pretrained(checkpoint, threads=threads)
+        check_class_names(checkpoint, model.config, splits.label_names)
+        processor = open_processor(checkpoint)
+    else:
+        model, processor = open_model(checkpoint, label_names=splits.label_names, must_be_highway=True)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if not model.config.exits:
+        raise ValueError(f"{checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
+    return model, processor, ProcessedImages(getattr(splits, which), processor)
+
+
+def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:
+    """The table of a model and a dataset: read from `file` where that is there, otherwise collected and written to it.
+
+    Raises:
+        ValueError: The file holds a table of another model or of other rows; the model is one exported file.
+    """
+    if file is not None and Path(file).exists():
+        table = ExitTable.load(
+            file,
+            depths=[segment.depth for segment in model.segments()],
+            num_labels=model.config.num_labels,
+            weights=weights_digest(model),
+        )
+        labels = dataset.images["label"][:]
+        if table.labels.tolist() != list(labels):
+            raise ValueError(f"{file} is a table of {len(table)} other rows than these {len(labels)}: another split?")
+        return table
+    table = collect(model, dataset)
+    if file is not None:
+        table.save(file)
+    return table
+
+
+def check_counts(**counts: Sequence[int]) -> None:
+    """Raise `ValueError`, by its name, for a number below 1."""
+    for name, numbers in counts.items():
+        if any(number < 1 for number in numbers):
+            raise ValueError(f"{name}={' '.join(map(str, numbers))} must be at least 1")

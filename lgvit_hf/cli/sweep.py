@@ -1,0 +1,124 @@
+"""`lgvit sweep`: a policy at many values of its first parameter."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..evaluation.benchmark import wall_clock_speed_up
+from ..evaluation.plots import plot_pareto
+from ..evaluation.report import timed_pixels
+from ..evaluation.sweep import sweep
+from ..policies import build_policy
+from .drawing import UNIT, points
+from .inputs import check_counts, open_highway, table_of
+
+# the parameter that a sweep varies, by policy
+SWEPT = {
+    "confidence": "threshold",
+    "margin": "threshold",
+    "entropy": "threshold",
+    "confidence_entropy": "threshold",
+    "label_confidence": "threshold",
+    "patience": "patience",
+    "patience_confidence": "threshold",
+    "fixed": "exit_index",
+}
+
+
+def run_sweep(
+    checkpoint: str,
+    data: str,
+    output: str,
+    *,
+    policy: dict[str, Any],
+    values: Sequence[float],
+    which: str = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+    timed_batch_sizes: Sequence[int] = (),
+) -> list[dict[str, Any]]:
+    """A policy at many values of its first parameter: `table.safetensors`, `sweep.jsonl` and `sweep.png` in a folder.
+
+    Args:
+        checkpoint (`str`): As of `open_highway`.
+        data (`str`): As of `load_images`.
+        output (`str`): The folder; what an earlier run of the same sweep left there is not run again.
+        policy (`dict`): Its name, and the parameters that stay as they are.
+        values (`Sequence[float]`): Of the parameter in `SWEPT`.
+        which (`str`, *optional*, defaults to `"test"`): The split.
+        validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
+            As of `open_highway`.
+        timed_batch_sizes (`Sequence[int]`, *optional*): Batch sizes at which wall-clock is measured for every value.
+
+    Raises:
+        KeyboardInterrupt: Stopped; says how to go on.
+    """
+    parameter = SWEPT.get(policy["name"])
+    if parameter is None:
+        raise ValueError(f"a sweep knows the policies {', '.join(SWEPT)}, not {policy['name']!r}")
+    check_counts(timed_batch_sizes=timed_batch_sizes)
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"values={list(values)} must be numbers")
+    whole = parameter != "threshold"
+    policies = [{**policy, parameter: int(value) if whole else value} for value in values]
+    for settings in policies:
+        if whole and settings[parameter] not in values:
+            raise ValueError(f"{parameter} is a whole number; choose values or a range with steps of 1")
+    folder = Path(output)
+    model, _, dataset = open_highway(checkpoint, data, which, validation_share, seed)
+    for settings in policies:
+        build_policy(settings, len(model.segments()) - 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = table_of(model, dataset, folder / "table.safetensors")
+    pixels = timed_pixels(dataset)
+
+    def time(settings: dict[str, Any]) -> dict[str, float]:
+        model.set_exit_policy(settings)
+        timed = {size: wall_clock_speed_up(model, pixels.split(size), repeats=3) for size in timed_batch_sizes}
+        return {str(size): times["wall_clock_speed_up"] for size, times in timed.items()}
+
+    what = {
+        "what": "lgvit sweep",
+        "weights": table.weights,
+        "data": data,
+        "split": which,
+        "rows": len(table),
+        "timed_batch_sizes": list(timed_batch_sizes),
+    }
+    progress = partial(logging.tqdm, desc="sweep", leave=False)
+    file = folder / "sweep.jsonl"
+    try:
+        rows = sweep(table, policies, file, what=what, time=time if timed_batch_sizes else None, progress=progress)
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"stopped; what is done is kept in {file}, the same command goes on") from stopped
+    if importlib.util.find_spec("matplotlib"):
+        full = {"cost": table.costs.backbone / 1e6, "accuracy": table.accuracies()[-1]}
+        plot_pareto(
+            folder / "sweep.png",
+            {f"{policy['name']}, {parameter} from {min(values):g} to {max(values):g}": points(rows)},
+            {"full model": full},
+            unit=UNIT,
+        )
+    return rows
+
+
+def sweep_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per value: accuracy, depth, layer speed-up, MACs, and the clock where it was asked."""
+    parameter = SWEPT[rows[0]["policy"]["name"]]
+    sizes = list(rows[0].get("wall_clock", {}))
+    clock = "".join(f"   clock, batch {size}" for size in sizes)
+    lines = [f"{parameter:>11}   accuracy   mean depth   layers    MMACs     MACs{clock}"]
+    for row in rows:
+        times = "".join(f"{row['wall_clock'][size]:>{15 + len(size)}.2f}x" for size in sizes)
+        lines.append(
+            f"{row['policy'][parameter]:>11.4g}   {row['accuracy']:8.2%}   {row['mean_depth']:10.2f}   "
+            f"{row['layer_speed_up']:5.2f}x   {row['mean_macs'] / 1e6:6.1f}   {row['macs_speed_up']:5.2f}x{times}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""`lgvit visualize`: what a checkpoint made of some images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.datasets import class_names, load_images, load_unlabelled
+from ..data.processing import ProcessedImages, open_processor, stack
+from ..evaluation.costs import Highway
+from ..evaluation.image_scores import (
+    SCORES,
+    as_seen,
+    first_and_last,
+    limits_of,
+    patch_grid,
+    scores_by_exit,
+    token_depths,
+    widest_spread,
+)
+from ..evaluation.plots import (
+    plot_scores,
+    plot_token_depths,
+    plot_tokens_alive,
+)
+from ..evaluation.report import answer_all
+from ..hub.loading import HIGHWAYS, answer_depths, read_config
+from ..modeling_avit import AViT
+from ..runtimes.onnxruntime import is_exported
+from .drawing import check_can_draw
+from .inputs import check_counts
+
+
+def run_visualize(
+    checkpoint: str,
+    data: str,
+    output: str,
+    *,
+    images: int = 8,
+    which: str = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+) -> list[str]:
+    """Draw what a checkpoint made of some images.
+
+    Of an `AViT`, the images whose tokens differ the most in depth: `depths.png` with the images, the depths of their
+    tokens and both in one, `tokens_alive.png` with the tokens that run in each block. Of a highway, the images that
+    left first and last, half of each: `first_and_last.png` with their depths and the policy's score at every exit.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of an `AViT` or a highway.
+        data (`str`): As of `load_images`; labels are not needed.
+        output (`str`): Folder for the PNG files.
+        images (`int`, *optional*, defaults to 8): How many are drawn.
+        which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15), seed
+            (`int`, *optional*, defaults to 0): As of `open_highway`; images without labels are not split.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        ImportError: The extra `plots` is not installed.
+        ValueError: Another type of model; more images asked for than there are.
+    """
+    check_can_draw()
+    check_counts(images=[images])
+    if is_exported(checkpoint):
+        raise ValueError(f"{checkpoint} is exported; give the checkpoint that it came from")
+    kind = read_config(checkpoint).model_type
+    if kind != "avit" and kind not in HIGHWAYS:
+        raise ValueError(
+            f"{checkpoint}: model type {kind!r} must be avit or one of {', '.join(HIGHWAYS)}; `lgvit grow` and "
+            "AViT.from_backbone make one of a plain checkpoint"
+        )
+    processor = open_processor(checkpoint)
+    dataset = ProcessedImages(_split_or_all(data, which, validation_share, seed), processor)
+    if images > len(dataset):
+        raise ValueError(f"images={images}: there are {len(dataset)} in {data}; ask for fewer, or for another --split")
+    model = (AViT if kind == "avit" else HIGHWAYS[kind]).from_pretrained(checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    draw = _draw_tokens if kind == "avit" else _draw_first_and_last
+    return draw(Path(output), model, dataset, images)
+
+
+def _split_or_all(data: str, which: str, validation_share: float, seed: int) -> Any:
+    """One split, where there are labels by which to split; otherwise all images."""
+    if class_names(load_unlabelled(data, limit=1, seed=seed)) is None:
+        return load_unlabelled(data, seed=seed)
+    return getattr(load_images(data, validation_share=validation_share, seed=seed), which)
+
+
+def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int) -> list[str]:
+    depths, predicted = token_depths(model, dataset)
+    shown = widest_spread(depths, count)
+    patches = depths[:, model.config.num_prefix_tokens :].unflatten(1, patch_grid(model.config))
+    names = _names_of(model, dataset, shown, predicted[shown])
+    answers = [
+        {"depths": patches[row].numpy(), "class_token": int(depths[row, 0]), **name}
+        for row, name in zip(shown, names, strict=True)
+    ]
+    seen = as_seen(stack([dataset[row] for row in shown])["pixel_values"], dataset.processor)
+    num_blocks = model.config.num_hidden_layers
+    title = f"{count:,} of {len(depths):,} images: those whose tokens differ the most in depth"
+    plot_token_depths(folder / "depths.png", seen, answers, num_blocks=num_blocks, title=title)
+    plot_tokens_alive(folder / "tokens_alive.png", depths.numpy(), shown=shown, num_blocks=num_blocks)
+    return ["depths.png", "tokens_alive.png"]
+
+
+def _draw_first_and_last(folder: Path, model: Highway, dataset: ProcessedImages, count: int) -> list[str]:
+    found = answer_all(model, dataset)
+    shown = first_and_last(found.exit_layer, count)
+    pixels = stack([dataset[row] for row in shown])["pixel_values"]
+    scores = scores_by_exit(model, pixels).T.tolist()
+    names = _names_of(model, dataset, shown, found.logits[shown].argmax(-1))
+    answers = [
+        {"depth": int(found.exit_layer[row]), "scores": score, **name}
+        for row, score, name in zip(shown, scores, names, strict=True)
+    ]
+    policy, depths = model.exit_policy, answer_depths(model.config)
+    plot_scores(
+        folder / "first_and_last.png",
+        as_seen(pixels, dataset.processor),
+        answers,
+        depths=depths,
+        score=SCORES.get(policy.name, ("score",))[0],
+        thresholds=limits_of(policy, len(depths) - 1),
+    )
+    return ["first_and_last.png"]
+
+
+def _names_of(
+    model: Highway | AViT, dataset: ProcessedImages, rows: list[int], predicted: torch.Tensor
+) -> list[dict[str, str | None]]:
+    """What was answered and, where the data have the model's classes, what is right."""
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    known = class_names(dataset.images)
+    same = known is not None and (known == names or names == [f"LABEL_{index}" for index in range(len(known))])
+    labels = [known[dataset.images[row]["label"]] if same else None for row in rows]
+    answers = [(known if same else names)[index] for index in predicted.tolist()]
+    return [{"predicted": answer, "label": label} for answer, label in zip(answers, labels, strict=True)]

@@ -1,1 +1,0 @@
-"""What each command does, a file each: a checkpoint in, files out. `lgvit_hf.cli` calls them."""

@@ -1,0 +1,1 @@
+"""From what a user names to tensors: datasets, images, processors, augmentation, loaders, devices; YAML."""

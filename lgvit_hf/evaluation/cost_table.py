@@ -1,0 +1,456 @@
+"""CostTable: measured time of each part of a highway at several batch sizes, and what latency it predicts."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from ..data.batches import to_model
+from ..data.devices import device_name, wait_for_accelerators
+from ..engine import Answers
+from ..files import write_json
+from ..modes import evaluating
+from ..policies import ExitPolicy, Memory, probabilities
+from ..segments import Segment, State
+from .costs import Costs, Highway, export_of
+from .environment import processor_name
+
+
+def time_interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` times, in rounds so that a slow moment of the machine hits all alike.
+
+    The order within a round is shuffled (always in the same way), so that no run always finds another's warm caches.
+
+    Example:
+
+        >>> times = time_interleaved({"a": lambda: None, "b": lambda: None}, repeats=3, warm_up=1)
+        >>> len(times["a"])
+        3
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs.items()), random.Random(0).shuffle
+    for round_number in range(warm_up + repeats):
+        shuffle(order)
+        for name, run in order:
+            _, passed = _timed(run)
+            if round_number >= warm_up:
+                seconds[name].append(passed)
+    return seconds
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    wait_for_accelerators()
+    start = time.perf_counter()
+    result = run(*arguments)
+    wait_for_accelerators()
+    return result, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Wall-clock of each part of a highway at several batch sizes, each number a median over repeats.
+
+    Args:
+        batch_sizes (`list[int]`): Ascending. Between two of them times are interpolated linearly; no rows, no time.
+        trunks (`list[list[float]]`):
+            Seconds of each segment's blocks at each batch size, `[segment][batch size]`, the stem in the first. Of an
+            exported highway, with the head, which is in one file with them and always run.
+        heads (`list[list[float]]`):
+            Likewise of each segment's exit: its head, the policy, and the wait for how many rows leave; last, the
+            final classifier and writing down its answers. Of an exported highway, without the head itself.
+        select (`list[list[float]]`):
+            Likewise of letting some rows go at an exit and carrying the others on; paid where neither none nor all
+            leave. 0 behind the final classifier.
+        threads (`int`): Of the processor.
+        device (`str`): What it was measured on.
+        model (`str`): What was measured, as `architecture` says it.
+
+    Raises:
+        ValueError: The batch sizes do not ascend from at least 1, or a part does not have one time for each.
+
+    Example:
+
+        >>> table = CostTable(
+        ...     batch_sizes=[1, 8],
+        ...     trunks=[[0.004, 0.016], [0.004, 0.016]],
+        ...     heads=[[0.001, 0.002], [0.001, 0.002]],
+        ...     select=[[0.0, 0.0], [0.0, 0.0]],
+        ...     threads=1,
+        ...     device="cpu",
+        ...     model="an example",
+        ... )
+        >>> table.at(8).trunks, table.mean_latency([0.5, 0.5], asked=[0], batch_size=1)
+        ([2.0, 2.0], 7.5)
+    """
+
+    batch_sizes: list[int]
+    trunks: list[list[float]]
+    heads: list[list[float]]
+    select: list[list[float]]
+    threads: int
+    device: str
+    model: str
+
+    def __post_init__(self) -> None:
+        sizes = self.batch_sizes
+        if not sizes or sizes[0] < 1 or any(low >= high for low, high in zip(sizes, sizes[1:], strict=False)):
+            raise ValueError(f"batch_sizes={sizes} must ascend from at least 1")
+        for name in ("trunks", "heads", "select"):
+            times = getattr(self, name)
+            if len(times) != len(self.trunks) or any(len(row) != len(sizes) for row in times):
+                raise ValueError(
+                    f"{name} must hold {len(self.trunks)} segments' times at the {len(sizes)} batch sizes {sizes}, "
+                    f"but holds {[len(row) for row in times]}"
+                )
+            if not all(0 <= seconds < math.inf for row in times for seconds in row):
+                raise ValueError(f"{name} must hold seconds, from 0: {times}")
+
+    def check(self, num_exits: int, model: str | None = None) -> None:
+        """Raise `ValueError` if the table is of another model.
+
+        Args:
+            num_exits (`int`): Classifiers that the model has, the final one counted.
+            model (`str`, *optional*): As `architecture` says it.
+        """
+        if num_exits != len(self.trunks):
+            raise ValueError(
+                f"the cost table is of {len(self.trunks)} exits, the final classifier counted, but the model has "
+                f"{num_exits}; measure this one with `lgvit benchmark --cost-table FILE`"
+            )
+        if model is not None and model != self.model:
+            raise ValueError(
+                f"the cost table is of {self.model}, not of {model}; measure this one with "
+                "`lgvit benchmark --cost-table FILE`"
+            )
+
+    def at(self, batch_size: int) -> Costs:
+        """Milliseconds per image in each part when the whole batch stays to the end."""
+        trunks, heads, _ = (times[:, batch_size] * 1e3 / batch_size for times in self._by_rows(batch_size))
+        return Costs(trunks.tolist(), heads.tolist())
+
+    def mean_latency(self, shares: Sequence[float], asked: Sequence[int], batch_size: int) -> float:
+        """Expected milliseconds per image of a batch, of which fewer and fewer rows go on.
+
+        Rows leave independently of one another, so that the number left at a segment is binomial; its time is averaged
+        over that number. Letting rows go is paid where some leave and some stay.
+
+        Args:
+            shares (`Sequence[float]`): Of the rows that leave at each exit, the final classifier last; they sum to 1.
+            asked (`Sequence[int]`): Exits whose heads are run, by index from 0; the final classifier always is.
+            batch_size (`int`): At most the largest measured.
+
+        Raises:
+            ValueError: `batch_size` was not measured, or there are not as many shares as exits.
+        """
+        if len(shares) != len(self.trunks):
+            raise ValueError(f"{len(shares)} shares of rows, but the cost table is of {len(self.trunks)} exits")
+        trunks, heads, select = self._by_rows(batch_size)
+        last, seconds = len(shares) - 1, 0.0
+        rows = np.arange(batch_size + 1)
+        for index, leaving in enumerate(shares):
+            reached = sum(shares[index:])
+            if reached <= 0:
+                break
+            chances = _binomial(batch_size, min(1.0, reached))
+            seconds += float(chances @ trunks[index])
+            if index in asked or index == last:
+                seconds += float(chances @ heads[index])
+            if index in asked and index != last:
+                share = min(1.0, leaving / reached)
+                some = 1 - share**rows - (1 - share) ** rows
+                seconds += float((chances * some)[1:] @ select[index][1:])
+        return seconds * 1e3 / batch_size
+
+    def _by_rows(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Seconds of `trunks`, `heads` and `select` for 0, 1, ... `batch_size` rows, `[segment, rows]` each."""
+        if not 1 <= batch_size <= self.batch_sizes[-1]:
+            raise ValueError(
+                f"batch_size={batch_size} is outside the cost table's 1 to {self.batch_sizes[-1]}; measure it with "
+                f"`lgvit benchmark --batch-sizes {batch_size}`"
+            )
+        rows, known = np.arange(batch_size + 1), [0, *self.batch_sizes]
+        trunks, heads, select = (
+            np.array([np.interp(rows, known, [0.0, *times]) for times in part])
+            for part in (self.trunks, self.heads, self.select)
+        )
+        return trunks, heads, select
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON takes it; `CostTable(**settings)` is the way back."""
+        return asdict(self)
+
+    def save(self, file: str | Path) -> None:
+        """Write the table as JSON, all of it or nothing."""
+        write_json(file, self.to_dict())
+
+    @classmethod
+    def load(cls, file: str | Path, *, num_exits: int | None = None, model: str | None = None) -> CostTable:
+        """Read what `save` wrote.
+
+        Args:
+            file (`str` or `Path`): The JSON file.
+            num_exits (`int`, *optional*), model (`str`, *optional*): Of the model it must fit, as of `check`.
+
+        Raises:
+            ValueError: The file is no cost table, its parts do not fit together, or it is of another model.
+        """
+        try:
+            table = cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+        except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not a cost table as CostTable.save writes it ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        table.check(len(table.trunks) if num_exits is None else num_exits, model)
+        return table
+
+
+def _binomial(count: int, chance: float) -> np.ndarray:
+    """Probability of 0, 1, ... `count` successes, `[count + 1]`."""
+    hits = np.arange(count + 1)
+    if chance in (0.0, 1.0):
+        return (hits == count * chance).astype(np.float64)
+    ways = np.array([math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in hits])
+    return np.exp(ways + hits * math.log(chance) + (count - hits) * math.log1p(-chance))
+
+
+# -- measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Seconds of every part of a highway in one walk.
+
+    Args:
+        blocks (`list[list[float]]`): Of each segment's blocks, one by one; the stem is the first of the first.
+        heads (`list[float]`), select (`list[float]`): Of each segment, as in `CostTable`.
+    """
+
+    blocks: list[list[float]]
+    heads: list[float]
+    select: list[float]
+
+    def scaled(self, factor: float) -> PartTimes:
+        """All times multiplied."""
+        blocks = [[factor * seconds for seconds in part] for part in self.blocks]
+        heads, select = ([factor * seconds for seconds in part] for part in (self.heads, self.select))
+        return PartTimes(blocks, heads, select)
+
+    def trunks(self) -> list[float]:
+        """Of each segment's blocks together."""
+        return [sum(blocks) for blocks in self.blocks]
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole walk."""
+        return sum(map(sum, (self.trunks(), self.heads, self.select)))
+
+
+def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) -> PartTimes:
+    """Walk once through a highway with all rows, every exit asked, and time each part where it stands.
+
+    One after the other, as in a run, so that each part finds what those before it have left in the caches.
+
+    Args:
+        segments (`Sequence[Segment]`): A highway.
+        state (`State`): Before the stem.
+        policy (`ExitPolicy`): Asked at every exit; all rows stay whatever it says.
+    """
+    home = state.device
+    memory = policy.start(state.batch_size, home)
+    times = PartTimes([], [], [])
+    for index, segment in enumerate(segments):
+        times.blocks.append([])
+        for block in segment.blocks:
+            state, seconds = _timed(block, state)
+            times.blocks[-1].append(seconds)
+        early = index < len(segments) - 1
+        ask = partial(_ask if early else _conclude, home=home)
+        (logits, memory), seconds = _timed(ask, segment, state, policy, memory, index)
+        times.heads.append(seconds)
+        times.select.append(_timed(_let_go, segment, state, memory, logits, index)[1] if early else 0.0)
+    return times
+
+
+# what the engine does at an exit, in three parts
+
+
+def _ask(
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
+) -> tuple[Tensor, Memory]:
+    logits = segment.answer(state).to(home)
+    leave, memory = policy(logits, memory, exit_index)
+    if not policy.keeps_nan:
+        leave = leave & ~logits.isnan().any(-1)
+    sum(leave.tolist())
+    return logits, memory
+
+
+def _conclude(
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
+) -> tuple[Tensor, Memory]:
+    logits = segment.answer(state).to(home)
+    _, memory = policy(logits, memory, exit_index)
+    _write(segment, memory, logits, exit_index)
+    return logits, memory
+
+
+def _write(segment: Segment, memory: Memory, logits: Tensor, exit_index: int) -> Answers:
+    score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
+    return Answers.of(logits, exit_index, segment.depth, score)
+
+
+def _let_go(segment: Segment, state: State, memory: Memory, logits: Tensor, exit_index: int) -> None:
+    """Every second row leaves."""
+    answers = _write(segment, memory, logits, exit_index)
+    stay = (torch.arange(len(logits), device=logits.device) % 2).argsort(stable=True)[: (len(logits) + 1) // 2]
+    state.select(stay)
+    for tensor in (*memory.values(), answers.exit_index):
+        tensor.index_select(0, stay)
+
+
+def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> CostTable:
+    """The table of medians of several walks at each batch size, brought to add up to the whole walks' median.
+
+    On a busy machine an interruption hits few of the parts, and so no part's median, but most of the walks.
+    """
+    sizes = sorted(walks)
+    paces = {size: _pace(walks[size]) for size in sizes}
+
+    def medians(part: Callable[[PartTimes], list[float]]) -> list[list[float]]:
+        times = [paces[size] * np.median([part(walk) for walk in walks[size]], axis=0) for size in sizes]
+        return np.array(times).T.tolist()
+
+    return CostTable(
+        batch_sizes=sizes,
+        trunks=medians(PartTimes.trunks),
+        heads=medians(lambda walk: walk.heads),
+        select=medians(lambda walk: walk.select),
+        threads=threads_of(model),
+        device=device_name(model.device),
+        model=architecture(model),
+    )
+
+
+def _pace(walks: Sequence[PartTimes]) -> float:
+    parts = np.median([[*walk.trunks(), *walk.heads, *walk.select] for walk in walks], axis=0)
+    return statistics.median(walk.total for walk in walks) / parts.sum()
+
+
+@torch.no_grad()
+def measure_cost_table(
+    model: Highway, pixels: Tensor, batch_sizes: Sequence[int] = (1, 8, 32), *, repeats: int = 15
+) -> CostTable:
+    """Time each part of a highway at several batch sizes, in turn, with the device and threads that are set.
+
+    Args:
+        model (`Highway`): Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode.
+        pixels (`Tensor`): `[B, C, H, W]`, at least as many images as the largest batch; their content does not matter.
+        batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8, 32)`):
+            The powers of two below the largest are measured too, since fewer and fewer rows of a batch go on.
+        repeats (`int`, *optional*, defaults to 15): Walks at each batch size, after two to warm up.
+
+    Raises:
+        ValueError: A batch size is below 1 or above the number of images, or the model is exported in another layout.
+
+    Example:
+
+        >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+        >>> config = ViTHighwayConfig(image_size=32, num_hidden_layers=3, hidden_size=24, intermediate_size=24)
+        >>> table = measure_cost_table(ViTHighway(config), torch.zeros(2, 3, 32, 32), [2], repeats=1)
+        >>> table.batch_sizes, len(table.trunks) == len(config.exit_positions) + 1
+        ([1, 2], True)
+    """
+    sizes = measured_sizes(batch_sizes, len(pixels))
+    with evaluating(model):
+        segments, policy = timed_segments(model), model.exit_policy
+        walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
+
+        def walk(size: int) -> None:
+            state = State({"pixel_values": to_model(pixels[:size], model)})
+            walks[size].append(time_parts(segments, state, policy))
+
+        time_interleaved({str(size): partial(walk, size) for size in sizes}, repeats=repeats)
+    return cost_table(model, {size: times[-repeats:] for size, times in walks.items()})
+
+
+def measured_sizes(batch_sizes: Sequence[int], num_images: int) -> list[int]:
+    """Batch sizes of a cost table: those asked for, and the powers of two below the largest of them.
+
+    Raises:
+        ValueError: None is asked for, or one is below 1 or above the number of images.
+
+    Example:
+
+        >>> measured_sizes([6], num_images=10)
+        [1, 2, 4, 6]
+    """
+    if not batch_sizes or min(batch_sizes) < 1 or max(batch_sizes) > num_images:
+        raise ValueError(
+            f"batch_sizes={list(batch_sizes)} must be from 1 to the number of images, {num_images}; give more images "
+            "or smaller batches"
+        )
+    return sorted({*batch_sizes, *(2**power for power in range(max(batch_sizes).bit_length()))})
+
+
+def timed_segments(model: Highway) -> list[Segment]:
+    """The segments of a highway that leaves early.
+
+    Raises:
+        ValueError: It is exported in one file, which decides inside, or in one that runs every exit.
+    """
+    exported = export_of(model)
+    if exported is not None and exported.layout == "all_exits":
+        raise ValueError(
+            "layout 'all_exits' runs every exit of every row, which no policy makes faster; export with "
+            "layout='segments' to see what each part takes"
+        )
+    return model.segments()
+
+
+def threads_of(model: Highway) -> int:
+    """How many threads of the processor a highway is run with."""
+    exported = export_of(model)
+    return torch.get_num_threads() if exported is None else exported.threads
+
+
+def machine(model: Highway) -> dict[str, Any]:
+    """On what, and with what, a highway is timed: `dtype`, `device`, `processor`, `threads` and versions."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "processor": processor_name(),
+        "threads": threads_of(model),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def architecture(model: Highway) -> str:
+    """What decides how long a highway takes, in a line; two models of one architecture may share a cost table."""
+    config, size, exported = model.config, model.config.image_size, export_of(model)
+    height, width = (size, size) if isinstance(size, int) else size
+    exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
+    if exported is None:
+        extent, numbers = f"{model.num_parameters()} parameters", str(model.dtype).removeprefix("torch.")
+    else:
+        extent = f"{exported.file_bytes / 1e6:.1f} MB of ONNX, layout {exported.layout}"
+        numbers = exported.precision
+    return (
+        f"{config.model_type}: {config.num_blocks} blocks, {extent}, {height} x {width} px, {numbers}, exits after "
+        f"{exits or 'none'}"
+    )

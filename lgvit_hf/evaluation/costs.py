@@ -1,0 +1,161 @@
+"""What is known of a highway before it is timed: multiply-accumulates (MACs; FLOPs are twice as many) of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig
+
+from ..hub.loading import example_image
+from ..modes import evaluating
+from ..policies import ExitPolicy
+from ..segments import Segment, State
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one image, in any unit (MACs, milliseconds).
+
+    Args:
+        trunks (`list[float]`): Of the blocks of each segment, the stem counted with the first.
+        heads (`list[float]`): Of the exit of each segment, the final classifier last.
+        fused (`bool`, *optional*, defaults to `False`):
+            Whether each head runs with its blocks even where its exit is not asked, as in an exported file.
+    """
+
+    trunks: list[float]
+    heads: list[float]
+    fused: bool = False
+
+    @property
+    def backbone(self) -> float:
+        """The plain model: all blocks and the final classifier."""
+        return sum(self.trunks) + self.heads[-1]
+
+    def of_exit(self, exit_index: int, asked: Sequence[int] | None = None) -> float:
+        """Cost of a row that leaves at an exit: blocks until there and every head it was asked at.
+
+        Args:
+            exit_index (`int`): From 0, the final classifier last.
+            asked (`Sequence[int]`, *optional*): Exits whose heads are run; all by default, and where they are `fused`.
+
+        Example:
+
+            >>> Costs(trunks=[4.0, 8.0], heads=[1.0, 0.5]).of_exit(1)
+            13.5
+        """
+        everyone = asked is None or self.fused
+        passed = range(exit_index) if everyone else [index for index in asked if index < exit_index]
+        return sum(self.trunks[: exit_index + 1]) + sum(self.heads[index] for index in passed) + self.heads[exit_index]
+
+    def mean(self, shares: Sequence[float], asked: Sequence[int] | None = None) -> float:
+        """Mean cost of a row when `shares[e]` of the rows leave at exit `e`.
+
+        Example:
+
+            >>> Costs(trunks=[4.0, 8.0], heads=[1.0, 0.5]).mean([0.5, 0.5])
+            9.25
+        """
+        return sum(share * self.of_exit(index, asked) for index, share in enumerate(shares))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exported highway says of itself, since no counter sees into its files.
+
+    Args:
+        layout (`str`), precision (`str`): As of `export_onnx`.
+        macs (`Costs`): Of one image.
+        digest (`str`): A SHA-256 of its files.
+        file_bytes (`int`): Of all of them.
+        runtime (`str`): Name and version of what runs them.
+        threads (`int`): Of the processor.
+    """
+
+    layout: str
+    precision: str
+    macs: Costs
+    digest: str
+    file_bytes: int
+    runtime: str
+    threads: int
+
+
+class Highway(Protocol):
+    """What evaluation takes: one of our models of PyTorch, or an `ORTHighway`, which has `exported` besides."""
+
+    config: PretrainedConfig
+    device: torch.device
+    dtype: torch.dtype
+    training: bool
+    exit_policy: ExitPolicy
+
+    def segments(self) -> list[Segment]:
+        """The highway as a list of segments, the final classifier's last."""
+
+    def set_exit_policy(self, policy: Any, **parameters: Any) -> None:
+        """Choose when rows leave."""
+
+    def eval(self) -> Any:
+        """Make it ready to answer."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Make it ready to be trained, or give it back as it was."""
+
+    def __call__(self, pixel_values: Tensor, **settings: Any) -> Any:
+        """Answer images; see `HighwayOutput`."""
+
+
+def export_of(model: Highway) -> Exported | None:
+    """What an exported highway says of itself; `None` of a model of PyTorch, which can be looked into."""
+    return getattr(model, "exported", None)
+
+
+def decides_inside(model: Highway) -> bool:
+    """Whether a model is one exported file, which does not say what an exit answers where a row does not leave."""
+    exported = export_of(model)
+    return exported is not None and exported.layout == "single"
+
+
+@torch.no_grad()
+def count_macs(segments: Sequence[Segment], state: State) -> Costs:
+    """Count the MACs of each segment's blocks and head for one image.
+
+    Args:
+        segments (`Sequence[Segment]`): A highway.
+        state (`State`): One image, before the stem.
+    """
+    trunks, heads = [], []
+    for segment in segments:
+        state, macs = _counted(segment.advance, state)
+        trunks.append(macs)
+        heads.append(_counted(segment.answer, state)[1])
+    return Costs(trunks, heads)
+
+
+def _counted(run: Callable[[State], Any], state: State) -> tuple[Any, float]:
+    # the counter sees the plain formula of attention, not the fused kernels of every device
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = run(state)
+    return result, counter.get_total_flops() / 2
+
+
+def model_macs(model: Highway, image: Tensor | None = None) -> Costs:
+    """MACs of a highway for one image, heads counted; of an exported one, as counted when it was exported.
+
+    Args:
+        model (`Highway`): Counted in `eval()` mode.
+        image (`Tensor`, *optional*): `[1, C, H, W]`; by default of the size that the model was made for.
+    """
+    exported = export_of(model)
+    if exported is not None:
+        return exported.macs
+    with evaluating(model):
+        image = example_image(model) if image is None else image
+        return count_macs(model.segments(), State({"pixel_values": image}))

@@ -1,0 +1,184 @@
+"""ExitTable: every exit's logits and the labels, collected once; replaying a policy on it needs no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..data.batches import in_batches, to_model
+from ..engine import Answers, replay, run_all
+from ..files import add_files
+from ..modes import evaluating
+from ..policies import ExitPolicy, build_policy
+from ..segments import State
+from .costs import Costs, Highway, export_of, model_macs
+
+
+@dataclass(frozen=True)
+class ExitTable:
+    """What every exit says of every row.
+
+    Args:
+        logits (`Tensor`): `[E, N, C]` float32, shallowest exit first, the final classifier last.
+        labels (`Tensor`): `[N]` int64.
+        depths (`list[int]`): Blocks run before each exit, from 1.
+        costs (`Costs`, *optional*): MACs of each segment's blocks and head for one row.
+        weights (`str`, *optional*): Digest of the model's weights, by which a table of another model is known.
+
+    Example:
+
+        >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 5.0], [0.0, 5.0]]])
+        >>> table = ExitTable(logits, labels=torch.tensor([0, 1]), depths=[1, 2])
+        >>> table.replay({"name": "confidence", "threshold": 0.9}).exit_layer.tolist()
+        [1, 2]
+        >>> table.accuracies()
+        [1.0, 0.5]
+    """
+
+    logits: Tensor
+    labels: Tensor
+    depths: list[int]
+    costs: Costs | None = None
+    weights: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def replay(
+        self, policy: ExitPolicy | dict[str, Any] | str, *, min_depth: int | None = None, max_depth: int | None = None
+    ) -> Answers:
+        """What the model would answer under `policy`: the same loop as the model's, on the stored logits."""
+        policy = build_policy(policy, len(self.depths) - 1)
+        return replay(self.logits, self.depths, policy, min_depth=min_depth, max_depth=max_depth)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Whether each exit answers each row rightly, `[E, N]` bool."""
+        return self.logits.argmax(-1) == self.labels
+
+    def accuracies(self) -> list[float]:
+        """Share of all rows that each exit answers rightly."""
+        return self.right.float().mean(-1).tolist()
+
+    def select(self, rows: Tensor) -> ExitTable:
+        """The table of some rows, by number `[K]` int64, in that order."""
+        return replace(self, logits=self.logits[:, rows], labels=self.labels[rows])
+
+    def without_labels(self) -> ExitTable:
+        """The table with the full model's answers for labels."""
+        return replace(self, labels=self.logits[-1].argmax(-1))
+
+    def save(self, file: str | Path) -> None:
+        """Write the table to one safetensors file, depths and costs as JSON in its header; all of it or nothing."""
+        file = Path(file)
+        tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
+        costs = None if self.costs is None else asdict(self.costs)
+        settings = {"depths": list(self.depths), "costs": costs, "weights": self.weights}
+        with add_files(file.parent) as folder:
+            save_file(tensors, folder / file.name, metadata={"exit_table": json.dumps(settings)})
+
+    @classmethod
+    def load(
+        cls,
+        file: str | Path,
+        *,
+        depths: list[int] | None = None,
+        num_labels: int | None = None,
+        weights: str | None = None,
+    ) -> ExitTable:
+        """Read what `save` wrote.
+
+        Args:
+            file (`str` or `Path`): The safetensors file.
+            depths (`list[int]`, *optional*), num_labels (`int`, *optional*), weights (`str`, *optional*):
+                Of the model that the table must fit; `weights` as `weights_digest` gives them.
+
+        Raises:
+            ValueError: The file is no table, its parts do not fit together, or it is a table of another model.
+        """
+        try:
+            with safe_open(str(file), framework="pt") as stored:
+                settings = json.loads((stored.metadata() or {})["exit_table"])
+                costs = Costs(**settings["costs"]) if settings.get("costs") else None
+                logits, labels = stored.get_tensor("logits"), stored.get_tensor("labels")
+                table = cls(logits, labels, settings["depths"], costs, settings.get("weights"))
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is not a table of exits as ExitTable.save writes it ({error})") from error
+        shape = tuple(table.logits.shape)
+        if len(shape) != 3 or shape[:2] != (len(table.depths), len(table.labels)):
+            raise ValueError(
+                f"{file}: logits {shape} do not fit {len(table.depths)} exits, {len(table.labels)} labels"
+            )
+        if depths is not None and list(depths) != table.depths:
+            raise ValueError(f"{file} is a table of exits at {table.depths}, but the model's are at {list(depths)}")
+        if num_labels is not None and num_labels != shape[2]:
+            raise ValueError(f"{file} is a table of {shape[2]} labels, but the model has {num_labels}")
+        if weights is not None and table.weights not in (None, weights):
+            raise ValueError(f"{file} is a table of a model with other weights; collect it again")
+        return table
+
+
+@torch.no_grad()
+def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64, num_workers: int | None = None) -> ExitTable:
+    """Run every exit of a highway on every row of a dataset, in `eval()` mode, and count the MACs of one row.
+
+    Args:
+        model (`Highway`): Of PyTorch, or an `ORTHighway` of the layouts `segments` and `all_exits`.
+        dataset (`Dataset`):
+            Items `{"pixel_values": [C, H, W], "labels": int}`; where there are no labels, the full model's answers
+            stand for them.
+        batch_size (`int`, *optional*, defaults to 64): Rows at a time.
+        num_workers (`int`, *optional*):
+            Processes that read images; by default none on a CPU, and a few beside an accelerator.
+
+    Raises:
+        ValueError: The dataset is empty, or the model is one exported file, which does not say what exits answer.
+    """
+    if len(dataset) == 0:
+        raise ValueError("there is no image to collect exits for: the dataset is empty")
+    with evaluating(model):
+        segments, logits, labels, costs, start = model.segments(), None, [], None, 0
+        for batch in _progress(in_batches(dataset, batch_size, num_workers=num_workers)):
+            pixels = to_model(batch["pixel_values"], model)
+            exit_logits = run_all(segments, State({"pixel_values": pixels}))
+            if logits is None:  # all of the table at once: it may be too large to be there twice
+                logits = torch.empty(len(segments), len(dataset), exit_logits[-1].shape[-1], dtype=torch.float32)
+            here = logits[:, start : start + len(pixels)]
+            for rows, answered in zip(here, exit_logits, strict=True):
+                rows.copy_(answered)
+            labels.append(batch.get("labels", here[-1].argmax(-1)))
+            costs, start = costs or model_macs(model, pixels[:1]), start + len(pixels)
+    depths = [segment.depth for segment in segments]
+    return ExitTable(logits, torch.cat(labels), depths, costs, weights_digest(model))
+
+
+def weights_digest(model: Highway) -> str | None:
+    """A SHA-256 of the names and values of a model's weights; of an exported one, of its files.
+
+    `None` where accelerate keeps weights elsewhere, to bring them only when they are used.
+    """
+    exported = export_of(model)
+    if exported is not None:
+        return exported.digest
+    digest, state = hashlib.sha256(), model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        return None
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _progress(batches: Iterable) -> Iterable:
+    return logging.tqdm(batches, desc="exits", leave=False)

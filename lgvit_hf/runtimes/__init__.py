@@ -1,0 +1,1 @@
+"""Exported folders, opened and run: a class per runtime."""

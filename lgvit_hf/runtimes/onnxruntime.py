@@ -1,0 +1,344 @@
+"""`ORTHighway`: an exported highway in ONNX Runtime, with the call and the answers of the PyTorch model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ..configuration import HighwayConfig
+from ..engine import Answers, run_all, run_early
+from ..evaluation.costs import Costs, Exported
+from ..files import add_files
+from ..hub.loading import answer_depths
+from ..losses import check_labels, task_loss
+from ..modeling_highway import HighwayOutput, exits_loss
+from ..policies import ExitPolicy
+from ..segments import Segment, State
+from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_inputs(policy: ExitPolicy, num_exits: int) -> dict[str, np.ndarray]:
+    """What the adjustable inputs of a single file hold for a policy, all float32.
+
+    Args:
+        policy (`ExitPolicy`): A built-in one.
+        num_exits (`int`): The final classifier counted.
+
+    Example:
+
+        >>> from lgvit_hf.policies import ConfidencePolicy
+        >>> inputs = parameter_inputs(ConfidencePolicy(threshold=0.5), num_exits=3)
+        >>> inputs["exit_thresholds"].tolist(), inputs["exit_temperatures"].tolist()
+        ([0.5, 0.5], [1.0, 1.0, 1.0])
+    """
+    inputs = {"exit_temperatures": _spread(getattr(policy, "temperature", 1.0), num_exits, 1.0)}
+    for name, called in PARAMETERS.items():
+        if hasattr(policy, name):
+            length = 1 if name == "patience" else max(1, num_exits - 1)
+            inputs[called] = _spread(getattr(policy, name), length, 0.0)
+    return inputs
+
+
+def _spread(value: float | Sequence[float], length: int, default: float) -> np.ndarray:
+    numbers = [value] * length if isinstance(value, (int, float)) else list(value)
+    return np.array([*numbers, *[default] * (length - len(numbers))], dtype=np.float32)
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds an exported highway: ONNX files and their manifest."""
+    return (Path(folder) / MANIFEST).is_file() and any(Path(folder).glob("*.onnx"))
+
+
+class ORTHighway(nn.Module):
+    """A folder that `export_onnx` wrote, of any layout; needs onnxruntime, no Optimum.
+
+    It is called and calibrated as the PyTorch model is, and takes its policy from `config.json` as that does. Of the
+    layout `segments` each session is a segment, so that the same loop lets rows go; a head is in one file with the
+    blocks before it and is run with them, whether its exit is asked or not.
+
+    Args:
+        folder (`Path`): What was exported.
+        config (`HighwayConfig`): Of the highway.
+        manifest (`Manifest`): What `export_onnx` says of its files.
+        sessions (`list[onnxruntime.InferenceSession]`): One, or one per segment.
+        exported (`Exported`): What evaluation asks of it.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(
+        self, folder: Path, config: HighwayConfig, manifest: Manifest, sessions: list[Any], exported: Exported
+    ):
+        super().__init__()
+        self.folder, self.config, self.manifest = folder, config, manifest
+        self.sessions, self.exported = sessions, exported
+        self.layout, self.depths = manifest.layout, manifest.depths
+        self.exit_policy = self._checked(config.exit_policy)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> ORTHighway:
+        """Open an exported folder; its files must be those that were verified when it was written.
+
+        Args:
+            folder (`str` or `Path`): What `export_onnx` or `lgvit export` wrote.
+            threads (`int`, *optional*): Of one operator; by default as many as PyTorch uses.
+            providers (`Sequence[str]`, *optional*): ONNX Runtime's execution providers.
+
+        Raises:
+            ImportError: onnxruntime is not installed.
+            OSError: There is no exported highway.
+            ValueError: A file is not what the manifest says, or `config.json` is of another highway, or asks for a
+                policy that a single file does not hold.
+        """
+        try:
+            import onnxruntime
+
+            from .sessions import open_sessions, session_options
+        except ImportError as error:
+            raise ImportError('exported models run in ONNX Runtime: pip install "lgvit-hf[onnx]"') from error
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        config = _config_of(folder, manifest)
+        options = session_options(torch.get_num_threads() if threads is None else threads)
+        sessions = open_sessions(folder, manifest, options, providers)
+        exported = Exported(
+            layout=manifest.layout,
+            precision=manifest.precision,
+            macs=_macs_of(manifest),
+            digest=hashlib.sha256(json.dumps(manifest.files).encode()).hexdigest(),
+            file_bytes=sum((folder / name).stat().st_size for name in manifest.files),
+            runtime=f"onnxruntime {onnxruntime.__version__}",
+            threads=options.intra_op_num_threads,
+        )
+        return cls(folder, config, manifest, sessions, exported)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the exported files again, beside a `config.json` with the policy that is now in force.
+
+        `infer.py` is left out: it decides by the thresholds inside its file.
+        """
+        with add_files(folder) as new:
+            for name in (*self.manifest.files, MANIFEST):
+                shutil.copyfile(self.folder / name, new / name)
+            self.config.save_pretrained(new)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are taken from and given back."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pixels that the files take, whatever their precision; those of another are converted."""
+        return torch.float32
+
+    def can_generate(self) -> bool:
+        """What a pipeline asks."""
+        return False
+
+    def set_exit_policy(
+        self, policy: str | dict[str, Any] | ExitPolicy | Callable[..., Any], **parameters: Any
+    ) -> None:
+        """Choose when rows leave, as of the PyTorch model; stored in the config where it can be.
+
+        A single file keeps its kind of policy and its exits, and takes new numbers; the other layouts take any.
+
+        Raises:
+            ValueError: Unknown name or parameter, wrong number of thresholds. Of a single file: another policy than
+                it holds, or an exit that was left out of it.
+        """
+        if isinstance(policy, str):
+            policy = {"name": policy, **parameters}
+        elif parameters:
+            raise ValueError(
+                f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
+            )
+        built = self._checked(policy)
+        if isinstance(policy, dict):
+            self.config.exit_policy = dict(policy)
+        elif built.name != "custom" and is_dataclass(built):
+            self.config.exit_policy = built.to_dict()
+        else:
+            logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
+        self.exit_policy = built
+
+    def _checked(self, policy: Any) -> ExitPolicy:
+        built = self.config.checked_policy(policy)
+        if self.layout != "single":
+            return built
+        held = self.manifest.policy["name"]
+        if built.name != held:
+            raise ValueError(
+                f"exit_policy: this file decides by {held!r}, not by {built.name!r}; export it again, or with the "
+                f"layout 'segments' ({self.folder})"
+            )
+        missing = sorted(set(exits_that_run(built, len(self.depths))) - set(self.manifest.exits))
+        if missing:
+            raise ValueError(
+                f"exit_policy: exit {missing[0]} was switched off when this file was exported and is not in it; "
+                f"its exits: {self.manifest.exits} ({self.folder})"
+            )
+        return built
+
+    def segments(self) -> list[Segment]:
+        """The highway as a list of segments.
+
+        Of the layout `segments`, each is an ONNX Runtime session. Of `all_exits`, the first runs everything, and each
+        only gives its logits: the same answers, nothing saved.
+
+        Raises:
+            ValueError: Of a single file, which decides inside.
+        """
+        if self.layout == "single":
+            raise ValueError(
+                "layout 'single' has no segments: it decides inside its file, and does not say what every exit "
+                f"answers; export with layout='segments' for that ({self.folder})"
+            )
+        if self.layout == "segments":
+            return [
+                Segment(depth, (partial(_advance, session),), _logits)
+                for depth, session in zip(self.depths, self.sessions, strict=True)
+            ]
+        run = (partial(_run_all_exits, self.sessions[0]),)
+        return [
+            Segment(depth, () if index else run, partial(_logits_at, index)) for index, depth in enumerate(self.depths)
+        ]
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        early_exit: bool | None = None,
+        min_depth: int | None = None,
+        max_depth: int | None = None,
+        return_dict: bool | None = None,
+    ) -> HighwayOutput | tuple:
+        """Answer images, as the PyTorch model does in `eval()` mode; there are no `exit_features`.
+
+        Args:
+            pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor; any floating dtype.
+            labels (`Tensor`, *optional*): `[B]`, for a loss.
+            early_exit (`bool`, *optional*, defaults to `True`): Otherwise all exits run; not of a single file.
+            min_depth (`int`, *optional*), max_depth (`int`, *optional*):
+                As of the PyTorch model; not of a single file.
+            return_dict (`bool`, *optional*): `False` gives a tuple.
+
+        Raises:
+            ValueError: No, an empty or a misshapen batch; a label out of range; something that the layout cannot do.
+        """
+        self._check_batch(pixel_values, labels)
+        early, bounds = early_exit is None or early_exit, {"min_depth": min_depth, "max_depth": max_depth}
+        bounded = (min_depth, max_depth) != (None, None)
+        if self.layout == "single" and (bounded or not early):
+            raise ValueError("a single file always leaves early, at any depth; export with layout='segments'")
+        if bounded and not early:
+            raise ValueError("min_depth and max_depth bound early exit; they mean nothing when all exits run")
+        state = State({"pixel_values": pixel_values.detach().to(self.device, self.dtype).contiguous()})
+        labels = None if labels is None else labels.to(self.device)
+        if not early:
+            output = self._all_exits(run_all(self.segments(), state), labels)
+        else:
+            answers = self._run_single(state) if self.layout == "single" else self._run_early(state, **bounds)
+            loss = None if labels is None else task_loss(answers.logits, labels, self.config.problem_type)
+            output = HighwayOutput(loss=loss, **vars(answers))
+        keep_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if keep_dict else output.to_tuple()
+
+    def _run_early(self, state: State, **bounds: int | None) -> Answers:
+        return run_early(self.segments(), state, self.exit_policy, **bounds)
+
+    def _run_single(self, state: State) -> Answers:
+        inputs = {
+            "pixel_values": state["pixel_values"].numpy(),
+            **parameter_inputs(self.exit_policy, len(self.depths)),
+        }
+        session = self.sessions[0]
+        # what this kind of policy has no use for is no input
+        known = {"pixel_values", *(entry.name for entry in session.get_overridable_initializers())}
+        names = ["logits", "exit_index", "exit_layer", "exit_score"]
+        found = session.run(names, {name: value for name, value in inputs.items() if name in known})
+        return Answers(*map(torch.from_numpy, found))
+
+    def _all_exits(self, exit_logits: list[Tensor], labels: Tensor | None) -> HighwayOutput:
+        logits = exit_logits[-1]
+        loss = None if labels is None else exits_loss(exit_logits, labels, self.config)
+        return HighwayOutput(
+            loss=loss,
+            logits=logits,
+            exit_layer=torch.full((len(logits),), self.depths[-1]),
+            exit_index=torch.full((len(logits),), len(self.depths) - 1),
+            exit_logits=tuple(exit_logits),
+        )
+
+    def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> None:
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        wanted = self.sessions[0].get_inputs()[0].shape[1:]
+        if pixel_values.dim() != 4 or list(pixel_values.shape[1:]) != wanted or not len(pixel_values):
+            raise ValueError(
+                f"pixel_values: shape {tuple(pixel_values.shape)} must be (batch, {', '.join(map(str, wanted))}), "
+                "with at least one image"
+            )
+        if labels is not None:
+            check_labels(labels, self.config.num_labels)
+
+
+def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:
+    """The config beside a manifest; it must be of the highway that was exported."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(config, HighwayConfig):
+        raise ValueError(f"{folder / 'config.json'}: model type {config.model_type!r} is no highway")
+    depths = answer_depths(config)
+    if depths != manifest.depths:
+        raise ValueError(
+            f"{folder / 'config.json'} is of a highway that answers at depths {depths}, the files beside it at "
+            f"{manifest.depths}; export it again"
+        )
+    return config
+
+
+def _macs_of(manifest: Manifest) -> Costs:
+    """What a row costs that leaves early: heads that are in the files are run whether their exits are asked or not."""
+    heads = manifest.macs["heads"]
+    held = {*manifest.exits, len(heads) - 1}
+    return Costs(
+        manifest.macs["trunks"], [macs if index in held else 0.0 for index, macs in enumerate(heads)], fused=True
+    )
+
+
+def _advance(session: Any, state: State) -> State:
+    """The state behind a segment, with the logits of its exit."""
+    feeds = {entry.name: state[entry.name].contiguous().numpy() for entry in session.get_inputs()}
+    found = session.run(None, feeds)
+    names = [entry.name.removesuffix("_out") for entry in session.get_outputs()]
+    return State(dict(zip(names, map(torch.from_numpy, found), strict=True)))
+
+
+def _logits(state: State) -> Tensor:
+    return state["logits"]
+
+
+def _run_all_exits(session: Any, state: State) -> State:
+    (stacked,) = session.run(["exit_logits"], {"pixel_values": state["pixel_values"].numpy()})
+    return State({"exit_logits": torch.from_numpy(stacked).transpose(0, 1)})
+
+
+def _logits_at(index: int, state: State) -> Tensor:
+    return state["exit_logits"][:, index]

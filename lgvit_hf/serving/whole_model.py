@@ -1,0 +1,77 @@
+"""`Whole`: a highway that was not split, as the only part there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..evaluation.exit_table import weights_digest
+from ..hub.loading import answer_depths
+from .device.info import PartInfo
+from .device.loop import Arrays, try_part
+from .predictor import Predictor
+
+
+class Whole:
+    """A checkpoint or an exported highway; called as a part is, with no row left over.
+
+    Args:
+        path (`str` or `Path`): As of `Predictor`.
+        policy (`dict`, *optional*): Instead of the saved one.
+        max_batch_size (`int`, *optional*, defaults to 32): Rows that run at once.
+
+    Raises:
+        OSError, ValueError: As of `Predictor`; also where it does not run, or its image processor does not fit it.
+    """
+
+    def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):
+        self._predictor = Predictor(path, policy, max_batch_size=max_batch_size)
+        model, config = self._predictor.model, self._predictor.model.config
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.info = PartInfo(
+            model=weights_digest(model),
+            index=0,
+            parts=1,
+            format="whole",
+            takes={"pixel_values": {"dtype": "float32", "shape": [config.num_channels, height, width]}},
+            gives={},
+            memory={},
+            depths=answer_depths(config),
+            start=0,
+            exits=[],
+            policy=model.exit_policy.to_dict(),
+            labels=self._predictor.label_names,
+            image=None,
+            files={},
+        )
+        try_part(self)
+        if self._predictor.takes_images:
+            self._try_images(path)
+
+    def _try_images(self, path: str | Path) -> None:
+        """Images of three shapes through the processor: a size that does not fit would fail at a client's request."""
+        wanted = self.info.takes["pixel_values"]["shape"]
+        for height, width in ((37, 53), (53, 37), tuple(wanted[1:])):
+            try:
+                found = list(self.pixels(Image.new("RGB", (width, height))).shape)
+            except Exception as error:  # whatever transformers' processors raise for settings that do not go together
+                raise ValueError(f"{path}: its image processor does not run ({error})") from error
+            if found != wanted:
+                raise ValueError(
+                    f"{path}: its image processor makes {found} of {height} x {width} pixels, but the model takes "
+                    f"{wanted}; mend size or crop_size in preprocessor_config.json"
+                )
+
+    def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
+        """Answer rows, all of them."""
+        found = self._predictor(inputs)
+        names = ("logits", "exit_index", "exit_layer", "exit_score")
+        return {name: found[name] for name in names}, np.zeros(0, np.int64), {}
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """One image as the model takes it, float32 `[C, H, W]`."""
+        return self._predictor.pixel_values(image)

@@ -1,0 +1,468 @@
+"""`lgvit grow`: exits for a plain fine-tuned ViT, DeiT or Swin, from images alone, without touching its answers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers.utils.logging import tqdm
+
+from ..data.datasets import class_names, find_columns, load_unlabelled, with_columns
+from ..data.processing import ProcessedImages, open_processor
+from ..evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
+from ..evaluation.costs import Costs, model_macs
+from ..evaluation.exit_table import ExitTable
+from ..evaluation.plots import plot_report
+from ..evaluation.report import as_table, judge
+from ..evaluation.sweep import threshold_curve
+from ..files import locked, replace_folder, write_json
+from ..hub.loading import BY_BACKBONE, read_config, with_exits
+from ..losses import check_labels
+from .cached_states import (
+    HeadTraining,
+    OtherStates,
+    StateCache,
+    bytes_per_image,
+    exit_logits,
+    fill_cache,
+    open_cache,
+    token_shapes,
+    train_exits,
+)
+
+logger = logging.getLogger(__name__)
+
+# fewer say nothing about a drop of one point
+FEWEST_IMAGES = 50
+TIMED_BATCH = 32
+
+
+class Grown(NamedTuple):
+    """What `grow` gives: the early-exit model, and what `grow.json` holds."""
+
+    model: PreTrainedModel
+    report: dict[str, Any]
+
+
+def grow(
+    checkpoint: str | os.PathLike | PreTrainedModel,
+    dataset: str | Dataset | Sequence[dict[str, Any]],
+    output: str | Path | None = None,
+    *,
+    processor: BaseImageProcessor | None = None,
+    exit_positions: list[int] | None = None,
+    exit_types: list[str] | str = "conv1_1",
+    max_accuracy_drop: float = 0.01,
+    limit: int | None = None,
+    ignore_labels: bool = False,
+    validation_share: float = 0.2,
+    training: HeadTraining | None = None,
+    cost: str = "time",
+    cache_limit: float = 20.0,
+    seed: int = 0,
+    say: Callable[[str], None] = logger.info,
+) -> Grown:
+    """Make an early-exit model of a plain fine-tuned one; its final answers stay what they are, bit by bit.
+
+    The frozen backbone runs once on the images. What the exits read of it is kept on disk, and each exit is trained
+    from there to answer as the full model does. On images that were not trained on, the exits worth their cost and one
+    confidence threshold are chosen. A stopped run goes on when it is started again with the same arguments.
+
+    Args:
+        checkpoint (`str`, path or `PreTrainedModel`):
+            A plain ViT, DeiT or Swin, or a highway without exits: folder, Hub id, or in memory.
+        dataset (`str` or `Dataset`):
+            Images as of `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
+            column `image`, or items `{"pixel_values": [C, H, W], "labels": int}`. Labels are not needed: where they
+            are, the accuracy drop is counted with them, otherwise it is what the full model's own probabilities expect
+            it to be (`answer_worth`). Exits are never trained on labels.
+        output (`str` or `Path`, *optional*):
+            Folder for the model, its image processor, `grow.json` and `highway.png`. The states of a run that was
+            stopped wait in the hidden folder `.{output}-states` beside it; those of one that failed are removed.
+            Without an output, nothing is saved.
+        processor (`BaseImageProcessor`, *optional*): By default the checkpoint's.
+        exit_positions (`list[int]`, *optional*): Candidates; all early blocks and every second later one by default.
+        exit_types (`list[str]` or `str`, *optional*, defaults to `"conv1_1"`): Head of each, or one for all.
+        max_accuracy_drop (`float`, *optional*, defaults to 0.01): On the held-out images, a point estimate.
+        limit (`int`, *optional*): Use at most this many images, drawn at random.
+        ignore_labels (`bool`, *optional*, defaults to `False`): Do as if there were no labels.
+        validation_share (`float`, *optional*, defaults to 0.2): Share of the images that is held out for the choice.
+        training (`HeadTraining`, *optional*): Epochs, learning rate and so on.
+        cost (`str`, *optional*, defaults to `"time"`):
+            `"time"` chooses by the wall-clock of blocks and heads on this machine, at batch sizes 1 and 32; `"macs"`
+            by multiply-accumulates, for the same choice on every machine.
+        cache_limit (`float`, *optional*, defaults to 20): GB of disk for the states. If the images need more, as many
+            as fit are drawn at random.
+        seed (`int`, *optional*, defaults to 0): Of new weights, batches and the split.
+        say (callable, *optional*): Takes the lines to show.
+
+    Returns:
+        `Grown`: The model, in `eval()` mode with its policy set, and the report.
+
+    Raises:
+        ValueError: No plain checkpoint, too few images, images or labels that do not fit the model, no exit that pays,
+            a stopped run that was another one.
+        OSError: No checkpoint there; too little disk.
+
+    Example:
+
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=1)
+        >>> plain = ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4))
+        >>> images = [{"pixel_values": image} for image in torch.randn(60, 3, 8, 8)]
+        >>> grown = grow(plain, images, training=HeadTraining(epochs=1), max_accuracy_drop=0.5, cost="macs")
+        >>> grown.model.exit_policy.name, grown.report["overall"]["rows"]
+        ('confidence', 12)
+    """
+    if cost not in ("time", "macs"):
+        raise ValueError(f"cost: {cost!r} must be 'time' or 'macs'")
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share: {validation_share!r} must be between 0 and 1")
+    if not 0 <= max_accuracy_drop <= 1:
+        raise ValueError(f"max_accuracy_drop: {max_accuracy_drop!r} must be from 0 to 1, such as 0.01 for one point")
+    if limit is not None and limit < FEWEST_IMAGES:
+        raise ValueError(f"limit: {limit!r} images are too few to train and choose exits with; give {FEWEST_IMAGES}")
+    if not 0 < cache_limit < math.inf:
+        raise ValueError(f"cache_limit: {cache_limit!r} must be a number of GB above 0")
+    started, training = time.perf_counter(), training or HeadTraining()
+    with _cache_folder(output, say) as folder, ExitStack() as stack:
+        set_seed(seed)
+        model = _candidates(checkpoint, exit_positions, exit_types)
+        if processor is None and not isinstance(checkpoint, PreTrainedModel):
+            processor = open_processor(checkpoint)
+        items = _items(dataset, model, processor, limit, seed, ignore_labels)
+        settings = {
+            "checkpoint": _digest(model),
+            "images": len(items),
+            "exit_positions": model.config.exit_positions,
+            "exit_types": model.config.exit_types,
+            "seed": seed,
+        }
+        cache, rows = _cache_for(model, items, folder, limit, cache_limit, settings, say)
+        stack.enter_context(_gone_if_it_fails(folder))
+        num_held_out = max(1, round(len(rows) * validation_share))
+        num_trained = len(rows) - num_held_out
+        say(f"{num_trained} images to train {len(model.exits)} exits on, {num_held_out} to choose on")
+        fill_cache(cache, model, items, rows, progress=partial(tqdm, desc="backbone"))
+        if cache.labels is not None:
+            check_labels(cache.labels, model.config.num_labels)
+        train_exits(model, cache, num_trained, training, seed=seed, progress=partial(tqdm, desc="exits"))
+
+        logits, labels = exit_logits(model, cache, slice(num_trained, len(rows))), cache.labels
+        labels = None if labels is None else labels[num_trained:]
+        costs = _costs(model, items, rows) if cost == "time" else relative(model_macs(model))
+        choice = choose_exits(logits, answer_worth(logits, labels), costs, max_accuracy_drop)
+        report = {
+            "what": "lgvit grow",
+            "settings": {**settings, "max_accuracy_drop": max_accuracy_drop, "cost": cost},
+            "training": asdict(training),
+            "images": {"trained": num_trained, "held_out": num_held_out, "labels": labels is not None},
+            "choice": asdict(choice),
+            "candidates": _candidate_rows(model, logits, labels, costs, choice),
+        }
+        keep_exits(model, choice)
+        report |= _report(model, items, rows[num_trained:], logits[[*choice.exits, -1]], labels)
+        report["seconds"] = time.perf_counter() - started
+        if output is not None:
+            _save(model, processor, report, output)
+    say(as_text(report))
+    return Grown(model, report)
+
+
+# -- what is grown, and from what ------------------------------------------------------------------------------
+
+
+def early_positions(num_blocks: int) -> list[int]:
+    """Candidates for exits: behind every block of the first third, where an exit saves most, then every second one.
+
+    Example:
+
+        >>> early_positions(12), early_positions(2)
+        ([1, 2, 3, 4, 6, 8, 10], [1])
+    """
+    third = min(-(-num_blocks // 3), num_blocks - 1)
+    return [*range(1, third + 1), *range(third + 2, num_blocks - 1, 2)]
+
+
+def _candidates(
+    checkpoint: str | os.PathLike | PreTrainedModel, exit_positions: list[int] | None, exit_types: list[str] | str
+) -> PreTrainedModel:
+    """A highway with every candidate exit, from a plain checkpoint."""
+    if isinstance(checkpoint, PreTrainedModel):
+        name, config = type(checkpoint).__name__, checkpoint.config
+    else:
+        name = str(checkpoint)
+        config = read_config(name)
+    kind, is_highway = config.model_type.removesuffix("_highway"), config.model_type.endswith("_highway")
+    if kind not in BY_BACKBONE or (is_highway and config.exit_positions):
+        has_exits = " that has exits already; `lgvit train` trains those" if is_highway else ""
+        raise ValueError(
+            f"{name} is a {config.model_type!r}{has_exits}; "
+            f"exits grow on a plain checkpoint of {', '.join(BY_BACKBONE)}"
+        )
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(f"{name}: exits learn from class probabilities, and this model answers with other numbers")
+    depth = sum(config.depths) if kind == "swin" else config.num_hidden_layers
+    exits = {
+        "exit_positions": early_positions(depth) if exit_positions is None else exit_positions,
+        "exit_types": exit_types,
+        "exit_policy": "never",
+    }
+    highway_class = BY_BACKBONE[kind]
+    if is_highway:
+        # what `lgvit train --stage backbone` saves
+        bare = checkpoint if isinstance(checkpoint, PreTrainedModel) else highway_class.from_pretrained(name)
+        model = with_exits(name, bare, exits).to(bare.device, bare.dtype).eval()
+    else:
+        model = highway_class.from_backbone(checkpoint, **exits)
+    if not model.exits:
+        raise ValueError(f"exit_positions: {exit_positions!r} must name at least one block")
+    if not isinstance(checkpoint, PreTrainedModel):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
+
+
+def _items(
+    dataset: str | Dataset | Sequence[dict[str, Any]],
+    model: PreTrainedModel,
+    processor: BaseImageProcessor | None,
+    limit: int | None,
+    seed: int,
+    ignore_labels: bool,
+) -> Dataset | Sequence[dict[str, Any]]:
+    """Rows `pixel_values` and, where they are known and wanted, `labels` numbered as the model's."""
+    images = load_unlabelled(dataset, limit=limit, seed=seed) if isinstance(dataset, str) else dataset
+    image, label = find_columns(images.features) if hasattr(images, "features") else (None, None)
+    if image is None:
+        return _Unlabelled(images) if ignore_labels else images
+    images = with_columns(images, image, label)
+    if processor is None:
+        raise ValueError("processor: images are not pixel_values yet; give the image processor of the model")
+    if ignore_labels or label is None:
+        images = images.select_columns("image")
+    names, config = class_names(images), model.config
+    known = [config.id2label[index] for index in range(config.num_labels)]
+    if names is not None and names != known:
+        strange = [name for name in names if name not in known]
+        generic = known == [f"LABEL_{index}" for index in range(config.num_labels)] and len(names) == len(known)
+        if strange and not generic:
+            raise ValueError(
+                f"the images' class {strange[0]!r} is none of the model's ({', '.join(known[:5])}, ...); "
+                "--ignore-labels does without labels"
+            )
+        if not generic:
+            numbers = [known.index(names[label]) for label in images["label"][:]]
+            images = images.remove_columns("label").add_column("label", numbers)
+    return ProcessedImages(images, processor)
+
+
+class _Unlabelled(Dataset):
+    """Items without their labels."""
+
+    def __init__(self, items: Dataset | Sequence[dict[str, Any]]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.items[index]["pixel_values"]}
+
+
+class _Labelled(Dataset):
+    """Some rows of a dataset with labels of our own."""
+
+    def __init__(self, items: Dataset | Sequence[dict[str, Any]], rows: Sequence[int], labels: Tensor):
+        self.items, self.rows, self.labels = items, rows, labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.items[self.rows[index]]["pixel_values"], "labels": int(self.labels[index])}
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """What the weights of a backbone are, its exits left out."""
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("exits."):
+            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- the cache -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _cache_folder(output: str | Path | None, say: Callable[[str], None]) -> Iterator[Path]:
+    """A folder for the states: beside `output`, and left there when a run stops; a temporary one without output."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="lgvit-states-") as temporary:
+            yield Path(temporary)
+        return
+    output = Path(output).resolve()
+    folder = output.parent / f".{output.name}-states"
+    with locked(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"{output} exists and is not an empty folder; choose another output")
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            if folder.exists():
+                say(f"stopped; the same command goes on from what is in {folder}")
+            raise
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _gone_if_it_fails(folder: Path) -> Iterator[None]:
+    """Remove the states of a run that fails: they may be gigabytes, and it would fail again. A stopped one goes on."""
+    try:
+        yield
+    except (OtherStates, KeyboardInterrupt):
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _cache_for(
+    model: PreTrainedModel,
+    items: Dataset | Sequence[dict[str, Any]],
+    folder: Path,
+    limit: int | None,
+    cache_limit: float,
+    settings: dict[str, Any],
+    say: Callable[[str], None],
+) -> tuple[StateCache, list[int]]:
+    """An open cache for as many random rows as it may hold, and these rows."""
+    if len(items) < FEWEST_IMAGES:
+        raise ValueError(f"{len(items)} images are too few to train and choose exits with; give {FEWEST_IMAGES}")
+    pixels = torch.as_tensor(items[0]["pixel_values"])[None]
+    with torch.no_grad():
+        # raises where the model does not take such images
+        model(pixels.to(model.device, model.dtype))
+    shapes = token_shapes(model, pixels)
+    size = bytes_per_image(shapes, model.config.num_labels)
+    wanted = min(len(items), limit or len(items))
+    fitting = min(wanted, int(cache_limit * 1e9) // size)
+    if fitting < FEWEST_IMAGES:
+        raise ValueError(
+            f"cache_limit: {cache_limit:g} GB hold the states of {fitting} images at {len(shapes)} exits "
+            f"({size / 1e6:.1f} MB each), {FEWEST_IMAGES} are needed; raise it, or take fewer exits"
+        )
+    if fitting < wanted:
+        say(
+            f"the states of {wanted} images take {wanted * size / 1e9:.1f} GB: {fitting} of them, drawn at random, "
+            f"fit into the cache limit of {cache_limit:g} GB"
+        )
+    rows = torch.randperm(len(items), generator=torch.Generator().manual_seed(settings["seed"]))[:fitting].tolist()
+    return open_cache(folder, shapes, fitting, model.config.num_labels, settings), rows
+
+
+# -- the highway and its report -------------------------------------------------------------------------------
+
+
+def _costs(model: PreTrainedModel, items: Dataset | Sequence[dict[str, Any]], rows: Sequence[int]) -> Costs:
+    batch = [torch.as_tensor(items[row]["pixel_values"]) for row in rows[:TIMED_BATCH]]
+    return measured_costs(model, torch.stack(batch))
+
+
+def keep_exits(model: PreTrainedModel, choice: Choice) -> None:
+    """Leave only the chosen exits in a highway, with the confidence policy at the chosen threshold."""
+    config = model.config
+    config.exit_policy = {"name": "never"}
+    config.exit_positions = [config.exit_positions[index] for index in choice.exits]
+    config.exit_types = [config.exit_types[index] for index in choice.exits]
+    model.exits = nn.ModuleList(model.exits[index] for index in choice.exits)
+    config.validate_exits()
+    model.set_exit_policy("confidence", threshold=choice.threshold)
+
+
+def _candidate_rows(
+    model: PreTrainedModel, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
+) -> list[dict[str, Any]]:
+    target = logits[-1].argmax(-1) if labels is None else labels
+    return [
+        {
+            "position": exit.after,
+            "head": exit.head,
+            "accuracy" if labels is not None else "agreement": (logits[index].argmax(-1) == target)
+            .float()
+            .mean()
+            .item(),
+            "cost": costs.of_exit(index, ()),
+            "head_cost": costs.heads[index],
+            "kept": index in choice.exits,
+        }
+        for index, exit in enumerate(model.config.exits)
+    ]
+
+
+def _report(
+    model: PreTrainedModel,
+    items: Dataset | Sequence[dict[str, Any]],
+    rows: Sequence[int],
+    logits: Tensor,
+    labels: Tensor | None,
+) -> dict[str, Any]:
+    """What `lgvit evaluate` measures, on the held-out rows, against the full model's answers where labels are not."""
+    target = logits[-1].argmax(-1) if labels is None else labels
+    table = ExitTable(logits, target, [*model.config.exit_positions, model.config.num_blocks], model_macs(model))
+    answers, images = table.replay(model.exit_policy), _Labelled(items, rows, target)
+    report = judge(model, images, table, answers, progress=partial(tqdm, desc="timing", leave=False))
+    return {**report, "curve": threshold_curve(table)}
+
+
+def _save(
+    model: PreTrainedModel, processor: BaseImageProcessor | None, report: dict[str, Any], output: str | Path
+) -> None:
+    with replace_folder(output) as folder:
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        write_json(folder / "grow.json", report)
+        if importlib.util.find_spec("matplotlib"):
+            measure = "accuracy" if report["images"]["labels"] else "agreement with the full model"
+            plot_report(report, report["curve"], folder / "highway.png", measure=measure)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report of `grow` for a terminal."""
+    images, choice = report["images"], report["choice"]
+    measure = "accuracy" if images["labels"] else "agreement"
+    lines = [f"candidate  head            {measure:>9}   cost until there   of the head   (full model: 100 %)"]
+    for row in report["candidates"]:
+        lines.append(
+            f"{row['position']:9}  {row['head']:14}  {row[measure]:9.1%}   {row['cost']:16.1%}   "
+            f"{row['head_cost']:11.1%}   {'kept' if row['kept'] else ''}"
+        )
+    of_what = "counted with the labels" if images["labels"] else "expected by the full model's own probabilities"
+    lines += [
+        "",
+        f"threshold {choice['threshold']:.3f}: {choice['cost']:.1%} of the full model's cost for an accuracy drop of "
+        f"{100 * choice['drop']:.2f} points, {of_what}",
+        "",
+        f"on the {images['held_out']} images held out"
+        + ("" if images["labels"] else ', where "right" means: as the full model answers'),
+        "",
+        as_table(report),
+    ]
+    return "\n".join(lines)
