@@ -1,7 +1,7 @@
 """Code lines of the package: without blank lines, comments and docstrings.
 
-    python tests/code_lines.py               # a line per folder, and the sum
-    python tests/code_lines.py ../old/lgvit_hf
+python tests/code_lines.py               # a line per folder, and the sum
+python tests/code_lines.py ../old/lgvit_hf
 """
 
 import ast

@@ -238,6 +238,21 @@ class ThresholdPolicyMixin(PolicyTesterMixin):
                     decide(build_policy({"name": self.name, **each}, NUM_EXITS), exit_logits)[0], scalar
                 )
 
+    def test_the_first_exit_unless_another_is_named(self):
+        # thresholds of their own, which no other exit shares
+        for key in ("threshold", "entropy_threshold"):
+            if key in self.cases[0]:
+                each = {key: [self.cases[0][key], *([1.0] * 3 if key == "threshold" else [0.0] * 3)]}
+                policy = build_policy({"name": self.name, **self.cases[0], **each}, NUM_EXITS)
+                memory = policy.start(NUM_ROWS, "cpu")
+                by_default, first, second = (policy(random_logits()[0], memory, *index) for index in ((), (0,), (1,)))
+                alike = [
+                    torch.equal(by_default[0], other[0])
+                    and all(torch.equal(by_default[1][k], v) for k, v in other[1].items())
+                    for other in (first, second)
+                ]
+                assert alike == [True, False]
+
     def test_wrong_number_of_thresholds_or_temperatures(self):
         for key in ("threshold", "entropy_threshold", "temperature"):
             for count in (0, 1, NUM_EXITS - 1, NUM_EXITS + 1, NUM_EXITS + 2):
@@ -690,6 +705,7 @@ def test_exits_are_saved_where_there_are_some():
     ("exits", "message"),
     [
         ([0, 4], r"exits=\[0, 4\]: the model has 4, 0 to 3"),
+        ([0, 7], r"exits=\[0, 7\]: the model has 4, 0 to 3"),
         ([0, 0], "not a list of different exit indices"),
         ([-1], "not a list of different exit indices"),
         ("01", "not a list of different exit indices"),
