@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from .devices import accelerator
 from .processing import stack
@@ -38,14 +39,14 @@ def in_batches(
     """
     found = accelerator()
     if num_workers is None:
-        num_batches = -(-len(dataset) // batch_size)
+        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # of numbered rows, as torch cannot say
         num_workers = 0 if found is None else min(MOST_WORKERS, os.cpu_count() or 1, num_batches // 4)
     # memory of its own kind, from which an accelerator reads by itself; MPS shares the processor's
     pinned = found is not None and found.type != "mps"
     return DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=pinned, collate_fn=collate)
 
 
-def to_model(pixels: Tensor, model: nn.Module) -> Tensor:
+def to_model(pixels: Tensor, model: PreTrainedModel) -> Tensor:
     """Pixels in a model's dtype, on its device; where its weights are brought to it by hooks, on the CPU."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return pixels.to(device, model.dtype, non_blocking=pixels.is_pinned())

@@ -260,7 +260,7 @@ def _with_plain_columns(
             missing = f"no column of {kind}" if asked is None else f"{asked!r} is no column of {kind}"
             hint = "; a folder for each class, or a metadata.csv, gives labels" if set(features) == {"image"} else ""
             raise ValueError(f"{where}: {missing}; columns: {dict(features)}{hint}")
-    return with_columns(dataset, image, label)
+    return with_columns(dataset, image, label)  # type: ignore[arg-type]  # there is one, or it was refused
 
 
 def find_columns(

@@ -117,7 +117,7 @@ def _read_folder(root: Path, where: str, labelled: bool, archives: bool = True) 
     files = _files_in(root)
     of_kind: dict[str, list[str]] = {"image": [], "foreign": [], "parquet": [], "archive": [], "metadata": []}
     for file in files:
-        of_kind.get(_kind(file), []).append(file)
+        of_kind.get(_kind(file) or "", []).append(file)
     if not of_kind["image"]:
         # Parquet of that name is a dataset where there are no images that it could describe
         of_kind["parquet"] += [file for file in of_kind["metadata"] if file.endswith(".parquet")]
@@ -205,7 +205,7 @@ def _unwrapped(root: Path, files: list[str]) -> tuple[Path, list[str]]:
 
 def _by_split_folder(where: str, files: Iterable[str]) -> dict[str, dict[str, str]] | None:
     """Files by split, each with its path inside it, where every folder of the first level is named as a split is."""
-    firsts = {file.split("/", 1)[0]: split_named(file.split("/", 1)[0]) for file in files if "/" in file}
+    firsts = {file.split("/", 1)[0]: split_named(file.split("/", 1)[0]) or "" for file in files if "/" in file}
     if not firsts or not all(firsts.values()) or not all("/" in file for file in files):
         return None
     for split in SPLITS:
@@ -341,8 +341,8 @@ def _stem(name: str) -> str:
 
 def _ending(name: str) -> tuple[str, str | None]:
     """`cifar10-train` as `("cifar10", "train")`; with `None` where the last word names no split."""
-    rest, _, last = re.fullmatch(r"(?:(.*)([-_.]))?([^-_.]*)", name).groups(default="")
-    return (rest, last.lower()) if split_named(last) else (name, None)
+    last = re.split(r"[-_.]", name)[-1]
+    return (name[: -len(last) - 1], last.lower()) if split_named(last) else (name, None)
 
 
 def _load(builder: str, files: list[Any], escape: bool = True) -> Any:
@@ -395,7 +395,7 @@ def _is_webdataset(archive: Path) -> bool:
     """Whether an image and what is known of it stand side by side in a tar, as `0.jpg` and `0.cls`."""
     if archive.suffix.lower() == ".zip":
         return False
-    before = ("", None)
+    before: tuple[str, str | None] = ("", None)
     try:
         with tarfile.open(archive) as tar:
             for _, member in zip(range(1000), tar, strict=False):

@@ -135,12 +135,13 @@ class ProcessedImages(TorchDataset):
             if self._table is None:
                 return [_normalised(image, self.processor) for image in images]
             images = [np.asarray(image) for image in images]
-        elif not self._resize_is_plain:
+        elif self._table is None or not self._resize_is_plain:
             return images
         return look_up(np.stack(images), self._table)
 
     def _augmented(self, image: np.ndarray, index: int) -> Image.Image:
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        assert self.augment is not None and self._size is not None  # set together
         return self.augment(Image.fromarray(image), self._size, rng)
 
 
@@ -184,7 +185,7 @@ def image_size(processor: BaseImageProcessor) -> tuple[int, int]:
         >>> image_size(make_processor(32))
         (32, 32)
     """
-    size = processor.crop_size if getattr(processor, "do_center_crop", None) else getattr(processor, "size", None)
+    size = getattr(processor, "crop_size" if getattr(processor, "do_center_crop", None) else "size", None)
     size = dict(size or {})
     edge = size.get("shortest_edge")
     height, width = size.get("height") or edge, size.get("width") or edge
@@ -245,7 +246,7 @@ def _normalised(image: Image.Image, processor: BaseImageProcessor) -> torch.Tens
     return _processed(image, processor, **asis)
 
 
-def _processed(image: Image.Image, processor: BaseImageProcessor, **settings: bool) -> torch.Tensor:
+def _processed(image: Image.Image, processor: BaseImageProcessor, **settings: Any) -> torch.Tensor:
     """What a processor makes of one image, `[C, H, W]`; a small one that it would make huge is refused."""
     edge = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
     if edge and settings.get("do_resize", getattr(processor, "do_resize", False)):
@@ -259,7 +260,7 @@ def _processed(image: Image.Image, processor: BaseImageProcessor, **settings: bo
 
 def _resized(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
     height, width = image_size(processor)
-    return image if image.size == (width, height) else image.resize((width, height), processor.resample)
+    return image if image.size == (width, height) else image.resize((width, height), processor.resample)  # type: ignore[attr-defined]  # of all that resize
 
 
 def _resizes_plainly(processor: BaseImageProcessor, table: np.ndarray | None) -> bool:

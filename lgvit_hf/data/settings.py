@@ -169,7 +169,7 @@ def _as_typed(action: argparse.Action, key: str, value: Any, where: str | Path) 
             raise ValueError(f"{where}: {key}: {value!r} must be true or false")
         return value
     many = action.nargs == "+"
-    read = action.type or str
+    read: Any = action.type or str
     try:
         typed = [read(entry) for entry in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, PretrainedConfig, TrainingArguments
+from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..configuration_avit import AViTConfig
-from ..modeling_avit import AViT
 from ..token_halting import token_macs
 from .checkpoints import ResumableTrainer
 from .images import TakesImages, with_pixels
@@ -47,18 +46,18 @@ class AViTTrainer(TakesImages, ResumableTrainer):
         ['eval_mean_token_depth']
     """
 
-    def __init__(self, model: AViT | None, args: TrainingArguments, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel | None, args: TrainingArguments, **kwargs: Any):
         model, model_init = self._first_model(model, args, kwargs)
         super().__init__(model, args, **with_pixels(model, kwargs))
         self.model_init = model_init or self.model_init
         self._measure(model)
         self._sums, self._batches = dict.fromkeys(LOGGED, 0.0), 0
 
-    def _take(self, model: AViT) -> None:
+    def _take(self, model: PreTrainedModel) -> None:
         if getattr(model.config, "model_type", None) != AViTConfig.model_type:
             raise ValueError(f"model: {type(model).__name__} has no tokens that halt; an AViT is needed")
 
-    def _measure(self, model: AViT) -> None:
+    def _measure(self, model: PreTrainedModel) -> None:
         self._own_metrics = self.compute_metrics is None or isinstance(self.compute_metrics, AViTMetrics)
         if self._own_metrics:
             self._own_metrics = model.config.num_labels > 1
@@ -81,11 +80,14 @@ class AViTTrainer(TakesImages, ResumableTrainer):
             self._sums, self._batches = dict.fromkeys(LOGGED, 0.0), 0
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """As upstream's; our own metrics see the depths of the tokens beside the answers."""
         if self._own_metrics and ignore_keys is None:
-            ignore_keys = [name for name in self.model.config.keys_to_ignore_at_inference if name != "token_depth"]
-        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, **kwargs)
+            model: Any = self.model
+            ignore_keys = [name for name in model.config.keys_to_ignore_at_inference if name != "token_depth"]
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As upstream's; depths are gathered in one byte a token."""
@@ -120,9 +122,10 @@ class AViTMetrics:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """Of all rows at once."""
-        is_pair = isinstance(prediction.predictions, tuple)
-        logits, depths = prediction.predictions if is_pair else (prediction.predictions, None)
-        classes, labels = logits.argmax(-1), prediction.label_ids
+        predicted: Any = prediction.predictions
+        logits, depths = predicted if isinstance(predicted, tuple) else (predicted, None)
+        labels: Any = prediction.label_ids
+        classes = logits.argmax(-1)
         figures = {"accuracy": float((classes == labels).mean()), "macro_f1": macro_f1(classes, labels)}
         if depths is not None:
             figures["mean_token_depth"] = float(depths.mean())

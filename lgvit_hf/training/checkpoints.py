@@ -122,7 +122,7 @@ def damage(folder: str | Path) -> str | None:
 
 def last_complete_checkpoint(output: str | Path) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint in a folder, or `None`; and a line for each newer one, why it was skipped."""
-    skipped = []
+    skipped: list[str] = []
     for folder in _checkpoints(output):
         why = damage(folder)
         if why is None:
@@ -209,7 +209,7 @@ class ResumableTrainer(FreshModelTrainer):
             ValueError: No complete checkpoint, or, unless it is named, one of a run with other settings.
             KeyboardInterrupt: After Ctrl-C, once a checkpoint is written; at once where none are, or the second time.
         """
-        checkpoint, remarks = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint, remarks = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         self._carried_loss, self._saving.stopped_early = None, False
         if checkpoint is not None and (Path(checkpoint) / MANIFEST).exists():
             manifest = read_manifest(checkpoint)
@@ -231,12 +231,14 @@ class ResumableTrainer(FreshModelTrainer):
 
     def _run(self) -> dict[str, Any]:
         """The settings that a resumed run must share, as they are read back from JSON."""
-        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        dataset: Any = self.train_dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
         run = {"trainer": type(self).__name__, "rows": rows}
         upstreams = {field.name for field in fields(TrainingArguments)}
         ours = [field.name for field in fields(self.args) if field.name not in upstreams]
         run |= {name: getattr(self.args, name) for name in (*SETTINGS, *ours)}
-        config = self.model.config.to_dict()
+        model: Any = self.model
+        config = model.config.to_dict()
         run |= {name: config[name] for name in MODEL if name in config}
         return json.loads(json.dumps(run))
 

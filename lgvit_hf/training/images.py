@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import IterableDataset
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.datasets import LABEL_NAMES, find_columns, has_labels, refuse_missing, with_columns
@@ -19,14 +19,14 @@ from ..serving.device.rgb import read_image
 logger = logging.getLogger(__name__)
 
 
-class TakesImages:
+class TakesImages(Trainer):
     """For a Trainer: datasets of images may be given to `evaluate` and `predict` as well."""
 
-    def get_eval_dataloader(self, eval_dataset: Any = None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As upstream's; a dataset of images goes through the image processor."""
         return super().get_eval_dataloader(self._prepared_images("eval_dataset", eval_dataset))
 
-    def get_test_dataloader(self, test_dataset: Any):
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As upstream's; a dataset of images goes through the image processor."""
         return super().get_test_dataloader(self._prepared_images("test_dataset", test_dataset))
 
@@ -125,10 +125,10 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
     processor = arguments.get("processing_class") or _processor_of(model)
     changed: dict[str, Any] = {"processing_class": processor}
     for name, datasets in several.items():
-        made = {
-            key: each if found[name, key] is None else _pixels(name, each, found[name, key], processor, model.config)
-            for key, each in datasets.items()
-        }
+        made = {}
+        for key, each in datasets.items():
+            columns = found[name, key]
+            made[key] = each if columns is None else _pixels(name, each, columns, processor, model.config)
         changed[name] = made if isinstance(given[name], dict) else made[""]
     return {**arguments, **changed}
 
@@ -171,9 +171,9 @@ def _pixels(
     config: PretrainedConfig,
 ) -> Any:
     image, label = columns
-    known = [config.id2label.get(number) for number in range(config.num_labels)]
+    known = [str((config.id2label or {}).get(number)) for number in range(config.num_labels)]
     classes = getattr((dataset.features or {}).get(label), "names", None)
-    if classes is not None and classes != known and sorted(classes) == sorted(map(str, known)):
+    if classes is not None and classes != known and sorted(classes) == sorted(known):
         raise ValueError(
             f"{name}: its classes are the model's in another order: {', '.join(classes)}, the model's are "
             f"{', '.join(known)}; number them as the model does, or set id2label and label2id of a new model"

@@ -62,7 +62,7 @@ class ExitMetrics:
         self._counts = self._counts + sum(_count(answers, labels, self.depths) for answers, labels in pairs)
         if not compute_result:
             return {}
-        rows, right, depth, *exits_right = self._counts.tolist()
+        rows, right, depth, *exits_right = np.asarray(self._counts).tolist()
         rows, self._counts = max(rows, 1.0), 0.0
         if not exits_right:
             return {"accuracy": right / rows}

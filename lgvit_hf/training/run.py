@@ -74,7 +74,7 @@ def train(
     if early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
     try:
-        result = trainer.train(resume_from_checkpoint="auto" if resume is True else resume)
+        result = trainer.train(resume_from_checkpoint="auto" if resume is True else str(resume) if resume else None)
     finally:
         progress.close()
     if trainer.is_world_process_zero():

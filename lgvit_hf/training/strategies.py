@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def stage_one_loss(
         return task_loss(answer.logits, labels, config.problem_type)
 
     exit_logits = model(pixel_values, early_exit=False, **inputs).exit_logits
-    shares = "uniform"
+    shares: str | Sequence[float] = "uniform"
     if strategy.endswith("weighted"):
         shares = "depth" if isinstance(config.exit_loss_weights, str) else config.exit_loss_weights
     weights = loss_weights(shares, config.exit_positions, config.num_blocks)

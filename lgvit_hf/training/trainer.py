@@ -49,7 +49,8 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         2
     """
 
-    strategies = STAGE_ONE
+    args: HighwayTrainingArguments
+    strategies: tuple[str, ...] = STAGE_ONE
 
     def __init__(self, model: PreTrainedModel | None, args: HighwayTrainingArguments, **kwargs: Any):
         if not isinstance(args, HighwayTrainingArguments):
@@ -106,7 +107,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
             self._counting = before
 
     @staticmethod
-    def _trained(model: PreTrainedModel, args: HighwayTrainingArguments) -> Iterable[nn.Module] | None:
+    def _trained(model: Any, args: HighwayTrainingArguments) -> Iterable[nn.Module] | None:
         """The modules that are trained while all others are frozen; `None` where nothing is frozen."""
         return [model.exits[args.train_exit]] if args.strategy == "single_exit" else None
 
@@ -123,7 +124,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
             _eval_all_but(highway, trained)
         return self._training_loss(model, highway.config, **inputs)
 
-    def _evaluated(self, model: nn.Module, highway: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _evaluated(self, model: nn.Module, highway: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model's output, or what `ExitMetrics` counts in its place."""
         # what a strategy trains is what its evaluation answers with
         depth = only_depth(self.args, highway.config)
@@ -150,10 +151,10 @@ class DistillationTrainer(HighwayTrainer):
     model as it answers. Works for ViT, DeiT and Swin with any number and kinds of exits.
     """
 
-    strategies = STAGE_TWO
+    strategies: tuple[str, ...] = STAGE_TWO
 
     @staticmethod
-    def _trained(model: PreTrainedModel, args: HighwayTrainingArguments) -> Iterable[nn.Module]:
+    def _trained(model: Any, args: HighwayTrainingArguments) -> Iterable[nn.Module]:
         return [model.exits]
 
     def _training_loss(self, model, config, pixel_values, labels, **inputs):

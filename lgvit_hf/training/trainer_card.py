@@ -20,10 +20,14 @@ class CardTrainer(Trainer):
     Beside a model that is saved in `args.output_dir` there are no training arguments, which are a pickle.
     """
 
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
-            (Path(self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if output_dir is None or Path(output_dir) == self._folder:
+            (self._folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(
         self,
@@ -50,12 +54,12 @@ class CardTrainer(Trainer):
         if not has_card(model.config):
             given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
             return super().create_model_card(*given)
-        readme = Path(self.args.output_dir) / "README.md"
+        readme = self._folder / "README.md"
         if not self.is_world_process_zero() or is_own(readme):
             return
-        name = getattr(self, "hub_model_id", None) or model_name or Path(self.args.output_dir).resolve().name
+        name = getattr(self, "hub_model_id", None) or model_name or self._folder.resolve().name
         datasets, wanted = ([value] if isinstance(value, str) else value or [] for value in (dataset_tags, tags))
-        reports = [*map(str, reports_beside(self.args.output_dir)), *self._last_evaluation()]
+        reports: list[Any] = [*map(str, reports_beside(self._folder)), *self._last_evaluation()]
         made = card(
             model,
             reports,
