@@ -211,6 +211,7 @@ def in_process():
     return call
 
 
+@pytest.mark.version_independent
 @pytest.mark.timeout(900)  # several processes on a machine that may be busy
 def test_killed_at_every_write(whole, tmp_path, in_process):
     log, calls, draws = tmp_path / "log", [], rng()
@@ -241,6 +242,7 @@ def test_killed_at_every_write(whole, tmp_path, in_process):
     assert calls.index("os.remove model.safetensors") > calls.index(f"os.rename /checkpoint-4/.{MANIFEST}")
 
 
+@pytest.mark.version_independent
 def test_a_step_that_is_saved_twice_is_complete_at_any_moment(run):
     class Stop(Exception):
         pass
@@ -427,6 +429,7 @@ def limited(folder, report, size):
         report.write_text(str(error))
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("name, share", [("model.safetensors", 0.5), ("optimizer.pt", 0.9), ("config.json", 0.5)])
 def test_no_room_for_a_checkpoint(name, share, whole, tmp_path, in_process):
     size = int((whole[1] / "checkpoint-4" / name).stat().st_size * share)
@@ -559,6 +562,7 @@ def same_weights(model, other):
     )
 
 
+@pytest.mark.version_independent
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_labels", [5, 7])
 def test_killed_while_the_model_is_written(num_labels, tmp_path, in_process):

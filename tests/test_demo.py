@@ -78,6 +78,7 @@ for number in range(int(sys.argv[1])):
 """
 
 
+@pytest.mark.version_independent
 def test_snippets_run(demo):
     found = [snippet for page in RUN_WITH_THE_DEMO for snippet in snippets(page, "python")]
     assert len(found) == 5

@@ -163,6 +163,7 @@ del trainer  # its model holds the group
 """
 
 
+@pytest.mark.version_independent
 def test_two_processes_count_every_row_once(tmp_path):
     in_two_processes(RUN, tmp_path)
     rows = tiny_dataset(37)

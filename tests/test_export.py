@@ -312,6 +312,7 @@ def test_exits_that_nobody_asks(exported, tmp_path):
                 assert_same(ort(kept[rows]), rows_of(expected, rows), settings)
 
 
+@version_independent
 @pytest.mark.parametrize("exit_index", [0, 1])
 @torch.no_grad()
 def test_truncated_models(exit_index, tmp_path):
@@ -521,6 +522,7 @@ def test_folder_of_every_layout(layout, small, parts_of_small, tmp_path, capsys)
         assert set(ort(images, max_depth=2).exit_layer.tolist()) == {2}
 
 
+@version_independent
 def test_infer_needs_no_torch(tmp_path):
     model = tiny_model("vit", num_hidden_layers=2, exit_positions=[1], exit_types="linear")
     generator, processor = rng(), make_processor(IMAGE_SIZE)
@@ -593,6 +595,7 @@ def test_weights_are_counted_as_the_files_hold_them(small, tmp_path, monkeypatch
     assert len(export_onnx(model, tmp_path / "onnx", "segments").files) == 3
 
 
+@version_independent
 @torch.no_grad()
 def test_equal_blocks_are_translated_once(monkeypatch):
     translated, translate = [], torch.onnx.export

@@ -190,6 +190,7 @@ def stop_call(monkeypatch, module, name, number):
     monkeypatch.setattr(module, name, stopping)
 
 
+@version_independent
 @pytest.mark.parametrize(
     "where", ["caching", "recording", "first exit", "last exit", "saving a head", "timing", "saving"]
 )
@@ -505,6 +506,7 @@ def test_bad_training_settings():
             HeadTraining(**{name: value})
 
 
+@version_independent
 @pytest.mark.parametrize("where", ["fill_cache", "train_exits", "choose_exits", "judge"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_states_do_not_outlive_a_run_that_fails(where, error, plain, images, tmp_path, monkeypatch):

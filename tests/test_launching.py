@@ -43,6 +43,7 @@ CASES = [
 ]
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("kind", ["vit", "deit", "swin"])
 @pytest.mark.parametrize(("stage", "settings"), CASES)
 def test_unused_parameters_are_looked_for_where_a_step_leaves_some_out(stage, settings, kind, tmp_path):

@@ -484,6 +484,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         plots.plot_latency(tmp_path / "a.png", latency_of(1))
 
 
+@version_independent
 def test_optional_packages_come_when_they_are_needed_and_without_global_state(tmp_path):
     code = (
         "import sys; from lgvit_hf.evaluation import plots, report;"

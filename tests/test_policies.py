@@ -723,3 +723,8 @@ def test_confidence_entropy_skips_where_no_row_can_leave():
         {"name": "confidence_entropy", "threshold": [1.0, 0.5, 0.5], "entropy_threshold": [1.0, 0.0, 1.0]}, 3
     )
     assert [policy.skips(index) for index in range(3)] == [True, True, False]
+
+
+def test_of_several_parameters_that_are_missing_the_first_is_named():
+    with pytest.raises(ValueError, match="missing parameter 'threshold'"):
+        build_policy({"name": "confidence_entropy"}, 4)

@@ -135,6 +135,7 @@ def test_a_model_in_half_precision_exports_as_float32(half):
     )
 
 
+@pytest.mark.version_independent
 def test_no_infer_for_another_processor(half):
     folder = half[1]
     assert not (folder / "infer.py").exists() and (folder / "preprocessor_config.json").exists()
@@ -206,6 +207,7 @@ def with_infer(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize("crop", [False, True])
 def test_infer_does_what_the_processor_does(crop, with_infer, tmp_path):
     model, folder = with_infer

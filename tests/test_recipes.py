@@ -96,7 +96,13 @@ def test_every_method_has_a_recipe_for_every_backbone():
     assert {f"{file.parent.name}/{file.stem}" for file in FILES} >= {f"{s}/{m}" for s in SIZES for m in METHODS}
 
 
-@pytest.mark.parametrize("file", TRAINED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def each(file):
+    """A case; on transformers 5 those of one backbone are enough."""
+    marks = () if file.parent.name in ("vit_small", "avit") else pytest.mark.version_independent
+    return pytest.param(file, marks=marks, id=f"{file.parent.name}-{file.stem}")
+
+
+@pytest.mark.parametrize("file", map(each, TRAINED))
 def test_every_recipe_trains(file, starts, photos, tmp_path, capsys):
     out = tmp_path / "out"
     place = ["--data", photos, "--output", out]

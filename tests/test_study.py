@@ -62,6 +62,7 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.version_independent
 def test_study_goes_on_where_it_stopped(run):
     first = run("sdn", "truncated_sdn")
     weights = run.output / "digits" / "vit" / "seed0" / "backbone" / "model.safetensors"
