@@ -7,8 +7,7 @@ import transformers
 from PIL import Image
 
 from lgvit_hf.cli import main
-from lgvit_hf.cli.main import COMMANDS
-from lgvit_hf.cli.options import build_parser
+from lgvit_hf.cli.main import build_parser, commands
 
 
 def lgvit(*arguments):
@@ -36,11 +35,11 @@ def test_help_is_quick():
 
 @pytest.mark.version_independent
 def test_every_command_is_run_and_only_those():
-    assert set(COMMANDS) == set(build_parser().get_default("commands"))
+    assert set(commands()) == set(build_parser().get_default("commands"))
 
 
 @pytest.mark.version_independent
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands())
 def test_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lgvit_hf
-from lgvit_hf.cli.options import build_parser
+from lgvit_hf.cli.main import build_parser
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.heads import HEADS
 from lgvit_hf.policies import POLICIES

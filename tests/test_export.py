@@ -554,7 +554,7 @@ def test_a_folder_without_an_image_processor(small, parts_of_small, tmp_path, ca
     make_processor(IMAGE_SIZE).save_pretrained(tmp_path / "processor")
     command = ["export", str(tmp_path / "model"), str(tmp_path / "onnx")]
     with monkeypatch.context() as patch:
-        patch.setattr("lgvit_hf.cli.export.load_highway", lambda _: pytest.fail("the model was opened first"))
+        patch.setattr("lgvit_hf.hub.loading.load_highway", lambda _: pytest.fail("the model was opened first"))
         for options, place in (([], "model"), (["--processor", str(tmp_path / "none")], "none")):
             assert main([*command, *options]) == 2
             error = capsys.readouterr().err

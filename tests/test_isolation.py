@@ -19,10 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lgvit_hf import AViT, HighwayWrapper, ViTHighway
-from lgvit_hf.cli import main, predict
+from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.data.settings import parse_yaml
 from lgvit_hf.files import locked
+from lgvit_hf.serving import batch_predict as predict
 from lgvit_hf.serving.answer_files import write_predictions
 from lgvit_hf.serving.device.message import MessageError, pack, unpack
 from lgvit_hf.serving.device.remote import RemoteHighway

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from lgvit_hf import Predictor
-from lgvit_hf.cli import main, predict
+from lgvit_hf.cli import main
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, make_processor
+from lgvit_hf.serving import batch_predict as predict
 from lgvit_hf.serving.predictor import ANSWERS, open_image
 from tests.clear import clear, clear_model
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
@@ -535,7 +536,7 @@ def test_ctrl_c_keeps_what_is_done(whole, tmp_path, monkeypatch, capsys):
 KILLED = """
 import os, signal, sys
 from lgvit_hf.cli import main
-from lgvit_hf.cli import predict
+from lgvit_hf.serving import batch_predict as predict
 
 calls, work = iter(range(100)), predict._Work.__call__
 

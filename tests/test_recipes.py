@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from lgvit_hf import HighwayTrainingArguments, train_recipe
 from lgvit_hf.cli import main
-from lgvit_hf.cli.options import build_parser
+from lgvit_hf.cli.main import build_parser
 from lgvit_hf.data import datasets
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import make_processor

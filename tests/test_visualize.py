@@ -10,10 +10,11 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 
 from lgvit_hf import AViT, AViTConfig
 from lgvit_hf.cli import main
-from lgvit_hf.cli import visualize as command
-from lgvit_hf.cli.options import build_parser
+from lgvit_hf.cli.main import build_parser
+from lgvit_hf.data import datasets
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, make_processor
+from lgvit_hf.evaluation import plots
 from lgvit_hf.evaluation.image_scores import as_seen, first_and_last, limits_of, scores_by_exit, widest_spread
 from lgvit_hf.policies import build_policy
 from tests.seeds import rng, seeded
@@ -56,7 +57,7 @@ def few_digits(**settings):
 
 @pytest.fixture
 def digits(monkeypatch):
-    monkeypatch.setattr(command, "load_images", lambda data, **settings: SimpleNamespace(test=few_digits(**settings)))
+    monkeypatch.setattr(datasets, "load_images", lambda data, **settings: SimpleNamespace(test=few_digits(**settings)))
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +96,13 @@ def drawn(monkeypatch):
     calls = {}
 
     def spy(name):
-        draw = getattr(command, name)
+        draw = getattr(plots, name)
 
         def keep_and_draw(file, *arguments, **settings):
             calls[name] = (*arguments, settings)
             draw(file, *arguments, **settings)
 
-        monkeypatch.setattr(command, name, keep_and_draw)
+        monkeypatch.setattr(plots, name, keep_and_draw)
 
     for name in ("plot_token_depths", "plot_tokens_alive", "plot_scores"):
         spy(name)

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from typing import Any
 
-import torch
-from transformers.utils import logging
-
-from ..evaluation.benchmark import benchmark
-from ..evaluation.cost_table import CostTable
-from ..evaluation.plots import plot_latency
+from ..data.settings import check_counts, whole
 from ..files import write_json
-from .drawing import check_can_draw
-from .inputs import check_counts, open_highway, table_of
+from .options import add_data, add_policy, policy_of
+
+HELP = "wall-clock against the backbone and a static model of equal accuracy"
+EXAMPLE = "lgvit benchmark runs/stage2 --data photos/ --batch-sizes 1 8 32 --cost-table costs.json"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit benchmark`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a highway")
+    add_data(parser, "test", "what leaves depends on the images")
+    add_policy(parser)
+    parser.add_argument("--batch-sizes", type=whole(), nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    parser.add_argument("--threads", type=whole(1, 1024), help="of the processor (default: as PyTorch chooses)")
+    parser.add_argument("--repeats", type=whole(), default=3, help="timed rounds per batch (default: 3)")
+    parser.add_argument("--limit", type=whole(), default=256, help="images to time, drawn at random (default: 256)")
+    parser.add_argument("--table", help="table of exits on which accuracies are compared; written if not there")
+    parser.add_argument("--cost-table", help="JSON file for the measured times, for lgvit calibrate")
+    parser.add_argument("--output", help="JSON file for the figures")
+    parser.add_argument("--plot", help="PNG of the speed-ups")
+    parser.set_defaults(required=("data",))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    from ..evaluation.report_text import as_text
+
+    report = run_benchmark(
+        options.checkpoint,
+        options.data,
+        policy=policy_of(options),
+        output=options.output,
+        plot=options.plot,
+        cost_table=options.cost_table,
+        table_file=options.table,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+        threads=options.threads,
+        batch_sizes=options.batch_sizes,
+        repeats=options.repeats,
+        limit=options.limit,
+    )
+    print(as_text(report))
 
 
 def run_benchmark(
@@ -46,6 +83,15 @@ def run_benchmark(
         threads (`int`, *optional*): Of the processor, of an exported highway too; by default as PyTorch chose.
         settings: `batch_sizes`, `repeats`, `limit`, as of `benchmark`.
     """
+    import torch
+    from transformers.utils import logging
+
+    from ..evaluation.benchmark import benchmark
+    from ..evaluation.cost_table import CostTable
+    from ..evaluation.plots import plot_latency
+    from .drawing import check_can_draw
+    from .inputs import open_highway, table_of
+
     check_counts(**{name: [value] for name, value in settings.items() if name in ("repeats", "limit")})
     if plot is not None:
         check_can_draw(plot)

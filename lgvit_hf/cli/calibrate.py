@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..evaluation.calibration import Calibration, calibrate, check_request, check_rows, split
-from ..evaluation.cost_table import CostTable, architecture
-from ..evaluation.exit_table import ExitTable
-from ..evaluation.plots import plot_pareto
-from ..evaluation.search import RANGES
-from ..evaluation.sweep import threshold_curve
+from ..data.settings import real, whole
 from ..files import replace_folder, write_json
-from ..runtimes.onnxruntime import is_exported
-from .drawing import UNIT, check_can_draw, points
-from .inputs import open_highway, table_of
+from .options import add_data
+
+if TYPE_CHECKING:
+    from ..evaluation.calibration import Calibration
+    from ..evaluation.exit_table import ExitTable
+
+HELP = "choose temperatures, thresholds and exits, and write them down"
+EXAMPLE = (
+    "lgvit calibrate runs/stage2 --data photos/ --max-accuracy-drop 0.01 --delta 0.05 --plot curve.png\n"
+    "  lgvit calibrate runs/stage2 --data photos/ --max-latency 4 --cost-table costs.json --batch-size 8"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit calibrate`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a highway")
+    add_data(parser, "validation", "rows it was not trained on")
+    parser.add_argument("--policy", default="confidence", help="which built-in policy (default: confidence)")
+    parser.add_argument("--max-accuracy-drop", type=real(), help="share of all rows, 0.01 for one point")
+    parser.add_argument("--min-speedup", type=real(), help="cost of the plain model over the mean cost")
+    parser.add_argument("--max-macs", type=real(), help="mean MACs of an image")
+    parser.add_argument("--max-latency", type=real(), help="mean milliseconds of an image, by the cost table")
+    parser.add_argument("--delta", type=real(), help="the drop holds with probability 1 - DELTA; needs more rows")
+    parser.add_argument(
+        "--bound", choices=("drop", "harm"), default="drop", help="what holds: the drop, or the harm without repairs"
+    )
+    parser.add_argument("--ignore-labels", action="store_true", help="judge by the full model's answers")
+    parser.add_argument("--cost-table", help="measured times to save instead of MACs: lgvit benchmark --cost-table")
+    parser.add_argument("--batch-size", type=whole(), default=1, help="at which the cost table is read (default: 1)")
+    parser.add_argument("--all-exits", action="store_true", help="switch no exit off")
+    parser.add_argument("--table", help="file of the table of exits: read if it is there, otherwise written")
+    parser.add_argument("--output", help="folder for a calibrated copy, instead of the checkpoint's own config")
+    parser.add_argument("--plot", help="PNG of accuracy against cost")
+    parser.set_defaults(required=("data",))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    names = ("policy", "max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta", "bound", "batch_size")
+    report = run_calibrate(
+        options.checkpoint,
+        options.data,
+        output=options.output,
+        plot=options.plot,
+        table_file=options.table,
+        cost_table=options.cost_table,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+        labels=not options.ignore_labels,
+        choose_exits=not options.all_exits,
+        **{name: getattr(options, name) for name in names},
+    )
+    print(report.as_text())
+    print(f"\nwritten to {options.output or options.checkpoint}: config.json, and calibration.json with the report")
 
 
 def run_calibrate(
@@ -45,6 +93,11 @@ def run_calibrate(
             As of `open_highway`.
         wanted: As of `calibrate`.
     """
+    from ..evaluation.calibration import calibrate, check_request, check_rows
+    from ..evaluation.cost_table import CostTable, architecture
+    from .drawing import check_can_draw
+    from .inputs import open_highway, table_of
+
     folder = Path(checkpoint)
     if output is None:
         _check_may_change(folder)
@@ -84,6 +137,8 @@ def run_calibrate(
 
 
 def _check_may_change(folder: Path) -> None:
+    from ..runtimes.onnxruntime import is_exported
+
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder with a config.json to write the policy into; give --output FOLDER")
     if (folder / "manifest.json").exists() and not is_exported(folder):
@@ -94,6 +149,12 @@ def plot_calibration(
     file: str | Path, table: ExitTable, report: Calibration, *, labels: bool = True, asked_drop: float | None = None
 ) -> None:
     """Accuracy against MACs on the half of a table that was not searched on: one threshold for all, and the choice."""
+    from ..evaluation.calibration import split
+    from ..evaluation.plots import plot_pareto
+    from ..evaluation.search import RANGES
+    from ..evaluation.sweep import threshold_curve
+    from .drawing import UNIT, points
+
     _, tested = split(table if labels else table.without_labels())
     name = report.policy["name"]
     plot_pareto(

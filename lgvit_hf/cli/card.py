@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.plots import plot_pareto
 from ..files import add_files
-from ..hub.card import card, is_own, read_report, reports_beside, write_card
-from ..policies import build_policy
-from .drawing import UNIT, points
+
+HELP = "write the model card, from the config and the reports of other commands"
+EXAMPLE = (
+    "lgvit evaluate runs/stage2 --data photos/ --output runs/stage2/evaluation.json\n"
+    "  lgvit card runs/stage2 --name me/my-highway --license apache-2.0 --base-model google/vit-base-patch16-224"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit card`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a highway or an AViT")
+    parser.add_argument(
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help="reports of evaluate, calibrate, benchmark (default: evaluation.json, calibration.json and "
+        "benchmark.json of the folder)",
+    )
+    parser.add_argument("--output", help="Markdown file (default: README.md of the folder)")
+    parser.add_argument("--name", help="Hub id under which the model will be found (default: the folder's name)")
+    parser.add_argument("--datasets", nargs="+", default=[], metavar="HUB_ID", help="what it was trained on")
+    parser.add_argument("--base-model", help="Hub id of the model that it was made from")
+    parser.add_argument("--license", help="such as apache-2.0")
+    parser.add_argument("--tags", nargs="+", default=[], help="beside the usual ones")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    names = ("output", "name", "datasets", "base_model", "license", "tags")
+    file, reports = run_card(
+        options.checkpoint, options.evaluation, **{name: getattr(options, name) for name in names}
+    )
+    print(f"written to {file}" + (f", from {', '.join(reports)}" if reports else ", from the config alone"))
 
 
 def run_card(
@@ -33,6 +64,10 @@ def run_card(
     Raises:
         ValueError: As of `card`; a README there that was not made here; a Hub id and no `output`.
     """
+    from ..evaluation.plots import plot_pareto
+    from ..hub.card import card, is_own, read_report, reports_beside, write_card
+    from .drawing import UNIT
+
     folder = Path(checkpoint)
     if output is None and not folder.is_dir():
         raise ValueError(f"{checkpoint} is no folder to write a README into; give --output FILE.md")
@@ -56,6 +91,9 @@ def run_card(
 
 def _drawing(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Curves and points of the evaluation, or of the calibration where there is none."""
+    from ..policies import build_policy
+    from .drawing import points
+
     by_kind = {report["what"]: report for report in reversed(reports)}
     if "lgvit evaluate" in by_kind:
         report = by_kind["lgvit evaluate"]

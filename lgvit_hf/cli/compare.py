@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.exit_table import ExitTable
+HELP = "a sweep beside published figures, at the same layer speed-up"
+EXAMPLE = "lgvit compare sweep/ --paper lgvit"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit compare`."""
+    parser.add_argument("sweep", help="folder of `lgvit sweep`")
+    parser.add_argument("--paper", default="lgvit", help="whose figures (default: lgvit)")
+    parser.add_argument("--output", help="JSON file for the figures")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    rows = run_compare(options.sweep, options.paper)
+    print(compare_as_text(rows))
+    if options.output:
+        from ..files import write_json
+
+        write_json(options.output, rows)
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,8 @@ def run_compare(folder: str, paper: str) -> list[dict[str, Any]]:
         ValueError: An unknown paper.
         OSError: There is no sweep.
     """
+    from ..evaluation.exit_table import ExitTable
+
     if paper not in PAPERS:
         raise ValueError(f"paper: {paper!r} must be one of {', '.join(PAPERS)}")
     file = Path(folder) / "sweep.jsonl"

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+from ..data.settings import real, whole
 
-from ..hub.convert import (
-    convert_avit,
-    convert_eevit,
-    convert_lgvit,
-    convert_timm,
-    convert_torchvision,
-    export_lgvit,
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+HELP = "turn another project's checkpoint into one of ours, or ours into LGViT's"
+EXAMPLE = (
+    "lgvit convert --from lgvit LGViT-ViT-Cifar100/ converted/\n"
+    "  lgvit convert --from eevit eevit/ converted/    (a state dict and EEVIT's one .yaml)\n"
+    "  lgvit convert --from avit small-10-75.pth avit_small/\n"
+    "  lgvit convert --from timm vit_small_patch16_224/model.safetensors plain/\n"
+    "  lgvit convert --from torchvision swin_t-704ceda3.pth highway/ --exit-positions 4 8 --exit-types conv1_1\n"
+    "  lgvit convert --to lgvit runs/stage2 original/"
 )
 
-READERS = {
-    "lgvit": convert_lgvit,
-    "eevit": convert_eevit,
-    "avit": convert_avit,
-    "timm": convert_timm,
-    "torchvision": convert_torchvision,
-}
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit convert`."""
+    parser.add_argument(
+        "--from",
+        dest="source_format",
+        choices=("lgvit", "eevit", "avit", "timm", "torchvision"),
+        help="whose checkpoint (default: lgvit)",
+    )
+    parser.add_argument("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
+    parser.add_argument("source", help="folder with weights and what belongs to them, or the file of weights")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--gate-scale", type=real(), help="of avit, where the file's name does not say it")
+    parser.add_argument("--gate-center", type=real(), help="likewise")
+    parser.add_argument("--num-attention-heads", type=whole(), help="of avit, timm, torchvision (one for 64 channels)")
+    parser.add_argument(
+        "--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision"
+    )
+    parser.add_argument(
+        "--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="of these: new exits, from 1"
+    )
+    parser.add_argument("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    given = {name: getattr(options, name) for name in OPTIONS}
+    if given["exit_types"] is not None and len(given["exit_types"]) == 1:
+        given["exit_types"] = given["exit_types"][0]
+    if given["image_size"] is not None:
+        given["image_size"] = tuple(given["image_size"])
+    formats = {name: getattr(options, name) for name in ("source_format", "target_format")}
+    print(run_convert(options.source, options.output, **formats, **given))
+
+
 _PLAIN = ("timm", "torchvision")
 # which option goes with which formats
 OPTIONS = {
@@ -53,6 +86,8 @@ def run_convert(
     Raises:
         ValueError: An option that the format does not have; a tensor without a place, or missing.
     """
+    from ..hub.convert import READERS, export_lgvit
+
     if source_format and target_format:
         raise ValueError("give either --from, for another project's checkpoint, or --to, for one of ours")
     source_format = None if target_format else source_format or "lgvit"

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import set_seed
-from transformers.utils import logging
-
-from ..configuration import ViTHighwayConfig
-from ..data.datasets import load_images
-from ..data.processing import ProcessedImages, make_processor
-from ..evaluation.calibration import best_threshold
-from ..evaluation.exit_table import collect
-from ..evaluation.plots import plot_report
-from ..evaluation.report import as_table, evaluate
-from ..evaluation.sweep import threshold_curve
+from ..data.settings import whole
 from ..files import replace_folder, write_json
-from ..modeling_vit import ViTHighway
-from ..training.run import train
+
+HELP = "train a ViT with exits on handwritten digits, from nothing, and measure it"
+EXAMPLE = "lgvit demo --output demo_output"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit demo`."""
+    parser.add_argument("--output", default="demo_output", help="folder for the model, the figures and a plot")
+    parser.add_argument("--quick", action="store_true", help="one epoch per stage, to see that everything works")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, splits and batches")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    run_demo(options.output, quick=options.quick, seed=options.seed)
+
 
 IMAGE_SIZE = 24
 MODEL = {
@@ -75,6 +79,20 @@ def _is_demo_output(output: Path) -> bool:
 
 
 def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    import torch
+    from transformers import set_seed
+
+    from ..configuration import ViTHighwayConfig
+    from ..data.datasets import load_images
+    from ..data.processing import ProcessedImages, make_processor
+    from ..evaluation.calibration import best_threshold
+    from ..evaluation.exit_table import collect
+    from ..evaluation.plots import plot_report
+    from ..evaluation.report import as_table, evaluate
+    from ..evaluation.sweep import threshold_curve
+    from ..modeling_vit import ViTHighway
+    from ..training.run import train
+
     set_seed(seed)
     splits, processor = load_images("digits", seed=seed), make_processor(IMAGE_SIZE)
     train_set, validation_set, test_set = (
@@ -143,4 +161,6 @@ def _percent(shares: list[float]) -> str:
 
 
 def _progress(batches):
+    from transformers.utils import logging
+
     return logging.tqdm(batches, desc="timing", leave=False)

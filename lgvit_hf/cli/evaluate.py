@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
-from ..data.processing import ProcessedImages
-from ..engine import Answers
-from ..evaluation.cost_table import machine
-from ..evaluation.costs import Highway, decides_inside
-from ..evaluation.exit_table import ExitTable
-from ..evaluation.plots import (
-    plot_classes,
-    plot_confusion,
-    plot_exits,
-    plot_gallery,
-    plot_latency,
-    plot_pareto,
-    plot_reliability,
-)
-from ..evaluation.report import judge, look
-from ..evaluation.sweep import threshold_curve
+from ..data.settings import check_counts, whole
 from ..files import add_files, write_json
-from .drawing import UNIT, StoredImages, check_can_draw, points
-from .inputs import check_counts, open_highway
+from .options import add_data, add_policy, policy_of
+
+if TYPE_CHECKING:
+    from ..data.processing import ProcessedImages
+    from ..engine import Answers
+    from ..evaluation.costs import Highway
+    from ..evaluation.exit_table import ExitTable
+
+HELP = "accuracy, depth, MACs and wall-clock of a highway, exit by exit"
+EXAMPLE = "lgvit evaluate runs/stage2 --data digits --policy confidence --threshold 0.8 --output results.json"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit evaluate`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a highway")
+    add_data(parser, "test", "rows to report on")
+    add_policy(parser)
+    parser.add_argument("--batch-size", type=whole(), default=64, help="default: 64")
+    parser.add_argument("--timed-batch-sizes", type=whole(), nargs="+", default=[1, 32], help="default: 1 32")
+    parser.add_argument("--output", help="JSON file for the figures")
+    parser.add_argument("--plots", help="folder for pictures: exits, cost, reliability, classes, confusion, gallery")
+    parser.set_defaults(required=("data",))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    from ..evaluation.report import as_table
+
+    report = run_evaluate(
+        options.checkpoint,
+        options.data,
+        policy=policy_of(options),
+        output=options.output,
+        plots=options.plots,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        timed_batch_sizes=options.timed_batch_sizes,
+    )
+    print(as_table(report))
 
 
 def run_evaluate(
@@ -60,6 +83,14 @@ def run_evaluate(
     Returns:
         As of `evaluate`.
     """
+    from transformers.utils import logging
+
+    from ..evaluation.cost_table import machine
+    from ..evaluation.costs import decides_inside
+    from ..evaluation.report import judge, look
+    from .drawing import check_can_draw
+    from .inputs import open_highway
+
     if plots is not None:
         check_can_draw()
     check_counts(batch_size=[batch_size], timed_batch_sizes=timed_batch_sizes)
@@ -88,6 +119,18 @@ def _draw_all(
     answers: Answers,
     report: dict[str, Any],
 ) -> None:
+    from ..evaluation.plots import (
+        plot_classes,
+        plot_confusion,
+        plot_exits,
+        plot_gallery,
+        plot_latency,
+        plot_pareto,
+        plot_reliability,
+    )
+    from ..evaluation.sweep import threshold_curve
+    from .drawing import UNIT, StoredImages, points
+
     names = [entry["name"] for entry in report["classes"]]
     overall = report["overall"]
     plot_exits(folder / "exits.png", report)

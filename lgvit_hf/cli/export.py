@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import Subset
-from transformers import BaseImageProcessor
+from ..data.settings import check_counts, real, whole
+from .options import add_data, add_policy, add_processor, policy_of
 
-from ..data.datasets import load_images
-from ..data.processing import ProcessedImages, open_processor
-from ..evaluation.report_text import in_words
-from ..export.onnx_export import export_onnx
-from ..hub.loading import check_class_names, load_highway
-from ..runtimes.manifest import Manifest
-from ..runtimes.onnxruntime import is_exported
-from .inputs import check_counts
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from ..runtimes.manifest import Manifest
+
+HELP = "write ONNX that really skips, and run it against the model"
+EXAMPLE = (
+    "lgvit export runs/stage2 onnx/\n"
+    "  lgvit export runs/stage2 small/ --quantize int8 --data photos/ --max-accuracy-drop 0.005"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit export`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a highway")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument(
+        "--layout",
+        choices=("single", "segments", "all_exits"),
+        default="single",
+        help="one file with real branches, one per segment, or all exits' logits (default: single)",
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "float16"), help="smaller and less exact; give --data to know how much"
+    )
+    add_data(parser, "test", "rows on which the files are judged, where --data is given")
+    parser.add_argument("--limit", type=whole(), help="judge on that many of them, drawn at random")
+    parser.add_argument(
+        "--max-accuracy-drop", type=real(), default=0.005, help="on these rows; more fails the export (default: 0.005)"
+    )
+    add_processor(parser)
+    add_policy(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    manifest = run_export(
+        options.checkpoint,
+        options.output,
+        layout=options.layout,
+        precision=options.quantize or "float32",
+        policy=policy_of(options),
+        data=options.data,
+        max_accuracy_drop=options.max_accuracy_drop,
+        limit=options.limit,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+        processor=options.processor,
+    )
+    print(export_as_text(manifest, options.output))
 
 
 def run_export(
@@ -48,6 +91,15 @@ def run_export(
             As of `load_images`; which of its splits.
         processor (`str`, *optional*): As of `processor_for`.
     """
+    import torch
+    from torch.utils.data import Subset
+
+    from ..data.datasets import load_images
+    from ..data.processing import ProcessedImages
+    from ..export.onnx_export import export_onnx
+    from ..hub.loading import check_class_names, load_highway
+    from ..runtimes.onnxruntime import is_exported
+
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
     opened, images = processor_for(checkpoint, processor), None
@@ -83,6 +135,8 @@ def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProces
     Raises:
         ValueError: There is none.
     """
+    from ..data.processing import open_processor
+
     place = checkpoint if source is None else source
     try:
         return open_processor(place)
@@ -95,6 +149,8 @@ def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProces
 
 def export_as_text(manifest: Manifest, folder: str | Path) -> str:
     """What `run_export` wrote and how it was checked, for a terminal."""
+    from ..evaluation.report_text import in_words
+
     size = sum((Path(folder) / name).stat().st_size for name in manifest.files)
     checks, sizes = manifest.checks, ", ".join(map(str, manifest.checks["batch_sizes"]))
     lines = [

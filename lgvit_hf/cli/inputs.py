@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,10 +67,3 @@ def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) 
     if file is not None:
         table.save(file)
     return table
-
-
-def check_counts(**counts: Sequence[int]) -> None:
-    """Raise `ValueError`, by its name, for a number below 1."""
-    for name, numbers in counts.items():
-        if any(number < 1 for number in numbers):
-            raise ValueError(f"{name}={' '.join(map(str, numbers))} must be at least 1")

@@ -1,51 +1,68 @@
-"""`lgvit split` and `lgvit serve`: a checkpoint in parts, and a part or a whole highway behind HTTP."""
+"""`lgvit serve`: a part or a whole highway behind HTTP."""
 
 from __future__ import annotations
 
+import argparse
 import signal
 import socket
-from collections.abc import Sequence
 from typing import Any
 
+from ..data.settings import real, whole
 from ..serving.device.remote import RemoteHighway
-from ..serving.open_part import open_any
+from .options import add_policy, policy_of
+
+HELP = "answer images over HTTP, as a whole highway or as a part of one"
+EXAMPLE = (
+    "lgvit serve parts/part2 --port 8002\n"
+    "  lgvit serve parts/part1 --port 8001 --next http://cloud:8002 --state-dtype float16\n"
+    "  lgvit serve runs/stage2 --port 8000 --policy confidence --threshold 0.8"
+)
+LONGEST_WAIT_MS = 1000.0
 
 
-def run_split(
-    checkpoint: str,
-    output: str,
-    positions: Sequence[int],
-    format: str,
-    policy: dict[str, Any] | None = None,
-    processor: str | None = None,
-) -> str:
-    """Write a checkpoint as parts, and say what they are.
+def _wait(text: Any) -> float:
+    """Milliseconds; `inf` stands for the longest wait."""
+    return LONGEST_WAIT_MS if str(text) == "inf" else real(0, LONGEST_WAIT_MS)(text)
 
-    Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
-        output (`str`): Folder to make.
-        positions (`Sequence[int]`), format (`str`): As of `split`.
-        policy (`dict`, *optional*): Instead of the saved one.
-        processor (`str`, *optional*): As of `processor_for`.
-    """
-    from ..hub.loading import load_highway
-    from ..serving.split import split
-    from .export import processor_for
 
-    opened, model = processor_for(checkpoint, processor), load_highway(checkpoint)
-    if policy is not None:
-        model.set_exit_policy(policy)
-    parts = split(model, positions, output, format, processor=opened)
-    lines = []
-    for part in parts:
-        depths = ", ".join(str(part.depths[exit["index"]]) for exit in part.exits)
-        sent = " and ".join(f"{name} {array['shape']}" for name, array in part.gives.items())
-        lines.append(f"{output}/part{part.index}: answers after {depths} blocks" + (f", gives {sent}" if sent else ""))
-    lines.append(
-        f"run as a chain on batches of {', '.join(map(str, parts[0].checks['batch_sizes']))} with every exit taken: "
-        f"answers as the model does, logits within {parts[0].checks['largest_difference']:.1e}"
+_wait.__name__ = real(0, LONGEST_WAIT_MS).__name__
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit serve`."""
+    parser.add_argument("path", help="folder of a part or of an exported highway, or folder or Hub id of a highway")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0 for any that is free (default: 8000)")
+    parser.add_argument("--next", metavar="URL", help="service of the next part")
+    parser.add_argument(
+        "--state-dtype", choices=("float32", "float16"), default="float32", help="sent to it (float32)"
     )
-    return "\n".join(lines)
+    parser.add_argument("--timeout", type=real(0, 3600), default=5.0, help="seconds for the next part (default: 5)")
+    parser.add_argument(
+        "--retries", type=whole(0, 100), default=2, help="of a message that did not arrive (default: 2)"
+    )
+    parser.add_argument("--max-batch-size", type=whole(), default=32, help="rows that run together (default: 32)")
+    parser.add_argument(
+        "--max-wait-ms",
+        type=_wait,
+        default=2.0,
+        help=f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)",
+    )
+    parser.add_argument("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
+    parser.add_argument("--threads", type=whole(1, 1024), help="of the processor")
+    add_policy(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    names = ("host", "port", "state_dtype", "timeout", "retries", "max_batch_size", "max_wait_ms", "max_body_mb")
+    run_serve(
+        options.path,
+        next_url=options.next,
+        policy=policy_of(options),
+        threads=options.threads,
+        **{name: getattr(options, name) for name in names},
+    )
 
 
 def run_serve(
@@ -80,6 +97,8 @@ def run_serve(
         OSError: There is no such thing, or the port is taken.
         ValueError: A setting that cannot be, or the next part is there and does not fit.
     """
+    from ..serving.open_part import open_any
+
     try:
         import uvicorn
 

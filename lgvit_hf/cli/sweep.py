@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -9,15 +10,58 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from ..data.settings import check_counts, real, whole
+from .options import add_data
 
-from ..evaluation.benchmark import wall_clock_speed_up
-from ..evaluation.plots import plot_pareto
-from ..evaluation.report import timed_pixels
-from ..evaluation.sweep import sweep
-from ..policies import build_policy
-from .drawing import UNIT, points
-from .inputs import check_counts, open_highway, table_of
+HELP = "a policy at many thresholds: accuracy, depth, cost; goes on where it stopped"
+EXAMPLE = (
+    "lgvit sweep runs/stage2 --data photos/ --output sweep --policy confidence --range 0.5 0.99 25\n"
+    "  lgvit sweep runs/stage2 --data photos/ --output patience --policy patience --values 1 2 3 4"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit sweep`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of a highway")
+    add_data(parser, "test", "rows to report on")
+    parser.add_argument("--output", help="folder for the table, the rows and a plot")
+    parser.add_argument("--policy", default="confidence", help="which built-in policy (default: confidence)")
+    parser.add_argument("--values", type=real(), nargs="+", help="thresholds, or patiences, or exit indices of fixed")
+    parser.add_argument(
+        "--range", type=real(), nargs=3, metavar=("FROM", "TO", "STEPS"), help="that many values, evenly spaced"
+    )
+    parser.add_argument("--patience", type=whole(), help="of patience_confidence")
+    parser.add_argument("--entropy-threshold", type=real(), help="of confidence_entropy")
+    parser.add_argument(
+        "--timed-batch-sizes", type=whole(), nargs="+", default=[], help="also measure wall-clock at these"
+    )
+    parser.set_defaults(required=("data", "output"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    if (options.values is None) == (options.range is None):
+        raise ValueError("give either --values or --range FROM TO STEPS")
+    if options.values is None:
+        first, last, steps = options.range
+        if not steps >= 2 or steps % 1:
+            raise ValueError(f"--range: STEPS={steps:g} must be a whole number of at least 2")
+        options.values = [round(first + (last - first) * step / (steps - 1), 10) for step in range(int(steps))]
+    given = {name: getattr(options, name) for name in ("patience", "entropy_threshold")}
+    rows = run_sweep(
+        options.checkpoint,
+        options.data,
+        options.output,
+        policy={"name": options.policy, **{name: value for name, value in given.items() if value is not None}},
+        values=options.values,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+        timed_batch_sizes=options.timed_batch_sizes,
+    )
+    print(sweep_as_text(rows))
+    print(f"\nkept in {options.output}: sweep.jsonl, table.safetensors, and sweep.png where matplotlib is installed")
+
 
 # the parameter that a sweep varies, by policy
 SWEPT = {
@@ -60,6 +104,16 @@ def run_sweep(
     Raises:
         KeyboardInterrupt: Stopped; says how to go on.
     """
+    from transformers.utils import logging
+
+    from ..evaluation.benchmark import wall_clock_speed_up
+    from ..evaluation.plots import plot_pareto
+    from ..evaluation.report import timed_pixels
+    from ..evaluation.sweep import sweep
+    from ..policies import build_policy
+    from .drawing import UNIT, points
+    from .inputs import open_highway, table_of
+
     parameter = SWEPT.get(policy["name"])
     if parameter is None:
         raise ValueError(f"a sweep knows the policies {', '.join(SWEPT)}, not {policy['name']!r}")

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..data.settings import check_counts, whole
+from .options import add_data
 
-from ..data.datasets import class_names, load_images, load_unlabelled
-from ..data.processing import ProcessedImages, open_processor, stack
-from ..evaluation.costs import Highway
-from ..evaluation.image_scores import (
-    SCORES,
-    as_seen,
-    first_and_last,
-    limits_of,
-    patch_grid,
-    scores_by_exit,
-    token_depths,
-    widest_spread,
-)
-from ..evaluation.plots import (
-    plot_scores,
-    plot_token_depths,
-    plot_tokens_alive,
-)
-from ..evaluation.report import answer_all
-from ..hub.loading import HIGHWAYS, answer_depths, read_config
-from ..modeling_avit import AViT
-from ..runtimes.onnxruntime import is_exported
-from .drawing import check_can_draw
-from .inputs import check_counts
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.processing import ProcessedImages
+    from ..evaluation.costs import Highway
+    from ..modeling_avit import AViT
+
+HELP = "draw how deep tokens went, or which images left first and last"
+EXAMPLE = "lgvit visualize runs/avit --data photos/ --output pictures --images 8"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit visualize`."""
+    parser.add_argument("checkpoint", help="folder or Hub id of an AViT or of a highway")
+    add_data(parser, "test", "images to choose from, where they have labels")
+    parser.add_argument("--output", help="folder for the pictures")
+    parser.add_argument("--images", type=whole(), default=8, help="how many are drawn (default: 8)")
+    parser.set_defaults(required=("data", "output"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    files = run_visualize(
+        options.checkpoint,
+        options.data,
+        options.output,
+        images=options.images,
+        which=options.split,
+        validation_share=options.validation_share,
+        seed=options.seed,
+    )
+    print(f"drawn in {options.output}: {', '.join(files)}")
 
 
 def run_visualize(
@@ -64,6 +74,14 @@ def run_visualize(
         ImportError: The extra `plots` is not installed.
         ValueError: Another type of model; more images asked for than there are.
     """
+    import torch
+
+    from ..data.processing import ProcessedImages, open_processor
+    from ..hub.loading import HIGHWAYS, read_config
+    from ..modeling_avit import AViT
+    from ..runtimes.onnxruntime import is_exported
+    from .drawing import check_can_draw
+
     check_can_draw()
     check_counts(images=[images])
     if is_exported(checkpoint):
@@ -86,12 +104,18 @@ def run_visualize(
 
 def _split_or_all(data: str, which: str, validation_share: float, seed: int) -> Any:
     """One split, where there are labels by which to split; otherwise all images."""
+    from ..data.datasets import class_names, load_images, load_unlabelled
+
     if class_names(load_unlabelled(data, limit=1, seed=seed)) is None:
         return load_unlabelled(data, seed=seed)
     return getattr(load_images(data, validation_share=validation_share, seed=seed), which)
 
 
 def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int) -> list[str]:
+    from ..data.processing import stack
+    from ..evaluation.image_scores import as_seen, patch_grid, token_depths, widest_spread
+    from ..evaluation.plots import plot_token_depths, plot_tokens_alive
+
     depths, predicted = token_depths(model, dataset)
     shown = widest_spread(depths, count)
     patches = depths[:, model.config.num_prefix_tokens :].unflatten(1, patch_grid(model.config))
@@ -109,6 +133,12 @@ def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int
 
 
 def _draw_first_and_last(folder: Path, model: Highway, dataset: ProcessedImages, count: int) -> list[str]:
+    from ..data.processing import stack
+    from ..evaluation.image_scores import SCORES, as_seen, first_and_last, limits_of, scores_by_exit
+    from ..evaluation.plots import plot_scores
+    from ..evaluation.report import answer_all
+    from ..hub.loading import answer_depths
+
     found = answer_all(model, dataset)
     shown = first_and_last(found.exit_layer, count)
     pixels = stack([dataset[row] for row in shown])["pixel_values"]
@@ -134,6 +164,8 @@ def _names_of(
     model: Highway | AViT, dataset: ProcessedImages, rows: list[int], predicted: torch.Tensor
 ) -> list[dict[str, str | None]]:
     """What was answered and, where the data have the model's classes, what is right."""
+    from ..data.datasets import class_names
+
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     known = class_names(dataset.images)
     same = known is not None and (known == names or names == [f"LABEL_{index}" for index in range(len(known))])

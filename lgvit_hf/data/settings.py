@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +181,10 @@ def _as_typed(action: argparse.Action, key: str, value: Any, where: str | Path) 
     if action.choices and typed[0] not in action.choices:
         raise ValueError(f"{where}: {key}: {value!r} must be one of {', '.join(action.choices)}")
     return typed if many else typed[0]
+
+
+def check_counts(**counts: Sequence[int]) -> None:
+    """Raise `ValueError`, by its name, for a number below 1."""
+    for name, numbers in counts.items():
+        if any(number < 1 for number in numbers):
+            raise ValueError(f"{name}={' '.join(map(str, numbers))} must be at least 1")

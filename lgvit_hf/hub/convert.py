@@ -21,3 +21,11 @@ __all__ = [
     "lgvit_settings",
     "parse_positions",
 ]
+
+READERS = {
+    "lgvit": convert_lgvit,
+    "eevit": convert_eevit,
+    "avit": convert_avit,
+    "timm": convert_timm,
+    "torchvision": convert_torchvision,
+}

@@ -1,0 +1,34 @@
+"""`lgvit train`: one stage of one method."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..training.recipe import add_options as add_recipe_options
+
+HELP = "train the backbone, stage 1 (backbone and exits) or stage 2 (exits, distilled)"
+EXAMPLE = (
+    "lgvit train --config recipes/configs/vit_small/stage1.yaml --data photos/ --epochs 3\n"
+    "  lgvit train --backbone vit --data digits --stage backbone --epochs 12 --output runs/backbone\n"
+    "  lgvit train --model runs/backbone --data digits --stage 1 --epochs 8 --output runs/stage1 --resume auto\n"
+    "any other option is one of HighwayTrainingArguments, such as --bf16 true or --gradient-checkpointing true;\n"
+    "--debug at the end shows where an error comes from"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit train`."""
+    add_recipe_options(parser)
+    parser.set_defaults(required=("data", "output"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
+    import torch.distributed
+
+    from ..training.recipe import run
+
+    run(options)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # a group that is still held when the interpreter ends now and then aborts it
+        torch.distributed.destroy_process_group()
