@@ -7,22 +7,23 @@ import difflib
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import DeiTConfig, SwinConfig, ViTConfig
 
+from .exit_head import ExitHead  # noqa: F401
+from .exit_policy import Memory  # noqa: F401
 from .heads import is_head, known_heads, lgvit_heads
 from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
+from .safe_config import SafeConfig, check_num_labels
 from .segments import State  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
 OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
 DEFAULT_FEATURES = 256
-MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,6 @@ def lgvit_positions(num_blocks: int) -> list[int]:
     if count < 2:
         return [last] if last >= 1 else []
     return [first + round(i * (last - first) / (count - 1)) for i in range(count)]
-
-
-class SafeConfig:
-    """Reading a `config.json` that anybody may have written, mixed into one of transformers' configs."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SafeConfig:
-        """As upstream's, without the attention code that a file asks for; what it cannot read is a `ValueError`."""
-        with _strange_settings(cls):
-            return super().from_dict(without_attention_code(config_dict), **kwargs)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
-        """As upstream's, but a folder without `config.json` raises `OSError` instead of giving the defaults."""
-        with _strange_settings(cls):
-            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not config_dict:
-            raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}: not a saved model")
-        return config_dict, kwargs
-
-
-@contextmanager
-def _strange_settings(config_class: type) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, OSError):
-        raise
-    # a field of another kind than it takes shows as any error, in transformers 5 one of its own
-    except Exception as error:
-        raise ValueError(f"{config_class.__name__}: a setting is not what it can be: {error}") from error
 
 
 class HighwayConfig(SafeConfig):
@@ -264,15 +235,6 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def without_attention_code(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """The content of a `config.json` without what would choose the attention code.
-
-    Transformers before 5.3 fetches and runs code from a Hub repository that is named there (CVE-2026-4372). The caller
-    of `from_pretrained` may still choose with `attn_implementation=`.
-    """
-    return {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
-
-
 def _own_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` for upstream's config: without what it must not see, and with a misspelt `exit_*` key refused."""
     for key in kwargs:
@@ -283,12 +245,6 @@ def _own_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     check_num_labels(kwargs.get("num_labels"))
     kwargs.pop("model_type", None)
     return {key: value for key, value in kwargs.items() if not key.startswith("_attn_implementation")}
-
-
-def check_num_labels(num_labels: Any) -> None:
-    """Raise `ValueError` for no number of labels, or a huge one: each label gets a name, which takes memory."""
-    if num_labels is not None and (type(num_labels) is not int or not 0 <= num_labels <= MOST_LABELS):
-        raise ValueError(f"num_labels: {num_labels!r} must be an integer from 0 to {MOST_LABELS}")
 
 
 def _offer_models() -> None:

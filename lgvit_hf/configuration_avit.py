@@ -7,9 +7,12 @@ from typing import Any
 
 from transformers import ViTConfig
 
-from .configuration import SafeConfig, _offer_models, check_num_labels
+from .configuration import _offer_models
+from .exit_head import ExitHead  # noqa: F401
+from .exit_policy import Memory  # noqa: F401
 from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .policies import POLICIES  # noqa: F401
+from .safe_config import SafeConfig, check_num_labels
 from .segments import State  # noqa: F401
 from .token_halting import GATES
 

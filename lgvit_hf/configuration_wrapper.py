@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .configuration import HighwayConfig, _own_settings
+from .exit_head import ExitHead  # noqa: F401
+from .exit_policy import Memory  # noqa: F401
+from .heads import HEADS  # noqa: F401
+from .policies import POLICIES  # noqa: F401
+from .safe_config import SafeConfig  # noqa: F401
+from .segments import State  # noqa: F401
 
 # an exit whose head is a module of the user's own
 OWN = "own"
@@ -113,3 +121,49 @@ class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def config_of_wrapped(
+    module: nn.Module,
+    after: list[str],
+    heads: Sequence[str | nn.Module],
+    shapes: list[list[int]],
+    num_labels: int,
+    images: Tensor,
+    settings: dict[str, Any],
+) -> HighwayWrapperConfig:
+    """The config of a module that is cut behind `after`, with heads that read `shapes`, and settings of its own."""
+    theirs = getattr(module, "config", None)
+    known = isinstance(theirs, PretrainedConfig)
+    labels: dict[str, Any] = {"num_labels": num_labels}
+    if known and theirs.num_labels == num_labels:
+        labels = {"id2label": theirs.id2label, "label2id": theirs.label2id, "problem_type": theirs.problem_type}
+    if "id2label" in settings:
+        labels.pop("num_labels", None)
+        if len(settings["id2label"]) != num_labels:
+            raise ValueError(f"id2label: {len(settings['id2label'])} names for the {num_labels} logits of the module")
+    height, width = images.shape[2:]
+    is_theirs = isinstance(module, transformers.PreTrainedModel) and getattr(
+        transformers, class_name(module), None
+    ) is type(module)
+    fields = {
+        "after": after,
+        "exit_types": [OWN if isinstance(head, nn.Module) else head for head in heads],
+        "exit_shapes": shapes,
+        "image_size": height if height == width else [height, width],
+        "num_channels": images.shape[1],
+        "module_class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "module_config": theirs.to_dict() if is_theirs else None,
+    }
+    wrong = sorted(set(fields) & set(settings))
+    if wrong:
+        raise ValueError(f"{wrong[0]}: it is told by the module and its heads, and cannot be set")
+    unknown = sorted(set(settings) - set(HighwayWrapperConfig().to_dict()) - {"num_labels"})
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no field of HighwayWrapperConfig")
+    return HighwayWrapperConfig(**{**fields, **labels, **settings})
+
+
+def class_name(module: nn.Module) -> str:
+    """What a module is called in messages."""
+    return type(module).__name__

@@ -6,26 +6,20 @@ all others (position tables, masks, sizes) are made again.
 
 from __future__ import annotations
 
-import copy
 import operator
 import re
 import warnings
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointFunction
 
+from .modes import attributes_kept, fill_shared_caches, gradients_kept, plain_tensors, twin
 from .segments import State
 from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece, chain_points, listed, logits_of, one_place, wrong_order
-
-# in which a module may keep what it has made
-CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 @dataclass(frozen=True)
@@ -357,17 +351,17 @@ def trace(module: nn.Module, images: Tensor, names: Sequence[str] | None = None)
     Raises:
         ValueError: It cannot be traced, with the reason and places that need no tracing.
     """
-    twin = _twin(module)
-    tapped = _Tapped(twin, names)
+    copied = twin(module)
+    tapped = _Tapped(copied, names)
     try:
         with (
-            _plain_tensors(images.device),
-            _attributes_kept(twin),
-            _gradients_kept(twin),
+            plain_tensors(images.device),
+            attributes_kept(copied),
+            gradients_kept(copied),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            _fill_shared_caches(module, images)
+            fill_shared_caches(module, images)
             exported = torch.export.export(
                 tapped, (images.clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
@@ -417,82 +411,3 @@ def _read(module: nn.Module, names: Sequence[str], exported: torch.export.Export
 def _is_check(node: fx.Node) -> bool:
     """Whether an operation only states what held while tracing."""
     return str(node.target).startswith(("aten._assert", "aten.sym_constrain_range"))
-
-
-@contextmanager
-def _plain_tensors(device: torch.device) -> Iterator[None]:
-    """As outside of all modes that a caller may be in, so that a trace holds none of them."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy with the same weights and modes, and caches as new; the module itself where it cannot be copied."""
-    if any("forward" in vars(each) for each in module.modules()):
-        # a function that may call the module itself, not the copy
-        return module
-    tensors = [held for each in module.modules() for held in _held(vars(each)) if isinstance(held, Tensor)]
-    try:
-        twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-        pairs = list(zip(twin.modules(), module.modules(), strict=True))
-        for each, original in pairs:
-            # to and fro: that is how modules forget what they have made of their weights
-            each.train(not original.training)
-            each.train(original.training)
-    # attributes may be anything, and `train` the user's own
-    except Exception:
-        return module
-    for each, original in pairs:
-        each.training = original.training
-    return twin
-
-
-def _fill_shared_caches(module: nn.Module, images: Tensor) -> None:
-    """Answer images for real, so that a cache of a function (`functools.lru_cache`) holds what a trace asks of it."""
-    if not any(each.training for each in module.modules()):
-        with torch.no_grad(), torch.random.fork_rng():
-            _twin(module)(images.clone())
-
-
-def _held(value: Any, known: set[int] | None = None) -> Iterator[Any]:
-    """A value and all that dicts, lists, tuples and sets in it hold."""
-    known = set() if known is None else known
-    yield value
-    if type(value) in (*CONTAINERS, tuple) and id(value) not in known:
-        known.add(id(value))
-        for inner in list(value.values() if isinstance(value, dict) else value):
-            yield from _held(inner, known)
-
-
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """A module's attributes, and what dicts, lists and sets in them hold, as before."""
-    held = [each for submodule in module.modules() for each in _held(vars(submodule)) if type(each) in CONTAINERS]
-    before = [(container, container.copy()) for container in held]
-    try:
-        yield
-    finally:
-        for container, content in before:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-@contextmanager
-def _gradients_kept(module: nn.Module) -> Iterator[None]:
-    """Refuse a `torch.autograd.Function` while training: a trace keeps what it computes, but not its backward."""
-    if not any(each.training for each in module.modules()):
-        yield
-        return
-    kept = vars(torch.autograd.Function)["apply"]
-
-    def apply(function: type, *given: Any, **settings: Any) -> Any:
-        if function is CheckpointFunction or not function.__module__.startswith("torch."):
-            hint = "; use_reentrant=False keeps it" if function is CheckpointFunction else ""
-            raise TypeError(f"the backward of {function.__name__}, a torch.autograd.Function, would be lost{hint}")
-        return kept.__get__(None, function)(*given, **settings)
-
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = kept

@@ -10,6 +10,8 @@ from transformers import DeiTForImageClassification, DeiTForImageClassificationW
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .configuration import DeiTHighwayConfig
 from .engine import run_early  # noqa: F401
+from .exit_head import ExitHead  # noqa: F401
+from .exit_policy import Memory  # noqa: F401
 from .files import add_files  # noqa: F401
 from .heads import HeadShape
 from .losses import task_loss  # noqa: F401
@@ -18,6 +20,7 @@ from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401
 from .remote_code import write_code  # noqa: F401
+from .safe_config import SafeConfig  # noqa: F401
 from .segments import Block, State, Tokens
 
 

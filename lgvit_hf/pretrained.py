@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .configuration import OWN_FIELDS, without_attention_code
+from .configuration import OWN_FIELDS
 from .files import leads_out
 from .remote_code import auto_map, code_goes_with, write_code
+from .safe_config import without_attention_code
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping as name_conversions

@@ -14,18 +14,19 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from .configuration import Exit, without_attention_code
-from .configuration_wrapper import OWN, HighwayWrapperConfig
+from .configuration import Exit
+from .configuration_wrapper import OWN, HighwayWrapperConfig, class_name, config_of_wrapped
 from .feature_layout import reading_of
 from .heads import ExitHead, HeadShape
 from .modeling_highway import HighwayMixin
 from .modes import evaluating
 from .module_split import cut, cut_points, proven_pieces
 from .pretrained import HUB_ARGUMENTS, check_files
+from .safe_config import without_attention_code
 from .segments import Block, State, Tokens
 from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece
 
@@ -112,7 +113,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             pieces, shapes, num_labels = proven_pieces(module, names, images)
         heads = _one_per_exit(heads, len(names)) if config is None else _own_of(config, heads)
         if config is None:
-            config = _config_of(module, names, heads, shapes, num_labels, images, settings)
+            config = config_of_wrapped(module, names, heads, shapes, num_labels, images, settings)
         elif (shapes, num_labels) != (config.exit_shapes, config.num_labels):
             raise ValueError(
                 f"module: behind {names} it gives {shapes} and {num_labels} labels, but was {config.exit_shapes} and "
@@ -348,7 +349,7 @@ def _load(model: HighwayWrapper, path: str | os.PathLike, hub: dict[str, Any]) -
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
-            f"{path}: its weights are of another module than {_name(model.wrapped)} ({reason})"
+            f"{path}: its weights are of another module than {class_name(model.wrapped)} ({reason})"
         ) from error
     # one tensor under several names is saved under one of them
     ours = model.state_dict()
@@ -400,10 +401,6 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _name(module: nn.Module) -> str:
-    return type(module).__name__
-
-
 def _one_per_exit(heads: str | nn.Module | Sequence[str | nn.Module], num_exits: int) -> list[str | nn.Module]:
     """A head for each exit; one name may stand for all."""
     if isinstance(heads, str):
@@ -429,44 +426,6 @@ def _own_of(config: HighwayWrapperConfig, heads: Any) -> list[nn.Module | None]:
     return [next(own) if head == OWN else None for head in config.exit_types]
 
 
-def _config_of(
-    module: nn.Module,
-    after: list[str],
-    heads: Sequence[str | nn.Module],
-    shapes: list[list[int]],
-    num_labels: int,
-    images: Tensor,
-    settings: dict[str, Any],
-) -> HighwayWrapperConfig:
-    theirs = getattr(module, "config", None)
-    known = isinstance(theirs, PretrainedConfig)
-    labels: dict[str, Any] = {"num_labels": num_labels}
-    if known and theirs.num_labels == num_labels:
-        labels = {"id2label": theirs.id2label, "label2id": theirs.label2id, "problem_type": theirs.problem_type}
-    if "id2label" in settings:
-        labels.pop("num_labels", None)
-        if len(settings["id2label"]) != num_labels:
-            raise ValueError(f"id2label: {len(settings['id2label'])} names for the {num_labels} logits of the module")
-    height, width = images.shape[2:]
-    is_theirs = isinstance(module, PreTrainedModel) and getattr(transformers, _name(module), None) is type(module)
-    fields = {
-        "after": after,
-        "exit_types": [OWN if isinstance(head, nn.Module) else head for head in heads],
-        "exit_shapes": shapes,
-        "image_size": height if height == width else [height, width],
-        "num_channels": images.shape[1],
-        "module_class": f"{type(module).__module__}.{type(module).__qualname__}",
-        "module_config": theirs.to_dict() if is_theirs else None,
-    }
-    wrong = sorted(set(fields) & set(settings))
-    if wrong:
-        raise ValueError(f"{wrong[0]}: it is told by the module and its heads, and cannot be set")
-    unknown = sorted(set(settings) - set(HighwayWrapperConfig().to_dict()) - {"num_labels"})
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no field of HighwayWrapperConfig")
-    return HighwayWrapperConfig(**{**fields, **labels, **settings})
-
-
 @torch.no_grad()
 def _fitting(head: nn.Module, index: int, shape: list[int], config: HighwayWrapperConfig) -> nn.Module:
     """A head of the user's own that takes what its exit reads and gives logits."""
@@ -477,9 +436,12 @@ def _fitting(head: nn.Module, index: int, shape: list[int], config: HighwayWrapp
     # the user's code may raise anything
     except Exception as error:
         raise ValueError(
-            f"heads: {_name(head)} at exit {index} does not take {['batch', *shape]} ({type(error).__name__}: {error})"
+            f"heads: {class_name(head)} at exit {index} does not take {['batch', *shape]} "
+            f"({type(error).__name__}: {error})"
         ) from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, config.num_labels):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"heads: {_name(head)} at exit {index} gives {found}, not logits (2, {config.num_labels})")
+        raise ValueError(
+            f"heads: {class_name(head)} at exit {index} gives {found}, not logits (2, {config.num_labels})"
+        )
     return head

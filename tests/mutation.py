@@ -28,10 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "engine.py": ("tests/test_engine.py", "tests/test_modeling_vit.py"),
     "policies.py": ("tests/test_policies.py", "tests/test_engine.py", "tests/test_configuration.py"),
+    "exit_policy.py": ("tests/test_policies.py", "tests/test_engine.py", "tests/test_configuration.py"),
     "losses.py": ("tests/test_losses.py", "tests/test_reference.py"),
     "heads.py": ("tests/test_heads.py", "tests/test_modeling_vit.py"),
+    "exit_head.py": ("tests/test_heads.py", "tests/test_modeling_vit.py"),
     "evaluation/search.py": ("tests/test_calibration.py", "tests/test_evaluation.py"),
-    "evaluation/bounds.py": ("tests/test_bounds.py",),
+    "evaluation/risk_control.py": ("tests/test_bounds.py",),
 }
 # these two need arguments: names of variables
 WITH_ARGUMENTS = {"core/VariableInserter", "core/VariableReplacer"}

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, Trainer
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import lgvit_hf
-from lgvit_hf import AViT, DeiTHighway, SwinHighway, ViTHighway
+from lgvit_hf import AViT, DeiTHighway, HighwayWrapper, SwinHighway, ViTHighway
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.remote_code import auto_map, code_files
 from tests.clear import clear_model
@@ -199,6 +199,12 @@ def test_every_file_that_is_opened_imports_all_that_it_needs(model):
         assert own == {Path(needed).name for needed in get_relative_import_files(file)}, file.name
         assert all((PACKAGE / name).is_file() for name in own)
         assert own | {file.name} <= {needed.name for needed in code_files(model)}
+
+
+@pytest.mark.version_independent
+def test_the_root_holds_what_travels_with_a_checkpoint():
+    travels = {file.name for model in (*MODELS, HighwayWrapper) for file in code_files(model)}
+    assert travels | {"__init__.py", "auto.py"} == {file.name for file in PACKAGE.glob("*.py")}
 
 
 def test_a_config_in_memory_does_not_name_files_that_are_not_there(saved, tmp_path):

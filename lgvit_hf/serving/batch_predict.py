@@ -35,8 +35,8 @@ from .answer_files import COLUMNS, check_format, write_predictions
 from .device.rgb import FORMATS
 from .predictor import Predictor
 
-# about so many images are answered before they are kept
-SHARD = 256
+SHARD = 256  # about so many images are answered before they are kept
+_here: _Work  # of a process that answers for another
 
 
 def run_predict(

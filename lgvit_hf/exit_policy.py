@@ -1,0 +1,301 @@
+"""What an exit policy is: its contract, the registry, and a policy from the settings of a config."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Memory = dict[str, Tensor]
+
+
+Numbers = float | Sequence[float]
+
+
+POLICIES: dict[str, type] = {}
+"""Exit policies by name: what `exit_policy` may name; `register_policy` adds one."""
+
+
+_DEFAULTS = {
+    "single_label_classification": {"name": "confidence", "threshold": 0.8},
+    "multi_label_classification": {"name": "label_confidence", "threshold": 0.9},
+}
+
+
+# The names that LGViT's and EEVIT's configs and scripts use for the same rules.
+SEED_NAMES = {"patient_and_confident": "patience_confidence", "confidence_and_entropy": "confidence_entropy"}
+
+
+def register_policy(name: str) -> Callable[[type], type]:
+    """Class decorator: make a policy known under `name`, so that a config can hold it.
+
+    Example:
+
+        >>> @register_policy("coin")
+        ... class CoinPolicy(ExitPolicy):
+        ...     def __call__(self, logits, memory, exit_index=0):
+        ...         return logits[:, 0] > 0, memory
+        >>> build_policy({"name": "coin"}, num_exits=2).name
+        'coin'
+        >>> _ = POLICIES.pop("coin")
+    """
+
+    def decorate(policy: type) -> type:
+        if POLICIES.get(name, policy) is not policy and POLICIES[name].__qualname__ != policy.__qualname__:
+            raise ValueError(f"there is already a policy called {name!r} ({POLICIES[name]}); choose another name")
+        POLICIES[name] = policy
+        policy.name = name
+        return policy
+
+    return decorate
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`softmax(logits / temperature)` in float32, whatever the dtype of `logits` `[B, C]`."""
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    return torch.softmax(logits, dim=-1)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of `probs` `[B, C]`; 0 where a probability underflows, NaN where the row is NaN.
+
+    Example:
+
+        >>> entropy(probabilities(torch.tensor([[200.0, 0.0], [0.0, 0.0]]))).tolist()
+        [0.0, 0.693...]
+    """
+    return torch.special.entr(probs).sum(-1)
+
+
+def margin(probs: Tensor) -> Tensor:
+    """Largest minus second largest probability of each row of `probs` `[B, C]`."""
+    if probs.shape[-1] == 1:
+        return probs[..., 0]
+    best, second = probs.topk(2, dim=-1).values.unbind(-1)
+    return best - second
+
+
+def check_numbers(field_name: str, value: Numbers, *, positive: bool = False) -> None:
+    """Raise `ValueError` for what is no number or list of numbers."""
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for number in values:
+        good = isinstance(number, (int, float)) and not isinstance(number, bool) and not math.isnan(number)
+        if not good or (positive and not 0 < number < math.inf):
+            wanted = "positive and finite" if positive else "numbers"
+            raise ValueError(f"exit_policy: {field_name}={value!r} is not one number or a list of numbers ({wanted})")
+
+
+def check_count(field_name: str, value: int) -> None:
+    """Raise `ValueError` for what is no whole number of at least 1."""
+    if not _is_count(value, 1):
+        raise ValueError(f"exit_policy: {field_name}={value!r} must be an integer of at least 1")
+
+
+def check_exits(value: Sequence[int] | None) -> None:
+    """Raise `ValueError` for what is no list of exits; `None` stands for all."""
+    if value is None:
+        return
+    good = isinstance(value, Sequence) and not isinstance(value, str) and all(_is_count(number, 0) for number in value)
+    if not good or len(set(value)) < len(value):
+        raise ValueError(f"exit_policy: exits={value!r} is not a list of different exit indices, from 0")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def number_at(value: Numbers, exit_index: int, default: float) -> float:
+    """The number that holds at an exit: the only one, the exit's own, or `default` past the end of the list."""
+    if isinstance(value, (int, float)):
+        return value
+    return value[exit_index] if exit_index < len(value) else default
+
+
+class ExitPolicy:
+    """When a row leaves. Derive, implement `__call__`, and `register_policy` to store it in configs.
+
+    The engine calls the policy once per exit that is run, with the rows that are still there. The last exit (the final
+    classifier, or the deepest one that `max_depth` allows) answers whatever the policy says, and a row whose logits
+    are NaN never leaves early.
+    """
+
+    name = "custom"
+    # whether `__call__` itself never lets a row with NaN logits leave; otherwise the engine sees to it
+    keeps_nan = False
+    # the `problem_type` whose answers it can judge; None for any
+    problem_type: ClassVar[str | None] = None
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """The memory before the first exit: tensors with the batch first, so that rows can be dropped."""
+        return {}
+
+    def skips(self, exit_index: int) -> bool:
+        """Whether no row can leave at this exit and nothing is remembered of it: its head is then not run at all."""
+        exits = getattr(self, "exits", None)
+        return exits is not None and exit_index not in exits
+
+    def check(self, num_exits: int) -> None:
+        """Raise `ValueError` where the parameters do not fit a highway of `num_exits` early exits."""
+        strange = [index for index in getattr(self, "exits", None) or () if index >= num_exits]
+        if strange:
+            raise ValueError(f"exit_policy: exits={list(self.exits)}: the model has {num_exits}, 0 to {num_exits - 1}")
+        for name in ("threshold", "entropy_threshold", "temperature"):
+            value = getattr(self, name, None)
+            # a temperature may also be given for the final classifier, which has no threshold
+            lengths = (num_exits, num_exits + 1) if name == "temperature" else (num_exits,)
+            if isinstance(value, Sequence) and len(value) not in lengths:
+                raise ValueError(
+                    f"exit_policy: {name} has {len(value)} values, but the model has {num_exits} exits; "
+                    f"give one for all or {num_exits}"
+                )
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        """Decide for each row.
+
+        Args:
+            logits (`Tensor`): `[B, C]`, of the exit just run.
+            memory (`dict[str, Tensor]`): What was returned for these rows at the exit before, or by `start`.
+            exit_index (`int`): Which exit this is, from 0.
+
+        Returns:
+            `leave` `[B]` bool, and the memory; its entry `score` `[B]` float32, when there, becomes `exit_score`.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form that `build_policy` reads."""
+        settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {
+            "name": self.name,
+            **{
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in settings.items()
+                if value is not None
+            },
+        }
+
+
+class CustomPolicy(ExitPolicy):
+    """Any callable `(logits, memory) -> (leave, memory)`, with or without `start`, as a policy."""
+
+    def __init__(self, rule: Callable[[Tensor, Memory], tuple[Tensor, Memory]]):
+        if not callable(rule):
+            raise ValueError(f"exit_policy: {rule!r} is not callable as (logits, memory) -> (leave, memory)")
+        self.rule = rule
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """What the rule's own `start` gives, or nothing."""
+        start = getattr(self.rule, "start", None)
+        return start(batch_size=batch_size, device=device) if start else {}
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        return self.rule(logits, memory)
+
+
+def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits: int) -> ExitPolicy:
+    """Make a checked policy for a highway of `num_exits` early exits.
+
+    Args:
+        policy (`dict`, `str`, `ExitPolicy` or callable):
+            `{"name": "confidence", "threshold": 0.8}`, a registered name that needs no parameters, or an object.
+        num_exits (`int`): Early exits, the final classifier not counted.
+
+    Raises:
+        ValueError: Unknown name or parameter, missing parameter, wrong number of thresholds.
+
+    Example:
+
+        >>> build_policy({"name": "entropy", "threshold": [0.1, 0.2, 0.3]}, num_exits=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: exit_policy: threshold has 3 values, but the model has 2 exits; give one for all or 2
+    """
+    if isinstance(policy, str):
+        policy = {"name": policy}
+    if isinstance(policy, dict):
+        policy = _from_dict(policy)
+    if not isinstance(policy, ExitPolicy):
+        policy = CustomPolicy(policy)
+    policy.check(num_exits)
+    return policy
+
+
+def problem_of(num_labels: int, problem_type: str | None) -> str:
+    """What a model's logits stand for; as in transformers, one label without a `problem_type` is a regression.
+
+    Example:
+
+        >>> problem_of(10, None), problem_of(1, None)
+        ('single_label_classification', 'regression')
+    """
+    if num_labels < 2 and problem_type != "multi_label_classification":
+        return "regression"
+    return problem_type or "single_label_classification"
+
+
+def default_policy(num_labels: int, problem_type: str | None) -> dict[str, Any]:
+    """The policy of a model for which none was chosen.
+
+    Example:
+
+        >>> default_policy(3, "multi_label_classification"), default_policy(1, None)
+        ({'name': 'label_confidence', 'threshold': 0.9}, {'name': 'never'})
+    """
+    return copy.deepcopy(_DEFAULTS.get(problem_of(num_labels, problem_type), {"name": "never"}))
+
+
+def following_default(policy: dict[str, Any], num_labels: int, problem_type: str | None) -> dict[str, Any]:
+    """A policy as it is; the default of another problem becomes that of this one.
+
+    transformers' users set `problem_type` and `num_labels` of a config that is there already.
+
+    Example:
+
+        >>> following_default({"name": "confidence", "threshold": 0.8}, 1, "regression")
+        {'name': 'never'}
+        >>> following_default({"name": "confidence", "threshold": 0.7}, 1, "regression")
+        {'name': 'confidence', 'threshold': 0.7}
+    """
+    problem = problem_of(num_labels, problem_type)
+    of_others = [default for other, default in _DEFAULTS.items() if other != problem]
+    return default_policy(num_labels, problem_type) if policy in of_others else policy
+
+
+def check_problem(policy: ExitPolicy, num_labels: int, problem_type: str | None) -> None:
+    """Raise `ValueError` where a policy judges other answers than a model gives."""
+    problem = problem_of(num_labels, problem_type)
+    if policy.problem_type not in (None, problem):
+        fitting = [name for name, known in POLICIES.items() if known.problem_type in (None, problem)]
+        raise ValueError(
+            f"exit_policy: {policy.name!r} is for {policy.problem_type}, and this model's is {problem} "
+            f"(num_labels={num_labels}, problem_type={problem_type!r}); choices: {', '.join(sorted(fitting))}"
+        )
+
+
+def _from_dict(settings: dict[str, Any]) -> Any:
+    settings = dict(settings)
+    name = settings.pop("name", None)
+    if name == "gumbel_lte":
+        raise ValueError("exit_policy: 'gumbel_lte' (learned exits) never existed as code; " + _known_policies())
+    cls = POLICIES.get(SEED_NAMES.get(name, name)) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"exit_policy: unknown policy name {name!r}; " + _known_policies())
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = sorted(set(settings) - set(parameters))
+        missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in settings]
+        missing = [key for key in missing if parameters[key].kind is not inspect.Parameter.VAR_POSITIONAL]
+        if unknown or missing:
+            what = f"unknown parameter {unknown[0]!r}" if unknown else f"missing parameter {missing[0]!r}"
+            raise ValueError(f"exit_policy: {what} for {name!r}; its parameters: {', '.join(parameters) or 'none'}")
+    return cls(**settings)
+
+
+def _known_policies() -> str:
+    return f"known policies: {', '.join(sorted(POLICIES))}"
