@@ -18,7 +18,7 @@ from .exit_policy import Memory  # noqa: F401
 from .heads import is_head, known_heads, lgvit_heads
 from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
 from .safe_config import SafeConfig, check_num_labels
-from .segments import State  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+from .segments import height_width
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
@@ -183,7 +183,7 @@ class HighwayConfig(SafeConfig):
 
     def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches behind block `after` (from 1) for images of `height` x `width` pixels."""
-        rows, columns = _pair(self.patch_size)
+        rows, columns = height_width(self.patch_size)
         return height // rows, width // columns
 
     def validate_exits(self) -> None:
@@ -229,10 +229,6 @@ class HighwayConfig(SafeConfig):
         if "exit_positions" in ours and "exit_types" not in ours:
             settings.pop("exit_types", None)
         return super().from_dict(settings, **kwargs)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _own_settings(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -427,7 +423,7 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
 
     def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches behind block `after` (from 1) for images of `height` x `width` pixels."""
-        rows, columns = _pair(self.patch_size)
+        rows, columns = height_width(self.patch_size)
         # images are padded to whole patches, and a grid to whole groups of patches at each merging
         shrink = 2 ** self.stage_of(after)
         return -(-height // (rows * shrink)), -(-width // (columns * shrink))

@@ -23,7 +23,7 @@ from .losses import check_labels, loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy
 from .pretrained import PretrainedHighway
 from .recording import Selection, recording, requested
-from .segments import Block, Segment, State, Tokens
+from .segments import Block, Segment, State, Tokens, height_width
 
 logger = logging.getLogger(__name__)
 
@@ -297,8 +297,7 @@ class HighwayMixin(PretrainedHighway):
             raise ValueError(
                 f"pixel_values: shape {tuple(pixel_values.shape)} is an empty batch; give at least one image"
             )
-        size = self.config.image_size
-        wanted, given = (size, size) if isinstance(size, int) else tuple(size), tuple(pixel_values.shape[-2:])
+        wanted, given = height_width(self.config.image_size), tuple(pixel_values.shape[-2:])
         if given != wanted and not interpolate and not self.takes_any_size:
             raise ValueError(
                 f"pixel_values: {given[0]} x {given[1]} pixels, but the model takes {wanted[0]} x {wanted[1]}; resize "

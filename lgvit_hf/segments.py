@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,3 +104,14 @@ class Segment:
         for block in self.blocks:
             state = block(state)
         return state
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of what a config calls a size, where one number stands for both.
+
+    Example:
+
+        >>> height_width(32), height_width([32, 64])
+        ((32, 32), (32, 64))
+    """
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from .segments import height_width
+
 # scale and centre of the gate, as published for DeiT-tiny and DeiT-small, and as students trained it on Caltech-256
 GATES = {"tiny": (10.0, 30.0), "small": (10.0, 75.0), "student": (5.0, 10.0)}
 
@@ -260,7 +262,7 @@ def token_macs(config: PretrainedConfig, token_depth: Tensor) -> Tensor:
     width, blocks = config.hidden_size, torch.arange(config.num_hidden_layers, device="cpu")
     live = (token_depth[:, :, None] > blocks).sum(1).double()  # [B, L]
     products = live * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * live**2 * width
-    rows, columns = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else config.patch_size
-    height, wide = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    rows, columns = height_width(config.patch_size)
+    height, wide = height_width(config.image_size)
     stem = (height // rows * rows) * (wide // columns * columns) * config.num_channels * width
     return products.sum(1) + stem + width * config.num_labels

@@ -27,7 +27,7 @@ from .modes import evaluating
 from .module_split import cut, cut_points, proven_pieces
 from .pretrained import HUB_ARGUMENTS, check_files
 from .safe_config import without_attention_code
-from .segments import Block, State, Tokens
+from .segments import Block, State, Tokens, height_width
 from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece
 
 NO_DATA_PARALLEL = (
@@ -106,7 +106,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             images, names = _probes(module, example), list(after)
         else:
             images, names = (
-                _probes(module, torch.zeros(1, config.num_channels, *_pair(config.image_size))),
+                _probes(module, torch.zeros(1, config.num_channels, *height_width(config.image_size))),
                 config.after,
             )
         with evaluating(module):
@@ -202,7 +202,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         """The stretches between cuts, traced anew where a submodule, mode, dtype or device is another than before."""
         mode = self._mode()
         if mode not in self._pieces:
-            example = torch.zeros(1, self.config.num_channels, *_pair(self.config.image_size))
+            example = torch.zeros(1, self.config.num_channels, *height_width(self.config.image_size))
             self._pieces[mode] = cut(self.wrapped, self.config.after, _probes(self.wrapped, example))
         return list(self._pieces[mode])
 
@@ -215,7 +215,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
 
     def tokens(self, state: State) -> Tokens:
         """What the exit at hand reads: `hidden` as patches and prefix tokens."""
-        return reading_of(state[HIDDEN].shape[1:], _pair(self.config.image_size)).tokens(state[HIDDEN])
+        return reading_of(state[HIDDEN].shape[1:], height_width(self.config.image_size)).tokens(state[HIDDEN])
 
     def final(self, state: State) -> Tensor:
         """The module's own answer."""
@@ -223,7 +223,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
 
     def head_shape(self, after: int) -> HeadShape:
         """Told by what the submodule gives; all places count alike, class tokens too."""
-        width = reading_of(self.config.exit_shapes[after - 1], _pair(self.config.image_size)).width
+        width = reading_of(self.config.exit_shapes[after - 1], height_width(self.config.image_size)).width
         return HeadShape(
             width=width,
             num_prefix=0,
@@ -386,7 +386,7 @@ def _probes(module: nn.Module, example: Tensor | None) -> Tensor:
             f"example: {type(module).__name__} does not say what images it takes; give one, such as "
             "example=torch.zeros(1, 3, 224, 224)"
         )
-    shape = (1, config.num_channels, *_pair(size)) if example is None else tuple(example.shape)
+    shape = (1, config.num_channels, *height_width(size)) if example is None else tuple(example.shape)
     if len(shape) != 4 or shape[0] < 1:
         raise ValueError(f"example: shape {shape} must be (1, channels, height, width)")
     weight = next((each for each in module.parameters() if each.is_floating_point()), torch.zeros(()))
@@ -395,10 +395,6 @@ def _probes(module: nn.Module, example: Tensor | None) -> Tensor:
         # the last: an example of zeros says little
         images[-1] = example[0].detach().cpu()
     return images.to(weight.device, weight.dtype)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _one_per_exit(heads: str | nn.Module | Sequence[str | nn.Module], num_exits: int) -> list[str | nn.Module]:

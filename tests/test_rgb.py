@@ -13,7 +13,7 @@ from lgvit_hf.data.datasets import load_unlabelled
 from lgvit_hf.data.processing import ProcessedImages, channels_of, make_processor, open_processor
 from lgvit_hf.export.infer import INFER, write_infer
 from lgvit_hf.serving.device.pixels import pixel_settings, prepare
-from lgvit_hf.serving.device.rgb import FORMATS, MAX_PIXELS, as_rgb, check_resized, read_image
+from lgvit_hf.serving.device.rgb import IMAGE_FORMATS, MAX_PIXELS, as_rgb, check_resized, read_image
 from lgvit_hf.serving.predictor import Predictor, open_image
 from lgvit_hf.serving.whole_model import Whole
 from tests.seeds import rng
@@ -191,6 +191,6 @@ def test_damaged_files_are_refused_with_a_sentence():
 
 
 def test_formats_that_run_other_programs_are_not_opened():
-    assert "EPS" not in FORMATS
+    assert "EPS" not in IMAGE_FORMATS
     with pytest.raises(ValueError, match="none of PNG"):
         read_image(written(RGB, "EPS"))

@@ -20,6 +20,7 @@ EXAMPLE = (
     "  lgvit convert --from torchvision swin_t-704ceda3.pth highway/ --exit-positions 4 8 --exit-types conv1_1\n"
     "  lgvit convert --to lgvit runs/stage2 original/"
 )
+from ..segments import height_width
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +113,7 @@ def _in_words(config: PretrainedConfig) -> str:
     if config.model_type.endswith("_highway"):
         exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
         return f"{config.model_type}, exits after {exits}" if exits else f"{config.model_type} without exits"
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_width(config.image_size)
     if config.model_type == "swin":
         blocks, heads = f"{sum(config.depths)} blocks", f"heads {config.num_heads}, windows of {config.window_size}"
     else:

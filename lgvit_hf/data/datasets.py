@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..serving.device.rgb import FORMATS
+from ..serving.device.rgb import IMAGE_FORMATS
 from .folders import SPLITS, is_archive, read_path, require_datasets, split_named
 
 if TYPE_CHECKING:
@@ -383,7 +383,7 @@ def _refuse_broken(dataset: Any) -> None:
     for row, image in enumerate(undecoded["image"]):
         path, content = image["path"], image["bytes"]
         try:
-            with Image.open(path if content is None else BytesIO(content), formats=FORMATS) as opened:
+            with Image.open(path if content is None else BytesIO(content), formats=IMAGE_FORMATS) as opened:
                 opened.verify()
         # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... for what it cannot read
         except Exception as error:

@@ -19,14 +19,14 @@ from typing import Any
 from PIL import Image
 
 from ..files import file_stamp, replace_folder
-from ..serving.device.rgb import FORMATS
+from ..serving.device.rgb import IMAGE_FORMATS
 
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-_SUFFIXES = {suffix: kind in FORMATS for suffix, kind in Image.registered_extensions().items()}
+_SUFFIXES = {suffix: kind in IMAGE_FORMATS for suffix, kind in Image.registered_extensions().items()}
 IMAGES = tuple(suffix for suffix, read in _SUFFIXES.items() if read)
 # of other programs, or read by pillow with decoders that we do without; documents, films and data are no images
 FOREIGN = {".heic", ".heif", ".avif", ".avifs", ".svg", ".svgz", ".jxl", ".exr", ".hdr", ".xcf", ".dcm"}
@@ -132,7 +132,8 @@ def _read_folder(root: Path, where: str, labelled: bool, archives: bool = True) 
     if of_kind["foreign"]:
         raise ValueError(
             f"{where}: {of_kind['foreign'][0]} is of a format that is not read; save it, and others like it "
-            f"({len(of_kind['foreign'])} in all), as PNG or JPEG, or take it away (read are {', '.join(FORMATS)})"
+            f"({len(of_kind['foreign'])} in all), as PNG or JPEG, or take it away (read are "
+            f"{', '.join(IMAGE_FORMATS)})"
         )
     if "image" in found:
         if of_kind["metadata"]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
+from ..segments import height_width
 from ..serving.device.rgb import as_rgb, check_resized, read_image
 from .augmentation import Augmentation
 
@@ -302,7 +303,7 @@ def make_processor(image_size: int | Sequence[int], num_channels: int = 3) -> Ba
     """
     from transformers import ViTImageProcessor
 
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = height_width(image_size)
     return ViTImageProcessor(
         size={"height": height, "width": width},
         image_mean=[0.5] * num_channels,

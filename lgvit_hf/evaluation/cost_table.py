@@ -24,7 +24,7 @@ from ..engine import Answers
 from ..files import write_json
 from ..modes import evaluating
 from ..policies import ExitPolicy, Memory, probabilities
-from ..segments import Segment, State
+from ..segments import Segment, State, height_width
 from .costs import Costs, Highway, export_of
 from .environment import processor_name
 
@@ -442,8 +442,8 @@ def machine(model: Highway) -> dict[str, Any]:
 
 def architecture(model: Highway) -> str:
     """What decides how long a highway takes, in a line; two models of one architecture may share a cost table."""
-    config, size, exported = model.config, model.config.image_size, export_of(model)
-    height, width = (size, size) if isinstance(size, int) else size
+    config, exported = model.config, export_of(model)
+    height, width = height_width(config.image_size)
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
     if exported is None:
         extent, numbers = f"{model.num_parameters()} parameters", str(model.dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from ..data.batches import in_batches, to_model
 from ..engine import run_all
 from ..modeling_avit import AViT
 from ..policies import ExitPolicy, number_at, probabilities
-from ..segments import State
+from ..segments import State, height_width
 from .costs import Highway
 
 # what the scores of the built-in policies are, and the field with which they are compared
@@ -74,8 +74,7 @@ def patch_grid(config: PretrainedConfig) -> tuple[int, int]:
         >>> patch_grid(ViTConfig(image_size=(32, 64), patch_size=16))
         (2, 4)
     """
-    sizes = (config.image_size, config.patch_size)
-    (height, width), (rows, columns) = ((size, size) if isinstance(size, int) else size for size in sizes)
+    (height, width), (rows, columns) = height_width(config.image_size), height_width(config.patch_size)
     return height // rows, width // columns
 
 

@@ -11,16 +11,18 @@ from onnx import TensorProto, helper
 
 from ..runtimes.manifest import PARAMETERS
 from .onnx_graph import Graph
-from .segment_graphs import OPSET, Decision, Part
+from .segment_graphs import OPSET, Decision, Stretch
 
 PRODUCER = "lgvit-hf"
 
 
-def compose_single(parts: Sequence[Part], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]) -> Any:
+def compose_single(
+    parts: Sequence[Stretch], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]
+) -> Any:
     """One model in which each row leaves at its own exit, and the branches that nobody needs are not run.
 
     Args:
-        parts (`Sequence[Part]`): Of the exits that are asked, the one that answers what is left last.
+        parts (`Sequence[Stretch]`): Of the exits that are asked, the one that answers what is left last.
         decision (`Decision`): The policy; of it, the last part only takes the score.
         depths (`Sequence[int]`): Blocks run before each exit of the whole highway.
         defaults (`dict[str, np.ndarray]`):
@@ -50,7 +52,12 @@ def compose_single(parts: Sequence[Part], decision: Decision, depths: Sequence[i
 
 
 def _body(
-    graph: Graph, number: int, state: Sequence[str], memory: Sequence[str], parts: Sequence[Part], decision: Decision
+    graph: Graph,
+    number: int,
+    state: Sequence[str],
+    memory: Sequence[str],
+    parts: Sequence[Stretch],
+    decision: Decision,
 ) -> tuple[str, str, str]:
     """From one exit on: names of the logits, exit index and score of the rows that have come this far."""
     part, here = parts[number], f"e{parts[number].exit_index}_"
@@ -97,7 +104,7 @@ def _body(
 
 
 def _decide(
-    graph: Graph, here: str, threshold: int, part: Part, logits: str, memory: Sequence[str], decision: Decision
+    graph: Graph, here: str, threshold: int, part: Stretch, logits: str, memory: Sequence[str], decision: Decision
 ) -> list[str]:
     """Names of who leaves, the score, and the memory after it; `threshold` is the place of those to judge by."""
     inputs = [_at(graph, here, "exit_temperatures", part.exit_index)]
@@ -112,13 +119,13 @@ def _at(graph: Graph, here: str, name: str, index: int) -> str:
     return graph.add("Slice", [name, start, end], f"{here}{name}")
 
 
-def _branch(graph: Graph, outputs: Sequence[str], name: str, part: Part) -> Any:
+def _branch(graph: Graph, outputs: Sequence[str], name: str, part: Stretch) -> Any:
     kinds = (_logits_info(outputs[0], part).type.tensor_type.elem_type, TensorProto.INT64, TensorProto.FLOAT)
     infos = [helper.make_tensor_value_info(entry, kind, None) for entry, kind in zip(outputs, kinds, strict=True)]
     return helper.make_graph(graph.nodes, name, [], infos, graph.constants)
 
 
-def compose_all_exits(parts: Sequence[Part]) -> Any:
+def compose_all_exits(parts: Sequence[Stretch]) -> Any:
     """One model that runs every exit: `logits` of the last and `exit_logits` `[E, B, C]` of all."""
     graph, state, found = Graph(), ["pixel_values"], []
     for part in parts:
@@ -133,16 +140,16 @@ def compose_all_exits(parts: Sequence[Part]) -> Any:
     return _model(graph, parts[0], [info, stacked], {})
 
 
-def _num_labels(part: Part) -> int:
+def _num_labels(part: Stretch) -> int:
     return part.model.graph.output[-1].type.tensor_type.shape.dim[-1].dim_value
 
 
-def _logits_info(name: str, part: Part) -> Any:
+def _logits_info(name: str, part: Stretch) -> Any:
     kind = part.model.graph.output[-1].type.tensor_type.elem_type
     return helper.make_tensor_value_info(name, kind, ["batch", _num_labels(part)])
 
 
-def _model(graph: Graph, first: Part, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
+def _model(graph: Graph, first: Stretch, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
     pixels = first.model.graph.input[0].type.tensor_type
     sizes = ["batch", *(dim.dim_value for dim in pixels.shape.dim[1:])]
     inputs = [helper.make_tensor_value_info("pixel_values", pixels.elem_type, sizes)]

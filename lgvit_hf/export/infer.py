@@ -74,5 +74,6 @@ def write_infer(folder: Path, processor: BaseImageProcessor, num_channels: int) 
     (folder / PIXELS).mkdir(exist_ok=True)
     (folder / PIXELS / "__init__.py").touch()
     for module in (pixels, rgb):
-        shutil.copyfile(module.__file__, folder / PIXELS / Path(module.__file__).name)
+        file = Path(str(module.__file__))
+        shutil.copyfile(file, folder / PIXELS / file.name)
     (folder / "infer.py").write_text(INFER, encoding="utf-8")

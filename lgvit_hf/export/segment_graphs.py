@@ -41,7 +41,7 @@ EXPORTABLE = (
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """A stretch of a highway as an ONNX model: the state's tensors in; those and `logits` out, of the last one these.
 
     Args:
@@ -90,7 +90,7 @@ class _Step(nn.Module):
 
 
 @torch.no_grad()
-def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
+def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Stretch]:
     """The stretches between some exits of a highway; the heads of other exits are left out.
 
     Pixels and logits are float32, the state between stretches is of the model's dtype.
@@ -103,7 +103,7 @@ def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
         return _export_parts(model, exits)
 
 
-def _export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
+def _export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Stretch]:
     from .onnx_graph import chain
 
     segments, state = model.segments(), State({"pixel_values": example_image(model, batch_size=2).float()})
@@ -114,7 +114,7 @@ def _export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Part]:
             exported, state = _exported_step(model, block, state, known)
             models.append(exported)
         exported, _ = _exported_step(model, segments[index].answer, state, known)
-        parts.append(Part(index, chain([*models, exported], ends=index == exits[-1])))
+        parts.append(Stretch(index, chain([*models, exported], ends=index == exits[-1])))
         start = index + 1
     return parts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,32 +27,59 @@ TOLERANCE = 1e-4
 ROUNDING = 1e-5
 
 
-@torch.no_grad()
 def verify(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
-    """Run an exported folder against its model: every exit forced, mixed batches, and batches of 1, 2, 7 and 32.
+    """Run an exported folder against its model, as `verify_answers` does.
 
-    Rows with a score within 1e-5 of its threshold may leave elsewhere. Files of less than float32 precision may differ
-    by more, and only have to give numbers: `compare` says what they are worth.
-
-    Returns:
-        `batch_sizes`, and the `largest_difference` of logits of rows that leave at the same exit.
-
-    Raises:
-        ValueError: Logits differ by more than 1e-4 of the largest, or a row leaves elsewhere; with the numbers.
+    Files of less than float32 precision may differ by more, and only have to give numbers: `compare` says what they
+    are worth.
     """
     exported = ORTHighway.from_pretrained(folder)
-    largest, exact = 0.0, exported.manifest.precision == "float32"
-    for trial in trials(model, exported.manifest.exits):
-        exported.set_exit_policy(trial.policy)
-        found, expected = exported(trial.images), trial.expected
+
+    def answer(policy: ExitPolicy, images: Tensor) -> Any:
+        exported.set_exit_policy(policy)
+        return exported(images)
+
+    is_exact = exported.manifest.precision == "float32"
+    return verify_answers(model, exported.manifest.exits, answer, "the export does not answer", is_exact=is_exact)
+
+
+@torch.no_grad()
+def verify_answers(
+    model: PreTrainedModel,
+    exits: list[int],
+    answer: Callable[[ExitPolicy, Tensor], Any],
+    complaint: str,
+    *,
+    is_exact: bool = True,
+) -> dict[str, Any]:
+    """Run what was made of a model against it: every exit forced, mixed batches, and batches of 1, 2, 7 and 32.
+
+    Samples with a score within 1e-5 of its threshold may exit elsewhere.
+
+    Args:
+        model (`PreTrainedModel`): A highway, in `eval()` mode.
+        exits (`list[int]`): Indices of the exits that are evaluated.
+        answer (`Callable`): `logits`, `exit_index` and `exit_layer` under a policy for images `[B, C, H, W]`.
+        complaint (`str`): Beginning of the error, up to "as the model does".
+        is_exact (`bool`, *optional*, defaults to `True`): Otherwise the answers only have to be numbers.
+
+    Returns:
+        `batch_sizes`, and the `largest_difference` of logits of samples with the same exit.
+
+    Raises:
+        ValueError: Logits differ by more than 1e-4 of the largest, or a sample exits elsewhere; with the numbers.
+    """
+    largest = 0.0
+    for trial in trials(model, exits):
+        found, expected = answer(trial.policy, trial.images), trial.expected
         elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
         # not where rounding decides; and NaN is larger than any difference
-        compared = ~trial.undecided if exact else ~elsewhere
+        compared = ~trial.undecided if is_exact else ~elsewhere
         difference = torch.where(compared, (found.logits - expected.logits).abs().amax(-1), 0.0).max().item()
         wrong = bool((elsewhere & compared).any()) or not difference <= TOLERANCE * trial.scale
-        if wrong if exact else not found.logits.isfinite().all():
+        if wrong if is_exact else not found.logits.isfinite().all():
             raise ValueError(
-                f"the export does not answer as the model does: of a batch of {len(elsewhere)} under {trial.policy}, "
+                f"{complaint} as the model does: of a batch of {len(elsewhere)} under {trial.policy}, "
                 f"{int((elsewhere & compared).sum())} rows leave elsewhere, and logits differ by {difference:.2g} "
                 f"(largest {trial.scale:.2g}); nothing was written"
             )

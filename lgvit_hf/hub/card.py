@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..files import replace_file
 from ..policies import build_policy
+from ..segments import height_width
 from .loading import HIGHWAYS, answer_depths, read_config
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -127,13 +128,12 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: It is no report of one of the commands.
         OSError: There is no such file.
     """
+    content = report
     if not isinstance(report, Mapping):
         try:
             content = json.loads(Path(report).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{report}: no JSON ({error})") from error
-    else:
-        content = report
     known = (*REPORTS, TRAINING)
     if not isinstance(content, Mapping) or content.get("what") not in known:
         what = content.get("what") if isinstance(content, Mapping) else type(content).__name__
@@ -214,14 +214,10 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
         return
     if config.model_type == "avit":
         raise ValueError(f"{where}: {report['what']} is of a highway, and the model is an avit")
-    depths = {
-        "lgvit evaluate": lambda: [exit["position"] for exit in report["exits"]],
-        "lgvit benchmark": lambda: [exit["depth"] for exit in report["exits"]],
-    }.get(report["what"])
-    if depths is not None and depths() != answer_depths(config):
-        raise ValueError(
-            f"{where} is of a model that answers at depths {depths()}, this one at {answer_depths(config)}"
-        )
+    key = {"lgvit evaluate": "position", "lgvit benchmark": "depth"}.get(report["what"])
+    depths, ours = [exit[key] for exit in report["exits"]] if key else None, answer_depths(config)
+    if key and depths != ours:
+        raise ValueError(f"{where} is of a model that answers at depths {depths}, this one at {ours}")
     policy = report["environment"]["policy"] if report["what"] == "lgvit benchmark" else report["policy"]
     now = build_policy(config.exit_policy, len(config.exits)).to_dict()
     if build_policy(dict(policy), len(config.exits)).to_dict() != now:
@@ -229,8 +225,7 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
 
 
 def _what_it_is(config: PretrainedConfig) -> str:
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_width(config.image_size)
     images = f"images of {height} x {width} pixels in {config.num_labels} classes"
     if config.model_type == "avit":
         return (
@@ -393,25 +388,17 @@ def _results(report: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalRes
     overall, name = report["overall"], data_name(report)
     kind = datasets[0] if len(datasets) == 1 else name
     about = {"exit_policy": _rounded(report["policy"])}
-    results = [
-        _result(kind, name, report["split"], "accuracy", overall["accuracy"], "Accuracy, leaving early", about),
-        _result(kind, name, report["split"], "mean_depth", overall["mean_depth"], "Mean depth in blocks", about),
-        _result(kind, name, report["split"], "macs", overall["mean_macs"], "Mean MACs of an image", about),
+    figures = [
+        ("accuracy", overall["accuracy"], "Accuracy, leaving early", about),
+        ("accuracy", overall["accuracy_full_model"], "Accuracy, full model", None),
+        ("mean_depth", overall["mean_depth"], "Mean depth in blocks", about),
+        ("macs", overall["mean_macs"], "Mean MACs of an image", about),
     ]
-    if overall["accuracy_full_model"] is not None:
-        full = overall["accuracy_full_model"]
-        results.insert(1, _result(kind, name, report["split"], "accuracy", full, "Accuracy, full model"))
-    return results
+    return [_result(kind, name, report["split"], *figure) for figure in figures if figure[1] is not None]
 
 
 def _result(
-    kind: str,
-    data: str,
-    split: str | None,
-    metric: str,
-    value: float,
-    name: str,
-    about: dict[str, Any] | None = None,
+    kind: str, data: str, split: str | None, metric: str, value: float, name: str, about: dict[str, Any] | None = None
 ) -> EvalResult:
     return EvalResult(
         task_type=TASK,
@@ -447,9 +434,9 @@ def _percent(share: float | None) -> str:
 
 def _exits_behind(positions: Sequence[int]) -> str:
     *others, last = map(str, positions)
-    return (
-        f"early exits behind blocks {', '.join(others)} and {last}" if others else f"an early exit behind block {last}"
-    )
+    if not others:
+        return f"an early exit behind block {last}"
+    return f"early exits behind blocks {', '.join(others)} and {last}"
 
 
 def _rounded(value: Any) -> Any:

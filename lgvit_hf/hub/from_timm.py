@@ -18,6 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from ..segments import height_width
 from .loading import BY_BACKBONE
 from .reading import find_weights, in_short, read_json, read_weights
 from .strict import Rename, load_strictly, processor_beside, renamed, split_fused, write_model
@@ -224,7 +225,7 @@ def processor_settings(
     image_size: int | tuple[int, int], mean: list[float], std: list[float], interpolation: str | None
 ) -> dict[str, Any]:
     """The settings of a `ViTImageProcessor`, which resizes to the whole size without cutting anything off."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = height_width(image_size)
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": True,

@@ -25,6 +25,7 @@ from ..modeling_avit import AViT
 from ..modeling_deit import DeiTHighway
 from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
+from ..segments import height_width
 from ..wrapper import HighwayWrapper
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,7 @@ def answer_depths(config: HighwayConfig) -> list[int]:
 
 def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
     """Random pixels of the size the model was made for, `[B, C, H, W]`."""
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_width(model.config.image_size)
     return torch.randn(batch_size, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
 
 

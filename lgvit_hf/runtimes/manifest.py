@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import reprlib
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..files import leads_out, write_json
 from ..policies import ExitPolicy
+from ..serving.device.info import file_digest, is_digest
 
 LAYOUTS = ("single", "segments", "all_exits")
 PRECISIONS = ("float32", "float16", "int8")
@@ -108,7 +108,7 @@ class Manifest:
             "depths": num_exits > 0,
             "files": isinstance(files, dict)
             and len(files) == lengths.get(str(self.layout))
-            and all(_FILE.fullmatch(name) and _is_digest(digest) for name, digest in files.items()),
+            and all(_FILE.fullmatch(name) and is_digest(digest) for name, digest in files.items()),
             "exits": _are_counts(self.exits, 0) and self.exits[-1] < num_exits,
             "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
             "macs": isinstance(self.macs, dict)
@@ -122,15 +122,6 @@ class Manifest:
                 raise ValueError(f"{name}={reprlib.repr(getattr(self, name))}")
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _are_counts(values: Any, least: int) -> bool:
     """Whether this is a list of ascending integers."""
     if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
@@ -140,10 +131,6 @@ def _are_counts(values: Any, least: int) -> bool:
 
 def _are_numbers(values: Any, length: int) -> bool:
     return isinstance(values, list) and len(values) == length and all(type(value) in (int, float) for value in values)
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _check_link(file: Path) -> None:

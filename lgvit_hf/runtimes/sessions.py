@@ -86,7 +86,8 @@ def open_sessions(
         OSError: A file is missing.
         ValueError: A file does not open, or does not take what it is given or give what its layout promises.
     """
-    sessions, given = [], {"pixel_values"}
+    sessions: list[onnxruntime.InferenceSession] = []
+    given = {"pixel_values"}
     for name in manifest.files:
         file = Path(folder) / name
         session = open_session(file, options, providers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # by the suffix of the file
-FORMATS = (".parquet", ".csv", ".jsonl")
+SUFFIXES = (".parquet", ".csv", ".jsonl")
 # Parquet's type of each column, in their order
 COLUMNS = {
     "path": "string",
@@ -34,8 +34,8 @@ def check_format(output: Path) -> None:
         ImportError: pyarrow is needed and not installed.
         ValueError: Unknown suffix.
     """
-    if output.suffix not in FORMATS:
-        raise ValueError(f"{output}: predictions are written as {', '.join(FORMATS)}; choose one of these suffixes")
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"{output}: predictions are written as {', '.join(SUFFIXES)}; choose one of these suffixes")
     if output.suffix == ".parquet":
         _require_pyarrow()
 
@@ -49,7 +49,7 @@ def write_predictions(
         file (`Path`): To write, whatever its name.
         rows (`Iterable[dict]`): By column.
         columns (`Sequence[str]`): Of `COLUMNS`.
-        suffix (`str`, *optional*, defaults to `".parquet"`): One of `FORMATS`; lists are JSON in a cell of CSV.
+        suffix (`str`, *optional*, defaults to `".parquet"`): One of `SUFFIXES`; lists are JSON in a cell of CSV.
 
     Example:
 

@@ -32,7 +32,7 @@ from ..data.settings import check_counts
 from ..evaluation.exit_table import weights_digest
 from ..files import file_stamp, locked, replace_file, write_json
 from .answer_files import COLUMNS, check_format, write_predictions
-from .device.rgb import FORMATS
+from .device.rgb import IMAGE_FORMATS
 from .predictor import Predictor
 
 SHARD = 256  # about so many images are answered before they are kept
@@ -266,7 +266,7 @@ def _stamped(files: Sequence[str]) -> str:
 
 
 def _find_images(paths: Sequence[str], split: str | None) -> _Images:
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
     if len(paths) == 1 and _is_dataset(paths[0], known):
         return _Dataset(paths[0], split, load_encoded(paths[0], split))
     if split is not None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..evaluation.exit_table import weights_digest
 from ..hub.loading import answer_depths
+from ..segments import height_width
 from .device.info import PartInfo
 from .device.loop import Arrays, try_part
 from .predictor import Predictor
@@ -30,8 +31,7 @@ class Whole:
     def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):
         self._predictor = Predictor(path, policy, max_batch_size=max_batch_size)
         model, config = self._predictor.model, self._predictor.model.config
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_width(config.image_size)
         self.info = PartInfo(
             model=weights_digest(model),
             index=0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..configuration_avit import HALTING_FIELDS
+from ..serving.device.info import file_digest
 from .model_init import FreshModelTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def write_manifest(folder: str | Path, **facts: Any) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
-        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_digest(file)}
     unfinished = folder / f".{MANIFEST}"
     with open(unfinished, "w", encoding="utf-8") as stream:
         json.dump({**facts, "files": files}, stream, indent=2)
@@ -116,7 +116,7 @@ def damage(folder: str | Path) -> str | None:
         size = (folder / name).stat().st_size
         if size != written:
             return f"{name} is {size} bytes, {written} were written"
-    changed = next((name for name, (_, sha256) in files.items() if _sha256(folder / name) != sha256), None)
+    changed = next((name for name, (_, sha256) in files.items() if file_digest(folder / name) != sha256), None)
     return changed and f"{changed} is not what was written"
 
 
@@ -409,11 +409,3 @@ def _plain_damage(folder: Path) -> str | None:
     except ValueError:
         return "trainer_state.json cannot be read"
     return None
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -33,7 +33,7 @@ from PIL import Image, ImageCms
 
 from lgvit_hf import Predictor
 from lgvit_hf.files import write_json
-from lgvit_hf.serving.device.rgb import FORMATS
+from lgvit_hf.serving.device.rgb import IMAGE_FORMATS
 
 UPLOADS, WARM_UP = 5_000, 500
 IMAGES, IMAGES_WARM_UP = 2_000, 200
@@ -111,7 +111,7 @@ def picture(draw):
 def encoded(draw):
     """A picture as the file of a random format, with a profile or an orientation now and then."""
     while True:
-        image, kind, options = picture(draw), draw.choice(FORMATS), {}
+        image, kind, options = picture(draw), draw.choice(IMAGE_FORMATS), {}
         if draw.random() < 0.2:
             options["icc_profile"] = draw.choice(
                 [b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()]

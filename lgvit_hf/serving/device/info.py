@@ -13,7 +13,7 @@ from typing import Any
 
 PART_FILE = "part.json"
 SCHEMA = 1
-FORMATS = ("onnx", "safetensors")
+PART_FORMATS = ("onnx", "safetensors")
 WEIGHTS = "model.safetensors"
 # names of a policy's memory in a state, beside the tensors of the highway
 MEMORY = "memory."
@@ -117,9 +117,9 @@ class PartInfo:
         counted = _is_count(self.index) and _is_count(self.parts) and self.index < self.parts
         num_exits = len(self.depths) if isinstance(self.depths, list) else 0
         good = {
-            "model": _is_digest(self.model),
+            "model": is_digest(self.model),
             "index": counted,
-            "format": self.format in FORMATS,
+            "format": self.format in PART_FORMATS,
             "takes": _are_arrays(self.takes) and bool(self.takes),
             "gives": _are_arrays(self.gives) and bool(self.gives) == (self.index < self.parts - 1),
             "memory": isinstance(self.memory, dict) and all(_is_number(value) for value in self.memory.values()),
@@ -143,7 +143,7 @@ class PartInfo:
             "image": self.image is None or isinstance(self.image, dict),
             "files": isinstance(self.files, dict)
             and self._names_its_files()
-            and all(_NAME.fullmatch(name) and _is_digest(digest) for name, digest in self.files.items()),
+            and all(_NAME.fullmatch(name) and is_digest(digest) for name, digest in self.files.items()),
         }
         for name, is_good in good.items():
             if not is_good:
@@ -177,7 +177,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> bool:
+    """Whether this is a SHA-256 as `file_digest` writes it."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 

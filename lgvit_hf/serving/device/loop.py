@@ -84,7 +84,7 @@ def _decided(
 
 def _memory_dtype(info: PartInfo, name: str) -> str:
     # the last part alone gives no memory, and takes it
-    return {**info.takes, **info.gives}[MEMORY + name]["dtype"]
+    return str({**info.takes, **info.gives}[MEMORY + name]["dtype"])
 
 
 def try_part(part: Any) -> None:
@@ -122,13 +122,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
         [[0.5, 0.5]]
     """
     with np.errstate(invalid="ignore"):
-        powers = np.exp(logits - logits.max(-1, keepdims=True))
-        return powers / powers.sum(-1, keepdims=True)
+        powers: np.ndarray = np.exp(logits - logits.max(-1, keepdims=True))
+        powers /= powers.sum(-1, keepdims=True)
+        return powers
 
 
 def probabilities(info: PartInfo, answers: Mapping[str, np.ndarray]) -> np.ndarray:
     """Probability of each class, `[B, C]` float32, with the policy's temperature at the exit that answered."""
     given = info.policy.get("temperature", 1.0)
     spread = given if isinstance(given, list) else [given] * len(info.depths)
-    spread = np.array([*spread, *[1.0] * (len(info.depths) - len(spread))], np.float32)
-    return softmax(answers["logits"] / spread[answers["exit_index"]][:, None])
+    temperatures = np.array([*spread, *[1.0] * (len(info.depths) - len(spread))], np.float32)
+    return softmax(answers["logits"] / temperatures[answers["exit_index"]][:, None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -140,10 +140,10 @@ def _entry(
     if not _are_counts(shape) or not shape or shape[1:] != list(wanted["shape"]):
         sizes = ", ".join(map(str, ("rows", *wanted["shape"])))
         raise MessageError(f"{name}: shape {_short(shape)}, but must be [{sizes}]")
-    return dtype, tuple(shape), _offsets(name, entry)
+    return str(dtype), tuple(shape), _offsets(name, entry)
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
 
 

@@ -169,7 +169,7 @@ class Hop:
                 connection.sock.settimeout(left)
                 headers = {"content-type": CONTENT_TYPE, TIMEOUT_HEADER: f"{SHARE * left:g}"}
                 connection.request(method, self._path + path, body, headers)
-                connection.response_class = partial(_response, deadline)
+                connection.response_class = partial(_response, deadline)  # type: ignore[assignment]  # called, never derived from
                 response = connection.getresponse()
                 status, reply = response.status, response.read(REPLY_LIMIT)
                 if response.read(1):
@@ -188,7 +188,7 @@ class Hop:
     def _connection(self) -> http.client.HTTPConnection:
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        return kind(self._parts.hostname, self._parts.port)
+        return kind(str(self._parts.hostname), self._parts.port)
 
 
 class _Until(io.RawIOBase):
@@ -213,7 +213,8 @@ class _Until(io.RawIOBase):
 
 
 def _response(deadline: float, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
-    return http.client.HTTPResponse(_Until(sock, deadline), **options)
+    # all it takes of a socket is `makefile`
+    return http.client.HTTPResponse(_Until(sock, deadline), **options)  # type: ignore[arg-type]
 
 
 def _left(deadline: float) -> float:
@@ -362,4 +363,4 @@ def _fits_half(name: str, array: np.ndarray) -> np.ndarray:
 def _each_sample(state: Arrays, holds: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
     """Of which samples it holds for every number of every array, `[K]` bool."""
     each = [holds(name, array).reshape(len(array), -1).all(-1) for name, array in state.items()]
-    return np.logical_and.reduce(each)
+    return np.asarray(np.logical_and.reduce(each))

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # raster formats whose decoders run no other program, as that of EPS does
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 Image.init()  # pillow knows no more than five of them before
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_768
@@ -37,7 +37,7 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         source (`bytes`, `str` or `Path`): What the file holds, or where it is.
 
     Raises:
-        ValueError: It is none of `FORMATS`, is damaged or empty, too large, or of a mode that has no RGB.
+        ValueError: It is none of `IMAGE_FORMATS`, is damaged or empty, too large, or of a mode that has no RGB.
 
     Example:
 
@@ -52,11 +52,12 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         # pillow warns of what is refused here anyway
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=IMAGE_FORMATS) as opened:
                 check_size(opened)
                 return as_rgb(opened)
     except UnidentifiedImageError:
-        raise ValueError(f"no readable image: not an image, or none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"no readable image: not an image, or none of {', '.join(IMAGE_FORMATS)}") from None
     # pillow's decoders raise errors of many kinds on damaged files
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
