@@ -280,15 +280,16 @@ def test_health_and_metrics_count(home):
         client.post("/predict", content=b"text")
         client.get("/nowhere")
         lines = client.get("/metrics").text.splitlines()
-    counted = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    counted = {name: float(value) for name, value in pairs}
     exits = expected_of(home).exit_layer.unique(return_counts=True)
     for depth, number in zip(*(each.tolist() for each in exits), strict=True):
-        assert counted[f'lgvit_exits_total{{exit_layer="{depth}"}}'] == str(number)
-    assert counted['lgvit_requests_total{path="/predict",status="200"}'] == "1"
-    assert counted['lgvit_requests_total{path="/predict",status="400"}'] == "1"
-    assert counted['lgvit_requests_total{path="other",status="404"}'] == "1"
-    assert counted["lgvit_answers_degraded_total"] == "0" and counted["lgvit_batches_total"] == "1"
-    assert counted['lgvit_request_seconds_bucket{le="+Inf"}'] == counted["lgvit_request_seconds_count"] == "2"
+        assert counted[f'lgvit_exits_total{{exit_layer="{depth}"}}'] == number
+    assert counted['lgvit_requests_total{path="/predict",status="200"}'] == 1
+    assert counted['lgvit_requests_total{path="/predict",status="400"}'] == 1
+    assert counted['lgvit_requests_total{path="other",status="404"}'] == 1
+    assert counted["lgvit_answers_degraded_total"] == 0 and counted["lgvit_batches_total"] == 1
+    assert counted['lgvit_request_seconds_bucket{le="+Inf"}'] == counted["lgvit_request_seconds_count"] == 2
 
 
 def nan_pixels():

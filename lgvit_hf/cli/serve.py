@@ -104,7 +104,9 @@ def run_serve(
 
         from ..serving.server import make_app
     except ImportError as error:
-        raise ImportError('a service needs fastapi and uvicorn: pip install "lgvit-hf[serve]"') from error
+        raise ImportError(
+            'a service needs fastapi, uvicorn and prometheus_client: pip install "lgvit-hf[serve]"'
+        ) from error
     if not max_body_mb > 0:
         raise ValueError(f"max_body_mb={max_body_mb} must be positive")
     part = open_any(path, policy=policy, max_batch_size=max_batch_size, threads=threads)

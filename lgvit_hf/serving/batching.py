@@ -28,7 +28,7 @@ class _Waiting:
     rows: int
     timeout: float
     asked: float
-    future: Future
+    future: Future[Arrays]
 
 
 class Batcher:
@@ -75,7 +75,7 @@ class Batcher:
         """Whether anybody computes."""
         return not self._dead and self._thread.is_alive()
 
-    def submit(self, inputs: Arrays, timeout: float | None = None) -> Future:
+    def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
         """Have rows answered; the future gives what `RemoteHighway` would.
 
         Args:

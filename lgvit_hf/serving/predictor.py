@@ -103,7 +103,8 @@ class Predictor:
     def label_names(self) -> list[str]:
         """What the numbers in `label` stand for."""
         config = self.model.config
-        return [str(config.id2label[index]) for index in range(config.num_labels)]
+        names = config.id2label or {}
+        return [str(names[index]) for index in range(config.num_labels)]
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Answer a batch, as the class says; an empty one gets empty arrays."""
@@ -118,7 +119,7 @@ class Predictor:
         rows = batch[given[0]]
         if given[0] == "pixel_values":
             pixels = _checked_pixels(rows)
-            chunks = (pixels[part] for part in self._parts(len(pixels)))
+            chunks: Iterator[np.ndarray] = (pixels[part] for part in self._parts(len(pixels)))
         else:
             paths = [row for row in rows if isinstance(row, (str, Path))]
             if paths:
@@ -206,16 +207,17 @@ class _Opened:
     def of(cls, path: str | Path, policy: dict[str, Any] | str | None) -> _Opened:
         path = str(path)
         if is_exported(path):
-            model: Highway = ORTHighway.from_pretrained(path)
+            model: Any = ORTHighway.from_pretrained(path)
         else:
-            model = load_highway(path).to("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_highway(path)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
         config = model.config
         if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
             raise ValueError(
                 f"{path}: {config.num_labels} label(s), problem_type {config.problem_type!r}: it does not choose one "
                 "label of several; call the model itself"
             )
-        for name in map(str, config.id2label.values()):
+        for name in map(str, (config.id2label or {}).values()):
             if not is_text(name):
                 raise ValueError(f"{path}: id2label in config.json: {name!r} is no text that UTF-8 can write")
         if policy is not None:
@@ -279,8 +281,8 @@ def _checked_pixels(pixels: Any) -> np.ndarray:
     if pixels.ndim != 4:
         raise ValueError(f"pixel_values: shape {pixels.shape} must be (batch, channels, height, width)")
     with np.errstate(over="ignore"):
-        pixels = np.asarray(pixels, dtype=np.float32)
-    finite = np.isfinite(pixels).all(axis=(1, 2, 3))
+        checked = np.asarray(pixels, dtype=np.float32)
+    finite = np.isfinite(checked).all(axis=(1, 2, 3))
     if not finite.all():
         raise ValueError(f"pixel_values: row {int(finite.argmin())} has values that are NaN or infinite")
-    return pixels
+    return checked

@@ -9,9 +9,7 @@ import ctypes
 import json
 import logging
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -30,6 +29,8 @@ from .device.remote import MESSAGE_ROWS, TIMEOUT_HEADER, RemoteHighway
 from .device.rgb import read_image
 
 logger = logging.getLogger(__name__)
+# a second series for each counter, which nobody asks for
+disable_created_metrics()
 
 PATHS = ("/predict", "/continue", "/health", "/metrics")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -93,7 +94,7 @@ def make_app(
     async def count(request: Request, call_next: Any) -> Response:
         start = time.perf_counter()
         try:
-            response = await call_next(request)
+            response: Response = await call_next(request)
         except Exception:
             # a fault of ours: what it was stands in the log, not in the answer
             logger.exception("%s %s failed", request.method, request.url.path[:100])
@@ -240,7 +241,7 @@ def _checked(body: bytes, takes: dict[str, Any], words: dict[str, str], max_rows
 
 async def _answers(batcher: Batcher, inputs: Arrays, timeout: float | None, metrics: Metrics) -> Arrays:
     try:
-        answers = await asyncio.wrap_future(batcher.submit(inputs, timeout))
+        answers: Arrays = await asyncio.wrap_future(batcher.submit(inputs, timeout))
     except Busy as error:
         raise Refused(503, str(error)) from error
     metrics.answered(answers)
@@ -271,42 +272,28 @@ class Metrics:
     """Counts of one service, as Prometheus reads them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self._exits: Counter[int] = Counter()
-        self._buckets: Counter[float] = Counter()
-        self._seconds, self._degraded = 0.0, 0
+        self._registry = own = CollectorRegistry()
+        self._requests = Counter("lgvit_requests", "requests answered", ["path", "status"], registry=own)
+        said = "samples by the blocks run before their answer, here or further on"
+        self._exits = Counter("lgvit_exits", said, ["exit_layer"], registry=own)
+        self._degraded = Counter("lgvit_answers_degraded", "answers for want of a next part", registry=own)
+        self._seconds = Histogram("lgvit_request_seconds", "seconds until an answer", buckets=SECONDS, registry=own)
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Count a request that was answered with a status."""
-        with self._lock:
-            self._requests[path if path in PATHS else "other", status] += 1
-            if path in ("/predict", "/continue"):
-                self._seconds += seconds
-                self._buckets.update(bound for bound in (*SECONDS, float("inf")) if seconds <= bound)
+        self._requests.labels(path if path in PATHS else "other", status).inc()
+        if path in ("/predict", "/continue"):
+            self._seconds.observe(seconds)
 
     def answered(self, answers: Arrays) -> None:
-        """Count where rows left."""
-        with self._lock:
-            self._exits.update(answers["exit_layer"].tolist())
-            self._degraded += int(answers["degraded"].sum())
+        """Count where samples exited."""
+        for exit_layer in answers["exit_layer"].tolist():
+            self._exits.labels(exit_layer).inc()
+        self._degraded.inc(int(answers["degraded"].sum()))
 
     def text(self, others: dict[str, int]) -> str:
         """All counts, and others by name."""
-        with self._lock:
-            lines = ["# TYPE lgvit_requests_total counter"]
-            for (path, status), number in sorted(self._requests.items()):
-                lines.append(f'lgvit_requests_total{{path="{path}",status="{status}"}} {number}')
-            lines.append("# HELP lgvit_exits_total rows by the blocks run before their answer, here or further on")
-            lines.append("# TYPE lgvit_exits_total counter")
-            lines += [f'lgvit_exits_total{{exit_layer="{depth}"}} {n}' for depth, n in sorted(self._exits.items())]
-            lines += ["# TYPE lgvit_answers_degraded_total counter", f"lgvit_answers_degraded_total {self._degraded}"]
-            for name, number in others.items():
-                lines += [f"# TYPE lgvit_{name}_total counter", f"lgvit_{name}_total {number}"]
-            lines.append("# TYPE lgvit_request_seconds histogram")
-            for bound in (*SECONDS, float("inf")):
-                name = "+Inf" if bound == float("inf") else f"{bound:g}"
-                lines.append(f'lgvit_request_seconds_bucket{{le="{name}"}} {self._buckets[bound]}')
-            lines.append(f"lgvit_request_seconds_sum {self._seconds:.6f}")
-            lines.append(f"lgvit_request_seconds_count {self._buckets[float('inf')]}")
-        return "\n".join(lines) + "\n"
+        registry = CollectorRegistry()
+        for name, number in others.items():
+            Counter(f"lgvit_{name}", name.replace("_", " "), registry=registry).inc(number)
+        return (generate_latest(self._registry) + generate_latest(registry)).decode()

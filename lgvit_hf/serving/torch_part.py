@@ -42,11 +42,12 @@ class TorchPart:
         config = read_config(str(folder))
         if config.model_type not in HIGHWAYS:
             raise ValueError(f"{folder}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
-        self.model = HIGHWAYS[config.model_type](config).eval()
+        make: Any = HIGHWAYS[config.model_type]
+        self.model = make(config).eval()
         try:
             missing, unexpected = self.model.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder / WEIGHTS} is not of this model ({error})") from error
+            raise ValueError(f"{self.folder / WEIGHTS} is not of this model ({error})") from error
         strange = [name for name in unexpected if not name.endswith(RECOMPUTED)]
         if strange:
             raise ValueError(f"{self.folder / WEIGHTS}: unknown tensor {strange[0]!r}")
@@ -63,7 +64,7 @@ class TorchPart:
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
         """Answer rows, as `run_part` says."""
         # copies, for an array may be a piece of a message, which is read-only; the state stays where the model is
-        given = {
+        given: dict[str, Any] = {
             name: array if name.startswith(MEMORY) else torch.tensor(array, device=self.device)
             for name, array in inputs.items()
         }
@@ -95,7 +96,7 @@ class TorchPart:
         return segments
 
     def _run(self, segment: Segment, grid: list[int] | None, tensors: dict[str, Tensor]) -> tuple[Any, np.ndarray]:
-        state = segment.advance(State(tensors, None if grid is None else tuple(grid)))
+        state = segment.advance(State(tensors, None if grid is None else (grid[0], grid[1])))
         return state.tensors, segment.answer(state).float().cpu().numpy()
 
     def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
