@@ -20,7 +20,6 @@ EXAMPLE = (
     "  lgvit convert --from torchvision swin_t-704ceda3.pth highway/ --exit-positions 4 8 --exit-types conv1_1\n"
     "  lgvit convert --to lgvit runs/stage2 original/"
 )
-from ..segments import height_width
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +107,8 @@ def run_convert(
 
 
 def _in_words(config: PretrainedConfig) -> str:
+    from ..segments import height_width
+
     if config.model_type == "avit":
         return f"avit on {config.backbone}, gate {config.gate_scale:g} and {config.gate_center:g}"
     if config.model_type.endswith("_highway"):
