@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .policies import ExitPolicy, probabilities
+from .policies import ExitPolicy, Memory, probabilities
 from .segments import Segment, State
 
 
@@ -93,24 +93,47 @@ def run_early(
         state = segment.advance(state)
         if index < last and (policy.skips(index) or segment.depth < (min_depth or 0)):
             continue
-        logits = segment.answer(state).to(home)
-        leave, memory = policy(logits, memory, index)
-        if index < last:
-            if not policy.keeps_nan:
-                leave = leave & ~logits.isnan().any(-1)
-            num_leaving = sum(leave.tolist())  # the one wait for the device
-            if num_leaving == 0:
-                continue
-        # all rows still here are written: who goes on is overwritten later
-        score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
-        answers = _written(answers, rows, Answers.of(logits, index, segment.depth, score))
-        if index == last or num_leaving == len(logits):
+        logits, exits, num_exiting, memory = evaluate_exit(segment, state, policy, memory, index, home, index == last)
+        if num_exiting == 0 and index < last:
+            continue
+        # all samples still here are written: who goes on is overwritten later
+        answers = _written(answers, rows, answers_of_exit(segment, logits, memory, index))
+        if num_exiting == len(logits):
             break
-        stay = leave.argsort(stable=True)[: len(logits) - num_leaving]
-        state = state.select(stay)
-        memory = {name: tensor.index_select(0, stay) for name, tensor in memory.items()}
+        state, memory, stay = drop_exited_samples(state, memory, exits, num_exiting)
         rows = stay if rows is None else rows.index_select(0, stay)
     return answers
+
+
+# -- an exit, in three steps, which cost tables time -----------------------------------------------------------
+
+
+def evaluate_exit(
+    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, index: int, home: torch.device, last: bool
+) -> tuple[Tensor, Tensor, int, Memory]:
+    """Run an exit head and the policy: logits `[B, C]`, which samples exit `[B]`, how many, and the policy's memory.
+
+    At the last exit all do, whatever the policy says.
+    """
+    logits = segment.answer(state).to(home)
+    exits, memory = policy(logits, memory, index)
+    if last:
+        return logits, exits, len(logits), memory
+    if not policy.keeps_nan:
+        exits = exits & ~logits.isnan().any(-1)
+    return logits, exits, sum(exits.tolist()), memory  # the one host sync
+
+
+def answers_of_exit(segment: Segment, logits: Tensor, memory: Memory, index: int) -> Answers:
+    """What all samples at an exit would be answered there."""
+    score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
+    return Answers.of(logits, index, segment.depth, score)
+
+
+def drop_exited_samples(state: State, memory: Memory, exits: Tensor, num_exiting: int) -> tuple[State, Memory, Tensor]:
+    """State and memory of the samples that go on, and their numbers among those that came."""
+    stay = exits.argsort(stable=True)[: len(exits) - num_exiting]
+    return state.select(stay), {name: tensor.index_select(0, stay) for name, tensor in memory.items()}, stay
 
 
 def replay(

@@ -388,7 +388,7 @@ def test_timing_waits_for_accelerators_of_every_type(kind, held, count, expected
 
 @pytest.mark.version_independent
 def test_every_timed_run_is_waited_for(monkeypatch):
-    from lgvit_hf.evaluation.cost_table import time_interleaved
+    from lgvit_hf.evaluation.timing import time_interleaved
 
     waited = pretend(monkeypatch, "mps")
     order = []

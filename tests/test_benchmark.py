@@ -8,11 +8,12 @@ import torch
 
 from lgvit_hf.engine import run_early
 from lgvit_hf.evaluation.benchmark import _accuracy, _of_batches, _of_exits, _Timing, benchmark
-from lgvit_hf.evaluation.cost_table import CostTable, PartTimes
+from lgvit_hf.evaluation.cost_table import CostTable
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.exit_table import ExitTable, collect
 from lgvit_hf.evaluation.profiling import peak_memory
 from lgvit_hf.evaluation.report_text import as_text, verdict
+from lgvit_hf.evaluation.timing import PartTimes
 from lgvit_hf.policies import NeverPolicy, build_policy
 from lgvit_hf.segments import State
 from tests.test_evaluation import in_a_gap

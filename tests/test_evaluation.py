@@ -10,10 +10,11 @@ from torch.utils.data import Dataset
 
 from lgvit_hf.engine import Answers
 from lgvit_hf.evaluation import cost_table as latency
-from lgvit_hf.evaluation.benchmark import time_interleaved, wall_clock_speed_up
+from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
 from lgvit_hf.evaluation.costs import Costs, count_macs, model_macs
 from lgvit_hf.evaluation.exit_table import ExitTable, collect
 from lgvit_hf.evaluation.metrics import layer_speed_up, summarise
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.segments import State
 from tests.tiny import KINDS, NUM_BLOCKS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
 

@@ -8,16 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lgvit_hf.evaluation import cost_table as latency
+from lgvit_hf.evaluation import timing
 from lgvit_hf.evaluation.cost_table import (
     CostTable,
-    PartTimes,
     architecture,
     cost_table,
     measure_cost_table,
     measured_sizes,
-    time_parts,
 )
+from lgvit_hf.evaluation.timing import PartTimes, time_parts
 from lgvit_hf.policies import ConfidencePolicy, PatiencePolicy
 from lgvit_hf.segments import Segment, State
 from tests.tiny import KINDS, NUM_BLOCKS, tiny_images, tiny_model
@@ -42,7 +41,7 @@ def by_hand(**changes):
 
 def tick(patch):
     """Have the clock go on by a second whenever it is read, so that whatever is timed takes a second."""
-    patch.setattr(latency, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    patch.setattr(timing, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
 
 
 def test_costs_of_a_batch_that_stays():

@@ -22,18 +22,16 @@ from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
 from ..segments import Segment, State
 from .cost_table import (
     CostTable,
-    PartTimes,
     architecture,
     cost_table,
     machine,
     measured_sizes,
-    time_interleaved,
-    time_parts,
     timed_segments,
 )
 from .costs import Costs, Highway, decides_inside, export_of
 from .exit_table import ExitTable, collect
 from .profiling import export_facts, head_names, parameters_by_part, peak_memory, profile
+from .timing import PartTimes, time_interleaved, time_parts
 
 _PERCENTILES = (50, 95, 99)
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ..data.batches import to_model
 from ..policies import ConfidencePolicy, probabilities
 from ..segments import State
-from .benchmark import time_interleaved
 from .costs import Costs
+from .timing import time_interleaved
 
 
 @dataclass(frozen=True)

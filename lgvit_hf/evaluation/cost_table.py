@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,49 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from scipy.stats import binom
 from torch import Tensor
 
 from ..data.batches import to_model
-from ..data.devices import device_name, wait_for_accelerators
-from ..engine import Answers
+from ..data.devices import device_name
 from ..files import write_json
 from ..modes import evaluating
-from ..policies import ExitPolicy, Memory, probabilities
 from ..segments import Segment, State, height_width
 from .costs import Costs, Highway, export_of
 from .environment import processor_name
-
-
-def time_interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 20, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times, in rounds so that a slow moment of the machine hits all alike.
-
-    The order within a round is shuffled (always in the same way), so that no run always finds another's warm caches.
-
-    Example:
-
-        >>> times = time_interleaved({"a": lambda: None, "b": lambda: None}, repeats=3, warm_up=1)
-        >>> len(times["a"])
-        3
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs.items()), random.Random(0).shuffle
-    for round_number in range(warm_up + repeats):
-        shuffle(order)
-        for name, run in order:
-            _, passed = _timed(run)
-            if round_number >= warm_up:
-                seconds[name].append(passed)
-    return seconds
-
-
-def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    wait_for_accelerators()
-    start = time.perf_counter()
-    result = run(*arguments)
-    wait_for_accelerators()
-    return result, time.perf_counter() - start
+from .timing import PartTimes, time_interleaved, time_parts
 
 
 @dataclass(frozen=True)
@@ -166,7 +132,7 @@ class CostTable:
             reached = sum(shares[index:])
             if reached <= 0:
                 break
-            chances = _binomial(batch_size, min(1.0, reached))
+            chances = binom.pmf(rows, batch_size, min(1.0, reached))
             seconds += float(chances @ trunks[index])
             if index in asked or index == last:
                 seconds += float(chances @ heads[index])
@@ -219,108 +185,7 @@ class CostTable:
         return table
 
 
-def _binomial(count: int, chance: float) -> np.ndarray:
-    """Probability of 0, 1, ... `count` successes, `[count + 1]`."""
-    hits = np.arange(count + 1)
-    if chance in (0.0, 1.0):
-        return (hits == count * chance).astype(np.float64)
-    ways = np.array([math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in hits])
-    return np.exp(ways + hits * math.log(chance) + (count - hits) * math.log1p(-chance))
-
-
 # -- measuring -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PartTimes:
-    """Seconds of every part of a highway in one walk.
-
-    Args:
-        blocks (`list[list[float]]`): Of each segment's blocks, one by one; the stem is the first of the first.
-        heads (`list[float]`), select (`list[float]`): Of each segment, as in `CostTable`.
-    """
-
-    blocks: list[list[float]]
-    heads: list[float]
-    select: list[float]
-
-    def scaled(self, factor: float) -> PartTimes:
-        """All times multiplied."""
-        blocks = [[factor * seconds for seconds in part] for part in self.blocks]
-        heads, select = ([factor * seconds for seconds in part] for part in (self.heads, self.select))
-        return PartTimes(blocks, heads, select)
-
-    def trunks(self) -> list[float]:
-        """Of each segment's blocks together."""
-        return [sum(blocks) for blocks in self.blocks]
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole walk."""
-        return sum(map(sum, (self.trunks(), self.heads, self.select)))
-
-
-def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) -> PartTimes:
-    """Walk once through a highway with all rows, every exit asked, and time each part where it stands.
-
-    One after the other, as in a run, so that each part finds what those before it have left in the caches.
-
-    Args:
-        segments (`Sequence[Segment]`): A highway.
-        state (`State`): Before the stem.
-        policy (`ExitPolicy`): Asked at every exit; all rows stay whatever it says.
-    """
-    home = state.device
-    memory = policy.start(state.batch_size, home)
-    times = PartTimes([], [], [])
-    for index, segment in enumerate(segments):
-        times.blocks.append([])
-        for block in segment.blocks:
-            state, seconds = _timed(block, state)
-            times.blocks[-1].append(seconds)
-        early = index < len(segments) - 1
-        ask = partial(_ask if early else _conclude, home=home)
-        (logits, memory), seconds = _timed(ask, segment, state, policy, memory, index)
-        times.heads.append(seconds)
-        times.select.append(_timed(_let_go, segment, state, memory, logits, index)[1] if early else 0.0)
-    return times
-
-
-# what the engine does at an exit, in three parts
-
-
-def _ask(
-    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
-) -> tuple[Tensor, Memory]:
-    logits = segment.answer(state).to(home)
-    leave, memory = policy(logits, memory, exit_index)
-    if not policy.keeps_nan:
-        leave = leave & ~logits.isnan().any(-1)
-    sum(leave.tolist())
-    return logits, memory
-
-
-def _conclude(
-    segment: Segment, state: State, policy: ExitPolicy, memory: Memory, exit_index: int, home: torch.device
-) -> tuple[Tensor, Memory]:
-    logits = segment.answer(state).to(home)
-    _, memory = policy(logits, memory, exit_index)
-    _write(segment, memory, logits, exit_index)
-    return logits, memory
-
-
-def _write(segment: Segment, memory: Memory, logits: Tensor, exit_index: int) -> Answers:
-    score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
-    return Answers.of(logits, exit_index, segment.depth, score)
-
-
-def _let_go(segment: Segment, state: State, memory: Memory, logits: Tensor, exit_index: int) -> None:
-    """Every second row leaves."""
-    answers = _write(segment, memory, logits, exit_index)
-    stay = (torch.arange(len(logits), device=logits.device) % 2).argsort(stable=True)[: (len(logits) + 1) // 2]
-    state.select(stay)
-    for tensor in (*memory.values(), answers.exit_index):
-        tensor.index_select(0, stay)
 
 
 def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> CostTable:

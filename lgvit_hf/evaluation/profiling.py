@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..segments import Segment, State
-from .cost_table import PartTimes
 from .costs import Costs, Highway, count_macs, export_of
+from .timing import PartTimes
 
 
 def head_names(model: Highway) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.stats import binom
 
 # of the largest bet after which no loss can ruin: ruin would end the test
 _BOLDEST = 0.9
@@ -27,10 +28,7 @@ def binomial_p_value(losses: int, rows: int, limit: float) -> float:
         >>> round(binomial_p_value(0, 100, 0.05), 6) == round(0.95**100, 6)
         True
     """
-    count = np.arange(losses + 1)
-    factorial = np.array([math.lgamma(k + 1) + math.lgamma(rows - k + 1) for k in count])
-    logs = math.lgamma(rows + 1) - factorial + count * math.log(limit) + (rows - count) * math.log1p(-limit)
-    return min(1.0, float(np.exp(logs).sum()))
+    return float(binom.cdf(losses, rows, limit))
 
 
 def betting_p_value(losses: np.ndarray, limit: float, delta: float) -> np.ndarray:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from lgvit_hf.engine import run_early
-from lgvit_hf.evaluation.cost_table import time_interleaved
 from lgvit_hf.evaluation.costs import model_macs
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.policies import FixedPolicy
 from lgvit_hf.segments import State
 

@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from lgvit_hf import AViT, token_macs
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, stack
-from lgvit_hf.evaluation.benchmark import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.files import write_json
 
 DEIT_TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000}

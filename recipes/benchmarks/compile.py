@@ -21,7 +21,7 @@ from torch._inductor import config as inductor
 
 from lgvit_hf import DeiTHighway, DeiTHighwayConfig
 from lgvit_hf.engine import run_early
-from lgvit_hf.evaluation.cost_table import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.files import write_json
 from lgvit_hf.policies import ConfidencePolicy, FixedPolicy, NeverPolicy
 from lgvit_hf.segments import State

@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, Aut
 
 from lgvit_hf.cli.inputs import open_highway
 from lgvit_hf.data.processing import stack
-from lgvit_hf.evaluation.cost_table import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.export.onnx_export import export_onnx
 from lgvit_hf.files import write_json
 from lgvit_hf.hub.loading import HIGHWAYS

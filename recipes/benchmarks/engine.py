@@ -19,7 +19,7 @@ import torch
 
 from lgvit_hf import DeiTHighway, DeiTHighwayConfig, SwinHighway, SwinHighwayConfig, ViTHighway, ViTHighwayConfig
 from lgvit_hf.engine import run_all, run_early
-from lgvit_hf.evaluation.benchmark import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.files import write_json
 from lgvit_hf.policies import ConfidencePolicy, NeverPolicy
 from lgvit_hf.segments import State

@@ -15,7 +15,7 @@ import tempfile
 import torch
 from engine import MODELS
 
-from lgvit_hf.evaluation.benchmark import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.files import write_json
 from lgvit_hf.training.cached_states import fill_cache, open_cache, run_epoch, shuffled_slices, token_shapes
 from lgvit_hf.training.distill_exits import early_positions

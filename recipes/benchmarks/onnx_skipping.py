@@ -19,7 +19,7 @@ import torch
 from engine import MIX, MODELS, plans_of
 
 from lgvit_hf.engine import run_all
-from lgvit_hf.evaluation.cost_table import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.export.composition import compose_all_exits, compose_single
 from lgvit_hf.export.segment_graphs import export_decision, export_parts
 from lgvit_hf.files import write_json

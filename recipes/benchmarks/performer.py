@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from lgvit_hf import DeiTHighway, DeiTHighwayConfig
 from lgvit_hf.attention import orthogonal_gaussian, performer
 from lgvit_hf.engine import run_early
-from lgvit_hf.evaluation.cost_table import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.files import write_json
 from lgvit_hf.policies import NeverPolicy
 from lgvit_hf.segments import State

@@ -14,7 +14,7 @@ import torch
 from engine import MODELS
 
 from lgvit_hf import DistillationTrainer, HighwayTrainingArguments
-from lgvit_hf.evaluation.benchmark import time_interleaved
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.files import write_json
 from lgvit_hf.segments import State
 

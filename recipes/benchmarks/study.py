@@ -37,7 +37,8 @@ from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, stack
 from lgvit_hf.data.settings import read_yaml
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
-from lgvit_hf.evaluation.cost_table import machine, measure_cost_table, time_interleaved
+from lgvit_hf.evaluation.cost_table import machine, measure_cost_table
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.hub.loading import load_highway
 from lgvit_hf.token_halting import token_macs
 

@@ -24,9 +24,9 @@ from lgvit_hf import ExitTable, calibrate
 from lgvit_hf.cli.inputs import open_highway
 from lgvit_hf.data.processing import stack
 from lgvit_hf.engine import run_early
-from lgvit_hf.evaluation.benchmark import time_interleaved
 from lgvit_hf.evaluation.cost_table import CostTable
 from lgvit_hf.evaluation.search import RANGES, leaving, shares, sureness, uniform_thresholds
+from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
 
