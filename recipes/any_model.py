@@ -21,7 +21,7 @@ from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, make_processor
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.plots import plot_pareto
-from lgvit_hf.evaluation.report import as_table, evaluate
+from lgvit_hf.evaluation.report import evaluate, evaluate_as_text
 from lgvit_hf.evaluation.sweep import threshold_curve
 from lgvit_hf.files import add_files, write_json
 
@@ -168,7 +168,7 @@ def main(arguments=None):
 
     test = some(splits.test, options.test_images)
     report = evaluate(model, test)
-    print(as_table(report))
+    print(evaluate_as_text(report))
     with add_files(output) as folder:
         draw(folder / "pareto.png", report, collect(model, test))
     write_json(output / "results.json", {**report, "seconds_of_training": trained.metrics["train_runtime"]})

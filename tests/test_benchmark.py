@@ -12,7 +12,7 @@ from lgvit_hf.evaluation.cost_table import CostTable
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.exit_table import ExitTable, collect
 from lgvit_hf.evaluation.profiling import peak_memory
-from lgvit_hf.evaluation.report_text import as_text, verdict
+from lgvit_hf.evaluation.report_text import benchmark_as_text, verdict
 from lgvit_hf.evaluation.timing import PartTimes
 from lgvit_hf.policies import NeverPolicy, build_policy
 from lgvit_hf.segments import State
@@ -226,7 +226,7 @@ def test_a_truncated_highway_has_one_exit_and_no_final_classifier():
     report = benchmark(model, tiny_images(2), batch_sizes=[1], repeats=1)
     assert report["profile"][-1]["part"] == "exit 0, attention_r2" and report["parameters"]["final"] == 0
     assert len(report["exits"]) == 1 and report["batches"][0]["layer_speed_up"] == 1.0
-    assert "exit 0, attention_r2" in as_text(report)
+    assert "exit 0, attention_r2" in benchmark_as_text(report)
 
 
 @version_independent
@@ -331,7 +331,7 @@ def test_predictions_and_noise(report):
 def test_text_holds_the_figures_side_by_side(report):
     report = told(report, static=report["batches"][0]["backbone"], static_speed_up=1.11)
     report["accuracy"]["static_exit"], report["environment"]["policy"]["threshold"] = 1, 0.61234
-    text = as_text(report)
+    text = benchmark_as_text(report)
     early = next(line for line in text.splitlines() if "early exit   " in line)
     assert early.endswith("1.25x          1.50x") and early.lstrip().startswith("1  early exit")
     alone = next(line for line in text.splitlines() if "exit 1 alone" in line)

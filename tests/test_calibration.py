@@ -16,7 +16,7 @@ from lgvit_hf import ExitTable, calibrate
 from lgvit_hf.evaluation import calibration
 from lgvit_hf.evaluation import choice as choosing
 from lgvit_hf.evaluation import search as searching
-from lgvit_hf.evaluation.calibration import fit_temperature, split
+from lgvit_hf.evaluation.calibration import fit_temperature, split_table
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
@@ -419,7 +419,7 @@ def test_no_model_that_is_cut_off_is_cheaper_and_as_right(policy, telling):
 def test_report_is_what_its_policy_replays_to(policy, labels):
     table = synthetic(800)
     found = calibrate(table, policy=policy, max_accuracy_drop=0.06, labels=labels)
-    _, tested = split(table if labels else table.without_labels())
+    _, tested = split_table(table if labels else table.without_labels())
     answers, rule = tested.replay(found.policy), build_policy(found.policy, 3)
     overall = summarise(tested, answers, COSTS, ["head"] * 4, rule)["overall"]
     assert (found.accuracy, found.full_accuracy) == pytest.approx(
@@ -542,7 +542,7 @@ def test_halves_are_random_whatever_the_rows_are_like(rows):
         hard = torch.rand(rows, generator=numbers) < hard_share
         size = torch.where(hard, 9.0, torch.randint(1, 4, (rows,), generator=numbers).float())
         logits = torch.stack([size, -size / 2], -1).expand(3, rows, 2)
-        _, tested = split(ExitTable(logits, hard.long(), [1, 2, 3]))
+        _, tested = split_table(ExitTable(logits, hard.long(), [1, 2, 3]))
         drawn.append(tested.labels.sum().item() - hard.sum().item() / 2)
     spread = math.sqrt(rows * hard_share * (1 - hard_share)) / 2
     assert abs(np.mean(drawn)) < 4 * spread / 10 and 0.7 < np.std(drawn) / spread < 1.4
@@ -562,7 +562,7 @@ def test_the_search_never_sees_the_rows_that_are_tested_on(monkeypatch):
         "lgvit_hf.evaluation.calibration.candidates", lambda rows, *rest: seen.append(rows) or candidates(rows, *rest)
     )
     found = calibrate(table, max_accuracy_drop=0.05, delta=0.1)
-    searched, tested = split(table)
+    searched, tested = split_table(table)
     assert len(seen) == 1 and torch.equal(seen[0].logits, searched.logits) and found.n == len(tested) == 150
     assert sorted(rows_of(searched) + rows_of(tested)) == sorted(rows_of(table))
 
@@ -652,6 +652,28 @@ def test_promises_are_kept(monkeypatch):
             gained[bound] += found.mean_macs < truth.costs.backbone
     assert max(broken.values()) / splits <= delta + 3 * math.sqrt(delta * (1 - delta) / splits), broken
     assert min(gained.values()) > splits / 2, gained
+
+
+# -- without labels --------------------------------------------------------------------------------------------
+
+
+@version_independent
+@pytest.mark.parametrize("policy", ["confidence", "patience"])
+def test_expected_drop_is_the_mean_of_the_full_model_s_probabilities(policy):
+    table = synthetic(400)
+    found = calibrate(table, policy=policy, max_accuracy_drop=0.05, labels="expected")
+    _, tested = split_table(table.without_labels())
+    chances, answers = softmax(tested.logits[-1].numpy(), -1), tested.replay(found.policy).logits.argmax(-1).numpy()
+    rows = range(len(tested))
+    full, early = chances.max(-1).mean(), chances[rows, answers].mean()
+    assert (found.full_accuracy, found.accuracy) == pytest.approx((full, early), abs=1e-6)
+    assert full - early <= 0.05 and found.mean_macs < found.full_macs and found.bound == "none"
+    # the labels that the table has do not matter, and the final classifier needs no temperature of its own
+    other = replace(table, labels=(table.labels + 1) % 5)
+    assert calibrate(other, policy=policy, max_accuracy_drop=0.05, labels="expected") == found
+    assert found.temperatures[-1] == pytest.approx(1, abs=1e-3)
+    # its probabilities are what is expected of it
+    assert found.calibration_errors[-1]["before"] == pytest.approx(0, abs=1e-6)
 
 
 # -- exits that are worth their cost ---------------------------------------------------------------------------
@@ -778,6 +800,8 @@ def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
         ({"max_latency": 1.0}, "max_latency needs measured times.*--cost-table"),
         ({"min_speedup": 1.5, "delta": 0.1}, "needs a max_accuracy_drop"),
         ({"max_accuracy_drop": 0.01, "delta": 0.05, "bound": "harm"}, r"at least 299 are needed \(a table of 598"),
+        ({"max_accuracy_drop": 0.1, "delta": 0.05, "labels": "expected"}, "point estimates, which guarantee nothing"),
+        ({"max_accuracy_drop": 0.1, "labels": "guessed"}, "labels='guessed' must be True, False or 'expected'"),
         ({"max_accuracy_drop": 1.5}, "from 0 to 1"),
         ({"max_accuracy_drop": 0.01, "policy": "never"}, "calibrate knows the policies confidence.*not 'never'"),
     ],

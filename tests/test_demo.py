@@ -33,7 +33,7 @@ def test_demo_reports_what_it_did(demo):
     for size, times in results["wall_clock"].items():
         early, backbone = times["early_exit_seconds"], times["backbone_seconds"]
         assert times["wall_clock_speed_up"] == pytest.approx(backbone / early)
-        said = f"wall-clock, batch {size:3} {backbone / early:.2f}x the speed of the backbone without heads"
+        said = f"wall-clock, batch {size:>3} {backbone / early:.2f}x the speed of the backbone without heads"
         assert said in text
 
 

@@ -21,8 +21,8 @@ from lgvit_hf.evaluation.calibration import calibrate, fit_temperature
 from lgvit_hf.evaluation.cost_table import architecture, measure_cost_table
 from lgvit_hf.evaluation.costs import Costs, model_macs
 from lgvit_hf.evaluation.exit_table import collect, weights_digest
-from lgvit_hf.evaluation.report import as_table, evaluate
-from lgvit_hf.evaluation.report_text import as_text, verdict
+from lgvit_hf.evaluation.report import evaluate, evaluate_as_text
+from lgvit_hf.evaluation.report_text import benchmark_as_text, verdict
 from lgvit_hf.evaluation.search import sureness
 from tests.seeds import rng, seeded
 from tests.tiny import scrambled, tiny_images
@@ -511,10 +511,10 @@ def test_benchmark_does_not_say_what_is_not_known(reports):
 @version_independent
 def test_benchmark_text(reports):
     of_model, of_export = reports
-    said = as_text(of_export)
+    said = benchmark_as_text(of_export)
     assert "MB of ONNX, layout segments, float32, in onnxruntime" in said and "threads: 2" in said
     assert "an exported segment always runs its head" in verdict(of_export)[-1]
-    assert "ONNX" not in as_text(of_model)
+    assert "ONNX" not in benchmark_as_text(of_model)
     line = next(line for line in said.splitlines() if line.startswith("segment 2"))
     assert line.split()[2] == "3" and line.split()[4] == "-"
 
@@ -546,7 +546,7 @@ def test_a_single_file_is_judged_by_what_it_answers(folders, model, images):
         assert here["accuracy_all"] is here["calibration_error_all"] is None
     assert found["confusion"] == expected["confusion"] and found["classes"] == expected["classes"]
     assert found["wall_clock"]["8"]["early_exit_seconds"] > 0 and found["wall_clock"]["8"]["backbone_seconds"] is None
-    said = as_table(json.loads(json.dumps(found)))
+    said = evaluate_as_text(json.loads(json.dumps(found)))
     assert "full model" not in said and "ms per image" in said and "layout single, float32, in onnxruntime" in said
 
 
@@ -567,7 +567,7 @@ def test_all_exits_saves_nothing_and_says_so(folders, model, images):
     ort = ORTHighway.from_pretrained(folders["all_exits"])
     report = evaluate(ort, rows_of(model, images), timed_batch_sizes=[])
     assert report["exits"][0]["accuracy_all"] is not None and report["wall_clock"] == {}
-    assert "this layout runs every exit of every row" in as_table(report)
+    assert "this layout runs every exit of every row" in evaluate_as_text(report)
     found = wall_clock_speed_up(ort, [images], repeats=1)
     assert found["wall_clock_speed_up"] == found["backbone_seconds"] / found["early_exit_seconds"]
     for run in (lambda: benchmark(ort, images), lambda: measure_cost_table(ort, images, [1])):

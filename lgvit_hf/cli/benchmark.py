@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
-    from ..evaluation.report_text import as_text
+    from ..evaluation.report_text import benchmark_as_text
 
     report = run_benchmark(
         options.checkpoint,
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         repeats=options.repeats,
         limit=options.limit,
     )
-    print(as_text(report))
+    print(benchmark_as_text(report))
 
 
 def run_benchmark(

@@ -149,13 +149,13 @@ def plot_calibration(
     file: str | Path, table: ExitTable, report: Calibration, *, labels: bool = True, asked_drop: float | None = None
 ) -> None:
     """Accuracy against MACs on the half of a table that was not searched on: one threshold for all, and the choice."""
-    from ..evaluation.calibration import split
+    from ..evaluation.calibration import split_table
     from ..evaluation.plots import plot_pareto
     from ..evaluation.search import RANGES
     from ..evaluation.sweep import threshold_curve
     from .drawing import UNIT, points
 
-    _, tested = split(table if labels else table.without_labels())
+    _, tested = split_table(table if labels else table.without_labels())
     name = report.policy["name"]
     plot_pareto(
         file,

@@ -85,10 +85,10 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
     from ..configuration import ViTHighwayConfig
     from ..data.datasets import load_images
     from ..data.processing import ProcessedImages, make_processor
-    from ..evaluation.calibration import best_threshold
+    from ..evaluation.calibration import calibrate
     from ..evaluation.exit_table import collect
     from ..evaluation.plots import plot_report
-    from ..evaluation.report import as_table, evaluate
+    from ..evaluation.report import evaluate, evaluate_as_text
     from ..evaluation.sweep import threshold_curve
     from ..modeling_vit import ViTHighway
     from ..training.run import train
@@ -135,10 +135,10 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
         say(f"{run['steps']} steps, {run['seconds']:.0f} s; % right in validation, by exit: {_percent(accuracies)}")
         stages.append({"stage": stage, **run, "validation_accuracies": accuracies})
 
-    threshold = best_threshold(collect(model, validation_set))
-    model.set_exit_policy("confidence", threshold=threshold)
+    chosen = calibrate(collect(model, validation_set), max_accuracy_drop=0.01)
+    model.set_exit_policy(chosen.policy)
     model.save_pretrained(folder / "model")
-    say(f"\nconfidence threshold {threshold:.3f}: the fastest of those that are right most often in validation")
+    say(f"\nchosen in validation, for an accuracy drop of at most one point\n\n{chosen.as_text()}")
     report = evaluate(model, test_set, progress=_progress)
     curve = threshold_curve(collect(model, test_set))
     plot_report(report, curve, folder / "highway.png")
@@ -152,7 +152,7 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
     }
     write_json(folder / "results.json", results)
     say("\non the test rows\n")
-    say(as_table(report))
+    say(evaluate_as_text(report))
     return results
 
 

@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
-    from ..evaluation.report import as_table
+    from ..evaluation.report import evaluate_as_text
 
     report = run_evaluate(
         options.checkpoint,
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         timed_batch_sizes=options.timed_batch_sizes,
     )
-    print(as_table(report))
+    print(evaluate_as_text(report))
 
 
 def run_evaluate(

@@ -149,13 +149,13 @@ def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProces
 
 def export_as_text(manifest: Manifest, folder: str | Path) -> str:
     """What `run_export` wrote and how it was checked, for a terminal."""
-    from ..evaluation.report_text import in_words
+    from ..evaluation.report_text import policy_in_words
 
     size = sum((Path(folder) / name).stat().st_size for name in manifest.files)
     checks, sizes = manifest.checks, ", ".join(map(str, manifest.checks["batch_sizes"]))
     lines = [
         f"{', '.join(manifest.files)} in {folder}: {manifest.precision}, {size / 1e6:.1f} MB; policy "
-        f"{in_words(manifest.policy)}",
+        f"{policy_in_words(manifest.policy)}",
         f"run in ONNX Runtime on batches of {sizes} with every exit taken: "
         + ("answers as the model does, " if manifest.precision == "float32" else "")
         + f"logits within {checks['largest_difference']:.1e}",

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import probabilities
 from .cost_table import CostTable
 from .costs import Costs
 from .exit_table import ExitTable
 from .metrics import expected_calibration_error
-from .report_text import in_words
+from .report_text import policy_in_words
 from .risk_control import drop_p_value, harm_p_value, passed_in_order, rows_needed
 from .search import SEARCHES, Settings, candidates, consequences, leaving, shares
 
@@ -86,7 +85,7 @@ class Calibration:
             )
         )
         return (
-            f"policy       {in_words(self.policy)}\n"
+            f"policy       {policy_in_words(self.policy)}\n"
             f"exits on     {', '.join(map(str, self.exits)) or 'none: the full model answers'}\n"
             f"accuracy     {self.accuracy:.2%}, full model {self.full_accuracy:.2%}\n"
             f"mean depth   {self.mean_depth:.2f} blocks\n"
@@ -104,7 +103,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Args:
         logits (`Tensor`): `[N, C]`.
-        labels (`Tensor`): `[N]` int64.
+        labels (`Tensor`): `[N]` int64, or probabilities `[N, C]`.
 
     Example:
 
@@ -113,6 +112,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         1.82
     """
     logits, labels = logits.cpu().double(), labels.cpu()  # not every accelerator has float64
+    labels = labels.double() if labels.is_floating_point() else labels
 
     def loss(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits / np.exp(log_temperature), labels).item()
@@ -133,7 +133,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def split(table: ExitTable, seed: int = 0) -> tuple[ExitTable, ExitTable]:
+def split_table(table: ExitTable, seed: int = 0) -> tuple[ExitTable, ExitTable]:
     """Two random halves of a table, to search and to test on; the same whatever the order of its rows."""
     shuffled = _shuffled(table, seed)
     rows, half = torch.arange(len(table)), len(table) // 2
@@ -172,7 +172,7 @@ def calibrate(
     max_latency: float | None = None,
     delta: float | None = None,
     bound: str = "drop",
-    labels: bool = True,
+    labels: bool | str = True,
     cost_table: CostTable | None = None,
     batch_size: int = 1,
     temperature: bool = True,
@@ -196,7 +196,8 @@ def calibrate(
         delta (`float`, *optional*): Allowed probability that the true drop is above `max_accuracy_drop`.
         bound (`str`, *optional*, defaults to `"drop"`): With `delta`, what is bounded: the drop of the accuracy, or
             the `"harm"`, the share of rows where only the full model is right, which repaired mistakes do not offset.
-        labels (`bool`, *optional*, defaults to `True`): `False` takes the full model's answers for the truth.
+        labels (`bool` or `"expected"`, *optional*, defaults to `True`): `False` takes the full model's answers for the
+            truth, `"expected"` its probabilities: the drop is then what they expect, a point estimate (no `delta`).
         cost_table (`CostTable`, *optional*): Measured times to save instead of MACs.
         batch_size (`int`, *optional*, defaults to 1): At which the cost table is read.
         temperature (`bool`, *optional*, defaults to `True`): Whether each exit's is fitted.
@@ -215,13 +216,19 @@ def calibrate(
         (1.0, (0,), 6.232)
     """
     check_request(policy, max_accuracy_drop, min_speedup, max_macs, max_latency, delta, bound, cost_table is not None)
+    if labels not in (True, False, "expected"):
+        raise ValueError(f"labels={labels!r} must be True, False or 'expected'")
+    if labels == "expected" and delta is not None:
+        raise ValueError("labels='expected' gives point estimates, which guarantee nothing; leave out delta")
     _check_table(table)
     if tested is not None:
         _check_table(tested)
         _check_pair(table, tested)
-    if not labels:
+    if not labels or labels == "expected":
         table, tested = table.without_labels(), None if tested is None else tested.without_labels()
-    searched, tested = split(table) if tested is None else (_shuffled(table), _shuffled(tested))
+    searched, tested = split_table(table) if tested is None else (_shuffled(table), _shuffled(tested))
+    if labels == "expected":
+        searched, tested = searched.expected(), tested.expected()
     check_rows(len(tested), max_accuracy_drop, delta, bound)
     prices = _Prices(table.costs, cost_table, batch_size, len(table.depths))
     temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in searched.logits)
@@ -437,34 +444,3 @@ def _choose(
 
 def _p_value(drops: np.ndarray, limit: float, delta: float, bound: str) -> float:
     return harm_p_value(drops == 1, limit) if bound == "harm" else float(drop_p_value(drops, limit, delta))
-
-
-def best_threshold(table: ExitTable) -> float:
-    """The confidence threshold, one for all exits, with the highest accuracy on a table; the fastest of several.
-
-    A point estimate on the table's rows, without a guarantee: report on other rows.
-
-    Args:
-        table (`ExitTable`): Of rows that were not trained on.
-
-    Returns:
-        A threshold from 0 (every row leaves at the first exit) to 1 (none leaves early).
-
-    Example:
-
-        >>> import torch
-        >>> logits = torch.tensor([[[3.0, 0.0], [0.0, 0.1]], [[5.0, 0.0], [5.0, 0.0]]])
-        >>> table = ExitTable(logits, labels=torch.tensor([0, 0]), depths=[1, 2])
-        >>> 0.52 < best_threshold(table) < 0.96
-        True
-    """
-    scores = probabilities(table.logits[:-1].flatten(0, 1)).amax(-1).unique()
-    # between two scores, so that none lies on a threshold; a few hundred of them are fine enough
-    candidates = ((scores[1:] + scores[:-1]) / 2)[:: max(1, len(scores) // 500)].tolist()
-
-    def accuracy(threshold: float) -> float:
-        answers = table.replay({"name": "confidence", "threshold": threshold})
-        return (answers.logits.argmax(-1) == table.labels).float().mean().item()
-
-    # the first of equals is the lowest
-    return max([0.0, *candidates, 1.0], key=accuracy)

@@ -27,7 +27,7 @@ Returns:
 """
 
 
-class HighwayMetric(evaluate.Metric):
+class HighwayMetric(evaluate.Metric):  # type: ignore[misc]  # a package without types
     """Accuracy, macro-F1 and, if asked for, depth, for `evaluate.evaluator`, `evaluate.combine` or one's own loop.
 
     It comes with this package and not from `evaluate.load`, so that it needs no network. On transformers 5, evaluate

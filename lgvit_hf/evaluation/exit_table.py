@@ -21,7 +21,7 @@ from ..data.batches import in_batches, to_model
 from ..engine import Answers, replay, run_all
 from ..files import add_files
 from ..modes import evaluating
-from ..policies import ExitPolicy, build_policy
+from ..policies import ExitPolicy, build_policy, probabilities
 from ..segments import State
 from .costs import Costs, Highway, export_of, model_macs
 
@@ -65,8 +65,8 @@ class ExitTable:
 
     @cached_property
     def right(self) -> Tensor:
-        """Whether each exit answers each row rightly, `[E, N]` bool."""
-        return self.logits.argmax(-1) == self.labels
+        """Whether each exit answers each sample rightly, `[E, N]` bool; of an `expected` table, how likely it does."""
+        return is_right(self.logits, self.labels)
 
     def accuracies(self) -> list[float]:
         """Share of all rows that each exit answers rightly."""
@@ -79,6 +79,20 @@ class ExitTable:
     def without_labels(self) -> ExitTable:
         """The table with the full model's answers for labels."""
         return replace(self, labels=self.logits[-1].argmax(-1))
+
+    def expected(self) -> ExitTable:
+        """The table with the full model's probabilities for labels, `[N, C]`.
+
+        The mean difference of an exit's answers to the full model's is then the expected drop of accuracy, exact if
+        the full model is calibrated.
+
+        Example:
+
+            >>> logits = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
+            >>> ExitTable(logits, labels=torch.tensor([1]), depths=[1, 2]).expected().right.tolist()
+            [[0.119...], [0.880...]]
+        """
+        return replace(self, labels=probabilities(self.logits[-1]))
 
     def save(self, file: str | Path) -> None:
         """Write the table to one safetensors file, depths and costs as JSON in its header; all of it or nothing."""
@@ -128,6 +142,14 @@ class ExitTable:
         if weights is not None and table.weights not in (None, weights):
             raise ValueError(f"{file} is a table of a model with other weights; collect it again")
         return table
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether answers `[..., N, C]` are right, `[..., N]` bool; with probabilities `[N, C]` as labels, how likely."""
+    answers = logits.argmax(-1)
+    if not labels.is_floating_point():
+        return answers == labels
+    return labels.expand_as(logits).gather(-1, answers[..., None])[..., 0]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..engine import Answers
 from ..policies import ExitPolicy, number_at, probabilities
 from .costs import Costs
-from .exit_table import ExitTable
+from .exit_table import ExitTable, is_right
 
 
 def layer_speed_up(answers: Answers, num_blocks: int) -> float:
@@ -163,7 +163,7 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[dict[
 
     Args:
         confidence (`Tensor`): `[N]`, the probability of each row's answer; NaN counts as 0.
-        right (`Tensor`): `[N]` bool, whether that answer is right.
+        right (`Tensor`): `[N]` bool, whether that answer is right, or how likely.
         bins (`int`, *optional*, defaults to 15): Open below, closed above.
 
     Returns:
@@ -190,7 +190,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
 
     Args:
         logits (`Tensor`): `[N, C]`, already divided by a temperature if there is one.
-        labels (`Tensor`): `[N]` int64.
+        labels (`Tensor`): `[N]` int64, or probabilities `[N, C]`.
         bins (`int`, *optional*, defaults to 15): Open below, closed above.
 
     Raises:
@@ -246,8 +246,8 @@ def reliability_by_exit(
 
 
 def _diagram(logits: Tensor, labels: Tensor, temperature: float, bins: int) -> list[dict[str, int | float | None]]:
-    confidence, answered = probabilities(logits, temperature).max(-1)
-    return reliability(confidence, answered == labels, bins)
+    confidence = probabilities(logits, temperature).amax(-1)
+    return reliability(confidence, is_right(logits, labels), bins)
 
 
 def _calibration_error(diagram: list[dict[str, int | float | None]]) -> float | None:

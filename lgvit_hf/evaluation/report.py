@@ -18,7 +18,7 @@ from .costs import Highway, decides_inside, model_macs
 from .exit_table import ExitTable, collect
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
 from .profiling import export_facts, head_names
-from .report_text import in_words
+from .report_text import policy_in_words
 
 TIMED_ROWS = 256
 
@@ -120,7 +120,7 @@ def timed_pixels(dataset: Dataset) -> Tensor:
     return torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
 
 
-def as_table(report: dict[str, Any]) -> str:
+def evaluate_as_text(report: dict[str, Any]) -> str:
     """The report of `evaluate` as text for a terminal."""
     lines = ["exit  position  head            rows leaving   right there   right of all   MMACs until there"]
     for index, row in enumerate(report["exits"]):
@@ -147,8 +147,8 @@ def as_table(report: dict[str, Any]) -> str:
             else f"{times['wall_clock_speed_up']:.2f}x the speed of {against} ({early:.0f} ms against "
             f"{backbone * 1e3:.0f} ms)"
         )
-        lines.append(f"wall-clock, batch {size:3} {told}")
-    lines.append(f"policy                {in_words(report['policy'])}")
+        lines.append(f"wall-clock, batch {size:>3} {told}")
+    lines.append(f"policy                {policy_in_words(report['policy'])}")
     if exported is not None:
         lines.append(
             f"files                 {exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}, "

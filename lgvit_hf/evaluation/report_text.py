@@ -72,7 +72,7 @@ def _reason(entry: dict[str, Any]) -> str:
     )
 
 
-def as_text(report: dict[str, Any]) -> str:
+def benchmark_as_text(report: dict[str, Any]) -> str:
     """The report of `benchmark` as tables for a terminal, and its verdict."""
     parts = (_batches_text, _exits_text, _profile_text, _sizes_text, lambda report: "\n".join(verdict(report)))
     return "\n\n".join([_environment_text(report), *(part(report) for part in parts)])
@@ -81,7 +81,7 @@ def as_text(report: dict[str, Any]) -> str:
 def _environment_text(report: dict[str, Any]) -> str:
     about = report["environment"]
     return (
-        f"{about['model']}\npolicy {in_words(about['policy'])}\n"
+        f"{about['model']}\npolicy {policy_in_words(about['policy'])}\n"
         f"{about['device']}, threads: {about['threads']}; torch {about['torch']}, transformers "
         f"{about['transformers']}; {about['images']} images, {about['repeats']} runs each, in turn"
     )
@@ -149,12 +149,12 @@ def _cell(value: float | None, width: int, digits: int = 2) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
-def in_words(settings: dict[str, Any]) -> str:
+def policy_in_words(settings: dict[str, Any]) -> str:
     """A policy's settings for a reader, numbers to four digits.
 
     Example:
 
-        >>> in_words({"name": "confidence", "threshold": [0.91234, 1.0], "temperature": 1.0})
+        >>> policy_in_words({"name": "confidence", "threshold": [0.91234, 1.0], "temperature": 1.0})
         'confidence: threshold 0.9123 1; temperature 1'
     """
     numbers = "; ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")

@@ -59,7 +59,8 @@ def betting_p_value(losses: np.ndarray, limit: float, delta: float) -> np.ndarra
     before = np.concatenate([np.full((*losses.shape[:-1], 1), 0.25), variance[..., :-1]], -1)
     bets = np.minimum(np.sqrt(2 * math.log(1 / delta) / (rows * before)), _BOLDEST / (1 - limit))
     wealth = np.log1p(bets * (limit - losses)).cumsum(-1).max(-1, initial=0.0)
-    return np.exp(-wealth)
+    p_values: np.ndarray = np.exp(-wealth)
+    return p_values
 
 
 def drop_p_value(drops: np.ndarray, limit: float, delta: float) -> np.ndarray:

@@ -71,8 +71,12 @@ def leaving(table: ExitTable, settings: Settings) -> tuple[Tensor, list[int]]:
 
 
 def consequences(table: ExitTable, left: Tensor, asked: list[int], costs: Costs) -> tuple[float, Tensor]:
-    """The mean cost, and the drop of each row `[N]`: 1 if only the full model is right, -1 if only we are, else 0."""
-    drops = table.right[-1].long() - table.right.gather(0, left[None])[0].long()
+    """The mean cost, and the drop of each row `[N]`: 1 if only the full model is right, -1 if only we are, else 0.
+
+    Of an `expected` table, the expected drop, in [-1, 1].
+    """
+    right = table.right if table.right.is_floating_point() else table.right.long()
+    drops = right[-1] - right.gather(0, left[None])[0]
     return costs.mean(shares(left, len(table.depths)), asked), drops
 
 
@@ -96,7 +100,8 @@ def _thresholds(
         return search(scores[:, rows], right[:, rows], costs, price, limits, choose_exits)
 
     def measured(rows: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
-        left = np.concatenate([scores[:, rows] > thresholds[:, None], right[-1:, rows] | True]).argmax(0)
+        leaves = scores[:, rows] > thresholds[:, None]
+        left = np.concatenate([leaves, np.full_like(leaves[:1], True)]).argmax(0)
         asked = np.flatnonzero(thresholds < limits[1]).tolist()
         leaving_at = np.bincount(left, minlength=len(right)) / len(left)
         answered = np.take_along_axis(right[:, rows], left[None], 0)
@@ -176,7 +181,7 @@ def search(
 
     Args:
         sureness (`np.ndarray`): `[E - 1, N]` float32; a row leaves where this is above the threshold.
-        right (`np.ndarray`): `[E, N]` bool, the final classifier last.
+        right (`np.ndarray`): `[E, N]` bool, or how likely; the final classifier last.
         costs (`Costs`): Of each segment.
         price (`float`): Of one wrong answer, in the unit of the costs.
         limits (`tuple[float, float]`): Thresholds above which every row is, and none.
@@ -196,7 +201,7 @@ def search(
     floor, ceiling = limits
     ceiling = ceiling if choose_exits else np.nextafter(sureness.dtype.type(ceiling), sureness.dtype.type(floor))
     orders = (-sureness).argsort(axis=-1, kind="stable")
-    lost = price * ~right
+    lost = price * (1 - right)
     thresholds = np.full(len(sureness), ceiling, sureness.dtype)
     best, least = thresholds, np.inf
     for _ in range(_MAX_SWEEPS):

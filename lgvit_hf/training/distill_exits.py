@@ -29,7 +29,7 @@ from ..evaluation.choice import Choice, answer_worth, choose_exits, measured_cos
 from ..evaluation.costs import Costs, model_macs
 from ..evaluation.exit_table import ExitTable
 from ..evaluation.plots import plot_report
-from ..evaluation.report import as_table, judge
+from ..evaluation.report import judge
 from ..evaluation.sweep import threshold_curve
 from ..files import locked, replace_folder, write_json
 from ..hub.loading import BY_BACKBONE, read_config, with_exits
@@ -45,6 +45,7 @@ from .cached_states import (
     token_shapes,
     train_exits,
 )
+from .grow_report import candidate_rows, grow_as_text
 
 logger = logging.getLogger(__name__)
 
@@ -174,14 +175,14 @@ def grow(
             "training": asdict(training),
             "images": {"trained": num_trained, "held_out": num_held_out, "labels": labels is not None},
             "choice": asdict(choice),
-            "candidates": _candidate_rows(model, logits, labels, costs, choice),
+            "candidates": candidate_rows(model, logits, labels, costs, choice),
         }
         keep_exits(model, choice)
         report |= _report(model, items, rows[num_trained:], logits[[*choice.exits, -1]], labels)
         report["seconds"] = time.perf_counter() - started
         if output is not None:
             _save(model, processor, report, output)
-    say(as_text(report))
+    say(grow_as_text(report))
     return Grown(model, report)
 
 
@@ -396,26 +397,6 @@ def keep_exits(model: PreTrainedModel, choice: Choice) -> None:
     model.set_exit_policy("confidence", threshold=choice.threshold)
 
 
-def _candidate_rows(
-    model: PreTrainedModel, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
-) -> list[dict[str, Any]]:
-    target = logits[-1].argmax(-1) if labels is None else labels
-    return [
-        {
-            "position": exit.after,
-            "head": exit.head,
-            "accuracy" if labels is not None else "agreement": (logits[index].argmax(-1) == target)
-            .float()
-            .mean()
-            .item(),
-            "cost": costs.of_exit(index, ()),
-            "head_cost": costs.heads[index],
-            "kept": index in choice.exits,
-        }
-        for index, exit in enumerate(model.config.exits)
-    ]
-
-
 def _report(
     model: PreTrainedModel,
     items: Dataset | Sequence[dict[str, Any]],
@@ -442,27 +423,3 @@ def _save(
         if importlib.util.find_spec("matplotlib"):
             measure = "accuracy" if report["images"]["labels"] else "agreement with the full model"
             plot_report(report, report["curve"], folder / "highway.png", measure=measure)
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """The report of `grow` for a terminal."""
-    images, choice = report["images"], report["choice"]
-    measure = "accuracy" if images["labels"] else "agreement"
-    lines = [f"candidate  head            {measure:>9}   cost until there   of the head   (full model: 100 %)"]
-    for row in report["candidates"]:
-        lines.append(
-            f"{row['position']:9}  {row['head']:14}  {row[measure]:9.1%}   {row['cost']:16.1%}   "
-            f"{row['head_cost']:11.1%}   {'kept' if row['kept'] else ''}"
-        )
-    of_what = "counted with the labels" if images["labels"] else "expected by the full model's own probabilities"
-    lines += [
-        "",
-        f"threshold {choice['threshold']:.3f}: {choice['cost']:.1%} of the full model's cost for an accuracy drop of "
-        f"{100 * choice['drop']:.2f} points, {of_what}",
-        "",
-        f"on the {images['held_out']} images held out"
-        + ("" if images["labels"] else ', where "right" means: as the full model answers'),
-        "",
-        as_table(report),
-    ]
-    return "\n".join(lines)

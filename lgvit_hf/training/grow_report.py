@@ -1,0 +1,57 @@
+"""What `lgvit grow` says of its candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..evaluation.choice import Choice
+from ..evaluation.costs import Costs
+from ..evaluation.report import evaluate_as_text
+
+
+def candidate_rows(
+    model: PreTrainedModel, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
+) -> list[dict[str, Any]]:
+    """Every candidate exit: its answers on the held-out images, its cost, and whether it stays."""
+    target = logits[-1].argmax(-1) if labels is None else labels
+    return [
+        {
+            "position": exit.after,
+            "head": exit.head,
+            "accuracy" if labels is not None else "agreement": (logits[index].argmax(-1) == target)
+            .float()
+            .mean()
+            .item(),
+            "cost": costs.of_exit(index, ()),
+            "head_cost": costs.heads[index],
+            "kept": index in choice.exits,
+        }
+        for index, exit in enumerate(model.config.exits)
+    ]
+
+
+def grow_as_text(report: dict[str, Any]) -> str:
+    """The report of `grow` for a terminal."""
+    images, choice = report["images"], report["choice"]
+    measure = "accuracy" if images["labels"] else "agreement"
+    lines = [f"candidate  head            {measure:>9}   cost until there   of the head   (full model: 100 %)"]
+    for row in report["candidates"]:
+        lines.append(
+            f"{row['position']:9}  {row['head']:14}  {row[measure]:9.1%}   {row['cost']:16.1%}   "
+            f"{row['head_cost']:11.1%}   {'kept' if row['kept'] else ''}"
+        )
+    of_what = "counted with the labels" if images["labels"] else "expected by the full model's own probabilities"
+    lines += [
+        "",
+        f"threshold {choice['threshold']:.3f}: {choice['cost']:.1%} of the full model's cost for an accuracy drop of "
+        f"{100 * choice['drop']:.2f} points, {of_what}",
+        "",
+        f"on the {images['held_out']} images held out"
+        + ("" if images["labels"] else ', where "right" means: as the full model answers'),
+        "",
+        evaluate_as_text(report),
+    ]
+    return "\n".join(lines)
