@@ -29,7 +29,7 @@ _DEFAULTS = {
 
 
 # The names that LGViT's and EEVIT's configs and scripts use for the same rules.
-SEED_NAMES = {"patient_and_confident": "patience_confidence", "confidence_and_entropy": "confidence_entropy"}
+LEGACY_ALIASES = {"patient_and_confident": "patience_confidence", "confidence_and_entropy": "confidence_entropy"}
 
 
 def register_policy(name: str) -> Callable[[type], type]:
@@ -283,7 +283,7 @@ def _from_dict(settings: dict[str, Any]) -> Any:
     name = settings.pop("name", None)
     if name == "gumbel_lte":
         raise ValueError("exit_policy: 'gumbel_lte' (learned exits) never existed as code; " + _known_policies())
-    cls = POLICIES.get(SEED_NAMES.get(name, name)) if isinstance(name, str) else None
+    cls = POLICIES.get(LEGACY_ALIASES.get(name, name)) if isinstance(name, str) else None
     if cls is None:
         raise ValueError(f"exit_policy: unknown policy name {name!r}; " + _known_policies())
     parameters = inspect.signature(cls).parameters

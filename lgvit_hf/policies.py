@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .exit_policy import (
+    LEGACY_ALIASES,
     POLICIES,
-    SEED_NAMES,
     CustomPolicy,
     ExitPolicy,
     Memory,
@@ -58,7 +58,7 @@ __all__ = [
     "probabilities",
     "problem_of",
     "register_policy",
-    "SEED_NAMES",
+    "LEGACY_ALIASES",
 ]
 
 

@@ -74,3 +74,8 @@ def test_pins_of_the_site_are_of_the_majors_that_the_extra_allows(wheel):
     for name, below, least in extra:
         pinned = [int(part) for part in pins[name].split(".")]
         assert [int(part) for part in least.split(".")] <= pinned < [int(below)], name
+
+
+def test_no_file_is_long():
+    files = (ROOT / "lgvit_hf").rglob("*.py")
+    assert [file.name for file in files if len(file.read_text(encoding="utf-8").splitlines()) > 450] == []

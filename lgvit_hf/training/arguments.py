@@ -16,7 +16,7 @@ STAGE_ONE = (
     "backbone",
 )
 STAGE_TWO = ("distillation_lgvit", "distillation")
-SEED_NAMES = {"normal": "uniform"}
+LEGACY_ALIASES = {"normal": "uniform"}
 
 
 @dataclass
@@ -57,7 +57,7 @@ class HighwayTrainingArguments(TrainingArguments):
         known = dict.fromkeys((*STAGE_ONE, *STAGE_TWO))
         if self.strategy is not None:
             name = str(self.strategy).lower()
-            self.strategy = SEED_NAMES.get(name, name)
+            self.strategy = LEGACY_ALIASES.get(name, name)
             if self.strategy not in known:
                 raise ValueError(f"strategy: unknown {self.strategy!r}; choices: {', '.join(known)}")
         if self.strategy == "single_exit" and (self.train_exit is None or self.train_exit < 0):
