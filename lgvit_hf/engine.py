@@ -119,7 +119,7 @@ def evaluate_exit(
     exits, memory = policy(logits, memory, index)
     if last:
         return logits, exits, len(logits), memory
-    if not policy.keeps_nan:
+    if not policy.nan_never_exits:
         exits = exits & ~logits.isnan().any(-1)
     return logits, exits, sum(exits.tolist()), memory  # the one host sync
 

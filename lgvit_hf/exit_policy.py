@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -127,9 +128,15 @@ class ExitPolicy:
 
     name = "custom"
     # whether `__call__` itself never lets a row with NaN logits leave; otherwise the engine sees to it
-    keeps_nan = False
+    nan_never_exits = False
     # the `problem_type` whose answers it can judge; None for any
     problem_type: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "keeps_nan" in cls.__dict__:
+            warnings.warn("keeps_nan of an exit policy is now nan_never_exits", DeprecationWarning, stacklevel=2)
+            cls.nan_never_exits = cls.__dict__["keeps_nan"]
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """The memory before the first exit: tensors with the batch first, so that rows can be dropped."""

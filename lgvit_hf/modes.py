@@ -41,10 +41,10 @@ def twin(module: nn.Module) -> nn.Module:
     if any("forward" in vars(each) for each in module.modules()):
         # a function that may call the module itself, not the copy
         return module
-    tensors = [held for each in module.modules() for held in held(vars(each)) if isinstance(held, Tensor)]
+    tensors = [held for each in module.modules() for held in values_in(vars(each)) if isinstance(held, Tensor)]
     try:
-        twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-        pairs = list(zip(twin.modules(), module.modules(), strict=True))
+        copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        pairs = list(zip(copied.modules(), module.modules(), strict=True))
         for each, original in pairs:
             # to and fro: that is how modules forget what they have made of their weights
             each.train(not original.training)
@@ -54,7 +54,7 @@ def twin(module: nn.Module) -> nn.Module:
         return module
     for each, original in pairs:
         each.training = original.training
-    return twin
+    return copied
 
 
 def fill_shared_caches(module: nn.Module, images: Tensor) -> None:
@@ -64,20 +64,20 @@ def fill_shared_caches(module: nn.Module, images: Tensor) -> None:
             twin(module)(images.clone())
 
 
-def held(value: Any, known: set[int] | None = None) -> Iterator[Any]:
+def values_in(value: Any, known: set[int] | None = None) -> Iterator[Any]:
     """A value and all that dicts, lists, tuples and sets in it hold."""
     known = set() if known is None else known
     yield value
     if type(value) in (*CONTAINERS, tuple) and id(value) not in known:
         known.add(id(value))
         for inner in list(value.values() if isinstance(value, dict) else value):
-            yield from held(inner, known)
+            yield from values_in(inner, known)
 
 
 @contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
     """A module's attributes, and what dicts, lists and sets in them hold, as before."""
-    held = [each for submodule in module.modules() for each in held(vars(submodule)) if type(each) in CONTAINERS]
+    held = [each for submodule in module.modules() for each in values_in(vars(submodule)) if type(each) in CONTAINERS]
     before = [(container, container.copy()) for container in held]
     try:
         yield

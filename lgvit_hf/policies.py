@@ -70,7 +70,7 @@ class _ThresholdPolicy(ExitPolicy):
     temperature: Numbers = field(default=1.0, kw_only=True)
 
     # no comparison with NaN is true
-    keeps_nan = True
+    nan_never_exits = True
     problem_type = "single_label_classification"
 
     def __post_init__(self) -> None:
@@ -236,7 +236,7 @@ class PatiencePolicy(ExitPolicy):
     patience: int
     exits: Sequence[int] | None = field(default=None, kw_only=True)
 
-    keeps_nan = True
+    nan_never_exits = True
     problem_type = "single_label_classification"
 
     def __post_init__(self) -> None:

@@ -9,8 +9,8 @@ from PIL import Image
 
 from lgvit_hf import CostTable, ExitTable, ViTHighway, ViTHighwayConfig
 from lgvit_hf.cli import main
-from lgvit_hf.cli import sweep as sweeping
 from lgvit_hf.data.processing import make_processor
+from lgvit_hf.evaluation import benchmark as benchmarking
 from tests.seeds import seeded
 from tests.test_latency import tick
 
@@ -129,7 +129,7 @@ def test_ctrl_c_in_a_sweep(checkpoint, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return {"wall_clock_speed_up": 1.5}
 
-    monkeypatch.setattr(sweeping, "wall_clock_speed_up", stopping)
+    monkeypatch.setattr(benchmarking, "wall_clock_speed_up", stopping)
     assert lgvit(*asked) == 130
     file = tmp_path / "o" / "sweep.jsonl"
     said = capsys.readouterr().err.splitlines()

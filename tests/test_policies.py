@@ -728,3 +728,12 @@ def test_confidence_entropy_skips_where_no_row_can_leave():
 def test_of_several_parameters_that_are_missing_the_first_is_named():
     with pytest.raises(ValueError, match="missing parameter 'threshold'"):
         build_policy({"name": "confidence_entropy"}, 4)
+
+
+def test_the_old_name_of_nan_never_exits_still_holds():
+    with pytest.warns(DeprecationWarning, match="nan_never_exits"):
+
+        class Old(ExitPolicy):
+            keeps_nan = True
+
+    assert Old.nan_never_exits and not ExitPolicy.nan_never_exits

@@ -8,7 +8,6 @@ import socket
 from typing import Any
 
 from ..data.settings import real, whole
-from ..serving.device.remote import RemoteHighway
 from .options import add_policy, policy_of
 
 HELP = "answer images over HTTP, as a whole highway or as a part of one"
@@ -97,6 +96,7 @@ def run_serve(
         OSError: There is no such thing, or the port is taken.
         ValueError: A setting that cannot be, or the next part is there and does not fit.
     """
+    from ..serving.device.remote import RemoteHighway
     from ..serving.open_part import open_any
 
     try:
