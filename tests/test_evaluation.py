@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lgvit_hf.engine import Answers
-from lgvit_hf.evaluation import cost_table as latency
+from lgvit_hf.evaluation import timing
 from lgvit_hf.evaluation.benchmark import wall_clock_speed_up
 from lgvit_hf.evaluation.costs import Costs, count_macs, model_macs
 from lgvit_hf.evaluation.exit_table import ExitTable, collect
@@ -259,7 +259,7 @@ def test_macs_grow_with_the_image():
 def clock(monkeypatch):
     """Its `now` is the time that is measured."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

@@ -585,7 +585,7 @@ def test_evaluate_command(folders, tmp_path, capsys):
         asked = ["--data", "digits", "--timed-batch-sizes", 32, "--output", tmp_path / f"{layout}.json"]
         assert lgvit("evaluate", folders[layout], *asked) == 0
         said = capsys.readouterr().out
-        assert f"layout {layout}" in said and "wall-clock, batch 32" in said
+        assert f"layout {layout}" in said and "wall-clock, batch  32" in said
         accuracies.add(json.loads((tmp_path / f"{layout}.json").read_text())["overall"]["accuracy"])
     assert len(accuracies) == 1
     assert lgvit("evaluate", folders["single"], "--data", "digits", "--plots", tmp_path / "plots") == 2

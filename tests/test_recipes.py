@@ -102,7 +102,7 @@ def each(file):
     return pytest.param(file, marks=marks, id=f"{file.parent.name}-{file.stem}")
 
 
-@pytest.mark.parametrize("file", map(each, TRAINED))
+@pytest.mark.parametrize("file", [each(file) for file in TRAINED])
 def test_every_recipe_trains(file, starts, photos, tmp_path, capsys):
     out = tmp_path / "out"
     place = ["--data", photos, "--output", out]
