@@ -131,7 +131,7 @@ class FeatureMap(nn.Module):
     """The directions of one block, shared by its heads, as a buffer that is saved with the model.
 
     Args:
-        num_features (`int`), head_dim (`int`), seed (`int`): As of `orthogonal_gaussian`.
+        num_features (`int`), head_dim (`int`), seed (`int`): See `orthogonal_gaussian`.
     """
 
     random_features: Tensor

@@ -49,12 +49,12 @@ def run_all(segments: Sequence[Segment], state: State) -> list[Tensor]:
     return exit_logits
 
 
-def study_all(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
+def run_all_with_features(segments: Sequence[Segment], state: State) -> tuple[list[Tensor], list[Tensor]]:
     """As `run_all`, with the features of each exit, which distillation compares."""
     home, exit_logits, exit_features = state.device, [], []
     for segment in segments:
         state = segment.advance(state)
-        logits, features = segment.study(state)
+        logits, features = segment.forward_with_features(state)
         exit_logits.append(logits.to(home))
         exit_features.append(features.to(home))
     return exit_logits, exit_features
@@ -150,7 +150,7 @@ def replay(
         exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last; or one tensor `[E, B, C]`.
         depths (`Sequence[int]`): Blocks run before each exit, from 1.
         policy (`ExitPolicy`): Decides which rows leave.
-        min_depth (`int`, *optional*), max_depth (`int`, *optional*): As of `run_early`.
+        min_depth (`int`, *optional*), max_depth (`int`, *optional*): See `run_early`.
 
     Example:
 

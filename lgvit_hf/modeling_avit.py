@@ -84,7 +84,7 @@ class AViTOutput(ModelOutput):
         ponder_loss (`Tensor`, *optional*): Mean of `ponder_cost`; not where tokens are removed and no labels given.
         distribution_loss (`Tensor`, *optional*): Of `halting_scores` against their target.
         hidden_states (`tuple[Tensor]`, *optional*), attentions (`tuple[Tensor]`, *optional*):
-            As of ViT; tokens that have halted are zero behind the block where they do.
+            See ViT; tokens that have halted are zero behind the block where they do.
     """
 
     loss: Tensor | None = None

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .attention import FeatureMap
 from .configuration import Exit
-from .engine import run_early, study_all
+from .engine import run_all_with_features, run_early
 from .heads import ExitHead, HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy
@@ -62,7 +62,7 @@ def exits_loss(exit_logits: Sequence[Tensor], labels: Tensor, config: Pretrained
 
     Args:
         exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last.
-        labels (`Tensor`): As of `task_loss`.
+        labels (`Tensor`): See `task_loss`.
         config (`PretrainedConfig`): Of the highway; a truncated one has its last exit's loss alone.
     """
     if config.truncated:
@@ -152,20 +152,24 @@ class HighwayMixin(PretrainedHighway):
         segments, start = [], 0
         for exit, head in zip(self.config.exits, self.exits, strict=True):
             passed = tuple(blocks[start : exit.after + 1])
-            segments.append(Segment(exit.after, passed, partial(self._answer, head), partial(self._study, head)))
+            segments.append(
+                Segment(exit.after, passed, partial(self._answer, head), partial(self._forward_with_features, head))
+            )
             start = exit.after + 1
         if not self.config.truncated:
-            segments.append(Segment(self.config.num_blocks, tuple(blocks[start:]), self.final, self._study_final))
+            segments.append(
+                Segment(self.config.num_blocks, tuple(blocks[start:]), self.final, self._final_with_features)
+            )
         return segments
 
     def _answer(self, head: ExitHead, state: State) -> Tensor:
         # called as a module, so that hooks run: those of FSDP and of accelerate bring the weights
         return head(self.tokens(state), with_features=False)[0]
 
-    def _study(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
+    def _forward_with_features(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
         return head(self.tokens(state))
 
-    def _study_final(self, state: State) -> tuple[Tensor, Tensor]:
+    def _final_with_features(self, state: State) -> tuple[Tensor, Tensor]:
         return self.final(state), self.tokens(state).patches
 
     @property
@@ -270,7 +274,7 @@ class HighwayMixin(PretrainedHighway):
             output = HighwayOutput(loss=loss, **vars(answers))
         else:
             with recording(recorded, self.recorded_modules) as records:
-                exit_logits, exit_features = study_all(segments, state)
+                exit_logits, exit_features = run_all_with_features(segments, state)
             logits, last = exit_logits[-1], segments[-1]
             output = HighwayOutput(
                 loss=None if labels is None else exits_loss(exit_logits, labels, config),

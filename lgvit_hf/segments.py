@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ register_pytree_node(
 Block = Callable[[State], State]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Segment:
     """A stretch of the backbone and the exit at its end.
 
@@ -90,20 +91,45 @@ class Segment:
         depth (`int`): Blocks already run when the exit is reached, counted from 1.
         blocks (`tuple`): Callables `State -> State`; the stem counts as the first one of the first segment.
         answer (`Callable`): `State -> logits [B, C]`, the exit or, in the last segment, the final classifier.
-        study (`Callable`, *optional*):
+        forward_with_features (`Callable`, *optional*):
             `State -> (logits, features)`, as `answer` and what distillation compares; may cost more.
     """
 
     depth: int
     blocks: tuple[Block, ...]
     answer: Callable[[State], Tensor]
-    study: Callable[[State], tuple[Tensor, Tensor]] | None = None
+    forward_with_features: Callable[[State], tuple[Tensor, Tensor]] | None = None
+
+    def __init__(
+        self,
+        depth: int,
+        blocks: tuple[Block, ...],
+        answer: Callable[[State], Tensor],
+        forward_with_features: Callable[[State], tuple[Tensor, Tensor]] | None = None,
+        *,
+        study: Callable[[State], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        if study is not None:
+            _warn_of_study()
+        values = (depth, blocks, answer, forward_with_features or study)
+        for field, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+
+    @property
+    def study(self) -> Callable[[State], tuple[Tensor, Tensor]] | None:
+        """The old name of `forward_with_features`."""
+        _warn_of_study()
+        return self.forward_with_features
 
     def advance(self, state: State) -> State:
         """Carry the state to this segment's exit."""
         for block in self.blocks:
             state = block(state)
         return state
+
+
+def _warn_of_study() -> None:
+    warnings.warn("Segment.study is now Segment.forward_with_features", DeprecationWarning, stacklevel=3)
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:

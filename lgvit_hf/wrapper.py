@@ -173,7 +173,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         """Names that `after` may hold, in the order in which the submodules run.
 
         Args:
-            module (`nn.Module`), example (`Tensor`, *optional*): As of the class.
+            module (`nn.Module`), example (`Tensor`, *optional*): See the class.
 
         Example:
 
@@ -260,12 +260,12 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
     def _answer(self, head: nn.Module, state: State) -> Tensor:
         return super()._answer(head, state) if isinstance(head, ExitHead) else head(state[HIDDEN])
 
-    def _study(self, head: nn.Module, state: State) -> tuple[Tensor, Tensor]:
+    def _forward_with_features(self, head: nn.Module, state: State) -> tuple[Tensor, Tensor]:
         if isinstance(head, ExitHead):
-            return super()._study(head, state)
+            return super()._forward_with_features(head, state)
         return head(state[HIDDEN]), state[HIDDEN]
 
-    def _study_final(self, state: State) -> tuple[Tensor, Tensor]:
+    def _final_with_features(self, state: State) -> tuple[Tensor, Tensor]:
         return state[LOGITS], state[LOGITS]
 
     # -- saving and loading --------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def separating(exit_logits):
 
 
 @torch.no_grad()
-def leaving_in_parts(model, images):
+def exiting_in_parts(model, images):
     """The model with thresholds by which rows leave at several exits."""
     logits = model(images, early_exit=False).exit_logits
     thresholds = [separating([exit]) for exit in logits[:-1]]
@@ -174,7 +174,7 @@ def test_a_hook_on_a_head_body_sees_the_map():
 def test_weights_that_are_elsewhere_until_a_module_runs(kind):
     model, images = MODELS[kind](), tiny_images(12)
     if kind != "avit":
-        leaving_in_parts(model, images)
+        exiting_in_parts(model, images)
     expected, plain = model(images), copy.deepcopy(model)
     cpu_offload(model, execution_device="cpu")
     assert all(weight.is_meta for weight in model.parameters())
@@ -216,21 +216,21 @@ def inside(module, units):
 @torch.no_grad()
 def test_answers_of_several_devices_come_to_one(kind):
     model, images, labels = MODELS[kind](), tiny_images(24), torch.arange(24) % NUM_LABELS
-    leaving_in_parts(model, images)
+    exiting_in_parts(model, images)
     expected, everything = model(images, labels), model(images, labels, early_exit=False)
     assert len(expected.exit_index.unique()) > 1
     spread(model)
     with OtherDevices():
         found = model(on(images, FIRST), on(labels, FIRST))
-        studied = model(on(images, FIRST), on(labels, FIRST), early_exit=False)
+        with_features = model(on(images, FIRST), on(labels, FIRST), early_exit=False)
         policy, segments, state = model.exit_policy, model.segments(), State({"pixel_values": on(images, FIRST)})
         logits = run_all(segments, state)
         answers = run_early(segments, state, policy)
-    devices_of = {each.device for each in (*logits, *studied.exit_features, *vars(answers).values(), found.loss)}
+    devices_of = {each.device for each in (*logits, *with_features.exit_features, *vars(answers).values(), found.loss)}
     assert devices_of == {FIRST}
     assert here(found.exit_index).tolist() == expected.exit_index.tolist() == here(answers.exit_index).tolist()
     assert_close_to_largest(here(found.logits), expected.logits)
-    for ours, theirs in zip(studied.exit_logits, everything.exit_logits, strict=True):
+    for ours, theirs in zip(with_features.exit_logits, everything.exit_logits, strict=True):
         assert_close_to_largest(here(ours), theirs)
 
 
@@ -298,7 +298,7 @@ def test_autocast(kind):
 
 
 def check_mixed_batch(model, images, dtypes):
-    exit_logits = leaving_in_parts(model, images)(images, early_exit=False).exit_logits
+    exit_logits = exiting_in_parts(model, images)(images, early_exit=False).exit_logits
     assert [each.dtype for each in exit_logits] == dtypes
     out = model(images)
     assert len(out.exit_index.unique()) > 1
@@ -325,7 +325,7 @@ def test_all_of_it_on_a_device_without_float64(kind):
     images = torch.stack([row["pixel_values"] for row in rows])
     labels = torch.tensor([row["labels"] for row in rows])
     if kind != "avit":
-        leaving_in_parts(model, images)
+        exiting_in_parts(model, images)
     expected = model(images)
     collected = None if kind == "avit" else collect(model, rows)
     moved(model, FIRST)

@@ -54,7 +54,7 @@ def test_times_are_brought_to_one_pace():
 def test_figures_of_a_batch_size():
     table = CostTable(
         batch_sizes=[1, 2],
-        trunks=[[0.1, 0.2], [0.2, 0.3]],
+        backbone_costs=[[0.1, 0.2], [0.2, 0.3]],
         heads=[[0.02, 0.04], [0.01, 0.01]],
         select=[[0.0, 0.05], [0.0, 0.0]],
         threads=1,
@@ -173,7 +173,7 @@ def test_report_is_json_and_complete(report, looked_at):
     assert report["batches"][0]["predicted_ms"] == pytest.approx(report["batches"][0]["ideal_ms"])
     table = CostTable(**report["cost_table"])
     assert report["batches"][1]["predicted_ms"] == pytest.approx(4 * table.mean_latency(shares, [0, 1, 2], 4))
-    assert table.batch_sizes == [1, 2, 4] and table.trunks == [[3.0] * 3, [1.0] * 3, [2.0] * 3, [1.0] * 3]
+    assert table.batch_sizes == [1, 2, 4] and table.backbone_costs == [[3.0] * 3, [1.0] * 3, [2.0] * 3, [1.0] * 3]
     assert report["environment"]["policy"] == looked_at[0].exit_policy.to_dict()
     assert report["environment"]["images"] == 20 and report["environment"]["dtype"] == "float32"
 
@@ -209,8 +209,8 @@ def test_profile_adds_up_to_the_model(kind, monkeypatch):
         ("stem", 0), *blocks[:2], exits[0], blocks[2], exits[1], *blocks[3:5], exits[2], blocks[5], ("final", 6)
     ]  # fmt: skip
     costs = model_macs(model)
-    trunk = sum(row["macs"] for row in profile if row["part"] in ("stem", "block"))
-    assert trunk == sum(costs.trunks)
+    backbone = sum(row["macs"] for row in profile if row["part"] in ("stem", "block"))
+    assert backbone == sum(costs.backbone_costs)
     assert [row["macs"] for row in profile if row["part"] not in ("stem", "block")] == costs.heads
     assert all(row["ms"] == {"1": 1e3, "2": 1e3} for row in profile)
     state = State({"pixel_values": tiny_images(2)})

@@ -23,10 +23,10 @@ from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
 from lgvit_hf.evaluation.search import (
     SEARCHES,
     candidates,
+    confidence_scores,
     consequences,
     leaving,
     search,
-    sureness,
     uniform_thresholds,
 )
 from lgvit_hf.policies import POLICIES, build_policy
@@ -37,7 +37,7 @@ from tests.tiny import tiny_images, tiny_model
 version_independent = pytest.mark.version_independent
 
 POLICY_NAMES = ("confidence", "margin", "entropy", "confidence_entropy", "patience", "patience_confidence")
-# all rows are above the first of sureness and none is above the second
+# all rows are above the first of confidence_scores and none is above the second
 RANGES = {"confidence": (0.0, 1.0), "margin": (-1.0, 1.0), "entropy": (-1e9, 0.0)}
 COSTS = Costs([3.0, 3.0, 3.0, 3.0], [0.2, 0.3, 0.2, 0.1])
 
@@ -106,13 +106,15 @@ def test_temperature_is_the_best_of_a_grid_and_undoes_a_factor():
 # -- search ----------------------------------------------------------------------------------------------------
 
 
-def objective(thresholds, sureness, right, costs, price):
+def objective(thresholds, confidence_scores, right, costs, price):
     on = [index for index, threshold in enumerate(thresholds) if threshold < 1]
     total = 0.0
-    for row in range(sureness.shape[1]):
-        left = next((index for index in on if sureness[index, row] > thresholds[index]), len(sureness))
+    for row in range(confidence_scores.shape[1]):
+        left = next(
+            (index for index in on if confidence_scores[index, row] > thresholds[index]), len(confidence_scores)
+        )
         total += costs.of_exit(left, on) + price * (not right[left, row])
-    return total / sureness.shape[1]
+    return total / confidence_scores.shape[1]
 
 
 def cuts_of(scores):
@@ -126,26 +128,29 @@ def test_search_against_brute_force(price):
     for exits, _ in itertools.product((1, 2), range(10)):
         costs = Costs(numbers.uniform(1, 4, exits + 1).tolist(), numbers.uniform(0, 2.5, exits + 1).tolist())
         # with ties: eight rows at one of nine scores
-        sureness = (numbers.integers(1, 10, (exits, 8)) / 10).astype(np.float32)
+        confidence_scores = (numbers.integers(1, 10, (exits, 8)) / 10).astype(np.float32)
         right = numbers.random((exits + 1, 8)) < 0.7
-        thresholds = search(sureness, right, costs, price, (0.0, 1.0)).tolist()
-        found = objective(thresholds, sureness, right, costs, price)
-        best = min(objective(cut, sureness, right, costs, price) for cut in itertools.product(*map(cuts_of, sureness)))
+        thresholds = search(confidence_scores, right, costs, price, (0.0, 1.0)).tolist()
+        found = objective(thresholds, confidence_scores, right, costs, price)
+        best = min(
+            objective(cut, confidence_scores, right, costs, price)
+            for cut in itertools.product(*map(cuts_of, confidence_scores))
+        )
         assert found >= best - 1e-6
-        assert found <= objective([1.0] * exits, sureness, right, costs, price) + 1e-6
+        assert found <= objective([1.0] * exits, confidence_scores, right, costs, price) + 1e-6
         # exact for one exit; for several a descent, exit by exit, that ends where no exit alone makes it better
         for index in range(exits):
-            for cut in cuts_of(sureness[index]):
+            for cut in cuts_of(confidence_scores[index]):
                 others = [*thresholds[:index], cut, *thresholds[index + 1 :]]
-                assert found <= objective(others, sureness, right, costs, price) + 1e-6
+                assert found <= objective(others, confidence_scores, right, costs, price) + 1e-6
 
 
 @version_independent
 def test_exits_are_fitted_again_to_the_rows_that_come_there():
     """Two rows are wrong at the second exit, which is off until they leave at the first."""
-    sureness, limits = np.array([[0.75, 0.75, 0.25]] * 2, np.float32), (0.125, 1.0)
+    confidence_scores, limits = np.array([[0.75, 0.75, 0.25]] * 2, np.float32), (0.125, 1.0)
     right = np.array([[True, True, False], [False, False, True], [True, True, True]])
-    assert search(sureness, right, Costs([1.0, 1.0, 8.0], [0.0] * 3), 100.0, limits).tolist() == [0.5, 0.125]
+    assert search(confidence_scores, right, Costs([1.0, 1.0, 8.0], [0.0] * 3), 100.0, limits).tolist() == [0.5, 0.125]
 
 
 @version_independent
@@ -153,14 +158,14 @@ def test_search_with_every_exit_asked_against_brute_force():
     """Heads that cost as much as blocks are paid for wherever a row comes."""
     numbers, costs = rng(), Costs([3.0, 3.0], [2.5, 0.1])
     for price in (0.0, 4.0, 20.0):
-        sureness = (numbers.integers(1, 10, (1, 12)) / 10).astype(np.float32)
+        confidence_scores = (numbers.integers(1, 10, (1, 12)) / 10).astype(np.float32)
         right = numbers.random((2, 12)) < 0.7
-        thresholds = search(sureness, right, costs, price, (0.0, 1.0), choose_exits=False).tolist()
+        thresholds = search(confidence_scores, right, costs, price, (0.0, 1.0), choose_exits=False).tolist()
         assert thresholds[0] < 1
         # the last of the cuts sends nobody away and is below 1
-        cuts = [[cut] for cut in [*cuts_of(sureness)[:-1], 0.95]]
-        best = min(objective(cut, sureness, right, costs, price) for cut in cuts)
-        assert objective(thresholds, sureness, right, costs, price) == pytest.approx(best)
+        cuts = [[cut] for cut in [*cuts_of(confidence_scores)[:-1], 0.95]]
+        best = min(objective(cut, confidence_scores, right, costs, price) for cut in cuts)
+        assert objective(thresholds, confidence_scores, right, costs, price) == pytest.approx(best)
 
 
 @version_independent
@@ -213,7 +218,7 @@ def test_sureness_by_hand():
             "margin": chances[..., -1] - chances[..., -2],
             "entropy": -stats.entropy(chances, axis=-1),
         }[policy]
-        assert sureness(table, policy, temperatures).numpy() == pytest.approx(expected[:-1], abs=1e-5)
+        assert confidence_scores(table, policy, temperatures).numpy() == pytest.approx(expected[:-1], abs=1e-5)
 
 
 @version_independent
@@ -237,7 +242,7 @@ def test_uniform_thresholds_by_hand():
 def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypatch):
     """Thresholds of each price by all rows and by each two thirds; static models and one threshold by all rows."""
     table, temperatures, asked, limits = synthetic(31), (1.0, 2.0, 0.5, 1.0), [], RANGES[policy]
-    scores, right = sureness(table, policy, temperatures).numpy(), table.right.numpy()
+    scores, right = confidence_scores(table, policy, temperatures).numpy(), table.right.numpy()
 
     def recorded(scores, right, of, price, limits, choose_exits):
         asked.append((right.shape[1], price, choose_exits))
@@ -323,7 +328,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
     elif policy == "patience":
         assert [(one["patience"], one["exits"]) for one in settings] == [(1, [0]), (2, [0, 1, 2]), (3, [0, 1, 2])]
     else:
-        scores = {name: sureness(table, name, (1.0,) * 4).numpy() for name in ("confidence", "entropy")}
+        scores = {name: confidence_scores(table, name, (1.0,) * 4).numpy() for name in ("confidence", "entropy")}
         # each passes one eighth of the scores fewer; the first passes all but the least
         below = {
             name: [(ranked <= ranked.ravel()[119 * k // 8]).sum() for k in range(8)]
@@ -364,7 +369,7 @@ def test_fewer_exits_are_the_best_where_each_counts_for_itself():
 
 @version_independent
 def test_an_exit_whose_head_costs_more_than_it_saves_is_switched_off():
-    table = replace(synthetic(600), costs=Costs(COSTS.trunks, [0.1, 50.0, 0.1, 0.1]))
+    table = replace(synthetic(600), costs=Costs(COSTS.backbone_costs, [0.1, 50.0, 0.1, 0.1]))
     for policy in POLICY_NAMES:
         # patience has few settings: what is left without that head is the first exit alone, which loses a fifth
         asked = {"policy": policy, "max_accuracy_drop": 0.4 if policy == "patience" else 0.1}
@@ -452,7 +457,7 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
     if policy not in ("confidence", "margin", "entropy"):  # these are judged by cross-fitting too
         assert costs == sorted(set(costs), reverse=True) and drops == sorted(set(drops)) and len(found) > 1
     if policy in ("confidence", "margin", "entropy"):
-        curve = uniform_thresholds(sureness(table, policy, (1.0,) * 4).numpy(), RANGES[policy])
+        curve = uniform_thresholds(confidence_scores(table, policy, (1.0,) * 4).numpy(), RANGES[policy])
         sign = -1 if policy == "entropy" else 1
         curve = [{"name": policy, "threshold": (sign * cut).tolist()} for cut in curve]
         assert len(curve) > 50
@@ -481,7 +486,10 @@ def test_no_row_lies_on_a_threshold(policy):
     if policy == "confidence_entropy":
         cuts += [("entropy", settings["entropy_threshold"]) for settings in found]
     for name, number in cuts:
-        scores, cut = sureness(table, name, temperatures).numpy(), np.float32(-number if name == "entropy" else number)
+        scores, cut = (
+            confidence_scores(table, name, temperatures).numpy(),
+            np.float32(-number if name == "entropy" else number),
+        )
         if cut in scores and cut not in RANGES[name]:  # between neighbours in float32 there is no number
             assert scores[scores > cut].min(initial=RANGES[name][1]) == np.nextafter(cut, np.float32(np.inf))
 
@@ -584,7 +592,7 @@ def test_tested_must_be_other_rows_of_the_same_model():
 @version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience", "patience_confidence"])
 def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
-    table = replace(synthetic(400), costs=Costs(COSTS.trunks, [1.5, 1.5, 1.5, 0.1]))
+    table = replace(synthetic(400), costs=Costs(COSTS.backbone_costs, [1.5, 1.5, 1.5, 0.1]))
     found = candidates(table, table.costs, policy, (1.0,) * 4, choose_exits=False)
     deepest = 0
     for settings in found:
@@ -608,16 +616,19 @@ def test_two_neighbouring_scores_are_told_apart():
     half = np.float32(0.5)
     for upper in (half, np.nextafter(half, np.float32(1)), np.nextafter(half, np.float32(0))):
         close = np.nextafter(upper, np.float32(0))
-        sureness, right = np.array([[upper, close, 0.25]], np.float32), np.array([[True, False, False], [True] * 3])
-        (cut,) = search(sureness, right, Costs([1.0, 9.0], [0.0, 0.0]), 100.0, (0.0, 1.0))
-        assert (sureness[0] > cut).tolist() == [True, False, False]
+        confidence_scores, right = (
+            np.array([[upper, close, 0.25]], np.float32),
+            np.array([[True, False, False], [True] * 3]),
+        )
+        (cut,) = search(confidence_scores, right, Costs([1.0, 9.0], [0.0, 0.0]), 100.0, (0.0, 1.0))
+        assert (confidence_scores[0] > cut).tolist() == [True, False, False]
 
 
 @version_independent
 def test_a_head_that_is_off_is_not_paid_for():
     """Leaving at the first exit loses 9.5 where going on costs 9; with the second head, never worth it, 14."""
-    sureness, right = np.array([[0.5], [0.5]], np.float32), np.array([[False], [False], [True]])
-    found = search(sureness, right, Costs([1.0, 4.0, 5.0], [0.0, 5.0, 0.0]), 9.5, (0.0, 1.0))
+    confidence_scores, right = np.array([[0.5], [0.5]], np.float32), np.array([[False], [False], [True]])
+    found = search(confidence_scores, right, Costs([1.0, 4.0, 5.0], [0.0, 5.0, 0.0]), 9.5, (0.0, 1.0))
     assert found.tolist() == [1.0, 1.0]
 
 
@@ -768,20 +779,26 @@ def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
     def clock(runs, *, repeats):
         results = {name: run() for name, run in runs.items()}
         calls.append((list(runs), repeats, results))
-        seconds = {("trunk", 0): 4.0, ("trunk", 1): 2.0, ("trunk", 2): 2.0, ("head", 0): 1.0, ("head", 2): 2.0}
+        seconds = {
+            ("backbone", 0): 4.0,
+            ("backbone", 1): 2.0,
+            ("backbone", 2): 2.0,
+            ("head", 0): 1.0,
+            ("head", 2): 2.0,
+        }
         extra = {("head", 1): 3.0 if len(calls) == 1 else 1.0}
         # the median counts; the second batch size takes twice as long
         return {name: [9.0, len(calls) * one, 0.0] for name, one in {**seconds, **extra}.items()}
 
     monkeypatch.setattr(choosing, "time_interleaved", clock)
     costs = choosing.measured_costs(model, pixels, repeats=3)
-    assert costs.trunks == [0.4, 0.2, 0.2] and costs.heads == pytest.approx([0.1, 0.2, 0.2])
+    assert costs.backbone_costs == [0.4, 0.2, 0.2] and costs.heads == pytest.approx([0.1, 0.2, 0.2])
     assert costs.backbone == pytest.approx(1)
-    parts = [(part, index) for index in range(3) for part in ("trunk", "head")]
+    parts = [(part, index) for index in range(3) for part in ("backbone", "head")]
     assert [call[:2] for call in calls] == [(parts, 3)] * 2
     for (_, _, results), size in zip(calls, (1, 5), strict=True):
         torch.testing.assert_close(results["head", 2], everything.logits[:size], rtol=1e-4, atol=1e-5)
-        assert [results["trunk", index].batch_size for index in range(3)] == [size] * 3
+        assert [results["backbone", index].batch_size for index in range(3)] == [size] * 3
         # nobody leaves: the head and a policy are asked all the same
         assert results["head", 0] == results["head", 1] == 0
     assert choosing.relative(Costs([4.0, 2.0, 2.0], [1.0, 3.0, 2.0])) == Costs([0.4, 0.2, 0.2], [0.1, 0.3, 0.2])

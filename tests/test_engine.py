@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lgvit_hf.engine import run_all, run_early, study_all
+from lgvit_hf.engine import run_all, run_all_with_features, run_early
 from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy
 from lgvit_hf.segments import Segment, State
@@ -329,7 +329,7 @@ def waits(monkeypatch):
 
 
 @every_policy
-def test_one_wait_per_exit_that_is_asked(typical, waits):
+def test_one_host_sync_per_evaluated_exit(typical, waits):
     recorded = Recorded()
     policy = build_policy(typical, NUM_EXITS)
     run_early(recorded.segments(), rows_state(range(NUM_ROWS)), policy)
@@ -337,17 +337,17 @@ def test_one_wait_per_exit_that_is_asked(typical, waits):
     assert len(waits) == len(early_heads)
 
 
-def test_run_all_and_study_all_visit_every_exit():
+def test_run_all_with_and_without_features_visit_every_exit():
     recorded = Recorded()
     exit_logits = run_all(recorded.segments(), rows_state(torch.arange(NUM_ROWS)))
     torch.testing.assert_close(torch.stack(exit_logits), LOGITS, rtol=0, atol=0, equal_nan=True)
     assert recorded.rows_in_block == {number: NUM_ROWS for number in range(1, 13)}
 
-    studied = [
+    with_features = [
         Segment(depth, (), None, lambda state, index=index: (LOGITS[index][state["row"]], state["row"] + index))
         for index, depth in enumerate(DEPTHS)
     ]
-    logits, features = study_all(studied, rows_state(torch.arange(20, 23)))
+    logits, features = run_all_with_features(with_features, rows_state(torch.arange(20, 23)))
     torch.testing.assert_close(torch.stack(logits), LOGITS[:, 20:23], rtol=0, atol=0, equal_nan=True)
     assert [feature.tolist() for feature in features] == [[20 + i, 21 + i, 22 + i] for i in range(len(DEPTHS))]
 

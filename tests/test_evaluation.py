@@ -111,7 +111,7 @@ def test_replay_checks_the_policy():
 
 def test_summary_by_hand():
     table = by_hand()
-    costs = Costs(trunks=[10.0, 20.0, 40.0], heads=[1.0, 2.0, 3.0])
+    costs = Costs(backbone_costs=[10.0, 20.0, 40.0], heads=[1.0, 2.0, 3.0])
     answers = table.replay({"name": "confidence", "threshold": 0.9})
     summary = summarise(table, answers, costs, ["linear", "mlp", "final"])
     macs = [10 + 1, 10 + 1 + 20 + 2, 10 + 1 + 20 + 2 + 40 + 3]
@@ -122,14 +122,14 @@ def test_summary_by_hand():
             "head": head,
             "rows": rows,
             "share": rows / 4,
-            "accuracy_leaving": leaving,
+            "accuracy_exited": leaving,
             "accuracy_all": accuracy,
-            "calibration_error_leaving": error_leaving,
+            "calibration_error_exited": error_exited,
             "calibration_error_all": error_all,
             "macs": spent,
             "head_macs": head_macs,
         }
-        for position, head, rows, leaving, accuracy, error_leaving, error_all, spent, head_macs in [
+        for position, head, rows, leaving, accuracy, error_exited, error_all, spent, head_macs in [
             (1, "linear", 2, 0.5, 0.75, sure - 0.5, (2 * (sure - 0.5) + 2 * (1 - unsure)) / 4, macs[0], 1.0),
             (2, "mlp", 1, 1.0, 1.0, 1 - sure, (3 * (1 - sure) + 1 - unsure) / 4, macs[1], 2.0),
             (4, "final", 1, 1.0, 0.75, 1 - sure, sure - 0.75, macs[2], 3.0),
@@ -158,7 +158,7 @@ def test_exit_where_nobody_leaves_has_no_accuracy():
     table = by_hand()
     summary = summarise(table, table.replay("never"), Costs([1.0] * 3, [1.0] * 3), ["linear", "mlp", "final"])
     assert [entry["rows"] for entry in summary["exits"]] == [0, 0, 4]
-    assert [entry["accuracy_leaving"] for entry in summary["exits"]] == [None, None, 0.75]
+    assert [entry["accuracy_exited"] for entry in summary["exits"]] == [None, None, 0.75]
 
 
 @version_independent
@@ -169,7 +169,7 @@ def test_layer_speed_up():
 
 @version_independent
 def test_costs_of_exits_that_are_not_asked():
-    costs = Costs(trunks=[10.0, 20.0, 40.0], heads=[1.0, 2.0, 3.0])
+    costs = Costs(backbone_costs=[10.0, 20.0, 40.0], heads=[1.0, 2.0, 3.0])
     assert costs.of_exit(2, asked=[1]) == 10 + 20 + 2 + 40 + 3
     assert costs.of_exit(2, asked=[]) == costs.backbone == 73.0
 
@@ -224,7 +224,7 @@ def test_macs_by_hand(kind, prefix, heads):
     for start in range(0, len(heads.split()), 3):
         three = heads.split()[start : start + 3]
         costs = model_macs(tiny_model(kind, exit_positions=POSITIONS, exit_types=three))
-        assert costs.trunks == [stem + 2 * block, block, 2 * block, block]
+        assert costs.backbone_costs == [stem + 2 * block, block, 2 * block, block]
         assert costs.heads == [
             *(head_macs(head, prefix) for head in three),
             prefix * WIDTH * NUM_LABELS,
@@ -242,14 +242,14 @@ def test_macs_of_swin_by_hand():
     stem = 64 * (3 * 2 * 2) * 16
     merge_1, merge_2 = 16 * (4 * 16) * 32, 4 * (4 * 32) * 64
     first, second, third = block(64, 16), block(16, 32), block(4, 64)
-    assert costs.trunks == [stem + 2 * first, merge_1 + second, second + merge_2 + third, third]
+    assert costs.backbone_costs == [stem + 2 * first, merge_1 + second, second + merge_2 + third, third]
     assert costs.heads == [width * NUM_LABELS for width in (16, 32, 64, 64)]
 
 
 def test_macs_grow_with_the_image():
     model = tiny_model("vit", exit_positions=POSITIONS, exit_types="linear")
     costs = count_macs(model.segments(interpolate_pos_encoding=True), State({"pixel_values": tiny_images(1, 32)}))
-    assert costs.trunks[1] == block_macs(64 + 1, WIDTH, HIDDEN)
+    assert costs.backbone_costs[1] == block_macs(64 + 1, WIDTH, HIDDEN)
 
 
 # -- clocks ----------------------------------------------------------------------------------------------------

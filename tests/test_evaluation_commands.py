@@ -78,7 +78,7 @@ def test_benchmark_command_and_its_cost_table(copy, tmp_path, capsys, monkeypatc
     report = json.loads(files["output"].read_text())
     assert [entry["batch_size"] for entry in report["batches"]] == [1, 4]
     table = CostTable.load(files["cost-table"], num_exits=4)
-    assert table.batch_sizes == [1, 2, 4] and table.trunks == [[2.0] * 3, *[[1.0] * 3] * 3]
+    assert table.batch_sizes == [1, 2, 4] and table.backbone_costs == [[2.0] * 3, *[[1.0] * 3] * 3]
     assert Image.open(tmp_path / "speed.png").width > 300
     # the stem, four blocks and the classifier for four images take 6 s; up to the first exit it is 3 s
     wanted = ["--max-latency", 1e3, "--cost-table", files["cost-table"], "--batch-size", 4]

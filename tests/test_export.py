@@ -211,7 +211,7 @@ def opened(folder, model, parts, layout):
         depths=depths,
         exits=[part.exit_index for part in parts],
         policy=model.exit_policy.to_dict(),
-        macs={"trunks": [1.0] * len(depths), "heads": [1.0] * len(depths)},
+        macs={"backbone_costs": [1.0] * len(depths), "heads": [1.0] * len(depths)},
         versions={},
         checks={},
     ).save(folder)

@@ -8,7 +8,7 @@ import torch
 from lgvit_hf.data.devices import accelerator, device_name
 from lgvit_hf.evaluation.benchmark import benchmark
 from lgvit_hf.evaluation.exit_table import collect
-from tests.test_accelerators import MODELS, leaving_in_parts
+from tests.test_accelerators import MODELS, exiting_in_parts
 from tests.test_compile import assert_same
 from tests.test_modeling_common import assert_close_to_largest
 from tests.tiny import KINDS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
@@ -34,7 +34,7 @@ def exact_products():
 def pair(kind, num_images=32):
     """A model on the CPU whose samples leave at several exits, the same on the accelerator, and images."""
     images = tiny_images(num_images)
-    model = leaving_in_parts(MODELS[kind](), images)
+    model = exiting_in_parts(MODELS[kind](), images)
     return model, copy.deepcopy(model).to(DEVICE), images
 
 
@@ -117,7 +117,7 @@ def test_what_lies_on_two_devices():
 
     model = tiny_model("vit", exit_positions=[2, 4], exit_types=["conv1_1", "attention_r2"])
     images = tiny_images(16)
-    leaving_in_parts(model, images)
+    exiting_in_parts(model, images)
     with torch.no_grad():
         expected = model(images)
         # heads on the processor, whose weights are brought to the accelerator by hooks

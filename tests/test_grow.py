@@ -400,7 +400,7 @@ def cost_by_hand(exits, threshold, logits, worth, costs):
     for row in range(logits.shape[1]):
         cost = 0.0
         for index in range(len(logits)):
-            cost += costs.trunks[index]
+            cost += costs.backbone_costs[index]
             if index in exits or index == len(logits) - 1:
                 cost += costs.heads[index]
                 if index == len(logits) - 1 or scores[index, row] > threshold:
@@ -448,15 +448,15 @@ def test_measured_costs_are_shares_of_the_full_model(monkeypatch):
     def clock(runs, *, repeats):
         """Every run takes as long as its number says, in two of three rounds; of the large batch, twice the blocks."""
         batches.append({name: run() for name, run in runs.items()})
-        times = {"trunk": len(batches), "head": 0.5}
+        times = {"backbone": len(batches), "head": 0.5}
         return {name: [(name[1] + 1) * times[name[0]]] * 2 + [99.0] for name in runs}
 
     monkeypatch.setattr(choosing, "time_interleaved", clock)
     costs = measured_costs(model, tiny_images(8), repeats=3)
-    assert [states["trunk", 0].batch_size for states in batches] == [1, 8]
+    assert [states["backbone", 0].batch_size for states in batches] == [1, 8]
     # five segments: blocks of 1, ..., 5 and a final classifier of 2.5, or blocks twice as long
     for index in range(5):
-        assert costs.trunks[index] == pytest.approx(((index + 1) / 17.5 + 2 * (index + 1) / 32.5) / 2)
+        assert costs.backbone_costs[index] == pytest.approx(((index + 1) / 17.5 + 2 * (index + 1) / 32.5) / 2)
         assert costs.heads[index] == pytest.approx((0.5 * (index + 1) / 17.5 + 0.5 * (index + 1) / 32.5) / 2)
     assert costs.backbone == pytest.approx(1)
 

@@ -26,7 +26,7 @@ version_independent = pytest.mark.version_independent
 POSITIONS = [2, 3, 5]
 BY_HAND = {
     "batch_sizes": [1, 2, 4],
-    "trunks": [[1.0, 1.5, 2.0], [2.0, 3.0, 4.5]],
+    "backbone_costs": [[1.0, 1.5, 2.0], [2.0, 3.0, 4.5]],
     "heads": [[0.5, 0.7, 0.8], [0.3, 0.3, 0.4]],
     "select": [[0.1, 0.2, 0.3], [0.0, 0.0, 0.0]],
     "threads": 1,
@@ -46,11 +46,15 @@ def tick(patch):
 
 def test_costs_of_a_batch_that_stays():
     costs = by_hand().at(4)
-    assert costs.trunks == pytest.approx([500.0, 1125.0]) and costs.heads == pytest.approx([200.0, 100.0])
+    assert costs.backbone_costs == pytest.approx([500.0, 1125.0]) and costs.heads == pytest.approx([200.0, 100.0])
     # 3 rows: half way from 2 to 4
     costs = by_hand().at(3)
-    assert costs.trunks == pytest.approx([1750 / 3, 3750 / 3]) and costs.heads == pytest.approx([250.0, 350 / 3])
-    assert by_hand(batch_sizes=[2, 3, 4]).at(1).trunks == pytest.approx([500.0, 1000.0]), "half way from no rows to 2"
+    assert costs.backbone_costs == pytest.approx([1750 / 3, 3750 / 3]) and costs.heads == pytest.approx(
+        [250.0, 350 / 3]
+    )
+    assert by_hand(batch_sizes=[2, 3, 4]).at(1).backbone_costs == pytest.approx([500.0, 1000.0]), (
+        "half way from no rows to 2"
+    )
 
 
 @version_independent
@@ -63,12 +67,12 @@ def test_latency_of_one_image():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_latency_over_every_way_to_leave(share):
     """Four rows, each of them stays or leaves: sixteen ways, and their chances."""
-    trunk, head, final, select = [0, 2.0, 3.0, 3.75, 4.5], 0.8, [0, 0.3, 0.3, 0.35, 0.4], 0.3
+    backbone, head, final, select = [0, 2.0, 3.0, 3.75, 4.5], 0.8, [0, 0.3, 0.3, 0.35, 0.4], 0.3
     expected = 0.0
     for leaves in itertools.product([True, False], repeat=4):
         stay = leaves.count(False)
         chance = share ** (4 - stay) * (1 - share) ** stay
-        expected += chance * (2.0 + head + trunk[stay] + final[stay] + (select if 0 < stay < 4 else 0.0))
+        expected += chance * (2.0 + head + backbone[stay] + final[stay] + (select if 0 < stay < 4 else 0.0))
     assert by_hand().mean_latency([share, 1 - share], [0], 4) == pytest.approx(1e3 * expected / 4)
 
 
@@ -84,7 +88,7 @@ def test_heads_that_are_not_asked_are_not_paid():
 def test_latency_of_three_segments_thins_out_twice():
     flat = by_hand(
         batch_sizes=[1, 2],
-        trunks=[[1.0, 1.0]] * 3,
+        backbone_costs=[[1.0, 1.0]] * 3,
         heads=[[0.0, 0.0]] * 3,
         select=[[0.0, 1.0], [0.0, 1.0], [0.0, 0.0]],
     )
@@ -113,7 +117,7 @@ def test_batch_size_that_was_not_measured(batch_size):
 
 @version_independent
 def test_shares_of_another_model():
-    with pytest.raises(ValueError, match="3 shares of rows, but the cost table is of 2 exits"):
+    with pytest.raises(ValueError, match="3 shares, but the cost table is of 2 exits"):
         by_hand().mean_latency([0.2, 0.3, 0.5], [0], 1)
 
 
@@ -126,8 +130,8 @@ def test_shares_of_another_model():
         ({"batch_sizes": []}, "must ascend from at least 1"),
         ({"heads": [[1.0, 1.0, 1.0]]}, r"heads must hold 2 segments.*holds \[3\]"),
         ({"select": [[1.0, 1.0, 1.0], [1.0]]}, r"select must hold .*holds \[3, 1\]"),
-        ({"trunks": [[1.0, -1.0, 1.0]] * 2}, "trunks must hold seconds, from 0"),
-        ({"trunks": [[1.0, math.nan, 1.0]] * 2}, "trunks must hold seconds, from 0"),
+        ({"backbone_costs": [[1.0, -1.0, 1.0]] * 2}, "backbone_costs must hold seconds, from 0"),
+        ({"backbone_costs": [[1.0, math.nan, 1.0]] * 2}, "backbone_costs must hold seconds, from 0"),
     ],
 )
 def test_parts_that_do_not_fit(changes, message):
@@ -192,7 +196,7 @@ def test_measured_on_a_model(kind, monkeypatch):
     assert model.training, "the model is given back as it was"
     assert table.batch_sizes == [1, 2, 3] and table.threads == torch.get_num_threads() and table.device == "cpu"
     # the stem and two blocks, one, two and one; nobody is let go behind the last
-    assert table.trunks == [[blocks] * 3 for blocks in (3.0, 1.0, 2.0, 1.0)]
+    assert table.backbone_costs == [[blocks] * 3 for blocks in (3.0, 1.0, 2.0, 1.0)]
     assert table.heads == [[1.0] * 3] * 4 and table.select == [*[[1.0] * 3] * 3, [0.0] * 3]
     table.check(4, architecture(model))
     assert CostTable(**json.loads(json.dumps(table.to_dict()))) == table
@@ -247,7 +251,7 @@ def test_table_of_medians():
     walks = [PartTimes([[1.0, 10.0], [n]], [2 * n, 3 * n], [4 * n, 0.0]) for n in (1.0, 2.0, 9.0)]
     table = cost_table(tiny_model("vit", exit_positions=[2]), {2: [walks[2]], 1: walks})
     assert table.batch_sizes == [1, 2]
-    assert table.trunks == [[11.0, 11.0], [2.0, 9.0]]
+    assert table.backbone_costs == [[11.0, 11.0], [2.0, 9.0]]
     assert table.heads == [[4.0, 18.0], [6.0, 27.0]] and table.select == [[8.0, 36.0], [0.0, 0.0]]
 
 
@@ -259,11 +263,11 @@ def test_interruptions_are_shared_out():
         for n in range(3)
     ]
     table = cost_table(tiny_model("vit", exit_positions=[2]), {1: walks})
-    assert table.trunks == [[1.5], [3.0]] and table.heads == [[4.5], [6.0]] and table.select == [[3.0], [0.0]]
+    assert table.backbone_costs == [[1.5], [3.0]] and table.heads == [[4.5], [6.0]] and table.select == [[3.0], [0.0]]
 
 
 @version_independent
 def test_walk_at_another_pace():
     walk = PartTimes([[1.0, 2.0], [3.0]], [4.0, 5.0], [6.0, 0.0])
-    assert walk.total == 21.0 and walk.trunks() == [3.0, 3.0]
+    assert walk.total == 21.0 and walk.backbone_costs() == [3.0, 3.0]
     assert walk.scaled(2) == PartTimes([[2.0, 4.0], [6.0]], [8.0, 10.0], [12.0, 0.0])

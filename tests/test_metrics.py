@@ -112,9 +112,9 @@ def test_calibration_error_of_each_exit_has_the_policy_s_temperature(temperature
     sure = tempered(0.7, at_final)
     # all confidences of the exit lie in bins of their own; the final classifier's are one
     assert first["calibration_error_all"] == pytest.approx((1 - right + wrong + unsure) / 3, abs=1e-6)
-    assert first["calibration_error_leaving"] == pytest.approx((1 - right + wrong) / 2, abs=1e-6)
+    assert first["calibration_error_exited"] == pytest.approx((1 - right + wrong) / 2, abs=1e-6)
     assert final["calibration_error_all"] == pytest.approx(abs(sure - 2 / 3), abs=1e-6)
-    assert final["calibration_error_leaving"] == pytest.approx(sure, abs=1e-6)
+    assert final["calibration_error_exited"] == pytest.approx(sure, abs=1e-6)
 
 
 @version_independent
@@ -124,12 +124,12 @@ def test_reliability_by_exit_by_hand():
     first, final = reliability_by_exit(table, answers, bins=5)
     assert (first["position"], final["position"]) == (1, 2)
     assert [bin["rows"] for bin in first["reliability_all"]] == [0, 0, 1, 1, 1]
-    assert [bin["rows"] for bin in first["reliability_leaving"]] == [0, 0, 0, 1, 1]
+    assert [bin["rows"] for bin in first["reliability_exited"]] == [0, 0, 0, 1, 1]
     assert [bin["rows"] for bin in final["reliability_all"]] == [0, 0, 0, 3, 0]
-    assert [bin["rows"] for bin in final["reliability_leaving"]] == [0, 0, 0, 1, 0]
+    assert [bin["rows"] for bin in final["reliability_exited"]] == [0, 0, 0, 1, 0]
     assert final["reliability_all"][3]["accuracy"] == pytest.approx(2 / 3)
-    assert final["reliability_leaving"][3]["accuracy"] == 0.0
-    assert final["reliability_leaving"][3]["confidence"] == pytest.approx(0.7, abs=1e-6)
+    assert final["reliability_exited"][3]["accuracy"] == 0.0
+    assert final["reliability_exited"][3]["confidence"] == pytest.approx(0.7, abs=1e-6)
 
 
 @version_independent
@@ -145,7 +145,7 @@ def test_figures_are_json_whatever_the_logits():
         json.dumps([summary, reliability_by_exit(table, answers, policy)], allow_nan=False)
     never = build_policy("never", num_exits=1)
     summary = summarise(table, table.replay(never), Costs([1.0] * 2, [1.0] * 2), ["linear", "final"], never)
-    assert summary["exits"][0]["calibration_error_leaving"] is None
+    assert summary["exits"][0]["calibration_error_exited"] is None
 
 
 # -- classes ---------------------------------------------------------------------------------------------------

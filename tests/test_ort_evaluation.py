@@ -23,7 +23,7 @@ from lgvit_hf.evaluation.costs import Costs, model_macs
 from lgvit_hf.evaluation.exit_table import collect, weights_digest
 from lgvit_hf.evaluation.report import evaluate, evaluate_as_text
 from lgvit_hf.evaluation.report_text import benchmark_as_text, verdict
-from lgvit_hf.evaluation.search import sureness
+from lgvit_hf.evaluation.search import confidence_scores
 from tests.seeds import rng, seeded
 from tests.tiny import scrambled, tiny_images
 
@@ -376,7 +376,9 @@ def test_table_is_that_of_the_model(folders, model, images):
         found = collect(ORTHighway.from_pretrained(folders[layout]), rows, batch_size=16)
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
         assert found.labels.tolist() == expected.labels.tolist() and found.depths == expected.depths == [1, 2, 3]
-        assert found.costs.trunks == expected.costs.trunks and found.costs.heads == expected.costs.heads
+        assert (
+            found.costs.backbone_costs == expected.costs.backbone_costs and found.costs.heads == expected.costs.heads
+        )
         assert found.costs.backbone == expected.costs.backbone > 0
         digests.add(found.weights)
     assert len({*digests, expected.weights}) == 3
@@ -435,7 +437,7 @@ def test_calibrates_to_the_same_policy(folders, model, images):
     last, nobody = 9.0 * functional.one_hot(labels, 10), torch.zeros(40, dtype=torch.bool)
     for policy in ("confidence", "entropy"):
         # the surer half is answered rightly at the first exit, nobody at the second, and all of them at the end
-        sure = sureness(expected, policy, (1.0, 1.0, 1.0))[0]
+        sure = confidence_scores(expected, policy, (1.0, 1.0, 1.0))[0]
         rights = (sure > sure.median(), nobody)
         of_model, of_export = (
             replace(
@@ -526,8 +528,8 @@ def test_cost_table(folders, model, images):
     table.check(3, architecture(ort))
     with pytest.raises(ValueError, match="the cost table is of vit_highway: 3 blocks, .* MB of ONNX"):
         table.check(3, architecture(model))
-    assert table.batch_sizes == [1, 2] and [len(times) for times in (table.trunks, table.heads)] == [3, 3]
-    assert all(len(times) == 2 and min(times) > 0 for times in table.trunks)
+    assert table.batch_sizes == [1, 2] and [len(times) for times in (table.backbone_costs, table.heads)] == [3, 3]
+    assert all(len(times) == 2 and min(times) > 0 for times in table.backbone_costs)
 
 
 # -- the other layouts -----------------------------------------------------------------------------------------

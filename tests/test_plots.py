@@ -27,7 +27,7 @@ def exits_of(number):
     exits = []
     for index in range(number):
         rows = 0 if index % 3 == 2 else 1234
-        right = {"accuracy_leaving": 0.9 - 0.03 * index if rows else None, "accuracy_all": 0.2 + 0.03 * index}
+        right = {"accuracy_exited": 0.9 - 0.03 * index if rows else None, "accuracy_all": 0.2 + 0.03 * index}
         exits.append({"position": index + 1, "head": "attention_r2", "rows": rows, "share": rows / 20000, **right})
     return exits
 
@@ -120,15 +120,15 @@ PLOTS = {
     "reliability": lambda file: plots.plot_reliability(
         file,
         [
-            {"name": f"block {depth}", "all": bins_of([2] * 15), "leaving": bins_of([0, 1] * 7 + [1])}
+            {"name": f"block {depth}", "all": bins_of([2] * 15), "exited": bins_of([0, 1] * 7 + [1])}
             for depth in range(2)
         ],
     ),
     "reliability, none leaves": lambda file: plots.plot_reliability(
-        file, [{"name": "block 4", "all": bins_of([2] * 15), "leaving": None}]
+        file, [{"name": "block 4", "all": bins_of([2] * 15), "exited": None}]
     ),
     "reliability, no rows": lambda file: plots.plot_reliability(
-        file, [{"name": "block 4", "all": [EMPTY] * 15, "leaving": [EMPTY] * 15}]
+        file, [{"name": "block 4", "all": [EMPTY] * 15, "exited": [EMPTY] * 15}]
     ),
     "classes, 1": lambda file: plots.plot_classes(file, classes_of(1)),
     "classes, 25": lambda file: plots.plot_classes(file, classes_of(25)),
@@ -242,9 +242,9 @@ def test_exits_that_nobody_takes(draw):
     leaving, right = draw(plots.plot_exits, {"exits": exits_of(4)}, measure="agreement").axes
     assert [bar.get_height() for bar in leaving.patches] == pytest.approx([6.17, 6.17, 0, 6.17])
     assert [text.get_text() for text in leaving.texts] == ["1,234", "1,234", "0", "1,234"]
-    all_rows, leaving_rows = (line.get_ydata() for line in right.lines)
+    all_rows, exiting_samples = (line.get_ydata() for line in right.lines)
     assert all_rows == pytest.approx([20, 23, 26, 29])
-    assert leaving_rows == pytest.approx([90, 87, np.nan, 81], nan_ok=True)
+    assert exiting_samples == pytest.approx([90, 87, np.nan, 81], nan_ok=True)
     assert [label.get_text() for label in right.get_xticklabels()][0] == "1 attention_r2"
     assert right.get_ylabel() == "agreement, %"
 
@@ -253,8 +253,8 @@ def test_exits_that_nobody_takes(draw):
 def test_reliability_by_hand(draw):
     sure = {"rows": 3, "confidence": 0.9, "accuracy": 0.5}
     unsure = {"rows": 1, "confidence": 0.4, "accuracy": 0.6}
-    none = {"name": "block 5", "all": [unsure, sure], "leaving": [EMPTY, EMPTY]}
-    some = {"name": "block 4", "all": [unsure, sure], "leaving": [EMPTY, {**sure, "rows": 2}]}
+    none = {"name": "block 5", "all": [unsure, sure], "exited": [EMPTY, EMPTY]}
+    some = {"name": "block 4", "all": [unsure, sure], "exited": [EMPTY, {**sure, "rows": 2}]}
     figure = draw(plots.plot_reliability, [some, none])
     first, second, strip, _ = figure.axes
     # (1 * 0.2 + 3 * 0.4) / 4

@@ -151,9 +151,9 @@ def test_operations_that_are_saved_are_not_run(family):
     module, _ = plain(name)
     costs, pixels = model_macs(model), images(10)
     assert 2 * costs.backbone == pytest.approx(flops(lambda: module(pixels[:1])))
-    assert costs.trunks[0] < costs.backbone
+    assert costs.backbone_costs[0] < costs.backbone
     segments, state = model.segments(), State({"pixel_values": pixels})
-    assert all(trunk > 0 for trunk in costs.trunks)
+    assert all(backbone > 0 for backbone in costs.backbone_costs)
     for index in range(len(segments)):
         run = flops(lambda index=index: run_early(segments, state, FixedPolicy(index)))
         assert run == pytest.approx(2 * 10 * costs.of_exit(index, asked=[index])), "rows run on behind their exit"
@@ -862,7 +862,7 @@ def test_calibrated_and_benchmarked():
     found = benchmark(model, images(4), batch_sizes=[2], repeats=1)
     parameters = found["parameters"]
     assert parameters["total"] == model.num_parameters() == parameters["blocks"] + sum(parameters["heads"])
-    assert [row["macs"] for row in found["profile"] if row["part"] == "block"] == model_macs(model).trunks
+    assert [row["macs"] for row in found["profile"] if row["part"] == "block"] == model_macs(model).backbone_costs
 
 
 def assert_exports(model, layout, folder):

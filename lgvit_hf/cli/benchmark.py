@@ -71,15 +71,15 @@ def run_benchmark(
     """Time a checkpoint on real images against the backbone, a static model of equal accuracy, and the ideal.
 
     Args:
-        checkpoint (`str`): As of `open_highway`.
-        data (`str`): As of `load_images`.
+        checkpoint (`str`): See `open_highway`.
+        data (`str`): See `load_images`.
         policy (`dict`, *optional*): Instead of the saved one.
         output (`str`, *optional*): JSON file for the report.
         plot (`str`, *optional*): PNG of the speed-ups.
         cost_table (`str`, *optional*): JSON file for the measured times, which `calibrate` reads.
         table_file (`str`, *optional*): Table of exits of the whole split, on which accuracies are then compared.
         which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
-            As of `open_highway`.
+            See `open_highway`.
         threads (`int`, *optional*): Of the processor, of an exported highway too; by default as PyTorch chose.
         settings: `batch_sizes`, `repeats`, `limit`, as of `benchmark`.
     """

@@ -82,16 +82,16 @@ def run_calibrate(
     """Calibrate a checkpoint and write the policy into its config, with the report beside it as `calibration.json`.
 
     Args:
-        checkpoint (`str`): As of `open_highway`.
-        data (`str`): As of `load_images`.
+        checkpoint (`str`): See `open_highway`.
+        data (`str`): See `load_images`.
         output (`str`, *optional*): Folder for a calibrated copy; by default the checkpoint's own files are changed.
         plot (`str`, *optional*): PNG of accuracy against cost.
         table_file (`str`, *optional*): Where the table is, or is to be, kept.
         cost_table (`str`, *optional*): File of measured times.
         which (`str`, *optional*, defaults to `"validation"`): The split to calibrate on.
         validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
-            As of `open_highway`.
-        wanted: As of `calibrate`.
+            See `open_highway`.
+        wanted: See `calibrate`.
     """
     from ..evaluation.calibration import calibrate, check_request, check_rows
     from ..evaluation.cost_table import CostTable, architecture

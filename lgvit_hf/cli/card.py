@@ -62,7 +62,7 @@ def run_card(
         The file written, and the names of the reports that are in it.
 
     Raises:
-        ValueError: As of `card`; a README there that was not made here; a Hub id and no `output`.
+        ValueError: See `card`; a README there that was not made here; a Hub id and no `output`.
     """
     from ..evaluation.plots import plot_pareto
     from ..hub.card import card, is_own, read_report, reports_beside, write_card

@@ -78,7 +78,7 @@ def run_convert(
         output (`str`): Folder to make.
         source_format (`str`, *optional*): One of `READERS`; `"lgvit"` where neither format is given.
         target_format (`str`, *optional*): `"lgvit"`, for the way back.
-        options: As of the format's converter; `None` is as good as not given.
+        options: See the format's converter; `None` is as good as not given.
 
     Returns:
         What was written, for a terminal.

@@ -69,19 +69,19 @@ def run_evaluate(
     """Judge a checkpoint under its own policy or another one, and draw what was found.
 
     Args:
-        checkpoint (`str`): As of `open_highway`.
-        data (`str`): As of `load_images`.
+        checkpoint (`str`): See `open_highway`.
+        data (`str`): See `load_images`.
         policy (`dict`, *optional*): Instead of the saved one.
         output (`str`, *optional*): JSON file for the report.
         plots (`str`, *optional*):
             Folder for `exits.png`, `pareto.png`, `reliability.png`, `classes.png`, `confusion.png`, `gallery.png` and,
             where wall-clock is measured, `latency.png`; not of one exported file.
         which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15), seed
-            (`int`, *optional*, defaults to 0): As of `open_highway`.
-        batch_size (`int`, *optional*), timed_batch_sizes (`Sequence[int]`, *optional*): As of `evaluate`.
+            (`int`, *optional*, defaults to 0): See `open_highway`.
+        batch_size (`int`, *optional*), timed_batch_sizes (`Sequence[int]`, *optional*): See `evaluate`.
 
     Returns:
-        As of `evaluate`.
+        See `evaluate`.
     """
     from transformers.utils import logging
 
@@ -150,7 +150,7 @@ def _draw_all(
         {
             "name": f"after block {exit['position']}, {exit['head']}",
             "all": bins["reliability_all"],
-            "leaving": bins["reliability_leaving"] if exit["rows"] else None,
+            "exited": bins["reliability_exited"] if exit["rows"] else None,
         }
         for exit, bins in zip(report["exits"], report["reliability"], strict=True)
     ]

@@ -83,13 +83,13 @@ def run_export(
         checkpoint (`str`): Folder or Hub id of a highway.
         output (`str`): Folder to make.
         layout (`str`, *optional*), precision (`str`, *optional*), max_accuracy_drop (`float`, *optional*):
-            As of `export_onnx`.
+            See `export_onnx`.
         policy (`dict`, *optional*): Instead of the saved one.
-        data (`str`, *optional*): As of `load_images`: rows on which the export is judged as well.
+        data (`str`, *optional*): See `load_images`: rows on which the export is judged as well.
         limit (`int`, *optional*): At most so many of them, drawn at random, always the same.
         which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
-            As of `load_images`; which of its splits.
-        processor (`str`, *optional*): As of `processor_for`.
+            See `load_images`; which of its splits.
+        processor (`str`, *optional*): See `processor_for`.
     """
     import torch
     from torch.utils.data import Subset

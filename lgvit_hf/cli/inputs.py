@@ -27,10 +27,10 @@ def open_highway(
 
     Args:
         checkpoint (`str`): Folder or Hub id of a highway, or folder of an exported one.
-        data (`str`): As of `load_images`.
+        data (`str`): See `load_images`.
         which (`str`, *optional*, defaults to `"test"`): Or `"validation"`, `"train"`.
         validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
-            As of `load_images`; those of the training keep its validation rows apart.
+            See `load_images`; those of the training keep its validation rows apart.
         threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
     """
     splits = load_images(data, validation_share=validation_share, seed=seed)

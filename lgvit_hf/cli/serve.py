@@ -85,7 +85,7 @@ def run_serve(
         path (`str`): Folder of a part, of a checkpoint or of an exported highway, or a Hub id.
         host (`str`, *optional*), port (`int`, *optional*): Where; port 0 is any that is free.
         next_url (`str`, *optional*), state_dtype (`str`, *optional*), timeout (`float`, *optional*),
-        retries (`int`, *optional*): As of `RemoteHighway`.
+        retries (`int`, *optional*): See `RemoteHighway`.
         policy (`dict`, *optional*): Of a whole highway, instead of the saved one.
         max_batch_size (`int`, *optional*), max_wait_ms (`float`, *optional*): Of batches that requests share.
         max_body_mb (`float`, *optional*): Of a request, in MB.

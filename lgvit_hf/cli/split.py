@@ -45,9 +45,9 @@ def run_split(
     Args:
         checkpoint (`str`): Folder or Hub id of a highway.
         output (`str`): Folder to make.
-        positions (`Sequence[int]`), format (`str`): As of `split`.
+        positions (`Sequence[int]`), format (`str`): See `split`.
         policy (`dict`, *optional*): Instead of the saved one.
-        processor (`str`, *optional*): As of `processor_for`.
+        processor (`str`, *optional*): See `processor_for`.
     """
     from ..hub.loading import load_highway
     from ..serving.split import split

@@ -91,14 +91,14 @@ def run_sweep(
     """A policy at many values of its first parameter: `table.safetensors`, `sweep.jsonl` and `sweep.png` in a folder.
 
     Args:
-        checkpoint (`str`): As of `open_highway`.
-        data (`str`): As of `load_images`.
+        checkpoint (`str`): See `open_highway`.
+        data (`str`): See `load_images`.
         output (`str`): The folder; what an earlier run of the same sweep left there is not run again.
         policy (`dict`): Its name, and the parameters that stay as they are.
         values (`Sequence[float]`): Of the parameter in `SWEPT`.
         which (`str`, *optional*, defaults to `"test"`): The split.
         validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
-            As of `open_highway`.
+            See `open_highway`.
         timed_batch_sizes (`Sequence[int]`, *optional*): Batch sizes at which wall-clock is measured for every value.
 
     Raises:

@@ -61,11 +61,11 @@ def run_visualize(
 
     Args:
         checkpoint (`str`): Folder or Hub id of an `AViT` or a highway.
-        data (`str`): As of `load_images`; labels are not needed.
+        data (`str`): See `load_images`; labels are not needed.
         output (`str`): Folder for the PNG files.
         images (`int`, *optional*, defaults to 8): How many are drawn.
         which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15), seed
-            (`int`, *optional*, defaults to 0): As of `open_highway`; images without labels are not split.
+            (`int`, *optional*, defaults to 0): See `open_highway`; images without labels are not split.
 
     Returns:
         Names of the files.

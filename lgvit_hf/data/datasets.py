@@ -149,7 +149,7 @@ def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
     """Images of one split of a dataset, in its order, as they are stored: nothing is decoded, labels are not needed.
 
     Args:
-        source (`str`): As of [`load_images`]; no rows are held out.
+        source (`str`): See [`load_images`]; no rows are held out.
         split (`str`, *optional*): By its name in the source; may be left out where there is only one.
 
     Returns:

@@ -302,7 +302,7 @@ def _percentiles(seconds: list[list[float]]) -> dict[str, float | None]:
 
 def _where_time_goes(costs: Costs, shares: list[float], asked: list[int]) -> dict[str, float]:
     """Of the backbone's time: what is saved in blocks and the final classifier, and what asking the heads adds."""
-    run = sum(share * sum(costs.trunks[: index + 1]) for index, share in enumerate(shares))
+    run = sum(share * sum(costs.backbone_costs[: index + 1]) for index, share in enumerate(shares))
     run += shares[-1] * costs.heads[-1]
     return {
         "saved_share": 1 - run / costs.backbone,

@@ -43,7 +43,7 @@ class Calibration:
         frontier (`tuple[dict, ...]`): `policy`, `accuracy`, `mean_macs` and `mean_latency` of every candidate on the
             same rows, from the safest to the fastest.
         calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all rows `before` and
-            `after` the temperature, and of those `leaving` there, after it.
+            `after` the temperature, and of those `exited` there, after it.
     """
 
     policy: dict[str, Any]
@@ -272,7 +272,7 @@ def _errors(table: ExitTable, left: Tensor, temperatures: tuple[float, ...]) -> 
         yield {
             "before": expected_calibration_error(logits, table.labels),
             "after": expected_calibration_error(logits / temperature, table.labels),
-            "leaving": expected_calibration_error(logits[here] / temperature, table.labels[here])
+            "exited": expected_calibration_error(logits[here] / temperature, table.labels[here])
             if here.any()
             else None,
         }
@@ -303,9 +303,9 @@ def _check_table(table: ExitTable) -> None:
         raise ValueError("the table has the final classifier only: there is no exit to calibrate")
     if table.costs is None:
         raise ValueError("the table has no costs; `collect` counts them, or give `ExitTable(..., costs=Costs(...))`")
-    if len(table.costs.trunks) != len(table.depths) or len(table.costs.heads) != len(table.depths):
+    if len(table.costs.backbone_costs) != len(table.depths) or len(table.costs.heads) != len(table.depths):
         raise ValueError(
-            f"costs are of {len(table.costs.trunks)} segments and {len(table.costs.heads)} heads, "
+            f"costs are of {len(table.costs.backbone_costs)} segments and {len(table.costs.heads)} heads, "
             f"the table of {len(table.depths)}"
         )
 

@@ -124,16 +124,16 @@ def measured_costs(model: PreTrainedModel, pixels: Tensor, *, repeats: int = 15)
     for batch in (pixels[:1], pixels):
         state, runs = State({"pixel_values": to_model(batch, model)}), {}
         for index, segment in enumerate(segments):
-            runs["trunk", index] = partial(segment.advance, state)
+            runs["backbone", index] = partial(segment.advance, state)
             state = segment.advance(state)
             early = index < len(segments) - 1
             runs["head", index] = partial(_ask if early else _answer, segment.answer, policy, state)
         times = {name: statistics.median(seconds) for name, seconds in time_interleaved(runs, repeats=repeats).items()}
         both.append(
-            relative(Costs(*([times[part, index] for index in range(len(segments))] for part in ("trunk", "head"))))
+            relative(Costs(*([times[part, index] for index in range(len(segments))] for part in ("backbone", "head"))))
         )
     return Costs(
-        [statistics.mean(pair) for pair in zip(*(costs.trunks for costs in both), strict=True)],
+        [statistics.mean(pair) for pair in zip(*(costs.backbone_costs for costs in both), strict=True)],
         [statistics.mean(pair) for pair in zip(*(costs.heads for costs in both), strict=True)],
     )
 
@@ -149,4 +149,4 @@ def _answer(answer: Callable[[State], Tensor], policy: ConfidencePolicy, state: 
 
 def relative(costs: Costs) -> Costs:
     """The same costs, the full model's being 1."""
-    return Costs(*([part / costs.backbone for part in parts] for parts in (costs.trunks, costs.heads)))
+    return Costs(*([part / costs.backbone for part in parts] for parts in (costs.backbone_costs, costs.heads)))

@@ -22,7 +22,7 @@ from ..data.devices import device_name
 from ..files import write_json
 from ..modes import evaluating
 from ..segments import Segment, State, height_width
-from .costs import Costs, Highway, export_of
+from .costs import Costs, Highway, current_names, export_of
 from .environment import processor_name
 from .timing import PartTimes, time_interleaved, time_parts
 
@@ -33,7 +33,7 @@ class CostTable:
 
     Args:
         batch_sizes (`list[int]`): Ascending. Between two of them times are interpolated linearly; no rows, no time.
-        trunks (`list[list[float]]`):
+        backbone_costs (`list[list[float]]`):
             Seconds of each segment's blocks at each batch size, `[segment][batch size]`, the stem in the first. Of an
             exported highway, with the head, which is in one file with them and always run.
         heads (`list[list[float]]`):
@@ -53,19 +53,19 @@ class CostTable:
 
         >>> table = CostTable(
         ...     batch_sizes=[1, 8],
-        ...     trunks=[[0.004, 0.016], [0.004, 0.016]],
+        ...     backbone_costs=[[0.004, 0.016], [0.004, 0.016]],
         ...     heads=[[0.001, 0.002], [0.001, 0.002]],
         ...     select=[[0.0, 0.0], [0.0, 0.0]],
         ...     threads=1,
         ...     device="cpu",
         ...     model="an example",
         ... )
-        >>> table.at(8).trunks, table.mean_latency([0.5, 0.5], asked=[0], batch_size=1)
+        >>> table.at(8).backbone_costs, table.mean_latency([0.5, 0.5], asked=[0], batch_size=1)
         ([2.0, 2.0], 7.5)
     """
 
     batch_sizes: list[int]
-    trunks: list[list[float]]
+    backbone_costs: list[list[float]]
     heads: list[list[float]]
     select: list[list[float]]
     threads: int
@@ -76,12 +76,12 @@ class CostTable:
         sizes = self.batch_sizes
         if not sizes or sizes[0] < 1 or any(low >= high for low, high in zip(sizes, sizes[1:], strict=False)):
             raise ValueError(f"batch_sizes={sizes} must ascend from at least 1")
-        for name in ("trunks", "heads", "select"):
+        for name in ("backbone_costs", "heads", "select"):
             times = getattr(self, name)
-            if len(times) != len(self.trunks) or any(len(row) != len(sizes) for row in times):
+            if len(times) != len(self.backbone_costs) or any(len(row) != len(sizes) for row in times):
                 raise ValueError(
-                    f"{name} must hold {len(self.trunks)} segments' times at the {len(sizes)} batch sizes {sizes}, "
-                    f"but holds {[len(row) for row in times]}"
+                    f"{name} must hold {len(self.backbone_costs)} segments' times at the {len(sizes)} batch sizes "
+                    f"{sizes}, but holds {[len(row) for row in times]}"
                 )
             if not all(0 <= seconds < math.inf for row in times for seconds in row):
                 raise ValueError(f"{name} must hold seconds, from 0: {times}")
@@ -93,10 +93,10 @@ class CostTable:
             num_exits (`int`): Classifiers that the model has, the final one counted.
             model (`str`, *optional*): As `architecture` says it.
         """
-        if num_exits != len(self.trunks):
+        if num_exits != len(self.backbone_costs):
             raise ValueError(
-                f"the cost table is of {len(self.trunks)} exits, the final classifier counted, but the model has "
-                f"{num_exits}; measure this one with `lgvit benchmark --cost-table FILE`"
+                f"the cost table is of {len(self.backbone_costs)} exits, the final classifier counted, but the model "
+                f"has {num_exits}; measure this one with `lgvit benchmark --cost-table FILE`"
             )
         if model is not None and model != self.model:
             raise ValueError(
@@ -106,8 +106,8 @@ class CostTable:
 
     def at(self, batch_size: int) -> Costs:
         """Milliseconds per image in each part when the whole batch stays to the end."""
-        trunks, heads, _ = (times[:, batch_size] * 1e3 / batch_size for times in self._by_rows(batch_size))
-        return Costs(trunks.tolist(), heads.tolist())
+        backbone_costs, heads, _ = (times[:, batch_size] * 1e3 / batch_size for times in self._by_rows(batch_size))
+        return Costs(backbone_costs.tolist(), heads.tolist())
 
     def mean_latency(self, shares: Sequence[float], asked: Sequence[int], batch_size: int) -> float:
         """Expected milliseconds per image of a batch, of which fewer and fewer rows go on.
@@ -123,9 +123,9 @@ class CostTable:
         Raises:
             ValueError: `batch_size` was not measured, or there are not as many shares as exits.
         """
-        if len(shares) != len(self.trunks):
-            raise ValueError(f"{len(shares)} shares of rows, but the cost table is of {len(self.trunks)} exits")
-        trunks, heads, select = self._by_rows(batch_size)
+        if len(shares) != len(self.backbone_costs):
+            raise ValueError(f"{len(shares)} shares, but the cost table is of {len(self.backbone_costs)} exits")
+        backbone_costs, heads, select = self._by_rows(batch_size)
         last, seconds = len(shares) - 1, 0.0
         rows = np.arange(batch_size + 1)
         for index, leaving in enumerate(shares):
@@ -133,7 +133,7 @@ class CostTable:
             if reached <= 0:
                 break
             chances = binom.pmf(rows, batch_size, min(1.0, reached))
-            seconds += float(chances @ trunks[index])
+            seconds += float(chances @ backbone_costs[index])
             if index in asked or index == last:
                 seconds += float(chances @ heads[index])
             if index in asked and index != last:
@@ -143,18 +143,18 @@ class CostTable:
         return seconds * 1e3 / batch_size
 
     def _by_rows(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Seconds of `trunks`, `heads` and `select` for 0, 1, ... `batch_size` rows, `[segment, rows]` each."""
+        """Seconds of `backbone_costs`, `heads` and `select` of 0 to `batch_size` samples, `[segment, samples]`."""
         if not 1 <= batch_size <= self.batch_sizes[-1]:
             raise ValueError(
                 f"batch_size={batch_size} is outside the cost table's 1 to {self.batch_sizes[-1]}; measure it with "
                 f"`lgvit benchmark --batch-sizes {batch_size}`"
             )
         rows, known = np.arange(batch_size + 1), [0, *self.batch_sizes]
-        trunks, heads, select = (
+        backbone_costs, heads, select = (
             np.array([np.interp(rows, known, [0.0, *times]) for times in part])
-            for part in (self.trunks, self.heads, self.select)
+            for part in (self.backbone_costs, self.heads, self.select)
         )
-        return trunks, heads, select
+        return backbone_costs, heads, select
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON takes it; `CostTable(**settings)` is the way back."""
@@ -176,12 +176,12 @@ class CostTable:
             ValueError: The file is no cost table, its parts do not fit together, or it is of another model.
         """
         try:
-            table = cls(**json.loads(Path(file).read_text(encoding="utf-8")))
-        except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            table = cls(**current_names(json.loads(Path(file).read_text(encoding="utf-8"))))
+        except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a cost table as CostTable.save writes it ({error})") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        table.check(len(table.trunks) if num_exits is None else num_exits, model)
+        table.check(len(table.backbone_costs) if num_exits is None else num_exits, model)
         return table
 
 
@@ -202,7 +202,7 @@ def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> Cost
 
     return CostTable(
         batch_sizes=sizes,
-        trunks=medians(PartTimes.trunks),
+        backbone_costs=medians(PartTimes.backbone_costs),
         heads=medians(lambda walk: walk.heads),
         select=medians(lambda walk: walk.select),
         threads=threads_of(model),
@@ -212,7 +212,7 @@ def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> Cost
 
 
 def _pace(walks: Sequence[PartTimes]) -> float:
-    parts = np.median([[*walk.trunks(), *walk.heads, *walk.select] for walk in walks], axis=0)
+    parts = np.median([[*walk.backbone_costs(), *walk.heads, *walk.select] for walk in walks], axis=0)
     return statistics.median(walk.total for walk in walks) / parts.sum()
 
 
@@ -237,7 +237,7 @@ def measure_cost_table(
         >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
         >>> config = ViTHighwayConfig(image_size=32, num_hidden_layers=3, hidden_size=24, intermediate_size=24)
         >>> table = measure_cost_table(ViTHighway(config), torch.zeros(2, 3, 32, 32), [2], repeats=1)
-        >>> table.batch_sizes, len(table.trunks) == len(config.exit_positions) + 1
+        >>> table.batch_sizes, len(table.backbone_costs) == len(config.exit_positions) + 1
         ([1, 2], True)
     """
     sizes = measured_sizes(batch_sizes, len(pixels))

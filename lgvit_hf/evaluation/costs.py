@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,20 +24,20 @@ class Costs:
     """Costs of one image, in any unit (MACs, milliseconds).
 
     Args:
-        trunks (`list[float]`): Of the blocks of each segment, the stem counted with the first.
+        backbone_costs (`list[float]`): Of the blocks of each segment, the stem counted with the first.
         heads (`list[float]`): Of the exit of each segment, the final classifier last.
         fused (`bool`, *optional*, defaults to `False`):
             Whether each head runs with its blocks even where its exit is not asked, as in an exported file.
     """
 
-    trunks: list[float]
+    backbone_costs: list[float]
     heads: list[float]
     fused: bool = False
 
     @property
     def backbone(self) -> float:
         """The plain model: all blocks and the final classifier."""
-        return sum(self.trunks) + self.heads[-1]
+        return sum(self.backbone_costs) + self.heads[-1]
 
     def of_exit(self, exit_index: int, asked: Sequence[int] | None = None) -> float:
         """Cost of a row that leaves at an exit: blocks until there and every head it was asked at.
@@ -47,22 +48,43 @@ class Costs:
 
         Example:
 
-            >>> Costs(trunks=[4.0, 8.0], heads=[1.0, 0.5]).of_exit(1)
+            >>> Costs(backbone_costs=[4.0, 8.0], heads=[1.0, 0.5]).of_exit(1)
             13.5
         """
         everyone = asked is None or self.fused
         passed = range(exit_index) if everyone else [index for index in asked if index < exit_index]
-        return sum(self.trunks[: exit_index + 1]) + sum(self.heads[index] for index in passed) + self.heads[exit_index]
+        return (
+            sum(self.backbone_costs[: exit_index + 1])
+            + sum(self.heads[index] for index in passed)
+            + self.heads[exit_index]
+        )
 
     def mean(self, shares: Sequence[float], asked: Sequence[int] | None = None) -> float:
         """Mean cost of a row when `shares[e]` of the rows leave at exit `e`.
 
         Example:
 
-            >>> Costs(trunks=[4.0, 8.0], heads=[1.0, 0.5]).mean([0.5, 0.5])
+            >>> Costs(backbone_costs=[4.0, 8.0], heads=[1.0, 0.5]).mean([0.5, 0.5])
             9.25
         """
         return sum(share * self.of_exit(index, asked) for index, share in enumerate(shares))
+
+    @property
+    def trunks(self) -> list[float]:
+        """The old name of `backbone_costs`."""
+        warnings.warn("Costs.trunks is now Costs.backbone_costs", DeprecationWarning, stacklevel=2)
+        return self.backbone_costs
+
+
+def current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Costs read from a file, under the names of today.
+
+    Example:
+
+        >>> current_names({"trunks": [4.0], "heads": [0.5]})
+        {'backbone_costs': [4.0], 'heads': [0.5]}
+    """
+    return {"backbone_costs" if name == "trunks" else name: value for name, value in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,7 @@ class Exported:
     """What an exported highway says of itself, since no counter sees into its files.
 
     Args:
-        layout (`str`), precision (`str`): As of `export_onnx`.
+        layout (`str`), precision (`str`): See `export_onnx`.
         macs (`Costs`): Of one image.
         digest (`str`): A SHA-256 of its files.
         file_bytes (`int`): Of all of them.
@@ -131,12 +153,12 @@ def count_macs(segments: Sequence[Segment], state: State) -> Costs:
         segments (`Sequence[Segment]`): A highway.
         state (`State`): One image, before the stem.
     """
-    trunks, heads = [], []
+    backbone_costs, heads = [], []
     for segment in segments:
         state, macs = _counted(segment.advance, state)
-        trunks.append(macs)
+        backbone_costs.append(macs)
         heads.append(_counted(segment.answer, state)[1])
-    return Costs(trunks, heads)
+    return Costs(backbone_costs, heads)
 
 
 def _counted(run: Callable[[State], Any], state: State) -> tuple[Any, float]:

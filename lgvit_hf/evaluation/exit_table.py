@@ -23,7 +23,7 @@ from ..files import add_files
 from ..modes import evaluating
 from ..policies import ExitPolicy, build_policy, probabilities
 from ..segments import State
-from .costs import Costs, Highway, export_of, model_macs
+from .costs import Costs, Highway, current_names, export_of, model_macs
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class ExitTable:
         try:
             with safe_open(str(file), framework="pt") as stored:
                 settings = json.loads((stored.metadata() or {})["exit_table"])
-                costs = Costs(**settings["costs"]) if settings.get("costs") else None
+                costs = Costs(**current_names(settings["costs"])) if settings.get("costs") else None
                 logits, labels = stored.get_tensor("logits"), stored.get_tensor("labels")
                 table = cls(logits, labels, settings["depths"], costs, settings.get("weights"))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a table of exits as ExitTable.save writes it ({error})") from error
         shape = tuple(table.logits.shape)
         if len(shape) != 3 or shape[:2] != (len(table.depths), len(table.labels)):

@@ -62,9 +62,9 @@ def summarise(
                 "head": head,
                 "rows": rows,
                 "share": rows / total,
-                "accuracy_leaving": right[here].float().mean().item() if rows else None,
+                "accuracy_exited": right[here].float().mean().item() if rows else None,
                 "accuracy_all": accuracy,
-                "calibration_error_leaving": _calibration_error(diagrams[index]["reliability_leaving"]),
+                "calibration_error_exited": _calibration_error(diagrams[index]["reliability_exited"]),
                 "calibration_error_all": _calibration_error(diagrams[index]["reliability_all"]),
                 "macs": costs.of_exit(index, asked),
                 "head_macs": costs.heads[index],
@@ -222,14 +222,14 @@ def reliability_by_exit(
         bins (`int`, *optional*, defaults to 15): Of each diagram.
 
     Returns:
-        For each exit its `position`, and `reliability_all` and `reliability_leaving` as of `reliability`.
+        For each exit its `position`, and `reliability_all` and `reliability_exited` as of `reliability`.
 
     Example:
 
         >>> logits = torch.tensor([[[9.0, 0.0], [0.0, 0.1]], [[0.0, 9.0], [0.0, 9.0]]])
         >>> table = ExitTable(logits, labels=torch.tensor([0, 1]), depths=[1, 2])
         >>> first, final = reliability_by_exit(table, table.replay({"name": "confidence", "threshold": 0.9}), bins=2)
-        >>> [bin["rows"] for bin in first["reliability_all"]], [bin["rows"] for bin in first["reliability_leaving"]]
+        >>> [bin["rows"] for bin in first["reliability_all"]], [bin["rows"] for bin in first["reliability_exited"]]
         ([0, 2], [0, 1])
     """
     diagrams = []
@@ -239,7 +239,7 @@ def reliability_by_exit(
             {
                 "position": depth,
                 "reliability_all": _diagram(table.logits[index], table.labels, temperature, bins),
-                "reliability_leaving": _diagram(answers.logits[here], table.labels[here], temperature, bins),
+                "reliability_exited": _diagram(answers.logits[here], table.labels[here], temperature, bins),
             }
         )
     return diagrams

@@ -49,7 +49,7 @@ def profile(
     for index, (segment, head) in enumerate(zip(segments, heads, strict=True)):
         first = segment.depth - len(segment.blocks) + 1
         for number, block in enumerate(segment.blocks):
-            macs = count_macs([Segment(first + number, (block,), lambda state: None)], state).trunks[0]
+            macs = count_macs([Segment(first + number, (block,), lambda state: None)], state).backbone_costs[0]
             state, parameters = _parameters_called(model, partial(block, state))
             ms = _medians_ms(walks, lambda walk, index=index, number=number: walk.blocks[index][number])
             part = "block" if first + number else "stem"
@@ -69,7 +69,7 @@ def _profile_of_segments(
         {
             "part": f"segment {index}",
             "depth": segment.depth,
-            "macs": macs.trunks[index] + macs.heads[index],
+            "macs": macs.backbone_costs[index] + macs.heads[index],
             "parameters": None,
             "ms": _medians_ms(walks, lambda walk, index=index: sum(walk.blocks[index]) + walk.heads[index]),
         }

@@ -90,7 +90,7 @@ def judge(
         model (`Highway`): The highway.
         dataset (`Dataset`): The rows, of which some are timed.
         table (`ExitTable`), answers (`Answers`): Of these rows, as of `look`.
-        timed_batch_sizes (`Sequence[int]`, *optional*), progress (callable, *optional*): As of `evaluate`.
+        timed_batch_sizes (`Sequence[int]`, *optional*), progress (callable, *optional*): See `evaluate`.
     """
     report = summarise(table, answers, table.costs, head_names(model), model.exit_policy)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
@@ -126,7 +126,7 @@ def evaluate_as_text(report: dict[str, Any]) -> str:
     for index, row in enumerate(report["exits"]):
         lines.append(
             f"{index:4}  {row['position']:8}  {row['head']:14}  {row['rows']:5} ({row['share']:4.0%})  "
-            f"{_percent(row['accuracy_leaving']):>11}  {_percent(row['accuracy_all']):>13}  {row['macs'] / 1e6:18.1f}"
+            f"{_percent(row['accuracy_exited']):>11}  {_percent(row['accuracy_all']):>13}  {row['macs'] / 1e6:18.1f}"
         )
     overall, exported = report["overall"], report["exported"]
     full = "" if overall["accuracy_full_model"] is None else f"full model {overall['accuracy_full_model']:.1%}, "

@@ -15,7 +15,7 @@ from ..policies import POLICIES, build_policy
 from .costs import Costs
 from .exit_table import ExitTable
 
-# of the sureness of a row, which is the policy's score, or minus it for the entropy: all rows are above the first
+# of the confidence of a sample, which is the policy's score, or minus it for the entropy: all rows are above the first
 # number and none above the second
 RANGES = {"confidence": (0.0, 1.0), "margin": (-1.0, 1.0), "entropy": (-1e9, 0.0)}
 # of one lost answer, in full models: from hardly any to more than any table can tell apart
@@ -92,7 +92,7 @@ def _thresholds(
     table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
 ) -> Iterator[Measured]:
     limits, sign = RANGES[policy], -1 if policy == "entropy" else 1
-    scores, right = sureness(table, policy, temperatures).numpy(), table.right.numpy()
+    scores, right = confidence_scores(table, policy, temperatures).numpy(), table.right.numpy()
     fold_of, every = np.arange(len(table)) % _FOLDS, np.full(len(table), True)
     folds = [fold_of == fold for fold in range(_FOLDS)] if len(table) >= _FOLDS else [every]
 
@@ -103,9 +103,9 @@ def _thresholds(
         leaves = scores[:, rows] > thresholds[:, None]
         left = np.concatenate([leaves, np.full_like(leaves[:1], True)]).argmax(0)
         asked = np.flatnonzero(thresholds < limits[1]).tolist()
-        leaving_at = np.bincount(left, minlength=len(right)) / len(left)
+        exiting_at = np.bincount(left, minlength=len(right)) / len(left)
         answered = np.take_along_axis(right[:, rows], left[None], 0)
-        return costs.mean(leaving_at.tolist(), asked), right[-1, rows].mean() - answered.mean()
+        return costs.mean(exiting_at.tolist(), asked), right[-1, rows].mean() - answered.mean()
 
     def settings(thresholds: np.ndarray) -> Settings:
         all_leave = np.flatnonzero(thresholds <= limits[0])
@@ -137,7 +137,7 @@ def _thresholds(
         yield *judged(number, exits), settings(some(number, exits))
 
 
-def sureness(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> Tensor:
+def confidence_scores(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> Tensor:
     """How sure each early exit is of each row, `[E - 1, N]`: the policy's score, or minus it for the entropy."""
     # the policy's own arithmetic, so that no row is on the other side of a threshold when the model runs
     judge = POLICIES[policy](threshold=0.0, temperature=list(temperatures))
@@ -167,7 +167,7 @@ def _cuts(scores: np.ndarray, shares: np.ndarray, ceiling: float) -> list[float]
 
 
 def search(
-    sureness: np.ndarray,
+    scores: np.ndarray,
     right: np.ndarray,
     costs: Costs,
     price: float,
@@ -180,7 +180,7 @@ def search(
     thresholds, or is switched off if its head costs more than that gains.
 
     Args:
-        sureness (`np.ndarray`): `[E - 1, N]` float32; a row leaves where this is above the threshold.
+        scores (`np.ndarray`): `[E - 1, N]` float32; a row leaves where this is above the threshold.
         right (`np.ndarray`): `[E, N]` bool, or how likely; the final classifier last.
         costs (`Costs`): Of each segment.
         price (`float`): Of one wrong answer, in the unit of the costs.
@@ -192,55 +192,55 @@ def search(
 
     Example:
 
-        >>> sureness = np.array([[0.75, 0.25]], dtype=np.float32)
+        >>> scores = np.array([[0.75, 0.25]], dtype=np.float32)
         >>> right = np.array([[True, False], [True, True]])
-        >>> search(sureness, right, Costs([1.0, 9.0], [0.0, 0.0]), price=100.0, limits=(0.0, 1.0)).tolist()
+        >>> search(scores, right, Costs([1.0, 9.0], [0.0, 0.0]), price=100.0, limits=(0.0, 1.0)).tolist()
         [0.5]
     """
     # an exit where nobody leaves is switched off, or asked nevertheless
     floor, ceiling = limits
-    ceiling = ceiling if choose_exits else np.nextafter(sureness.dtype.type(ceiling), sureness.dtype.type(floor))
-    orders = (-sureness).argsort(axis=-1, kind="stable")
+    ceiling = ceiling if choose_exits else np.nextafter(scores.dtype.type(ceiling), scores.dtype.type(floor))
+    orders = (-scores).argsort(axis=-1, kind="stable")
     lost = price * (1 - right)
-    thresholds = np.full(len(sureness), ceiling, sureness.dtype)
+    thresholds = np.full(len(scores), ceiling, scores.dtype)
     best, least = thresholds, np.inf
     for _ in range(_MAX_SWEEPS):
         thresholds = thresholds.copy()
-        leaves = sureness > thresholds[:, None]
-        to_go = costs.trunks[-1] + costs.heads[-1] + lost[-1]
-        for index in reversed(range(len(sureness))):
+        leaves = scores > thresholds[:, None]
+        to_go = costs.backbone_costs[-1] + costs.heads[-1] + lost[-1]
+        for index in reversed(range(len(scores))):
             order = orders[index][~leaves[:index].any(0)[orders[index]]]
             head, change = costs.heads[index], (lost[index] - to_go)[order]
             spared = head if choose_exits else 0.0
-            thresholds[index] = _best_cut(sureness[index][order], change, spared, (floor, ceiling))
-            leaves[index] = sureness[index] > thresholds[index]
+            thresholds[index] = _best_cut(scores[index][order], change, spared, (floor, ceiling))
+            leaves[index] = scores[index] > thresholds[index]
             paid = head if thresholds[index] < limits[1] else 0.0
-            to_go = costs.trunks[index] + paid + np.where(leaves[index], lost[index], to_go)
+            to_go = costs.backbone_costs[index] + paid + np.where(leaves[index], lost[index], to_go)
         if to_go.mean() >= least * (1 - 1e-9):
             break
         best, least = thresholds, to_go.mean()
     return best
 
 
-def _best_cut(sureness: np.ndarray, change: np.ndarray, head: float, limits: tuple[float, float]) -> float:
+def _best_cut(scores: np.ndarray, change: np.ndarray, head: float, limits: tuple[float, float]) -> float:
     """The threshold for rows sorted from surest down, if `change` is what each one's leaving adds to the objective.
 
     `head` is what a row is spared where the exit is switched off, which the upper of the `limits` does.
     """
     floor, ceiling = limits
-    if len(sureness) == 0:
+    if len(scores) == 0:
         return ceiling
     totals = change.cumsum()
     # rows of one score leave together
-    totals[:-1][sureness[:-1] == sureness[1:]] = np.inf
+    totals[:-1][scores[:-1] == scores[1:]] = np.inf
     cut = int(totals.argmin())
-    if totals[cut] + head * len(sureness) >= 0:
+    if totals[cut] + head * len(scores) >= 0:
         return ceiling
-    if cut == len(sureness) - 1:
+    if cut == len(scores) - 1:
         return floor
     # half way, so that none lies on it; two neighbours in float32 have no such number
-    middle = (sureness[cut] + sureness[cut + 1]) / 2
-    return middle if middle < sureness[cut] else sureness[cut + 1]
+    middle = (scores[cut] + scores[cut + 1]) / 2
+    return middle if middle < scores[cut] else scores[cut + 1]
 
 
 # -- a few parameters, all of them tried -----------------------------------------------------------------------
@@ -335,7 +335,7 @@ def _confidence_entropy(table: ExitTable, temperatures: tuple[float, ...]) -> It
 
 
 def _few_cuts(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> list[float]:
-    scores = sureness(table, policy, temperatures).numpy()
+    scores = confidence_scores(table, policy, temperatures).numpy()
     return _cuts(scores, np.linspace(0, 1, _FEW_THRESHOLDS + 1)[:-1], RANGES[policy][1])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..policies import build_policy
 from .exit_table import ExitTable
 from .metrics import summarise
-from .search import RANGES, Settings, sureness, uniform_thresholds
+from .search import RANGES, Settings, confidence_scores, uniform_thresholds
 
 
 def sweep(
@@ -91,7 +91,7 @@ def threshold_curve(table: ExitTable, policy: str = "confidence", points: int = 
         >>> [(point["accuracy"], point["mean_macs"]) for point in threshold_curve(table)]
         [(1.0, 5.0), (1.0, 7.5), (0.5, 10.0), (0.5, 9.0)]
     """
-    scores = sureness(table, policy, (1.0,) * len(table.depths)).numpy()
+    scores = confidence_scores(table, policy, (1.0,) * len(table.depths)).numpy()
     cuts = uniform_thresholds(scores, RANGES[policy], points)
     sign = -1 if policy == "entropy" else 1
     numbers = [sign * cut[0].item() for cut in cuts] + [sign * RANGES[policy][1]]

@@ -69,14 +69,14 @@ class PartTimes:
         heads, select = ([factor * seconds for seconds in part] for part in (self.heads, self.select))
         return PartTimes(blocks, heads, select)
 
-    def trunks(self) -> list[float]:
+    def backbone_costs(self) -> list[float]:
         """Of each segment's blocks together."""
         return [sum(blocks) for blocks in self.blocks]
 
     @property
     def total(self) -> float:
         """Seconds of the whole walk."""
-        return sum(map(sum, (self.trunks(), self.heads, self.select)))
+        return sum(map(sum, (self.backbone_costs(), self.heads, self.select)))
 
 
 def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) -> PartTimes:

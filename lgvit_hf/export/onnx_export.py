@@ -110,7 +110,7 @@ def write_onnx(
     Args:
         model (`PreTrainedModel`): A highway in `eval()` mode, float32, on the CPU.
         folder (`str` or `Path`): Where to.
-        layout (`str`, *optional*), precision (`str`, *optional*): As of `export_onnx`.
+        layout (`str`, *optional*), precision (`str`, *optional*): See `export_onnx`.
         file (`str`, *optional*, defaults to `"model.onnx"`): Name of the file; one per segment has names of its own.
 
     Returns:
@@ -187,7 +187,7 @@ def describe(
         depths=depths,
         exits=exits_in_files(policy, len(depths), layout),
         policy=policy.to_dict(),
-        macs={"trunks": macs.trunks, "heads": macs.heads},
+        macs={"backbone_costs": macs.backbone_costs, "heads": macs.heads},
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
         checks={},
     )

@@ -263,7 +263,7 @@ def _evaluation(report: Mapping[str, Any]) -> dict[str, str]:
     overall, machine = report["overall"], report["environment"]
     exits = [
         [index, exit["position"], exit["head"], f"{exit['rows']:,} ({exit['share']:.0%})"]
-        + [_percent(exit["accuracy_leaving"]), _percent(exit["accuracy_all"]), f"{exit['macs'] / 1e6:.1f}"]
+        + [_percent(exit["accuracy_exited"]), _percent(exit["accuracy_all"]), f"{exit['macs'] / 1e6:.1f}"]
         for index, exit in enumerate(report["exits"])
     ]
     columns = ["exit", "behind block", "head", "images leaving", "right there", "right of all", "MMACs until there"]

@@ -106,8 +106,8 @@ def plain_model(
     Args:
         state (`dict[str, Tensor]`): By timm's names.
         source (`Path`): What an error names.
-        num_attention_heads (`int`, *optional*), image_size (`tuple[int, int]`, *optional*): As of `convert_timm`.
-        about (`dict`, *optional*): As of `timm_settings`.
+        num_attention_heads (`int`, *optional*), image_size (`tuple[int, int]`, *optional*): See `convert_timm`.
+        about (`dict`, *optional*): See `timm_settings`.
     """
     for pattern, what in REFUSED:
         found = sorted(name for name in state if re.fullmatch(pattern, name))

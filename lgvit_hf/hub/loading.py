@@ -183,7 +183,7 @@ def open_avit(
         checkpoint (`str`, *optional*):
             Folder or Hub id of an `AViT`, of a plain ViT or DeiT, or of a highway that has no exits.
         backbone (`str`, *optional*): `vit` or `deit`, for a small new one where no checkpoint is given.
-        image_size, model_settings, label_names, seed: As of `open_model`.
+        image_size, model_settings, label_names, seed: See `open_model`.
         halting (`dict`, *optional*): Fields of `AViTConfig` such as `gate` and `target_depth`.
 
     Raises:
@@ -284,7 +284,7 @@ def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -
     Args:
         checkpoint (`str`): What an error names.
         model (`PreTrainedModel`): A highway.
-        exits (`dict`): As of `open_model`.
+        exits (`dict`): See `open_model`.
 
     Raises:
         ValueError: The highway has other exits than those asked for.

@@ -90,8 +90,8 @@ def push(
         model (`PreTrainedModel`): A highway or an `AViT`.
         repo_id (`str`): `owner/name`, made where it is not there.
         revision (`str`, *optional*): A branch, made where it is not there.
-        commit_message, commit_description, private, token, create_pr, max_shard_size, tags: As of `PreTrainedModel`.
-        safe_serialization, use_temp_dir: As of transformers 4; `True` is all there is.
+        commit_message, commit_description, private, token, create_pr, max_shard_size, tags: See `PreTrainedModel`.
+        safe_serialization, use_temp_dir: See transformers 4; `True` is all there is.
 
     Raises:
         ValueError: Pickles, or a folder that is no temporary one, are asked for.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.costs import current_names
 from ..files import leads_out, write_json
 from ..policies import ExitPolicy
 from ..serving.device.info import file_digest, is_digest
@@ -50,7 +51,7 @@ class Manifest:
         depths (`list[int]`): Blocks run before each exit of the whole highway, the final classifier last.
         exits (`list[int]`): Indices of the exits that are in the files.
         policy (`dict`): The exit policy as exported; a single file decides by a policy of this name.
-        macs (`dict[str, list[float]]`): `trunks` and `heads` of the highway, MACs of one image.
+        macs (`dict[str, list[float]]`): `backbone_costs` and `heads` of the highway, MACs of one image.
         versions (`dict[str, str]`): Of the packages that wrote it.
         checks (`dict`): What was run against PyTorch, and how close it came.
     """
@@ -87,6 +88,7 @@ class Manifest:
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             manifest = cls(**{name: value for name, value in settings.items() if name != "what"})
+            manifest = replace(manifest, macs=current_names(manifest.macs))
             manifest._check()
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{file} is not what `lgvit export` writes ({error})") from error
@@ -112,7 +114,7 @@ class Manifest:
             "exits": _are_counts(self.exits, 0) and self.exits[-1] < num_exits,
             "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
             "macs": isinstance(self.macs, dict)
-            and set(self.macs) == {"trunks", "heads"}
+            and set(self.macs) == {"backbone_costs", "heads"}
             and all(_are_numbers(numbers, num_exits) for numbers in self.macs.values()),
             "versions": isinstance(self.versions, dict),
             "checks": isinstance(self.checks, dict),

@@ -237,7 +237,7 @@ class ORTHighway(nn.Module):
             labels (`Tensor`, *optional*): `[B]`, for a loss.
             early_exit (`bool`, *optional*, defaults to `True`): Otherwise all exits run; not of a single file.
             min_depth (`int`, *optional*), max_depth (`int`, *optional*):
-                As of the PyTorch model; not of a single file.
+                See the PyTorch model; not of a single file.
             return_dict (`bool`, *optional*): `False` gives a tuple.
 
         Raises:
@@ -319,7 +319,9 @@ def _macs_of(manifest: Manifest) -> Costs:
     heads = manifest.macs["heads"]
     held = {*manifest.exits, len(heads) - 1}
     return Costs(
-        manifest.macs["trunks"], [macs if index in held else 0.0 for index, macs in enumerate(heads)], fused=True
+        manifest.macs["backbone_costs"],
+        [macs if index in held else 0.0 for index, macs in enumerate(heads)],
+        fused=True,
     )
 
 

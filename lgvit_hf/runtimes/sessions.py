@@ -80,7 +80,7 @@ def open_sessions(
     Args:
         folder (`str` or `Path`): Where they are.
         manifest (`Manifest`): Of that folder, checked when it was loaded.
-        options (`onnxruntime.SessionOptions`, *optional*), providers (`Sequence`, *optional*): As of `open_session`.
+        options (`onnxruntime.SessionOptions`, *optional*), providers (`Sequence`, *optional*): See `open_session`.
 
     Raises:
         OSError: A file is missing.

@@ -56,7 +56,7 @@ def run_predict(
     Until it is whole, the answers are kept in the folder `output` + `.parts`, from which the same call goes on.
 
     Args:
-        checkpoint (`str`): As of `Predictor`.
+        checkpoint (`str`): See `Predictor`.
         paths (`Sequence[str]`):
             Images, folders of them (searched through), or patterns such as `"photos/**/*.png"`; or one dataset, as of
             `load_encoded`: `digits`, a Parquet file, a folder of those, a Hub id.

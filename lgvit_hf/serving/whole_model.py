@@ -20,12 +20,12 @@ class Whole:
     """A checkpoint or an exported highway; called as a part is, with no row left over.
 
     Args:
-        path (`str` or `Path`): As of `Predictor`.
+        path (`str` or `Path`): See `Predictor`.
         policy (`dict`, *optional*): Instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 32): Rows that run at once.
 
     Raises:
-        OSError, ValueError: As of `Predictor`; also where it does not run, or its image processor does not fit it.
+        OSError, ValueError: See `Predictor`; also where it does not run, or its image processor does not fit it.
     """
 
     def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):

@@ -27,7 +27,7 @@ class AViTTrainer(TakesImages, ResumableTrainer):
     Args:
         model (`AViT`): Trained in place; `None` where `model_init` makes one for each run.
         args (`TrainingArguments`): Any.
-        kwargs: As of `transformers.Trainer`; datasets of images as of `HighwayTrainer`.
+        kwargs: See `transformers.Trainer`; datasets of images as of `HighwayTrainer`.
 
     Example:
 

@@ -202,8 +202,8 @@ class ResumableTrainer(FreshModelTrainer):
             resume_from_checkpoint (`bool` or `str`, *optional*):
                 `True`: the newest complete checkpoint in `args.output_dir`; `"auto"`: the same, or from the start
                 where there is none; a path: that one.
-            args: As of `transformers.Trainer.train`.
-            kwargs: As of `transformers.Trainer.train`.
+            args: See `transformers.Trainer.train`.
+            kwargs: See `transformers.Trainer.train`.
 
         Raises:
             ValueError: No complete checkpoint, or, unless it is named, one of a run with other settings.
@@ -226,7 +226,7 @@ class ResumableTrainer(FreshModelTrainer):
         if checkpoint is not None:
             # early stopping counts on
             self.args.restore_callback_states_from_checkpoint = True
-        with self._saving.before_leaving(self.args):
+        with self._saving.before_exiting(self.args):
             return super().train(checkpoint, *args, **kwargs)
 
     def _run(self) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class Saving(TrainerCallback):
         self.asked_to_leave = self.leaving = self.save_at_epoch_end = self.has_trained = self.stopped_early = False
 
     @contextmanager
-    def before_leaving(self, args: Any) -> Iterator[None]:
+    def before_exiting(self, args: Any) -> Iterator[None]:
         """Ctrl-C waits for a checkpoint inside this block, where there are checkpoints; the second one does not."""
         self.asked_to_leave = self.leaving = self.save_at_epoch_end = self.has_trained = False
         ours = (

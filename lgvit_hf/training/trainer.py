@@ -28,7 +28,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         model (`PreTrainedModel`): A highway; `None` where `model_init` makes one for each run.
         args (`HighwayTrainingArguments`): See there for the strategies.
         kwargs:
-            As of `transformers.Trainer`. Datasets, also those of `evaluate` and `predict`, may be as `datasets` loads
+            See `transformers.Trainer`. Datasets, also those of `evaluate` and `predict`, may be as `datasets` loads
             or streams images, with columns as `load_images` finds them (`img`, `fine_label`, ...): they go through
             `processing_class`, or the image processor that stands beside the model's checkpoint.
 

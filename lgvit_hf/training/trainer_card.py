@@ -48,7 +48,7 @@ class CardTrainer(Trainer):
             model_name (`str`, *optional*): Of the repository, by default `args.hub_model_id` or the folder's name.
             finetuned_from (`str`, *optional*): Hub id of the base model.
             dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the data sets.
-            language, tasks, dataset, dataset_args: As of `transformers.Trainer`; such a card has no use for them.
+            language, tasks, dataset, dataset_args: See `transformers.Trainer`; such a card has no use for them.
         """
         model = self.accelerator.unwrap_model(self.model)
         if not has_card(model.config):

@@ -62,12 +62,12 @@ def plans_of(batch_size):
 
 def time_parts(segments, state, alive):
     """Seconds of the blocks and of the heads that really run, each timed alone on the rows that reach it."""
-    trunk = heads = 0.0
+    backbone = heads = 0.0
     for index, segment in enumerate(segments):
         for block in segment.blocks:
             start = time.perf_counter()
             state = block(state)
-            trunk += time.perf_counter() - start
+            backbone += time.perf_counter() - start
         start = time.perf_counter()
         segment.answer(state)
         heads += time.perf_counter() - start
@@ -76,7 +76,7 @@ def time_parts(segments, state, alive):
             break
         if len(stay) < len(alive):
             state, alive = state.select(stay), alive[stay]
-    return trunk, heads
+    return backbone, heads
 
 
 @torch.no_grad()

@@ -41,7 +41,9 @@ def measure(name, batch_size, repeats, folder):
                 states.append(state)
             segments[-1].answer(state)
         outputs = [
-            tensor for segment, state in zip(segments[:-1], states, strict=False) for tensor in segment.study(state)
+            tensor
+            for segment, state in zip(segments[:-1], states, strict=False)
+            for tensor in segment.forward_with_features(state)
         ]
         # as real losses do, every exit's logits and map send a gradient of their own shape back
         if not gradients:

@@ -7,7 +7,7 @@ import torch
 
 from lgvit_hf import CostTable, ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
-from lgvit_hf.evaluation.search import RANGES, SEARCHES, leaving, shares, sureness, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, leaving, shares, uniform_thresholds
 
 Settings = dict[str, Any]
 Offer = tuple[float, float, Settings]  # how often it is right, what it costs
@@ -16,12 +16,12 @@ Offer = tuple[float, float, Settings]  # how often it is right, what it costs
 def replayed(table: ExitTable, settings: Settings) -> dict[str, Any]:
     """Which rows of a table are right under a policy, where they leave, and what they cost."""
     left, asked = leaving(table, settings)
-    leaving_at = shares(left, len(table.depths))
+    exiting_at = shares(left, len(table.depths))
     return {
         "right": table.right.gather(0, left[None])[0],
         "depth": torch.tensor(table.depths)[left].double().mean().item(),
-        "macs_speed_up": table.costs.backbone / table.costs.mean(leaving_at, asked),
-        "exit_shares": leaving_at,
+        "macs_speed_up": table.costs.backbone / table.costs.mean(exiting_at, asked),
+        "exit_shares": exiting_at,
         "asked": asked,
     }
 
@@ -40,7 +40,7 @@ def _singles(table: ExitTable, policy: str) -> list[Settings]:
     if policy == "patience":
         return [{"name": policy, "patience": patience} for patience in range(1, exits + 2)]
     of = "entropy" if policy == "patience_confidence" else policy
-    scores = sureness(table, of, (1.0,) * (exits + 1)).numpy()
+    scores = confidence_scores(table, of, (1.0,) * (exits + 1)).numpy()
     sign = -1 if of == "entropy" else 1
     cuts = [sign * cut[0].item() for cut in uniform_thresholds(scores, RANGES[of], 100)]
     if policy == "patience_confidence":

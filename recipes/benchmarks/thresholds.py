@@ -25,7 +25,7 @@ from lgvit_hf.cli.inputs import open_highway
 from lgvit_hf.data.processing import stack
 from lgvit_hf.engine import run_early
 from lgvit_hf.evaluation.cost_table import CostTable
-from lgvit_hf.evaluation.search import RANGES, leaving, shares, sureness, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, confidence_scores, leaving, shares, uniform_thresholds
 from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
@@ -67,17 +67,17 @@ def by_the_clock(model, dataset, rows, single, calibrated, size, num_images=256)
 def gains(table, splits, policy, cost_table, batch_size):
     """Per drop and split: calibrated cost and drop, and the single threshold's cost; the first split's policies."""
 
-    def mean_cost(leaving_at, asked):
+    def mean_cost(exiting_at, asked):
         if cost_table is None:
-            return table.costs.mean(leaving_at, asked)
-        return cost_table.mean_latency(leaving_at, asked, batch_size)
+            return table.costs.mean(exiting_at, asked)
+        return cost_table.mean_latency(exiting_at, asked, batch_size)
 
     full = mean_cost([0.0] * (len(table.depths) - 1) + [1.0], [])
     found, policies = np.zeros((len(DROPS), splits, 3)), []
     for seed in range(splits):
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
         calibrated_on, reported = table.select(order[: len(order) // 2]), table.select(order[len(order) // 2 :])
-        scores = sureness(reported, policy, (1.0,) * len(table.depths)).numpy()
+        scores = confidence_scores(reported, policy, (1.0,) * len(table.depths)).numpy()
         sign = -1 if policy == "entropy" else 1
         cuts = [sign * cut[0].item() for cut in uniform_thresholds(scores, RANGES[policy], 400)]
         singles = [{"name": policy, "threshold": cut} for cut in cuts]

@@ -31,7 +31,7 @@ def plot_report(
 
         >>> from tempfile import TemporaryDirectory
         >>> final = {"position": 2, "head": "final", "rows": 4, "share": 1.0}
-        >>> final |= {"accuracy_leaving": 0.5, "accuracy_all": 0.5}
+        >>> final |= {"accuracy_exited": 0.5, "accuracy_all": 0.5}
         >>> overall = {"accuracy": 0.5, "mean_macs": 9e6, "accuracy_full_model": 0.5, "backbone_macs": 9e6}
         >>> curve = [{"accuracy": 0.4, "mean_macs": 6e6}]
         >>> with TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def plot_exits(file: str | Path, report: Mapping[str, Any], *, measure: str = "a
         >>> from tempfile import TemporaryDirectory
         >>> first = {"position": 1, "head": "linear", "rows": 3, "share": 0.75}
         >>> final = {"position": 2, "head": "final", "rows": 1, "share": 0.25}
-        >>> right = {"accuracy_leaving": 1.0, "accuracy_all": 0.5}
+        >>> right = {"accuracy_exited": 1.0, "accuracy_all": 0.5}
         >>> with TemporaryDirectory() as folder:
         ...     plot_exits(f"{folder}/exits.png", {"exits": [{**first, **right}, {**final, **right}]})
     """
@@ -99,9 +99,9 @@ def _draw_exits(figure: FigureBase, exits: Sequence[Mapping[str, Any]], measure:
     leaving.set_xticks(places)
 
     accuracies_all = [percent(row["accuracy_all"]) for row in exits]
-    accuracies_leaving = [percent(row["accuracy_leaving"]) for row in exits]
+    accuracies_exited = [percent(row["accuracy_exited"]) for row in exits]
     right.plot(places, accuracies_all, color=BLUE, marker="o", label="all rows")
-    right.plot(places, accuracies_leaving, "D", color=RED, markersize=7, label="rows leaving there")
+    right.plot(places, accuracies_exited, "D", color=RED, markersize=7, label="rows leaving there")
     names = [f"{row['position']} {short(row['head'], 14)}" for row in exits]
     right.set_xticks(places, names, fontsize=8, rotation=60 if many else 30, ha="right", rotation_mode="anchor")
     right.set(title="How right they are", xlabel="blocks run, and head", ylabel=f"{measure}, %", ylim=(-4, 104))

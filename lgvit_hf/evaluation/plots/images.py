@@ -72,7 +72,7 @@ def plot_scores(
 
     Args:
         file (`str` or `Path`): The PNG to write.
-        images (`Sequence`): As of `plot_gallery`; all are drawn.
+        images (`Sequence`): See `plot_gallery`; all are drawn.
         answers (`list[dict]`):
             For each image `{"depth", "scores", "predicted", "label"}`: the blocks run, `E` scores (`None` or NaN
             where the exit is not asked), the answer, and the true label or `None`.

@@ -23,7 +23,7 @@ def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> No
     Args:
         file (`str` or `Path`): The PNG to write.
         exits (`list[dict]`):
-            `{"name", "all", "leaving"}`: each exit's name and its bins, which divide [0, 1] equally, for all rows and
+            `{"name", "all", "exited"}`: each exit's name and its bins, which divide [0, 1] equally, for all rows and
             for those that leave there (or `None`). A bin is `{"rows", "confidence", "accuracy"}`, the last two `None`
             where it is empty.
 
@@ -37,7 +37,7 @@ def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> No
         >>> empty = {"rows": 0, "confidence": None, "accuracy": None}
         >>> bins = [empty, {"rows": 10, "confidence": 0.9, "accuracy": 0.7}]
         >>> with TemporaryDirectory() as folder:
-        ...     plot_reliability(f"{folder}/reliability.png", [{"name": "block 4", "all": bins, "leaving": None}])
+        ...     plot_reliability(f"{folder}/reliability.png", [{"name": "block 4", "all": bins, "exited": None}])
     """
     need(exits, "exits", "exit")
     columns = math.ceil(math.sqrt(len(exits)))
@@ -61,7 +61,7 @@ def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> No
 
 
 def _draw_reliability(panel: Axes, strip: Axes, exit: Mapping[str, Any]) -> None:
-    everyone, leaving = exit["all"], exit["leaving"] or []
+    everyone, leaving = exit["all"], exit["exited"] or []
     width = 100 / len(everyone)
     middles = [width * (place + 0.5) for place in range(len(everyone))]
     style = {"width": width, "color": LIGHT_BLUE, "edgecolor": BLUE}
@@ -69,8 +69,8 @@ def _draw_reliability(panel: Axes, strip: Axes, exit: Mapping[str, Any]) -> None
     panel.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="as right as sure")
     confidences = [percent(bin["confidence"]) for bin in leaving]
     accuracies = [percent(bin["accuracy"]) for bin in leaving]
-    style_leaving = {"color": RED, "markeredgecolor": "white"}
-    panel.plot(confidences, accuracies, "D", **style_leaving, label="rows leaving there (narrow bars)")
+    style_exited = {"color": RED, "markeredgecolor": "white"}
+    panel.plot(confidences, accuracies, "D", **style_exited, label="rows leaving there (narrow bars)")
     panel.set_title(f"{short(exit['name'], 28)}\nECE {_error(everyone)}, leaving {_error(leaving)}", fontsize=9)
     panel.tick_params(labelbottom=False)
     panel.set_ylim(-4, 104)
