@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import auto
 
 if TYPE_CHECKING:
-    from .configuration import DeiTHighwayConfig, Exit, SwinHighwayConfig, ViTHighwayConfig
+    from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
     from .configuration_wrapper import HighwayWrapperConfig
     from .data.datasets import load_images, load_unlabelled
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate_metric import HighwayMetric
     from .evaluation.exit_table import ExitTable, collect
     from .evaluation.report import evaluate
+    from .exit_settings import Exit
     from .export.onnx_export import export_onnx
     from .heads import HEADS, register_head
     from .modeling_avit import AViT, AViTForImageClassification, AViTOutput
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "configuration": ("Exit", "ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
+    "configuration": ("ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
     "configuration_avit": ("AViTConfig",),
     "configuration_wrapper": ("HighwayWrapperConfig",),
     "data.datasets": ("load_images", "load_unlabelled"),
@@ -57,6 +58,7 @@ _HOMES = {
     "evaluation.evaluate_metric": ("HighwayMetric",),
     "evaluation.report": ("evaluate",),
     "evaluation.exit_table": ("ExitTable", "collect"),
+    "exit_settings": ("Exit",),
     "export.onnx_export": ("export_onnx",),
     "runtimes.onnxruntime": ("ORTHighway",),
     "training.distill_exits": ("grow",),

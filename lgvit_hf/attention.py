@@ -143,5 +143,6 @@ class FeatureMap(nn.Module):
 
     def reset(self) -> None:
         """Draw again what the seed gives."""
-        drawn = orthogonal_gaussian(*self.random_features.shape, self.seed)
+        num_features, head_dim = self.random_features.shape
+        drawn = orthogonal_gaussian(num_features, head_dim, self.seed)
         self.random_features = drawn.to(self.random_features)

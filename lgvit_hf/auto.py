@@ -96,13 +96,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         """The module's own spec, with the action behind it; nothing for other modules."""
         action = AFTER_IMPORT.get(name)
         spec = PathFinder.find_spec(name, path, target) if action else None
-        if spec is None:
-            return None
+        if action is None or spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def execute_and_act(module: ModuleType) -> None:
             execute(module)
             action()
 
-        spec.loader.exec_module = execute_and_act
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]  # of this one loader
         return spec

@@ -4,51 +4,27 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
-import operator
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from transformers import DeiTConfig, SwinConfig, ViTConfig
 
 from .exit_head import ExitHead  # noqa: F401
-from .exit_policy import Memory  # noqa: F401
-from .heads import is_head, known_heads, lgvit_heads
+from .exit_policy import Rule
+from .exit_settings import Exit, check_loss_weights, checked_positions, checked_types, lgvit_positions
+from .heads import lgvit_heads
 from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
 from .safe_config import SafeConfig, check_num_labels
 from .segments import height_width
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
 OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
 DEFAULT_FEATURES = 256
-
-
-@dataclass(frozen=True)
-class Exit:
-    """One early exit: the blocks that have run before it (counted from 1) and the head it computes."""
-
-    after: int
-    head: str
-
-
-def lgvit_positions(num_blocks: int) -> list[int]:
-    """Where LGViT puts exits: up to eight, from a third of the depth to the last but one block, evenly.
-
-    For 12 blocks that is the published 4..11.
-
-    Example:
-
-        >>> lgvit_positions(12), lgvit_positions(6)
-        ([4, 5, 6, 7, 8, 9, 10, 11], [2, 3, 4, 5])
-    """
-    first, last = -(-num_blocks // 3), num_blocks - 1
-    count = min(8, last - first + 1)
-    if count < 2:
-        return [last] if last >= 1 else []
-    return [first + round(i * (last - first) / (count - 1)) for i in range(count)]
 
 
 class HighwayConfig(SafeConfig):
@@ -91,21 +67,39 @@ class HighwayConfig(SafeConfig):
         "hidden_states",
         "attentions",
     ]
-    pools = ("cls", "mean")
+    pools: tuple[str, ...] = ("cls", "mean")
     # what `exit_types` may hold beside the heads of `heads.py`
     other_types: tuple[str, ...] = ()
     takes_performer = True
-    feature_map_dim = feature_map_seed = None
+    feature_map_dim: int | None = None
+    feature_map_seed: int | None = None
+
+    if TYPE_CHECKING:
+        # set below, and by the backbone's config
+        exit_positions: list[int]
+        exit_types: list[str]
+        exit_policy: dict[str, Any]
+        exit_loss_weights: str | list[float]
+        pool: str
+        truncated: bool
+        image_size: int | Sequence[int]
+        patch_size: int | Sequence[int]
+        num_channels: int
+        num_hidden_layers: int
+        hidden_size: int
+        num_attention_heads: int
+        attention_probs_dropout_prob: float
 
     def _set_exits(
         self,
-        exit_positions: Sequence[int] | str,
-        exit_types: Sequence[str] | str,
+        exit_positions: Any,
+        exit_types: Any,
         exit_policy: dict[str, Any] | str | None,
-        exit_loss_weights: Sequence[float] | str,
+        exit_loss_weights: Any,
         pool: str | None,
         truncated: bool,
     ) -> None:
+        # lists of anything: `validate_exits` looks at them
         self.truncated = truncated
         self.exit_positions = self._preset_positions() if exit_positions == "lgvit" else exit_positions
         num_exits = len(self.exit_positions) if isinstance(self.exit_positions, Sequence) else 0
@@ -192,10 +186,10 @@ class HighwayConfig(SafeConfig):
         Raises:
             ValueError: Naming the field, its value and what it may be.
         """
-        self.exit_positions = _checked_positions(self.exit_positions, self.num_blocks, self.truncated)
+        self.exit_positions = checked_positions(self.exit_positions, self.num_blocks, self.truncated)
         num_exits = len(self.exit_positions)
-        self.exit_types = _checked_types(self.exit_types, self.exit_positions, self.other_types)
-        _check_loss_weights(self.exit_loss_weights, num_exits)
+        self.exit_types = checked_types(self.exit_types, self.exit_positions, self.other_types)
+        check_loss_weights(self.exit_loss_weights, num_exits)
         if not isinstance(self.exit_loss_weights, str):
             self.exit_loss_weights = list(self.exit_loss_weights)
         if self.pool not in self.pools:
@@ -207,7 +201,7 @@ class HighwayConfig(SafeConfig):
         self.exit_policy = following_default(self.exit_policy, self.num_labels, self.problem_type)
         self.checked_policy(self.exit_policy)
 
-    def checked_policy(self, policy: ExitPolicy | Callable | dict[str, Any] | str) -> ExitPolicy:
+    def checked_policy(self, policy: ExitPolicy | Rule | dict[str, Any] | str) -> ExitPolicy:
         """The policy that a name, dict or object stands for, if it suits these exits and this kind of answer.
 
         Raises:
@@ -218,7 +212,7 @@ class HighwayConfig(SafeConfig):
         return built
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HighwayConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As upstream's; exit settings among `kwargs` replace those of the dict and are checked with it."""
         settings = dict(config_dict)
         if kwargs.get("attn_implementation") not in (None, "performer"):
@@ -249,55 +243,6 @@ def _offer_models() -> None:
     auto = sys.modules.get(f"{__package__}.auto")
     if auto is not None:
         auto.register_models()
-
-
-def _checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list[int]:
-    rule = f"a strictly increasing list of integers from 1 to {num_blocks - 1} (the backbone has {num_blocks} blocks)"
-    wrong = f"exit_positions: {positions!r} must be {rule}, or 'lgvit'"
-    if isinstance(positions, (str, bytes)) or not isinstance(positions, Sequence):
-        raise ValueError(wrong)
-    try:
-        checked = [operator.index(position) for position in positions]
-    except TypeError:
-        raise ValueError(wrong) from None
-    if any(isinstance(position, bool) for position in positions):
-        raise ValueError(wrong)
-    if truncated:
-        if checked != [num_blocks]:
-            raise ValueError(f"exit_positions: {positions!r} must be [{num_blocks}] in a truncated model")
-        return checked
-    outside = [position for position in checked if not 1 <= position < num_blocks]
-    if outside:
-        raise ValueError(f"{wrong}: {outside[0]} is outside")
-    if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
-        raise ValueError(f"{wrong}: it is not strictly increasing")
-    return checked
-
-
-def _checked_types(types: Any, positions: list[int], others: Sequence[str] = ()) -> list[str]:
-    if isinstance(types, (str, bytes)) or not isinstance(types, Sequence) or len(types) != len(positions):
-        raise ValueError(
-            f"exit_types: {types!r} must be one head name for all or a list of {len(positions)}, one per exit; "
-            f"known heads: {known_heads()}"
-        )
-    for position, head in zip(positions, types, strict=True):
-        if not is_head(head) and head not in others:
-            raise ValueError(
-                f"exit_types: unknown head {head!r} at the exit after block {position}; known heads: {known_heads()}"
-            )
-    return list(types)
-
-
-def _check_loss_weights(weights: Any, num_exits: int) -> None:
-    if weights in ("depth", "uniform"):
-        return
-    good = isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) == num_exits + 1
-    good = good and all(isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w < math.inf for w in weights)
-    if not good or sum(weights) <= 0:
-        raise ValueError(
-            f"exit_loss_weights: {weights!r} must be 'depth', 'uniform' or {num_exits + 1} numbers >= 0, not all zero "
-            f"({num_exits} exits and the final classifier)"
-        )
 
 
 class ViTHighwayConfig(HighwayConfig, ViTConfig):
@@ -366,7 +311,7 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         self._set_performer(feature_map_dim, feature_map_seed)
 
     @property
-    def pools(self) -> tuple[str, ...]:
+    def pools(self) -> tuple[str, ...]:  # type: ignore[override]  # reading it is all there is
         """With two classifiers each must read its own token."""
         return ("cls",) if self.distilled else ("cls", "mean")
 

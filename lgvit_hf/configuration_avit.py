@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import ViTConfig
 
 from .configuration import _offer_models
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
+from .exit_settings import Exit  # noqa: F401
 from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .policies import POLICIES  # noqa: F401
 from .safe_config import SafeConfig, check_num_labels
@@ -28,6 +29,9 @@ HALTING_FIELDS = (
     "target_depth",
     "published_target",
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class AViTConfig(SafeConfig, ViTConfig):
@@ -130,7 +134,7 @@ class AViTConfig(SafeConfig, ViTConfig):
         _check_number("target_depth", self.target_depth, above=0, below=self.num_hidden_layers)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> AViTConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As upstream's; halting settings among `kwargs` replace those of the dict and are checked with it."""
         settings = dict(config_dict)
         if "gate" in kwargs:

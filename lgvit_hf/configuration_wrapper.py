@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from .configuration import HighwayConfig, _own_settings
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
+from .exit_settings import Exit  # noqa: F401
 from .heads import HEADS  # noqa: F401
 from .policies import POLICIES  # noqa: F401
 from .safe_config import SafeConfig  # noqa: F401
@@ -134,9 +135,8 @@ def config_of_wrapped(
 ) -> HighwayWrapperConfig:
     """The config of a module that is cut behind `after`, with heads that read `shapes`, and settings of its own."""
     theirs = getattr(module, "config", None)
-    known = isinstance(theirs, PretrainedConfig)
     labels: dict[str, Any] = {"num_labels": num_labels}
-    if known and theirs.num_labels == num_labels:
+    if isinstance(theirs, PretrainedConfig) and theirs.num_labels == num_labels:
         labels = {"id2label": theirs.id2label, "label2id": theirs.label2id, "problem_type": theirs.problem_type}
     if "id2label" in settings:
         labels.pop("num_labels", None)
@@ -153,7 +153,7 @@ def config_of_wrapped(
         "image_size": height if height == width else [height, width],
         "num_channels": images.shape[1],
         "module_class": f"{type(module).__module__}.{type(module).__qualname__}",
-        "module_config": theirs.to_dict() if is_theirs else None,
+        "module_config": theirs.to_dict() if is_theirs and theirs is not None else None,
     }
     wrong = sorted(set(fields) & set(settings))
     if wrong:

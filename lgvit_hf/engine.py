@@ -54,6 +54,7 @@ def run_all_with_features(segments: Sequence[Segment], state: State) -> tuple[li
     home, exit_logits, exit_features = state.device, [], []
     for segment in segments:
         state = segment.advance(state)
+        assert segment.forward_with_features is not None, "the segments of a model have it"
         logits, features = segment.forward_with_features(state)
         exit_logits.append(logits.to(home))
         exit_features.append(features.to(home))
@@ -102,6 +103,7 @@ def run_early(
             break
         state, memory, stay = drop_exited_samples(state, memory, exits, num_exiting)
         rows = stay if rows is None else rows.index_select(0, stay)
+    assert answers is not None, "at the last exit all samples exit"
     return answers
 
 
@@ -159,12 +161,13 @@ def replay(
         >>> replay(exit_logits, [1, 2], ConfidencePolicy(threshold=0.9)).exit_layer.tolist()
         [1, 2]
     """
-    segments = [
-        Segment(depth, (), lambda state, logits=logits: logits[state["row"]])
-        for depth, logits in zip(depths, exit_logits, strict=True)
-    ]
-    rows = State({"row": torch.arange(len(exit_logits[0]), device=exit_logits[0].device)})
-    return run_early(segments, rows, policy, min_depth=min_depth, max_depth=max_depth)
+    segments = [Segment(depth, (), partial(_given, logits)) for depth, logits in zip(depths, exit_logits, strict=True)]
+    samples = State({"sample": torch.arange(len(exit_logits[0]), device=exit_logits[0].device)})
+    return run_early(segments, samples, policy, min_depth=min_depth, max_depth=max_depth)
+
+
+def _given(logits: Tensor, state: State) -> Tensor:
+    return logits[state["sample"]]
 
 
 def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: int | None) -> int:

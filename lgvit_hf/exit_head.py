@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .segments import Tokens
 
-HEADS: dict[str, Callable[..., nn.Module]] = {}
+AnyHead = TypeVar("AnyHead", bound=type[nn.Module])
+
+HEADS: dict[str, type[nn.Module]] = {}
 """Bodies of exit heads by name: what `exit_types` may hold; `register_head` adds one."""
 
 
@@ -45,7 +48,7 @@ class HeadShape:
         return max(1, self.num_prefix) if self.pool == "cls" else 1
 
 
-def register_head(name: str) -> Callable[[type], type]:
+def register_head(name: str) -> Callable[[AnyHead], AnyHead]:
     """Class decorator: make a head body known under `name`, for `exit_types`.
 
     The class is built with one argument, a `HeadShape`, and its `forward(patches, grid)` takes patches `[B, h * w, D]`
@@ -68,7 +71,7 @@ def register_head(name: str) -> Callable[[type], type]:
         >>> _ = HEADS.pop("identity")
     """
 
-    def decorate(head: type) -> type:
+    def decorate(head: AnyHead) -> AnyHead:
         if name in HEADS and HEADS[name].__qualname__ != head.__qualname__:
             raise ValueError(f"there is already a head called {name!r} ({HEADS[name]}); choose another name")
         HEADS[name] = head
@@ -125,9 +128,8 @@ def build_head(name: str, shape: HeadShape) -> ExitHead:
     if parsed is None:
         raise ValueError(f"unknown head {name!r}; known heads: {known_heads()}")
     cls, options = HEADS[parsed[0]], parsed[1]
-    if isinstance(cls, type) and issubclass(cls, ExitHead):
-        return cls(shape, **options)
-    return MapHead(shape, cls(shape, **options))
+    head = cls(shape, **options)
+    return head if isinstance(head, ExitHead) else MapHead(shape, head)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -167,7 +169,7 @@ class ExitHead(nn.Module):
 
     def answer(self, tokens: Tokens) -> Tensor:
         """Logits `[B, C]` alone."""
-        return self(tokens, with_features=False)[0]
+        return cast(Tensor, self(tokens, with_features=False)[0])
 
     def _in_own_dtype(self, tokens: Tokens) -> Tokens:
         """A head in float32 reads what a backbone in bfloat16 gives; autocast sees to that itself."""
@@ -177,7 +179,7 @@ class ExitHead(nn.Module):
 
     def _classify(self, vectors: list[Tensor]) -> Tensor:
         logits = [classifier(vector) for classifier, vector in zip(self.classifiers, vectors, strict=True)]
-        return logits[0] if len(logits) == 1 else sum(logits) / len(logits)
+        return cast(Tensor, logits[0] if len(logits) == 1 else sum(logits) / len(logits))
 
     def prefixes(self, tokens: Tokens) -> list[Tensor]:
         """The prefix tokens that are read, each `[B, D]`; none under mean pooling."""
@@ -202,9 +204,10 @@ class MapHead(ExitHead):
     def summarise(self, tokens: Tokens) -> list[Tensor]:
         # batch norm in training looks at every patch, a layer norm at every token of the map, and so do hooks
         needs_map = self.training or not isinstance(self.norm, nn.Identity) or is_watched(self.body)
-        if needs_map or not hasattr(self.body, "pooled"):
+        pooled: Any = getattr(self.body, "pooled", None)
+        if needs_map or pooled is None:
             return super().summarise(tokens)
-        return self._vectors(self.body.pooled(tokens.patches, tokens.grid), tokens)
+        return self._vectors(pooled(tokens.patches, tokens.grid), tokens)
 
     def _vectors(self, pooled: Tensor, tokens: Tokens) -> list[Tensor]:
         return [pooled + prefix for prefix in self.prefixes(tokens)] or [pooled]

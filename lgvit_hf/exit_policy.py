@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ Memory = dict[str, Tensor]
 Numbers = float | Sequence[float]
 
 
-POLICIES: dict[str, type] = {}
+Rule = Callable[[Tensor, Memory], tuple[Tensor, Memory]]
+
+
+AnyPolicy = TypeVar("AnyPolicy", bound="ExitPolicy")
+
+
+POLICIES: dict[str, type[ExitPolicy]] = {}
 """Exit policies by name: what `exit_policy` may name; `register_policy` adds one."""
 
 
@@ -33,7 +39,7 @@ _DEFAULTS = {
 LEGACY_ALIASES = {"patient_and_confident": "patience_confidence", "confidence_and_entropy": "confidence_entropy"}
 
 
-def register_policy(name: str) -> Callable[[type], type]:
+def register_policy(name: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
     """Class decorator: make a policy known under `name`, so that a config can hold it.
 
     Example:
@@ -47,7 +53,7 @@ def register_policy(name: str) -> Callable[[type], type]:
         >>> _ = POLICIES.pop("coin")
     """
 
-    def decorate(policy: type) -> type:
+    def decorate(policy: type[AnyPolicy]) -> type[AnyPolicy]:
         if POLICIES.get(name, policy) is not policy and POLICIES[name].__qualname__ != policy.__qualname__:
             raise ValueError(f"there is already a policy called {name!r} ({POLICIES[name]}); choose another name")
         POLICIES[name] = policy
@@ -71,7 +77,7 @@ def entropy(probs: Tensor) -> Tensor:
         >>> entropy(probabilities(torch.tensor([[200.0, 0.0], [0.0, 0.0]]))).tolist()
         [0.0, 0.693...]
     """
-    return torch.special.entr(probs).sum(-1)
+    return cast(Tensor, torch.special.entr(probs).sum(-1))
 
 
 def margin(probs: Tensor) -> Tensor:
@@ -149,9 +155,9 @@ class ExitPolicy:
 
     def check(self, num_exits: int) -> None:
         """Raise `ValueError` where the parameters do not fit a highway of `num_exits` early exits."""
-        strange = [index for index in getattr(self, "exits", None) or () if index >= num_exits]
-        if strange:
-            raise ValueError(f"exit_policy: exits={list(self.exits)}: the model has {num_exits}, 0 to {num_exits - 1}")
+        exits = getattr(self, "exits", None) or ()
+        if any(index >= num_exits for index in exits):
+            raise ValueError(f"exit_policy: exits={list(exits)}: the model has {num_exits}, 0 to {num_exits - 1}")
         for name in ("threshold", "entropy_threshold", "temperature"):
             value = getattr(self, name, None)
             # a temperature may also be given for the final classifier, which has no threshold
@@ -177,21 +183,17 @@ class ExitPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that `build_policy` reads."""
-        settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
-        return {
-            "name": self.name,
-            **{
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in settings.items()
-                if value is not None
-            },
+        settings: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        given = {key: value for key, value in settings.items() if value is not None}
+        return {"name": self.name} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in given.items()
         }
 
 
 class CustomPolicy(ExitPolicy):
     """Any callable `(logits, memory) -> (leave, memory)`, with or without `start`, as a policy."""
 
-    def __init__(self, rule: Callable[[Tensor, Memory], tuple[Tensor, Memory]]):
+    def __init__(self, rule: Rule):
         if not callable(rule):
             raise ValueError(f"exit_policy: {rule!r} is not callable as (logits, memory) -> (leave, memory)")
         self.rule = rule
@@ -205,7 +207,7 @@ class CustomPolicy(ExitPolicy):
         return self.rule(logits, memory)
 
 
-def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits: int) -> ExitPolicy:
+def build_policy(policy: ExitPolicy | Rule | dict[str, Any] | str, num_exits: int) -> ExitPolicy:
     """Make a checked policy for a highway of `num_exits` early exits.
 
     Args:
@@ -225,12 +227,11 @@ def build_policy(policy: ExitPolicy | Callable | dict[str, Any] | str, num_exits
     """
     if isinstance(policy, str):
         policy = {"name": policy}
-    if isinstance(policy, dict):
-        policy = _from_dict(policy)
-    if not isinstance(policy, ExitPolicy):
-        policy = CustomPolicy(policy)
-    policy.check(num_exits)
-    return policy
+    built = _from_dict(policy) if isinstance(policy, dict) else policy
+    if not isinstance(built, ExitPolicy):
+        built = CustomPolicy(built)
+    built.check(num_exits)
+    return built
 
 
 def problem_of(num_labels: int, problem_type: str | None) -> str:

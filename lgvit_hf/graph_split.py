@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,10 +38,10 @@ class Source:
     def __call__(self) -> Tensor:
         """The tensor as it is now."""
         if self.constant is None:
-            return getattr(self.module, self.name)
+            return cast(Tensor, getattr(self.module, self.name))
         now = getattr(self.module, self.name, None)
         fits = isinstance(now, Tensor) and (now.shape, now.dtype) == (self.constant.shape, self.constant.dtype)
-        return now if fits else self.constant
+        return cast(Tensor, now) if fits else self.constant
 
 
 @dataclass
@@ -288,11 +288,11 @@ def traced_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> li
             raise ValueError(f"after: {name!r} cannot be cut behind: {reason}; {nearest}")
     pieces: list[Piece] = []
     start, given = 0, {PIXELS: traced.pixels}
-    for name, earlier in zip(after, [None, *after], strict=False):
+    for name, earlier in zip(after, ["", *after], strict=False):
         tap = traced.taps[name][0]
         if tap.place < start:
             raise ValueError(wrong_order(name, earlier))
-        if earlier is not None and traced.next_place(tap.place) == traced.next_place(start):
+        if earlier and traced.next_place(tap.place) == traced.next_place(start):
             raise ValueError(one_place(name, earlier))
         wanted = {HIDDEN: tap.value}
         # an exporter names what it meets after its operation, so that the name alone could be there twice
@@ -305,7 +305,7 @@ def traced_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> li
 def _aliases(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     """The values whose memory an operation's result may share, and whether it writes there."""
     if node.target is operator.getitem:
-        yield node.args[0], False
+        yield cast(fx.Node, node.args[0]), False
     if isinstance(node.target, torch._ops.OpOverload):
         for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
             if isinstance(given, fx.Node) and argument.alias_info is not None:
@@ -320,7 +320,7 @@ def _shape(node: fx.Node) -> tuple | None:
 def _described(node: fx.Node) -> str:
     """An operation's result as an error names it: the operation, the shape, and where in the module it is."""
     shape, stack = _shape(node), list((node.meta.get("nn_module_stack") or {}).values())
-    made = node.args[0] if node.target is operator.getitem else node
+    made = cast(fx.Node, node.args[0]) if node.target is operator.getitem else node
     name = str(made.target).removeprefix("aten.").partition(".")[0]
     where = stack[-1][0].removeprefix("module").removeprefix(".") if stack else ""
     # the only open size is that of the batch
@@ -405,7 +405,7 @@ def _read(module: nn.Module, names: Sequence[str], exported: torch.export.Export
             taps.setdefault(named[node], []).append(Tap(len(nodes), node.args[0]))
         elif node.op != "output" and not _is_check(node):
             nodes.append(node)
-    return Traced(module, exported.graph_module, nodes, logits, taps, sources, pixels)
+    return Traced(module, exported.graph_module, nodes, logits, taps, sources, cast(fx.Node, pixels))
 
 
 def _is_check(node: fx.Node) -> bool:

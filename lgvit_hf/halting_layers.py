@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +13,14 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from .exit_head import is_watched
 from .token_halting import attend_in_a_row
 
+if TYPE_CHECKING:
+    # either of the two, whose parts have the same names and differ between versions of transformers
+    _Layer: Any = nn.Module
+else:
+    _Layer = object
 
-class _HaltingBlock:
+
+class _HaltingBlock(_Layer):
     """One of transformers' blocks, which is told which of its tokens are live.
 
     Where that is a mask, tokens that have halted are zero, and no key of the others. They give what zeros do, which
@@ -20,7 +28,9 @@ class _HaltingBlock:
     """
 
     def forward(self, hidden_states: Tensor, live: Tensor | tuple[int, ...]) -> Tensor:
-        return (self._masked if isinstance(live, Tensor) else self._in_a_row)(hidden_states, live)
+        if isinstance(live, Tensor):
+            return self._masked(hidden_states, live)
+        return self._in_a_row(hidden_states, live)
 
     def _masked(self, hidden: Tensor, live: Tensor) -> Tensor:
         mask = live[..., None]
@@ -46,12 +56,12 @@ class _HaltingBlock:
         return _run(narrow, activation(_run(widen, _run(second_norm, hidden)))).add_(hidden)
 
 
-def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
+def _layers_in_order(block: Any) -> tuple[Any, ...]:
     """Norm, query, key, value and output of attention, norm, first layer, activation and last layer of the MLP.
 
     Read where `nn.Module` keeps them: its attributes take ten times as long.
     """
-    parts = block._modules
+    parts: dict[str, Any] = block._modules
     norms, attention = (parts["layernorm_before"], parts["layernorm_after"]), parts["attention"]._modules
     if "mlp" in parts:  # transformers 5
         projections = (attention["q_proj"], attention["k_proj"], attention["v_proj"], attention["o_proj"])
@@ -63,10 +73,10 @@ def _layers_in_order(block: nn.Module) -> tuple[nn.Module, ...]:
     return norms[0], *projections, norms[1], *mlp
 
 
-def _run(layer: nn.Module, tokens: Tensor) -> Tensor:
+def _run(layer: Any, tokens: Tensor) -> Tensor:
     """`layer(tokens)`, without the way through `nn.Module` where it is a plain one that nobody watches."""
     if type(layer) is nn.Linear and not is_watched(layer):
-        values = layer._parameters
+        values: dict[str, Any] = layer._parameters
         return F.linear(tokens, values["weight"], values["bias"])
     if type(layer) is nn.LayerNorm and not is_watched(layer):
         values = layer._parameters
@@ -74,9 +84,9 @@ def _run(layer: nn.Module, tokens: Tensor) -> Tensor:
     return layer(tokens)
 
 
-class HaltingViTLayer(_HaltingBlock, ViTLayer):
+class HaltingViTLayer(_HaltingBlock, ViTLayer):  # type: ignore[misc]  # called with what is live
     """A block of ViT."""
 
 
-class HaltingDeiTLayer(_HaltingBlock, DeiTLayer):
+class HaltingDeiTLayer(_HaltingBlock, DeiTLayer):  # type: ignore[misc]  # likewise
     """A block of DeiT."""

@@ -8,6 +8,7 @@ renames such keys of a Swin checkpoint wherever they stand.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -163,12 +164,12 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.mix(self.norm_before(x)))
-        return x + self.dropout(self.narrow(self.activation(self.widen(self.norm_after(x)))))
+        return cast(Tensor, x + self.dropout(self.narrow(self.activation(self.widen(self.norm_after(x))))))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """Softmax attention of `[B, N, D]` tensors with `num_heads` heads."""
-    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
@@ -184,10 +185,10 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.proj = (nn.Linear(shape.width, shape.width) for _ in range(4))
 
     def forward(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return self.proj(self._mixed(patches))
+        return cast(Tensor, self.proj(self._mixed(patches)))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.proj(self._mixed(patches).mean(1))
+        return cast(Tensor, self.proj(self._mixed(patches).mean(1)))
 
     def _mixed(self, patches: Tensor) -> Tensor:
         return _attend(self.query(patches), self.key(patches), self.value(patches), self.num_heads)
@@ -216,15 +217,16 @@ class SubsampledAttention(nn.Module):
         self.proj = nn.Linear(shape.width, shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.proj(self._mixed(patches, grid))
+        return cast(Tensor, self.proj(self._mixed(patches, grid)))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.proj(self._mixed(patches, grid).mean(1))
+        return cast(Tensor, self.proj(self._mixed(patches, grid).mean(1)))
 
     def _mixed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.ratio > 1:
-            patches = patches.unflatten(1, grid)[:, :: self.ratio, :: self.ratio].flatten(1, 2)
-        return _attend(*self.qkv(patches).chunk(3, dim=-1), self.num_heads)
+            patches = torch.unflatten(patches, 1, grid)[:, :: self.ratio, :: self.ratio].flatten(1, 2)
+        query, key, value = self.qkv(patches).chunk(3, dim=-1)
+        return _attend(query, key, value, self.num_heads)
 
 
 @register_head("mlp")
@@ -239,15 +241,15 @@ class BottleneckMLP(nn.Module):
         self.narrow = nn.Linear(10, shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.narrow(F.relu(self.widen(patches)))
+        return cast(Tensor, self.narrow(F.relu(self.widen(patches))))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.narrow(F.relu(self.widen(patches)).mean(1))
+        return cast(Tensor, self.narrow(F.relu(self.widen(patches)).mean(1)))
 
 
 def _as_image(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """`[B, h * w, D]` -> `[B, D, h, w]`."""
-    return patches.transpose(1, 2).unflatten(2, grid)
+    return torch.unflatten(patches.transpose(1, 2), 2, grid)
 
 
 def _as_patches(image: Tensor) -> Tensor:
@@ -298,7 +300,7 @@ class PointwisePerception(nn.Module):
         return F.gelu(self.expand(image))
 
     def _project(self, activated: Tensor) -> Tensor:
-        return self.project_bn(self.project(self.expand_bn(activated)))
+        return cast(Tensor, self.project_bn(self.project(self.expand_bn(activated))))
 
 
 @register_head("conv1_1")
@@ -314,7 +316,7 @@ class DepthwisePerception(PointwisePerception):
         return F.gelu(self.depthwise(self.expand_bn(F.gelu(self.expand(image)))))
 
     def _project(self, activated: Tensor) -> Tensor:
-        return self.project_bn(self.project(self.depthwise_bn(activated)))
+        return cast(Tensor, self.project_bn(self.project(self.depthwise_bn(activated))))
 
 
 def lgvit_heads(num_exits: int, *, attention: tuple[str, str] = ("attention_r2", "attention_r3")) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,16 @@ from .configuration import OWN_FIELDS
 from .configuration_avit import AViTConfig
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
+from .exit_settings import Exit  # noqa: F401
 from .files import add_files  # noqa: F401
 from .halting_layers import HaltingDeiTLayer, HaltingViTLayer
 from .heads import is_watched
 from .losses import check_labels, task_loss
 from .policies import POLICIES  # noqa: F401
-from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, check_files, name_of
+from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, load_native, name_of
 from .recording import Selection, recording, requested
 from .remote_code import write_code  # noqa: F401
-from .safe_config import without_attention_code
+from .safe_config import SafeConfig  # noqa: F401
 from .segments import State  # noqa: F401
 from .token_halting import (
     Halting,
@@ -117,7 +118,10 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         (torch.Size([5, 2]), torch.Size([5, 5]))
     """
 
-    config_class = AViTConfig
+    if TYPE_CHECKING:
+        config: AViTConfig
+
+    config_class = AViTConfig  # type: ignore[assignment]  # `None` upstream
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -148,7 +152,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         self._no_split_modules = [type(self.backbone.embeddings).__name__, block_class.__name__]
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Any:
         """The blocks, as transformers has them."""
         # `encoder.layer` in transformers 4, `layers` in 5
         return getattr(self.backbone, "layers", None) or self.backbone.encoder.layer
@@ -205,13 +209,14 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         logits = logits / len(self.classifiers)
         # a pipeline takes batches apart, and this is of all images: not where only answers are wanted
         ponder_loss = None if remove and labels is None else ponder.mean()
-        spread_loss, loss = None, None
+        spread_loss: Tensor | None = None
+        loss: Tensor | None = None
         if scores is not None:
             target = halting_target(config.num_hidden_layers, config.target_depth, config.published_target)
             spread_loss = distribution_loss(scores.mean(0), target)
         if labels is not None:
             loss = task_loss(logits, labels, config.problem_type) + config.ponder_weight * ponder_loss
-            if scores is not None:
+            if spread_loss is not None:
                 # clamped values need not add up to 1, and may seem nearer than equal
                 loss = loss + config.distribution_weight * spread_loss.clamp(min=0)
         output = AViTOutput(
@@ -223,7 +228,8 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             halting_scores=scores,
             ponder_loss=ponder_loss,
             distribution_loss=spread_loss,
-            **records,
+            hidden_states=records.get("hidden_states"),
+            attentions=records.get("attentions"),
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -231,7 +237,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         """All tokens in all blocks: what the read tokens give, every token's depth and ponder cost, mean scores."""
         config, read = self.config, self.config.num_read_tokens
         state = Halting.start(hidden.shape[:2], hidden.device)
-        answer, means = 0.0, []
+        answer, means = torch.zeros((), device=hidden.device), []
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, state.live)
             scores = halting_scores(hidden, config.gate_scale, config.gate_center)
@@ -249,7 +255,8 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         token = torch.arange(batch_size * num_tokens, device=hidden.device)  # number of each live token
         # the first tokens of every image: where these would stand is where images begin
         read = token.view(batch_size, num_tokens)[:, :num_read].flatten().contiguous()
-        hidden, lengths, at, total = hidden.view(1, batch_size * num_tokens, -1), (num_tokens,) * batch_size, read, 0.0
+        hidden, lengths, at = hidden.view(1, batch_size * num_tokens, -1), (num_tokens,) * batch_size, read
+        total = torch.zeros((), device=hidden.device)
         # of each block: who ran it, with what scores, and what the read tokens were then
         ran, ran_scores, states = [], [], []
         # where no gradient is asked for none of these many small steps needs to know of it
@@ -347,8 +354,8 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             10.0
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        native = backbone if isinstance(backbone, PreTrainedModel) else _load_native(backbone, hub)
-        _check_kind(backbone, _kind_of(native))
+        native = backbone if isinstance(backbone, PreTrainedModel) else load_native(backbone, hub, _natives)
+        _natives(name_of(backbone), _kind_of(native))
         model = cls(_config_of(native, kwargs)).to(native.device, native.dtype)
         model.backbone.load_state_dict(_without_pooler(native.base_model.state_dict()))
         named = dict(native.named_children())
@@ -371,9 +378,10 @@ def _check_attention(name: str | dict[str, str]) -> None:
         )
 
 
-def _check_kind(backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
+def _natives(name: str, model_type: str | None) -> tuple[Any, ...]:
     if model_type not in NATIVES:
-        raise ValueError(f"{name_of(backbone)}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
+        raise ValueError(f"{name}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
+    return NATIVES[model_type]
 
 
 def _kind_of(model: PreTrainedModel) -> str:
@@ -382,22 +390,6 @@ def _kind_of(model: PreTrainedModel) -> str:
     plain = not getattr(config, "exit_positions", None) and getattr(config, "pool", "cls") == "cls"
     attends = getattr(config, "_attn_implementation", None) != "performer"
     return config.model_type.removesuffix("_highway") if plain and attends else config.model_type
-
-
-def _load_native(path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-    check_files(path, hub)
-    settings, _ = PretrainedConfig.get_config_dict(path, **hub)
-    _check_kind(path, settings.get("model_type"))
-    natives = NATIVES[settings["model_type"]]
-    named = [native for native in natives if native.__name__ in (settings.get("architectures") or [])]
-    config = natives[0].config_class.from_dict(without_attention_code(settings))
-    model, info = (named or [natives[-1]])[0].from_pretrained(
-        path, config=config, use_safetensors=True, output_loading_info=True, **hub
-    )
-    lost = sorted(_without_pooler(dict.fromkeys(info["missing_keys"])))
-    if lost:
-        raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
-    return model
 
 
 def _without_pooler(names: dict[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from .attention import FeatureMap
-from .configuration import Exit
 from .engine import run_all_with_features, run_early
-from .heads import ExitHead, HeadShape, build_head
+from .exit_settings import Exit
+from .heads import HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
 from .policies import ExitPolicy
 from .pretrained import PretrainedHighway
@@ -90,7 +90,7 @@ class HighwayMixin(PretrainedHighway):
     # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
     accepts_loss_kwargs = False
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         config.validate_exits()
         super().__init__(config)
         self.exits = nn.ModuleList(map(self.build_exit, config.exits))
@@ -147,7 +147,8 @@ class HighwayMixin(PretrainedHighway):
         """
         blocks = self.blocks()
         if self.config._attn_implementation == "performer" and self.feature_maps:
-            blocks = [partial(block, feature_map=each) for block, each in zip(blocks, self.feature_maps, strict=True)]
+            maps: Any = zip(blocks, self.feature_maps, strict=True)
+            blocks = [partial(block, feature_map=each) for block, each in maps]
         blocks = [partial(self.stem, interpolate_pos_encoding=interpolate_pos_encoding), *blocks]
         segments, start = [], 0
         for exit, head in zip(self.config.exits, self.exits, strict=True):
@@ -162,11 +163,11 @@ class HighwayMixin(PretrainedHighway):
             )
         return segments
 
-    def _answer(self, head: ExitHead, state: State) -> Tensor:
+    def _answer(self, head: nn.Module, state: State) -> Tensor:
         # called as a module, so that hooks run: those of FSDP and of accelerate bring the weights
         return head(self.tokens(state), with_features=False)[0]
 
-    def _forward_with_features(self, head: ExitHead, state: State) -> tuple[Tensor, Tensor]:
+    def _forward_with_features(self, head: nn.Module, state: State) -> tuple[Tensor, Tensor]:
         return head(self.tokens(state))
 
     def _final_with_features(self, state: State) -> tuple[Tensor, Tensor]:
@@ -257,7 +258,7 @@ class HighwayMixin(PretrainedHighway):
         Raises:
             ValueError: No, an empty or a misshapen batch; a label out of range; settings that exclude each other.
         """
-        self._check_batch(pixel_values, labels, bool(interpolate_pos_encoding))
+        images = self._checked_images(pixel_values, labels, bool(interpolate_pos_encoding))
         config = self.config
         recorded = requested(config, hidden_states=output_hidden_states, attentions=output_attentions)
         early = (not self.training and not recorded) if early_exit is None else early_exit
@@ -266,7 +267,7 @@ class HighwayMixin(PretrainedHighway):
         if early and recorded:
             raise ValueError(f"output_{next(iter(recorded))} needs every row in every block: early_exit=False")
 
-        state = State({"pixel_values": pixel_values})
+        state = State({"pixel_values": images})
         segments = self.segments(bool(interpolate_pos_encoding))
         if early:
             answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
@@ -283,12 +284,13 @@ class HighwayMixin(PretrainedHighway):
                 exit_index=torch.full((len(logits),), len(segments) - 1, device=logits.device),
                 exit_logits=tuple(exit_logits),
                 exit_features=tuple(exit_features),
-                **records,
+                hidden_states=records.get("hidden_states"),
+                attentions=records.get("attentions"),
             )
         keep_dict = config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
 
-    def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None, interpolate: bool) -> None:
+    def _checked_images(self, pixel_values: Tensor | None, labels: Tensor | None, interpolate: bool) -> Tensor:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         channels = self.config.num_channels
@@ -309,6 +311,7 @@ class HighwayMixin(PretrainedHighway):
             )
         if labels is not None:
             check_labels(labels, self.config.num_labels)
+        return pixel_values
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -343,9 +346,12 @@ class HighwayMixin(PretrainedHighway):
             config.feature_map_dim = config.feature_map_seed = None
         config.validate_performer()
         self.feature_maps = nn.ModuleList()
-        for block in range(config.num_blocks if performer else 0):
+        features, seed = config.feature_map_dim, config.feature_map_seed
+        if performer and features is not None and seed is not None:
             head_dim = config.hidden_size // config.num_attention_heads
-            self.feature_maps.append(FeatureMap(config.feature_map_dim, head_dim, config.feature_map_seed + block))
+            self.feature_maps.extend(
+                FeatureMap(features, head_dim, seed + block) for block in range(config.num_blocks)
+            )
 
     def _remove_final(self) -> None:
         self.base_model.layernorm = nn.Identity()

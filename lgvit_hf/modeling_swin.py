@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import SwinForImageClassification, SwinModel
@@ -13,6 +14,7 @@ from .configuration import SwinHighwayConfig
 from .engine import run_early  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
+from .exit_settings import Exit  # noqa: F401
 from .files import add_files  # noqa: F401
 from .heads import HeadShape
 from .losses import task_loss  # noqa: F401
@@ -59,12 +61,17 @@ class SwinHighwayStage(SwinStage):
         return self.blocks[part](hidden_states, input_dimensions)[0]
 
 
+def _grid_of(state: State) -> tuple[int, int]:
+    assert state.grid is not None, "the stem says it"
+    return state.grid
+
+
 def _run_block(stage: nn.Module, index: int, above: nn.Module | None, state: State) -> State:
     """One block of a stage; the first has patches merged before, so that an exit above does not pay for that."""
-    hidden, grid = state["hidden"], state.grid
+    hidden, grid = state["hidden"], _grid_of(state)
     if above is not None:
         # transformers 5 checkpoints a stage once; the merging is little beside its blocks
-        merge = above.downsample if above.gradient_checkpointing else partial(above, part="merge")
+        merge: Any = above.downsample if above.gradient_checkpointing else partial(above, part="merge")
         hidden = merge(hidden, grid)
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     return State({"hidden": stage(hidden, grid, part=index)}, grid)
@@ -84,15 +91,18 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
         torch.Size([5, 2])
     """
 
-    config_class = SwinHighwayConfig
+    if TYPE_CHECKING:
+        config: SwinHighwayConfig
+
+    config_class = SwinHighwayConfig  # type: ignore[assignment]  # `None` upstream
     takes_any_size = True
     _no_split_modules = ["SwinEmbeddings", "SwinHighwayStage"]
     native_classes = (SwinForImageClassification, SwinModel)
     # each loads what the other saved
-    _keys_to_ignore_on_load_missing = _SAVED_BUFFERS
-    _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
+    _keys_to_ignore_on_load_missing = _SAVED_BUFFERS  # type: ignore[assignment]  # `None` upstream
+    _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]  # type: ignore[assignment]
 
-    def __init__(self, config):
+    def __init__(self, config: SwinHighwayConfig):
         super().__init__(config)
         for stage in self.swin.encoder.layers:
             stage.__class__ = SwinHighwayStage  # with the weights that it has
@@ -113,7 +123,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
         return runs
 
     def tokens(self, state: State) -> Tokens:
-        return Tokens(state["hidden"], state.grid, state["hidden"][:, :0])
+        return Tokens(state["hidden"], _grid_of(state), state["hidden"][:, :0])
 
     def final(self, state: State) -> Tensor:
         hidden = self.swin.layernorm(state["hidden"])

@@ -7,20 +7,28 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .configuration import OWN_FIELDS
+from .configuration import OWN_FIELDS, HighwayConfig
 from .files import leads_out
 from .remote_code import auto_map, code_goes_with, write_code
 from .safe_config import without_attention_code
+
+if TYPE_CHECKING:
+    from torch import nn
+    from typing_extensions import Self
+
+    _Model = PreTrainedModel
+else:
+    _Model = object
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping as name_conversions
@@ -52,8 +60,13 @@ class WrongShape(ValueError, RuntimeError):
     """A tensor of a file has not the shape that the config asks for; a `RuntimeError` too, which upstream raises."""
 
 
-class SafeCheckpoint:
+class SafeCheckpoint(_Model):
     """Loading from safetensors alone, for a class that also derives from one of transformers' models."""
+
+    if TYPE_CHECKING:
+        # upstream's says `None`, and its methods are wrapped by decorators without types
+        config_class: type[Any]  # type: ignore[assignment]
+        to: Callable[..., Self]  # type: ignore[assignment]
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
         """As upstream's; the names of checkpoint files are understood as well as those of the modules.
@@ -86,7 +99,7 @@ class SafeCheckpoint:
         vars(model.config).pop("auto_map", None)  # of that folder; `save_pretrained` says what goes with another
         return model, info
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As upstream's, with the code of the model beside its weights; with `push_to_hub=True`, `push_to_hub` too.
 
         A saved folder opens with `trust_remote_code=True` where this package is not installed. The `checkpoint-N`
@@ -112,14 +125,14 @@ class SafeCheckpoint:
         finally:
             vars(self.config).pop("auto_map", None)
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # wrapped there
         """As upstream's, with the image processor, the reports and the card of the folder the model was loaded from.
 
         Where there is no card, one is made of the config and the reports; see `lgvit_hf.hub.push.push`.
         """
         if f"{__package__}.auto" not in sys.modules:
             # the copy of this file that goes with a checkpoint has no rooms beside it
-            return super().push_to_hub(repo_id, *args, **kwargs)
+            return PreTrainedModel.push_to_hub(self, repo_id, *args, **kwargs)
         return import_module(f"{__package__}.hub.push").push(self, repo_id, *args, **kwargs)
 
 
@@ -127,10 +140,16 @@ class PretrainedHighway(SafeCheckpoint):
     """Loading, growing and cutting, for a class that also derives from one of transformers' image classifiers."""
 
     # transformers' classes whose checkpoints warm-start this one, the bare backbone last
-    native_classes: tuple[type[PreTrainedModel], ...]
+    native_classes: tuple[Any, ...]
     # softmax checkpoints load as Performers, and Performers as softmax
-    _keys_to_ignore_on_load_missing = [r"random_features"]
-    _keys_to_ignore_on_load_unexpected = [r"random_features"]
+    _keys_to_ignore_on_load_missing: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # None there
+    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # likewise
+
+    if TYPE_CHECKING:
+        exits: nn.ModuleList
+        grown_from: str | None
+
+        config: HighwayConfig
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -201,8 +220,8 @@ class PretrainedHighway(SafeCheckpoint):
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        native = backbone if isinstance(backbone, PreTrainedModel) else cls._load_native(backbone, hub)
-        cls._check_kind(native, native.config.model_type)
+        native = backbone if isinstance(backbone, PreTrainedModel) else load_native(backbone, hub, cls._natives)
+        cls._natives(name_of(backbone), native.config.model_type)
         model = cls(cls._config_of(native, kwargs)).to(native.device, native.dtype)
         ours, prefix = model.state_dict(), cls.base_model_prefix
         state = native.state_dict()
@@ -237,31 +256,12 @@ class PretrainedHighway(SafeCheckpoint):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load_native(cls, path: str | os.PathLike, hub: dict[str, Any]) -> PreTrainedModel:
-        check_files(path, hub)
-        native_config = cls.native_classes[0].config_class
-        settings, _ = PretrainedConfig.get_config_dict(path, **hub)
-        cls._check_kind(path, settings.get("model_type"))
-        config = native_config.from_dict(without_attention_code(settings))
-        # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
-        named = [native for native in cls.native_classes if native.__name__ in (config.architectures or [])]
-        native_class = (named or [cls.native_classes[-1]])[0]
-        model, info = native_class.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, **hub
-        )
-        lost = sorted(name for name in info["missing_keys"] if not name.endswith(RECOMPUTED))
-        lost = [name for name in lost if not name.startswith("pooler.")]
-        if lost:
-            raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
-        return model
-
-    @classmethod
-    def _check_kind(cls, backbone: str | os.PathLike | PreTrainedModel, model_type: str | None) -> None:
+    def _natives(cls, name: str, model_type: str | None) -> tuple[Any, ...]:
+        """The classes that load a checkpoint of a model type, if this highway takes it."""
         wanted = cls.native_classes[0].config_class.model_type
         if model_type != wanted:
-            raise ValueError(
-                f"{name_of(backbone)}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones"
-            )
+            raise ValueError(f"{name}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones")
+        return cls.native_classes
 
     @classmethod
     def _config_of(cls, native: PreTrainedModel, changes: dict[str, Any]):
@@ -326,6 +326,37 @@ def _renamed(name: str, conversions: list[Any]) -> str:
     for conversion in conversions:
         name, _ = conversion.rename_source_key(name)
     return name
+
+
+def load_native(
+    path: str | os.PathLike[str], hub: dict[str, Any], natives: Callable[[str, str | None], Sequence[Any]]
+) -> PreTrainedModel:
+    """A plain checkpoint of a backbone, from safetensors only, without code that its config names.
+
+    Args:
+        path (`str` or path): Folder or Hub id.
+        hub (`dict`): As `hub_arguments` gives them.
+        natives (`Callable`):
+            Name and model type -> transformers' classes for it, the bare backbone last, or `ValueError`.
+
+    Raises:
+        ValueError: The checkpoint is of another kind, or lacks a tensor.
+        OSError: There is none, or only pickles.
+    """
+    check_files(path, hub)
+    settings, _ = PretrainedConfig.get_config_dict(path, **hub)
+    classes = natives(str(path), settings.get("model_type"))
+    config = classes[0].config_class.from_dict(without_attention_code(settings))
+    # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
+    named = [native for native in classes if native.__name__ in (config.architectures or [])]
+    model, info = (named or [classes[-1]])[0].from_pretrained(
+        path, config=config, use_safetensors=True, output_loading_info=True, **hub
+    )
+    lost = sorted(name for name in info["missing_keys"] if not name.endswith(RECOMPUTED))
+    lost = [name for name in lost if not name.startswith("pooler.")]
+    if lost:
+        raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
+    return cast(PreTrainedModel, model)
 
 
 def name_of(backbone: str | os.PathLike | PreTrainedModel) -> str:

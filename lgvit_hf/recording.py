@@ -32,7 +32,7 @@ def requested(config: PretrainedConfig, **asked: Selection | None) -> dict[str, 
 @contextmanager
 def recording(
     selections: dict[str, Selection], modules_of: Callable[[str], Sequence[nn.Module]]
-) -> Iterator[dict[str, tuple[Tensor | None, ...]]]:
+) -> Iterator[dict[str, tuple[Tensor, ...]]]:
     """Keep what modules give while the model runs.
 
     Args:
@@ -51,14 +51,14 @@ def recording(
         >>> records["hidden_states"]
         (None, tensor([[[0.5000, 0.5000]]]))
     """
-    kept: dict[str, list[Tensor | None]] = {}
+    kept: dict[str, list[Any]] = {}
     hooks = []
     for name, selection in selections.items():
         modules = modules_of(name)
         kept[name] = [None] * len(modules)
         for place in _places(selection, len(modules)):
             hooks.append(modules[place].register_forward_hook(partial(_keep, name, kept[name], place)))
-    records: dict[str, tuple[Tensor | None, ...]] = {}
+    records: dict[str, tuple[Tensor, ...]] = {}
     try:
         yield records
     finally:
@@ -80,5 +80,6 @@ def _places(selection: Selection, number: int) -> set[int]:
 def _keep(name: str, kept: list[Any], place: int, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
     """Forward hook: a module gives its state, or a tuple of its state and its attention weights."""
     if name == "attentions" and isinstance(output, tuple):
-        output = output[1] if len(output) > 1 else None
-    kept[place] = output[0] if isinstance(output, tuple) else output
+        kept[place] = output[1] if len(output) > 1 else None
+    else:
+        kept[place] = output[0] if isinstance(output, tuple) else output

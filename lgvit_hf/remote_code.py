@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from .files import add_files
 
@@ -29,7 +30,7 @@ def code_goes_with(model_class: type, folder: str | Path) -> bool:
     return is_ours and not TRAINING_CHECKPOINT.fullmatch(Path(folder).name) and not Path(folder).is_file()
 
 
-def auto_map(model_class: type) -> dict[str, str]:
+def auto_map(model_class: Any) -> dict[str, str]:
     """Which of the files that go with a model each Auto class opens, and for which class.
 
     Args:
@@ -52,7 +53,7 @@ def code_files(model_class: type) -> list[Path]:
     # not needed by whoever only answers with a model
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    own = Path(sys.modules[model_class.__module__].__file__)
+    own = Path(str(sys.modules[model_class.__module__].__file__))
     return sorted({own, *map(Path, get_relative_import_files(own))})
 
 

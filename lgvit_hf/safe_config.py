@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig as _Config
+    from typing_extensions import Self
+else:
+    _Config = object
 
 MOST_LABELS = 1_000_000
 
 
-class SafeConfig:
+class SafeConfig(_Config):
     """Reading a `config.json` that anybody may have written, mixed into one of transformers' configs."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SafeConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As upstream's, without the attention code that a file asks for; what it cannot read is a `ValueError`."""
         with _strange_settings(cls):
             return super().from_dict(without_attention_code(config_dict), **kwargs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +73,16 @@ class Tokens:
         return Tokens(patches, self.grid, prefix)
 
 
+def _from_leaves(tensors: Any, grid: Any) -> Tokens:
+    patches, prefix = tensors
+    return Tokens(patches, grid, prefix)
+
+
 # FSDP looks for the tensors that a head is given, to cast them and to see their gradients
 register_pytree_node(
     Tokens,
     lambda tokens: ([tokens.patches, tokens.prefix], tokens.grid),
-    lambda tensors, grid: Tokens(tensors[0], grid, tensors[1]),
+    _from_leaves,
 )
 
 
@@ -132,7 +138,7 @@ def _warn_of_study() -> None:
     warnings.warn("Segment.study is now Segment.forward_with_features", DeprecationWarning, stacklevel=3)
 
 
-def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+def height_width(size: int | Iterable[int]) -> tuple[int, int]:
     """Height and width of what a config calls a size, where one number stands for both.
 
     Example:
@@ -140,4 +146,5 @@ def height_width(size: int | Sequence[int]) -> tuple[int, int]:
         >>> height_width(32), height_width([32, 64])
         ((32, 32), (32, 64))
     """
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

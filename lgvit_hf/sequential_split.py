@@ -91,7 +91,7 @@ def _links(module: nn.Module, path: str, after: Sequence[str]) -> list[tuple[lis
     if not (inside and _is_sequential(module)):
         return [([path], module)]
     links = []
-    for name, child in module._modules.items():
+    for name, child in module.named_children():
         links += _links(child, f"{path}.{name}" if path else name, after)
     if path:
         # behind its last child a `Sequential` is at its own end
@@ -108,7 +108,7 @@ def chain_points(module: nn.Module, path: str = "") -> list[str]:
     if not _is_sequential(module):
         return [path] if path else []
     names: list[str] = []
-    for name, child in module._modules.items():
+    for name, child in module.named_children():
         inner = chain_points(child, f"{path}.{name}" if path else name)
         # behind its last child a `Sequential` is at its own end
         names += [*inner[:-1], f"{path}.{name}" if path else name]

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from .configuration import Exit
 from .configuration_wrapper import OWN, HighwayWrapperConfig, class_name, config_of_wrapped
+from .exit_settings import Exit
 from .feature_layout import reading_of
 from .heads import ExitHead, HeadShape
 from .modeling_highway import HighwayMixin
@@ -80,7 +80,10 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         [1, 1]
     """
 
-    config_class = HighwayWrapperConfig
+    if TYPE_CHECKING:
+        config: HighwayWrapperConfig
+
+    config_class = HighwayWrapperConfig  # type: ignore[assignment]  # `None` upstream
     base_model_prefix = "wrapped"
     main_input_name = PIXELS
 
@@ -95,7 +98,8 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         **settings: Any,
     ):
         if isinstance(module, HighwayWrapperConfig):
-            module, config = _rebuilt(module), module
+            config = module
+            module = _rebuilt(config)
         if not isinstance(module, nn.Module):
             raise ValueError(f"module: {type(module).__name__} is no nn.Module")
         if config is None:
@@ -105,22 +109,22 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
                 )
             images, names = _probes(module, example), list(after)
         else:
-            images, names = (
-                _probes(module, torch.zeros(1, config.num_channels, *height_width(config.image_size))),
-                config.after,
-            )
+            names = config.after
+            images = _probes(module, torch.zeros(1, config.num_channels, *height_width(config.image_size)))
         with evaluating(module):
             pieces, shapes, num_labels = proven_pieces(module, names, images)
-        heads = _one_per_exit(heads, len(names)) if config is None else _own_of(config, heads)
         if config is None:
-            config = config_of_wrapped(module, names, heads, shapes, num_labels, images, settings)
-        elif (shapes, num_labels) != (config.exit_shapes, config.num_labels):
+            own: Sequence[Any] = _one_per_exit(heads, len(names))
+            config = config_of_wrapped(module, names, own, shapes, num_labels, images, settings)
+        else:
+            own = _own_of(config, heads)
+        if (shapes, num_labels) != (config.exit_shapes, config.num_labels):
             raise ValueError(
                 f"module: behind {names} it gives {shapes} and {num_labels} labels, but was {config.exit_shapes} and "
                 f"{config.num_labels} when it was saved"
             )
         super().__init__(config)
-        for index, head in enumerate(heads):
+        for index, head in enumerate(own):
             if isinstance(head, nn.Module):
                 self.exits[index] = _fitting(head, index, shapes[index], config)
         self.exits.to(images.device, images.dtype)
@@ -164,7 +168,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         return cls(nn.Sequential(*parts), names, list(exits), example=example, **settings)
 
     @classmethod
-    def from_backbone(cls, backbone: nn.Module, **settings: Any) -> HighwayWrapper:
+    def from_backbone(cls, backbone: nn.Module, **settings: Any) -> HighwayWrapper:  # type: ignore[override]
         """As the class itself, for whoever calls it as of the other highways; the module is not copied."""
         return cls(backbone, **settings)
 
@@ -276,10 +280,10 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
         once = _each_once(self.state_dict() if state is None else state)
-        return PreTrainedModel.save_pretrained(self, save_directory, *args, state_dict=once, **kwargs)
+        return PreTrainedModel.save_pretrained(self, save_directory, *args, **{"state_dict": once, **kwargs})
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # a module cannot be built from a config alone
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         module: nn.Module | None = None,
@@ -320,13 +324,13 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         model.eval()
         if dtype not in (None, "auto"):
             model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-        return (model, info) if output_loading_info else model
+        info = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {name: [] for name in info}) if output_loading_info else model
 
 
 def _each_once(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without those that are another under a second name, as of tied weights."""
-    first: dict[tuple, str] = {}
+    first: dict[Any, str] = {}
     for name, tensor in state.items():
         first.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name, name)
     return {name: state[name] for name in first.values()}
@@ -341,7 +345,7 @@ def _load(model: HighwayWrapper, path: str | os.PathLike, hub: dict[str, Any]) -
     tensors: dict[str, Tensor] = {}
     try:
         for name in sorted(names):
-            tensors |= load_file(cached_file(path, name, **hub))
+            tensors |= load_file(str(cached_file(path, name, **hub)))
     except SafetensorError as error:
         raise OSError(f"{path}: damaged safetensors ({error})") from error
     try:
@@ -379,8 +383,8 @@ def _rebuilt(config: HighwayWrapperConfig) -> nn.Module:
 
 def _probes(module: nn.Module, example: Tensor | None) -> Tensor:
     """Three different images of the size of an example, on the module's device and in its dtype."""
-    config = getattr(module, "config", None)
-    size = getattr(config, "image_size", None)
+    config: Any = getattr(module, "config", None)
+    size: Any = getattr(config, "image_size", None)
     if example is None and not size:
         raise ValueError(
             f"example: {type(module).__name__} does not say what images it takes; give one, such as "
@@ -405,9 +409,8 @@ def _one_per_exit(heads: str | nn.Module | Sequence[str | nn.Module], num_exits:
         heads = [heads]
     if len(heads) != num_exits:
         raise ValueError(f"heads: {len(heads)} must be as many as exits, {num_exits}, or one name for all")
-    if len({id(head) for head in heads if isinstance(head, nn.Module)}) < sum(
-        isinstance(head, nn.Module) for head in heads
-    ):
+    modules = [head for head in heads if isinstance(head, nn.Module)]
+    if len(set(map(id, modules))) < len(modules):
         raise ValueError("heads: one module stands at several exits; give each its own")
     return ["average" if head == "auto" else head for head in heads]
 

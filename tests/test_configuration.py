@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lgvit_hf import ViTHighway, ViTHighwayConfig
-from lgvit_hf.configuration import Exit, lgvit_positions
+from lgvit_hf.exit_settings import Exit, lgvit_positions
 from lgvit_hf.hub.convert import convert_lgvit
 from tests.seeds import examples
 from tests.tiny import CONFIGS, KINDS, MODELS, NUM_BLOCKS, tiny_config, tiny_images, tiny_model, tiny_native
