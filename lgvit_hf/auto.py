@@ -1,4 +1,4 @@
-"""Libraries that are asked for a model by its type learn of highways, without importing any before they are used."""
+"""Libraries that look a model up by its type learn of highways, without importing any before they are used."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def register_models() -> None:
 def register_onnx_configs() -> None:
     """Make Optimum export the three models as `export_onnx` does."""
     try:
-        # by its name: a room does not travel with a checkpoint, as the files beside this one do
+        # by its name: packages do not travel with a checkpoint, as the files beside this one do
         import_module(f"{__package__}.export.optimum_config")
     except (ImportError, AttributeError) as error:
         # Optimum is used for other models too, and must go on whatever becomes of ours
@@ -88,12 +88,12 @@ AFTER_IMPORT: dict[str, Callable[[], None]] = {
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the modules of `AFTER_IMPORT` as Python does, and puts what is to be done behind their own code."""
+    """Finds the modules of `AFTER_IMPORT` as Python does, and appends what is to be done after their own code."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's own spec, with the action behind it; nothing for other modules."""
+        """The module's own spec, with the action after it; nothing for other modules."""
         action = AFTER_IMPORT.get(name)
         spec = PathFinder.find_spec(name, path, target) if action else None
         if action is None or spec is None or spec.loader is None:

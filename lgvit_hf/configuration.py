@@ -1,4 +1,4 @@
-"""The three configs: where the exits stand, what they compute, when rows leave. Everything is checked when built."""
+"""The three configs: where the exits stand, what they compute, when samples exit. Everything is checked when built."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HighwayConfig(SafeConfig):
         exit_types (`list[str]`, `str`, *optional*, defaults to `"lgvit"`):
             Head of each exit, or one for all.
         exit_policy (`dict`, *optional*):
-            When a row leaves, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`. By default confidence above
+            When a sample exits, such as `{"name": "confidence", "threshold": [0.8, 0.9]}`. By default confidence above
             0.8; with several labels at once (`problem_type="multi_label_classification"`) `label_confidence` above
             0.9; `never` for a regression, as of one label.
         exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
@@ -45,7 +45,7 @@ class HighwayConfig(SafeConfig):
         pool (`str`, *optional*):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
-            Written by `model.truncate`: the one exit stands behind the last block and is the model's only answer.
+            Written by `model.truncate`: the one exit stands after the last block and is the model's only answer.
         feature_map_dim (`int`, *optional*):
             Random features of `attn_implementation="performer"`, 256 by default there; not given, attention is exact.
             transformers saves no `attn_implementation`: this field is how a saved model knows that it is a Performer.
@@ -176,7 +176,7 @@ class HighwayConfig(SafeConfig):
         return {"num_hidden_layers": num_blocks}
 
     def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches behind block `after` (from 1) for images of `height` x `width` pixels."""
+        """Rows and columns of patches after block `after` (from 1) for images of `height` x `width` pixels."""
         rows, columns = height_width(self.patch_size)
         return height // rows, width // columns
 
@@ -367,7 +367,7 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
         }
 
     def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches behind block `after` (from 1) for images of `height` x `width` pixels."""
+        """Rows and columns of patches after block `after` (from 1) for images of `height` x `width` pixels."""
         rows, columns = height_width(self.patch_size)
         # images are padded to whole patches, and a grid to whole groups of patches at each merging
         shrink = 2 ** self.stage_of(after)

@@ -167,6 +167,7 @@ def _refuse_exits(settings: dict[str, Any]) -> None:
     exits = sorted(key for key in settings if key.startswith("exit_") or key == "exits")
     if exits:
         raise ValueError(
-            f"{exits[0]}: {settings[exits[0]]!r} does not go with halting: an exit would read tokens that have left, "
-            "and an image whose tokens have all halted has left already; use ViTHighway or DeiTHighway for exits"
+            f"{exits[0]}: {settings[exits[0]]!r} does not go with halting: an exit would read tokens that have "
+            "halted, and an image whose tokens have all halted has its answer already; use ViTHighway or DeiTHighway "
+            "for exits"
         )

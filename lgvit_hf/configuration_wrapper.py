@@ -23,13 +23,13 @@ OWN = "own"
 
 
 class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
-    """Exits behind named submodules of any module; see `HighwayConfig` for the exit settings.
+    """Exits after named submodules of any module; see `HighwayConfig` for the exit settings.
 
-    A block is a stretch between two cuts: exit number `i` stands behind block `i + 1`, the module's own answer behind
+    A block is a stretch between two cuts: exit number `i` stands after block `i + 1`, the module's own answer after
     the last.
 
     Args:
-        after (`list[str]`): Names of the submodules that are cut behind, in the order in which they run.
+        after (`list[str]`): Names of the submodules after which it is cut, in the order in which they run.
         exit_types (`list[str]` or `str`, *optional*, defaults to `"average"`):
             Head of each exit, or one for all; `"own"` is a module that is given with the model.
         exit_shapes (`list[list[int]]`): What each exit reads, without the batch.
@@ -133,7 +133,7 @@ def config_of_wrapped(
     images: Tensor,
     settings: dict[str, Any],
 ) -> HighwayWrapperConfig:
-    """The config of a module that is cut behind `after`, with heads that read `shapes`, and settings of its own."""
+    """The config of a module that is cut after `after`, with heads that read `shapes`, and settings of its own."""
     theirs = getattr(module, "config", None)
     labels: dict[str, Any] = {"num_labels": num_labels}
     if isinstance(theirs, PretrainedConfig) and theirs.num_labels == num_labels:

@@ -1,4 +1,4 @@
-"""Loops over segments: `run_all` visits every exit, `run_early` drops the rows that leave. No model in sight."""
+"""Loops over segments: `run_all` visits every exit, `run_early` drops the samples that exit. No model in sight."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .segments import Segment, State
 
 @dataclass(frozen=True)
 class Answers:
-    """One answer per row, from the exit where the row left.
+    """One answer per sample, from the exit where the sample exited.
 
     Args:
         logits (`Tensor`): `[B, C]`.
         exit_index (`Tensor`): `[B]` int64, exits counted from 0, the final classifier last.
         exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
-        exit_score (`Tensor`): `[B]` float32, what the policy saw when the row left.
+        exit_score (`Tensor`): `[B]` float32, what the policy saw when the sample exited.
     """
 
     logits: Tensor
@@ -31,7 +31,7 @@ class Answers:
 
     @classmethod
     def of(cls, logits: Tensor, index: int, depth: int, score: Tensor) -> Answers:
-        """The answers of rows that are all at one exit."""
+        """The answers of samples that are all at one exit."""
         full = partial(torch.full, (len(logits),), device=logits.device)
         return cls(logits, full(index), full(depth), score.float())
 
@@ -69,24 +69,24 @@ def run_early(
     min_depth: int | None = None,
     max_depth: int | None = None,
 ) -> Answers:
-    """Run until every row has left; the remaining blocks run on the survivors only.
+    """Run until every sample has exited; each block runs only on those that have not.
 
-    A row's answer, depth and score do not depend on the rows beside it. The device is waited for once per exit that is
-    asked, for the number of rows that leave. Where a model lies on several devices, answers are given on that of
-    `state`; where exits differ in dtype, in one that holds the values of all that were asked.
+    A sample's answer, depth and score do not depend on the others in its batch. There is one host sync per evaluated
+    exit, for the number of samples that exit. Where a model lies on several devices, answers are given on that of
+    `state`; where exits differ in dtype, in one that holds the values of all that were evaluated.
 
     Args:
         segments (`Sequence[Segment]`): The highway, the final classifier's segment last.
         state (`State`): Before the stem.
-        policy (`ExitPolicy`): Decides which rows leave; the last exit answers all that are left.
-        min_depth (`int`, *optional*): Exits above this depth are not run at all.
+        policy (`ExitPolicy`): Decides which samples exit; the last exit answers all that remain.
+        min_depth (`int`, *optional*): Exits shallower than this are skipped.
         max_depth (`int`, *optional*): The deepest exit within this depth answers whatever the policy says.
 
     Raises:
-        ValueError: `max_depth` lies above the first exit, or `min_depth` below `max_depth` or the final classifier.
+        ValueError: `max_depth` is shallower than the first exit, or `min_depth` deeper than the deepest exit allowed.
     """
     last = _last_exit(segments, min_depth, max_depth)
-    rows: Tensor | None = None  # the caller's row numbers of those still here; None while nobody has left
+    samples: Tensor | None = None  # numbers in the caller's batch of those that have not exited; None while none has
     answers: Answers | None = None
     home = state.device
     memory = policy.start(state.batch_size, home)
@@ -97,12 +97,12 @@ def run_early(
         logits, exits, num_exiting, memory = evaluate_exit(segment, state, policy, memory, index, home, index == last)
         if num_exiting == 0 and index < last:
             continue
-        # all samples still here are written: who goes on is overwritten later
-        answers = _written(answers, rows, answers_of_exit(segment, logits, memory, index))
+        # all samples here are written; those that go on are overwritten later
+        answers = _written(answers, samples, answers_of_exit(segment, logits, memory, index))
         if num_exiting == len(logits):
             break
         state, memory, stay = drop_exited_samples(state, memory, exits, num_exiting)
-        rows = stay if rows is None else rows.index_select(0, stay)
+        samples = stay if samples is None else samples.index_select(0, stay)
     assert answers is not None, "at the last exit all samples exit"
     return answers
 
@@ -151,7 +151,7 @@ def replay(
     Args:
         exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last; or one tensor `[E, B, C]`.
         depths (`Sequence[int]`): Blocks run before each exit, from 1.
-        policy (`ExitPolicy`): Decides which rows leave.
+        policy (`ExitPolicy`): Decides which samples exit.
         min_depth (`int`, *optional*), max_depth (`int`, *optional*): See `run_early`.
 
     Example:
@@ -174,26 +174,26 @@ def _last_exit(segments: Sequence[Segment], min_depth: int | None, max_depth: in
     depths = [segment.depth for segment in segments]
     allowed = [index for index, depth in enumerate(depths) if max_depth is None or depth <= max_depth]
     if not allowed:
-        raise ValueError(f"max_depth={max_depth} lies above the first exit; exits answer at depths {depths}")
+        raise ValueError(f"max_depth={max_depth} is shallower than the first exit; exits answer at depths {depths}")
     if min_depth is not None and min_depth > depths[allowed[-1]]:
         raise ValueError(
-            f"min_depth={min_depth} lies below the deepest exit allowed, {depths[allowed[-1]]}; "
+            f"min_depth={min_depth} is deeper than the deepest exit allowed, {depths[allowed[-1]]}; "
             f"exits answer at depths {depths}"
         )
     return allowed[-1]
 
 
-def _written(answers: Answers | None, rows: Tensor | None, new: Answers) -> Answers:
-    """`answers` with those of `rows` replaced by `new`; all of them while nobody has left."""
-    if answers is None or rows is None:
+def _written(answers: Answers | None, samples: Tensor | None, new: Answers) -> Answers:
+    """`answers` with those of `samples` replaced by `new`; all of them while none has exited."""
+    if answers is None or samples is None:
         return new
     pairs = zip(_tensors(answers), _tensors(new), strict=True)
-    return Answers(*(_replaced(old, rows, fresh) for old, fresh in pairs))
+    return Answers(*(_replaced(old, samples, fresh) for old, fresh in pairs))
 
 
-def _replaced(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+def _replaced(old: Tensor, samples: Tensor, new: Tensor) -> Tensor:
     dtype = torch.promote_types(old.dtype, new.dtype)
-    return old.to(dtype).index_copy(0, rows, new.to(dtype))
+    return old.to(dtype).index_copy(0, samples, new.to(dtype))
 
 
 def _tensors(answers: Answers) -> tuple[Tensor, ...]:

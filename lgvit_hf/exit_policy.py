@@ -70,7 +70,7 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """Entropy in nats of each row of `probs` `[B, C]`; 0 where a probability underflows, NaN where the row is NaN.
+    """Entropy in nats of each sample, from `probs` `[B, C]`; 0 where a probability underflows, NaN where one is NaN.
 
     Example:
 
@@ -81,7 +81,7 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def margin(probs: Tensor) -> Tensor:
-    """Largest minus second largest probability of each row of `probs` `[B, C]`."""
+    """Largest minus second largest probability of each sample, from `probs` `[B, C]`."""
     if probs.shape[-1] == 1:
         return probs[..., 0]
     best, second = probs.topk(2, dim=-1).values.unbind(-1)
@@ -125,15 +125,15 @@ def number_at(value: Numbers, exit_index: int, default: float) -> float:
 
 
 class ExitPolicy:
-    """When a row leaves. Derive, implement `__call__`, and `register_policy` to store it in configs.
+    """When a sample exits. Derive, implement `__call__`, and `register_policy` to store it in configs.
 
-    The engine calls the policy once per exit that is run, with the rows that are still there. The last exit (the final
-    classifier, or the deepest one that `max_depth` allows) answers whatever the policy says, and a row whose logits
-    are NaN never leaves early.
+    The engine calls the policy once per evaluated exit, with the samples that have not exited. The last exit (the
+    final classifier, or the deepest one that `max_depth` allows) answers whatever the policy says, and a sample whose
+    logits are NaN never exits early.
     """
 
     name = "custom"
-    # whether `__call__` itself never lets a row with NaN logits leave; otherwise the engine sees to it
+    # whether `__call__` itself never lets a sample with NaN logits exit; otherwise the engine sees to it
     nan_never_exits = False
     # the `problem_type` whose answers it can judge; None for any
     problem_type: ClassVar[str | None] = None
@@ -145,11 +145,11 @@ class ExitPolicy:
             cls.nan_never_exits = cls.__dict__["keeps_nan"]
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
-        """The memory before the first exit: tensors with the batch first, so that rows can be dropped."""
+        """The memory before the first exit: tensors with the batch first, so that samples can be dropped."""
         return {}
 
     def skips(self, exit_index: int) -> bool:
-        """Whether no row can leave at this exit and nothing is remembered of it: its head is then not run at all."""
+        """Whether no sample can exit here and nothing is remembered of it: its head is then not run at all."""
         exits = getattr(self, "exits", None)
         return exits is not None and exit_index not in exits
 
@@ -169,15 +169,15 @@ class ExitPolicy:
                 )
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        """Decide for each row.
+        """Decide for each sample.
 
         Args:
             logits (`Tensor`): `[B, C]`, of the exit just run.
-            memory (`dict[str, Tensor]`): What was returned for these rows at the exit before, or by `start`.
+            memory (`dict[str, Tensor]`): What was returned for these samples at the exit before, or by `start`.
             exit_index (`int`): Which exit this is, from 0.
 
         Returns:
-            `leave` `[B]` bool, and the memory; its entry `score` `[B]` float32, when there, becomes `exit_score`.
+            `exits` `[B]` bool, and the memory; its entry `score` `[B]` float32, when there, becomes `exit_score`.
         """
         raise NotImplementedError
 
@@ -191,11 +191,11 @@ class ExitPolicy:
 
 
 class CustomPolicy(ExitPolicy):
-    """Any callable `(logits, memory) -> (leave, memory)`, with or without `start`, as a policy."""
+    """Any callable `(logits, memory) -> (exits, memory)`, with or without `start`, as a policy."""
 
     def __init__(self, rule: Rule):
         if not callable(rule):
-            raise ValueError(f"exit_policy: {rule!r} is not callable as (logits, memory) -> (leave, memory)")
+            raise ValueError(f"exit_policy: {rule!r} is not callable as (logits, memory) -> (exits, memory)")
         self.rule = rule
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:

@@ -193,7 +193,7 @@ class Traced:
         return place
 
     def obstacle(self, name: str) -> str | None:
-        """Why the module cannot be cut behind a submodule; `None` where it can."""
+        """Why the module cannot be cut after a submodule; `None` where it can."""
         taps = self.taps.get(name, [])
         if not taps:
             return "it does not run, or gives no tensor"
@@ -201,7 +201,7 @@ class Traced:
             return f"it runs {len(taps)} times for one answer"
         tap = taps[0]
         if self.place[self.logits] < tap.place:
-            return "nothing but the answer is left behind it"
+            return "nothing but the answer is left after it"
         if tap.value not in self.follows:
             return "what it gives does not depend on the images"
         if isinstance(tap.value.target, torch._ops.HigherOrderOperator):
@@ -210,13 +210,13 @@ class Traced:
         for node in [tap.value, *travelling]:
             shape = _shape(node)
             if shape is None:
-                return f"{_described(node)} goes on behind it and is no tensor"
+                return f"{_described(node)} goes on after it and is no tensor"
             if not shape or not self._is_batch(shape[0]):
-                return f"{_described(node)} goes on behind it, and its first dimension is not the batch"
+                return f"{_described(node)} goes on after it, and its first dimension is not the batch"
         bases = [self.base_of(node) for node in travelling]
         for base in set(bases):
             if bases.count(base) > 1 and any(self.place[write] >= tap.place for write in self.writes.get(base, [])):
-                return f"{_described(base)} goes on behind it under two names and is changed in place"
+                return f"{_described(base)} goes on after it under two names and is changed in place"
         return None
 
     def _is_batch(self, size: Any) -> bool:
@@ -224,7 +224,7 @@ class Traced:
         return isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr
 
     def travelling(self, tap: Tap) -> list[fx.Node]:
-        """The values that follow the images and are needed behind a cut, in the order in which they were made."""
+        """The values that follow the images and are needed after a cut, in the order in which they were made."""
         needed: dict[fx.Node, None] = {}
         for node in self._between(tap.place, len(self.nodes)):
             for given in node.all_input_nodes:
@@ -285,7 +285,7 @@ def traced_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> li
         reason = traced.obstacle(name)
         if reason is not None:
             nearest = _nearest(trace(module, images), name)
-            raise ValueError(f"after: {name!r} cannot be cut behind: {reason}; {nearest}")
+            raise ValueError(f"after: {name!r} cannot be cut after: {reason}; {nearest}")
     pieces: list[Piece] = []
     start, given = 0, {PIXELS: traced.pixels}
     for name, earlier in zip(after, ["", *after], strict=False):
@@ -338,8 +338,8 @@ def _nearest(traced: Traced, name: str) -> str:
         return f"places that can: {listed(able)}"
     place = traced.taps[name][-1].place
     before = [other for other in able if traced.taps[other][0].place <= place][-1:]
-    behind = [other for other in able if traced.taps[other][0].place > place][:1]
-    return f"the nearest places that can: {listed([*before, *behind])}"
+    after = [other for other in able if traced.taps[other][0].place > place][:1]
+    return f"the nearest places that can: {listed([*before, *after])}"
 
 
 def trace(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Traced:

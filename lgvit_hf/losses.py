@@ -87,7 +87,7 @@ def weighted_loss(
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
-    """KL divergence of softened predictions, times `temperature ** 2`, averaged over rows and classes (as DeiT).
+    """KL divergence of softened predictions, times `temperature ** 2`, averaged over samples and classes (as DeiT).
 
     Args:
         student (`Tensor`), teacher (`Tensor`): `[B, C]`.
@@ -106,7 +106,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
 
 
 def heterogeneous_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence over the channels of two maps, summed over tokens, averaged over rows.
+    """KL divergence over the channels of two maps, summed over tokens, averaged over samples.
 
     Args:
         student (`Tensor`): `[B, N, D]`, an exit's feature map.

@@ -1,4 +1,4 @@
-"""AViT: a plain ViT or DeiT whose tokens halt one by one, and leave the computation where nothing is trained."""
+"""AViT: a plain ViT or DeiT whose tokens halt one by one, and are removed where nothing is trained."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ class AViTOutput(ModelOutput):
         ponder_cost (`Tensor`): `[B, N]`, `rho`: blocks that each token ran, and the weight of the last.
         exit_layer (`Tensor`): `[B]` int64, blocks run until all tokens of the image had halted.
         halting_scores (`Tensor`, *optional*):
-            `[B, L]`, mean over the tokens behind the class token, behind each block; not where tokens are removed,
+            `[B, L]`, mean over the tokens after the class token, after each block; not where tokens are removed,
             since those that have halted count.
         ponder_loss (`Tensor`, *optional*): Mean of `ponder_cost`; not where tokens are removed and no labels given.
         distribution_loss (`Tensor`, *optional*): Of `halting_scores` against their target.
         hidden_states (`tuple[Tensor]`, *optional*), attentions (`tuple[Tensor]`, *optional*):
-            See ViT; tokens that have halted are zero behind the block where they do.
+            See ViT; tokens that have halted are zero after the block where they do.
     """
 
     loss: Tensor | None = None
@@ -103,9 +103,9 @@ class AViTOutput(ModelOutput):
 class AViT(SafeCheckpoint, PreTrainedModel):
     """A ViT or DeiT whose tokens halt one by one (A-ViT, https://arxiv.org/abs/2112.07658). No new parameters.
 
-    In training a token that has halted is zeroed and is no key of the others (*masked*). Otherwise it leaves: the live
-    tokens of all images stand in a row, so that every block computes on these alone (*removed*). Both give the same
-    logits and depths.
+    In training a token that has halted is zeroed and is no key of the others (*masked*). Otherwise it is removed: the
+    live tokens of all images stand in a row, so that every block computes on these alone (*removed*). Both give the
+    same logits and depths.
 
     Example:
 
@@ -173,7 +173,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
             pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor.
             labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
             remove_tokens (`bool`, *optional*):
-                Whether tokens that have halted leave the computation. By default in `eval()` mode without labels,
+                Whether tokens that have halted are removed. By default in `eval()` mode without labels,
                 unless hidden states or attentions are asked for. The loss is without the distribution's part then, for
                 which halted tokens count too.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
@@ -241,7 +241,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, state.live)
             scores = halting_scores(hidden, config.gate_scale, config.gate_center)
-            means.append(scores[:, 1:].mean(1))  # of the last block too, although all tokens halt behind it
+            means.append(scores[:, 1:].mean(1))  # of the last block too, although all tokens halt after it
             if index == config.num_hidden_layers - 1:
                 scores = torch.ones_like(scores)
             weights, state = state.step(scores, config.eps)
@@ -282,7 +282,7 @@ class AViT(SafeCheckpoint, PreTrainedModel):
                     places = torch.searchsorted(token, read)
                     begins = [*places.tolist()[::num_read], num_live]
                     lengths = tuple(end - begin for begin, end in pairwise(begins) if begin < end)
-                    # a read token that has left stands nowhere: its weight is 0
+                    # a read token that has halted stands nowhere: its weight is 0
                     at = places.clamp_(max=num_live - 1)
         weights, depth, ponder = settle(ran, ran_scores, batch_size * num_tokens)
         weights = weights.index_select(1, read).unsqueeze(2)

@@ -34,10 +34,10 @@ class HighwayOutput(ModelOutput):
 
     Args:
         loss (`Tensor`, *optional*): When labels were given.
-        logits (`Tensor`): `[B, C]`, each row's answer; the final classifier's when all exits ran.
+        logits (`Tensor`): `[B, C]`, each sample's answer; the final classifier's when all exits ran.
         exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
         exit_index (`Tensor`): `[B]` int64, which exit answered, from 0, the final classifier last.
-        exit_score (`Tensor`): `[B]` float32, the policy's score where the row left; `None` when all exits ran.
+        exit_score (`Tensor`): `[B]` float32, the policy's score where the sample exited; `None` when all exits ran.
         exit_logits (`tuple[Tensor]`, *optional*):
             When all exits ran: `[B, C]` each, shallowest first, final classifier last.
         exit_features (`tuple[Tensor]`, *optional*):
@@ -125,7 +125,7 @@ class HighwayMixin(PretrainedHighway):
         raise NotImplementedError
 
     def head_shape(self, after: int) -> HeadShape:
-        """What a head behind block `after` (from 1) must fit."""
+        """What a head after block `after` (from 1) must fit."""
         raise NotImplementedError
 
     def recorded_modules(self, name: str) -> list[nn.Module]:
@@ -182,7 +182,7 @@ class HighwayMixin(PretrainedHighway):
         return self._policy
 
     def set_exit_policy(self, policy: str | dict[str, Any] | ExitPolicy | Callable, **parameters: Any) -> None:
-        """Choose when rows leave; stored in the config where it can be.
+        """Choose when samples exit; stored in the config where it can be.
 
         Args:
             policy (`str`, `dict`, `ExitPolicy` or callable):
@@ -216,7 +216,7 @@ class HighwayMixin(PretrainedHighway):
         self._policy, self._policy_settings = built, copy.deepcopy(self.config.exit_policy)
 
     def split(self, positions: Sequence[int], folder: str, format: str = "safetensors", **options: Any) -> list[Any]:
-        """Cut this highway behind exits into parts for machines in a row: see `lgvit_hf.serving.split.split`.
+        """Cut this highway after exits into parts for machines in a row: see `lgvit_hf.serving.split.split`.
 
         Args:
             positions (`list[int]`): Blocks run before each cut; there must be exits.
@@ -224,7 +224,7 @@ class HighwayMixin(PretrainedHighway):
             format (`str`, *optional*, defaults to `"safetensors"`): Or `"onnx"`, which runs without PyTorch.
             options: Such as `processor`, what prepares images.
         """
-        # by its name: a room does not travel with a checkpoint, as the files beside this one do
+        # by its name: packages do not travel with a checkpoint, as the files beside this one do
         return import_module(f"{__package__}.serving.split").split(self, positions, folder, format, **options)
 
     def forward(
@@ -245,11 +245,11 @@ class HighwayMixin(PretrainedHighway):
             pixel_values (`Tensor`): `[B, num_channels, H, W]`, from the image processor.
             labels (`Tensor`, *optional*): `[B]` class numbers (or what `config.problem_type` asks for).
             early_exit (`bool`, *optional*):
-                Whether rows leave early; otherwise all exits run. By default in `eval()` mode, unless hidden states or
-                attentions are asked for, and not in `train()` mode. Under FSDP all processes must run the same blocks:
-                `False`, or the same images in each.
+                Whether samples exit early; otherwise all exits run. By default in `eval()` mode, unless hidden states
+                or attentions are asked for, and not in `train()` mode. Under FSDP all processes must run the same
+                blocks: `False`, or the same images in each.
             min_depth (`int`, *optional*): With early exit, shallower exits are not run.
-            max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers what is left.
+            max_depth (`int`, *optional*): With early exit, the deepest exit within this depth answers the rest.
             interpolate_pos_encoding (`bool`, *optional*): Take images of another size.
             output_hidden_states (`bool` or numbers of some, *optional*), output_attentions (`bool`, *optional*):
                 Also return what the backbone would; all exits run then.
@@ -265,7 +265,7 @@ class HighwayMixin(PretrainedHighway):
         if not early and (min_depth, max_depth) != (None, None):
             raise ValueError("min_depth and max_depth bound early exit; they mean nothing when all exits run")
         if early and recorded:
-            raise ValueError(f"output_{next(iter(recorded))} needs every row in every block: early_exit=False")
+            raise ValueError(f"output_{next(iter(recorded))} needs every sample in every block: early_exit=False")
 
         state = State({"pixel_values": images})
         segments = self.segments(bool(interpolate_pos_encoding))

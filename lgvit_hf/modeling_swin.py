@@ -66,12 +66,12 @@ def _grid_of(state: State) -> tuple[int, int]:
     return state.grid
 
 
-def _run_block(stage: nn.Module, index: int, above: nn.Module | None, state: State) -> State:
-    """One block of a stage; the first has patches merged before, so that an exit above does not pay for that."""
+def _run_block(stage: nn.Module, index: int, before: nn.Module | None, state: State) -> State:
+    """One block of a stage; the first has patches merged before, so that an exit before it does not pay for that."""
     hidden, grid = state["hidden"], _grid_of(state)
-    if above is not None:
+    if before is not None:
         # transformers 5 checkpoints a stage once; the merging is little beside its blocks
-        merge: Any = above.downsample if above.gradient_checkpointing else partial(above, part="merge")
+        merge: Any = before.downsample if before.gradient_checkpointing else partial(before, part="merge")
         hidden = merge(hidden, grid)
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
     return State({"hidden": stage(hidden, grid, part=index)}, grid)
@@ -114,12 +114,12 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
 
     def blocks(self) -> list[Block]:
         runs: list[Block] = []
-        above = None
+        before = None
         for stage in self.swin.encoder.layers:
             for index in range(len(stage.blocks)):
-                runs.append(partial(_run_block, stage, index, above))
-                above = None
-            above = stage
+                runs.append(partial(_run_block, stage, index, before))
+                before = None
+            before = stage
         return runs
 
     def tokens(self, state: State) -> Tokens:

@@ -17,7 +17,7 @@ from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece, chain_of, chain_pie
 
 
 def cut(module: nn.Module, after: Sequence[str], images: Tensor) -> list[Piece]:
-    """Cut a module behind some of its submodules.
+    """Cut a module after some of its submodules.
 
     Args:
         module (`nn.Module`): Takes images and gives logits, a tuple of which they are the first, or an output that has
@@ -38,7 +38,7 @@ def cut(module: nn.Module, after: Sequence[str], images: Tensor) -> list[Piece]:
 
 
 def cut_points(module: nn.Module, images: Tensor) -> list[str]:
-    """Names of the submodules behind which a module can be cut, in the order in which they run.
+    """Names of the submodules after which a module can be cut, in the order in which they run.
 
     Where several names mean one place, the shortest stands for it.
     """
@@ -51,7 +51,7 @@ def cut_points(module: nn.Module, images: Tensor) -> list[str]:
 
 @torch.no_grad()
 def proven_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> tuple[list[Piece], list[list[int]], int]:
-    """The pieces of a module, run against it with rows that leave and change places; what exits read; the classes."""
+    """The pieces of a module, run against it with samples that exit and move; what exits read; the classes."""
     name = type(module).__name__
     try:
         answer = module(images)
@@ -63,7 +63,7 @@ def proven_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> tu
     expected = logits_of(answer)
     if len(expected) != len(images):
         raise ValueError(
-            f"module: {len(images)} images give logits of shape {tuple(expected.shape)}, not one row each"
+            f"module: {len(images)} images give logits of shape {tuple(expected.shape)}, not one per image"
         )
     if not expected.isfinite().all():
         raise ValueError(
@@ -73,22 +73,22 @@ def proven_pieces(module: nn.Module, after: Sequence[str], images: Tensor) -> tu
     alone = logits_of(module(images[:1]))
     if not _same(alone, expected[:1]):
         raise ValueError(
-            f"module: {name} answers an image otherwise where it is alone, in eval() mode: rows that leave "
+            f"module: {name} answers an image otherwise where it is alone, in eval() mode: samples that exit "
             "would change the answers of those that stay (statistics of the batch?)"
         )
     pieces, shapes = cut(module, after, images), []
-    state, rows = State({PIXELS: images}), torch.arange(len(images), device=images.device)
+    state, samples = State({PIXELS: images}), torch.arange(len(images), device=images.device)
     for index, piece in enumerate(pieces):
         state = piece(state)
         if index < len(after):
             shapes.append(list(state[HIDDEN].shape[1:]))
-            # the last one leaves, the others change places; then these do, at every cut
-            order = torch.arange(2 if index == 0 else len(rows), device=images.device).flip(0)
-            state, rows = state.select(order), rows[order]
-    if not _same(state[LOGITS], expected[rows]):
+            # the last one exits, the others change places; then these do, at every cut
+            order = torch.arange(2 if index == 0 else len(samples), device=images.device).flip(0)
+            state, samples = state.select(order), samples[order]
+    if not _same(state[LOGITS], expected[samples]):
         raise ValueError(
-            f"after: cut behind {list(after)}, {name} gives other answers for rows that others have left "
-            "behind; what crosses a cut depends on the batch"
+            f"after: cut after {list(after)}, {name} gives other answers for samples that others have exited "
+            "after; what crosses a cut depends on the batch"
         )
     return pieces, shapes, expected.shape[1]
 

@@ -1,4 +1,4 @@
-"""Exit policies: when does a row leave? Small, per row, with their memory passed in and out."""
+"""Exit policies: when does a sample exit? Small, per sample, with their memory passed in and out."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class _ThresholdPolicy(ExitPolicy):
 @register_policy("confidence")
 @dataclass(frozen=True)
 class ConfidencePolicy(_ThresholdPolicy):
-    """Leave where the largest probability is above `threshold`.
+    """Exit where the largest probability is above `threshold`.
 
     Args:
         threshold (`float` or list): In [0, 1]; one for all exits or one per exit.
@@ -110,7 +110,7 @@ class ConfidencePolicy(_ThresholdPolicy):
 @register_policy("entropy")
 @dataclass(frozen=True)
 class EntropyPolicy(_ThresholdPolicy):
-    """Leave where the entropy of the prediction is below `threshold` nats (DeeBERT, https://arxiv.org/abs/2004.12993).
+    """Exit where the entropy of the prediction is below `threshold` nats (DeeBERT, https://arxiv.org/abs/2004.12993).
 
     Example:
 
@@ -130,7 +130,7 @@ class EntropyPolicy(_ThresholdPolicy):
 @register_policy("margin")
 @dataclass(frozen=True)
 class MarginPolicy(_ThresholdPolicy):
-    """Leave where the two largest probabilities lie further apart than `threshold`.
+    """Exit where the two largest probabilities lie further apart than `threshold`.
 
     Example:
 
@@ -150,9 +150,9 @@ class MarginPolicy(_ThresholdPolicy):
 @register_policy("confidence_entropy")
 @dataclass(frozen=True)
 class ConfidenceEntropyPolicy(_ThresholdPolicy):
-    """Leave where the largest probability is above `threshold` and the entropy below `entropy_threshold` nats.
+    """Exit where the largest probability is above `threshold` and the entropy below `entropy_threshold` nats.
 
-    The score of a row is its largest probability.
+    The score of a sample is its largest probability.
 
     Example:
 
@@ -169,23 +169,25 @@ class ConfidenceEntropyPolicy(_ThresholdPolicy):
 
     def skips(self, exit_index: int) -> bool:
         """No probability is above 1, no entropy below 0."""
-        never_sure = number_at(self.threshold, exit_index, math.inf) >= 1
-        return never_sure or number_at(self.entropy_threshold, exit_index, -math.inf) <= 0
+        never_confident = number_at(self.threshold, exit_index, math.inf) >= 1
+        return never_confident or number_at(self.entropy_threshold, exit_index, -math.inf) <= 0
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         probs = self.probabilities(logits, exit_index)
         score = probs.amax(-1)
-        sure = score > number_at(self.threshold, exit_index, math.inf)
-        return sure & (entropy(probs) < number_at(self.entropy_threshold, exit_index, -math.inf)), {"score": score}
+        confident = score > number_at(self.threshold, exit_index, math.inf)
+        return confident & (entropy(probs) < number_at(self.entropy_threshold, exit_index, -math.inf)), {
+            "score": score
+        }
 
 
 @register_policy("label_confidence")
 @dataclass(frozen=True)
 class LabelConfidencePolicy(_ThresholdPolicy):
-    """For several labels at once: leave where each of them is sure by more than `threshold`.
+    """For several labels at once: exit where the confidence of each is above `threshold`.
 
-    A label is sure by the larger of its sigmoid probability and one minus it; the score of a row is that of its least
-    sure label.
+    The confidence of a label is the larger of its sigmoid probability and one minus it; the score of a sample is that
+    of its least confident label.
 
     Args:
         threshold (`float` or list): In [0.5, 1]; one for all exits or one per exit.
@@ -207,29 +209,29 @@ class LabelConfidencePolicy(_ThresholdPolicy):
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         scaled = logits.float() / number_at(self.temperature, exit_index, 1.0)
         score = torch.sigmoid(scaled.abs()).amin(-1)
-        sure = score > number_at(self.threshold, exit_index, math.inf)
+        confident = score > number_at(self.threshold, exit_index, math.inf)
         # not every runtime's minimum passes NaN on
-        return sure & ~logits.isnan().any(-1), {"score": score}
+        return confident & ~logits.isnan().any(-1), {"score": score}
 
 
 @register_policy("patience")
 @dataclass(frozen=True)
 class PatiencePolicy(ExitPolicy):
-    """Leave once `patience` exits in a row agree on the label (PABEE, https://arxiv.org/abs/2006.04152).
+    """Exit once `patience` exits in a row agree on the label (PABEE, https://arxiv.org/abs/2006.04152).
 
-    The first exit counts 1; a NaN row agrees with nothing. The score of a row is its count.
+    The first exit counts 1; a sample with NaN agrees with nothing. The score of a sample is its count.
 
     Args:
         patience (`int`): How many agreeing exits in a row are enough.
-        exits (`list[int]`, *optional*): Which exits are asked, by index from 0; all by default.
+        exits (`list[int]`, *optional*): Which exits are evaluated, by index from 0; all by default.
 
     Example:
 
         >>> policy = PatiencePolicy(patience=2)
         >>> memory = policy.start(batch_size=2, device="cpu")
-        >>> leave, memory = policy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), memory)
-        >>> leave, memory = policy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), memory)
-        >>> leave.tolist()
+        >>> exits, memory = policy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), memory)
+        >>> exits, memory = policy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), memory)
+        >>> exits.tolist()
         [True, False]
     """
 
@@ -259,21 +261,21 @@ class PatiencePolicy(ExitPolicy):
 @register_policy("patience_confidence")
 @dataclass(frozen=True)
 class PatienceConfidencePolicy(_ThresholdPolicy):
-    """Leave once the entropy was below `threshold` nats at `patience` exits in a row (PCEE).
+    """Exit once the entropy was below `threshold` nats at `patience` exits in a row (PCEE).
 
-    The score of a row is the number of such exits.
+    The score of a sample is the number of such exits.
 
     Args:
         threshold (`float` or list): In nats; one for all exits or one per exit.
         patience (`int`): How many such exits in a row are enough.
-        exits (`list[int]`, *optional*): Which exits are asked, by index from 0; all by default.
+        exits (`list[int]`, *optional*): Which exits are evaluated, by index from 0; all by default.
         temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
 
     Example:
 
         >>> policy = PatienceConfidencePolicy(threshold=0.5, patience=2)
         >>> memory = policy.start(batch_size=1, device="cpu")
-        >>> leave, memory = policy(torch.tensor([[5.0, 0.0]]), memory)
+        >>> exits, memory = policy(torch.tensor([[5.0, 0.0]]), memory)
         >>> policy(torch.tensor([[5.0, 0.0]]), memory)[0].tolist()
         [True]
     """
@@ -293,15 +295,15 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         # the final classifier has no threshold of its own, and counts by the last one
         last = self.threshold[-1] if isinstance(self.threshold, Sequence) else self.threshold
-        sure = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, last)
-        score = torch.where(sure, memory["score"] + 1, 0.0)
+        confident = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, last)
+        score = torch.where(confident, memory["score"] + 1, 0.0)
         return score >= self.patience, {"score": score}
 
 
 @register_policy("fixed")
 @dataclass(frozen=True)
 class FixedPolicy(ExitPolicy):
-    """Every row leaves at one exit; no other head is run.
+    """Every sample exits at one exit; no other head is run.
 
     Args:
         exit_index (`int`): Which exit, from 0; the number of exits stands for the final classifier.
@@ -331,14 +333,14 @@ class FixedPolicy(ExitPolicy):
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         # at a deeper one where `min_depth` forbids this
-        leave = torch.full((logits.shape[0],), exit_index >= self.exit_index, device=logits.device)
-        return leave, {"score": probabilities(logits).amax(-1)}
+        exits = torch.full((logits.shape[0],), exit_index >= self.exit_index, device=logits.device)
+        return exits, {"score": probabilities(logits).amax(-1)}
 
 
 @register_policy("never")
 @dataclass(frozen=True)
 class NeverPolicy(ExitPolicy):
-    """No row leaves early: the plain backbone, without a head being run.
+    """No sample exits early: the plain backbone, without a head being run.
 
     Example:
 
@@ -351,5 +353,5 @@ class NeverPolicy(ExitPolicy):
         return True
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        leave = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
-        return leave, {"score": probabilities(logits).amax(-1)}
+        exits = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
+        return exits, {"score": probabilities(logits).amax(-1)}

@@ -131,7 +131,7 @@ class SafeCheckpoint(_Model):
         Where there is no card, one is made of the config and the reports; see `lgvit_hf.hub.push.push`.
         """
         if f"{__package__}.auto" not in sys.modules:
-            # the copy of this file that goes with a checkpoint has no rooms beside it
+            # the copy of this file that goes with a checkpoint has no packages beside it
             return PreTrainedModel.push_to_hub(self, repo_id, *args, **kwargs)
         return import_module(f"{__package__}.hub.push").push(self, repo_id, *args, **kwargs)
 

@@ -18,8 +18,8 @@ class State:
 
     Args:
         tensors (`dict[str, Tensor]`):
-            Every tensor has the batch as first dimension, so that rows can be dropped. Before the stem there is one,
-            `pixel_values` `[B, C, H, W]`; after it a backbone keeps `hidden` `[B, N, D]`.
+            Every tensor has the batch as first dimension, so that samples can be dropped. Before the stem there is
+            one, `pixel_values` `[B, C, H, W]`; after it a backbone keeps `hidden` `[B, N, D]`.
         grid (`tuple[int, int]`, *optional*):
             Rows and columns of patches; their product is the number of patch tokens.
 
@@ -39,7 +39,7 @@ class State:
 
     @property
     def batch_size(self) -> int:
-        """Number of rows `B`."""
+        """Number of samples `B`."""
         return next(iter(self.tensors.values())).shape[0]
 
     @property
@@ -47,9 +47,9 @@ class State:
         """Where it is; of a model on several devices, where its first tensor is."""
         return next(iter(self.tensors.values())).device
 
-    def select(self, rows: Tensor) -> State:
-        """The state of some `rows` (`[K]`, int64) only; each tensor stays on its own device."""
-        tensors = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self.tensors.items()}
+    def select(self, samples: Tensor) -> State:
+        """The state of some `samples` (`[K]`, int64) only; each tensor stays on its own device."""
+        tensors = {name: tensor.index_select(0, samples.to(tensor.device)) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors)
 
 

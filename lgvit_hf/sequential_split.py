@@ -68,7 +68,7 @@ def chain_of(module: nn.Module, after: Sequence[str]) -> list[tuple[nn.Module, .
     """The modules between cuts; `None` where a cut does not lie between children of `nn.Sequential`s.
 
     Raises:
-        ValueError: The names are not in the order in which they run, or nothing runs behind one.
+        ValueError: The names are not in the order in which they run, or nothing runs after one.
     """
     links = _links(module, "", after)
     place = {name: index + 1 for index, (names, _) in enumerate(links) for name in names}
@@ -80,7 +80,7 @@ def chain_of(module: nn.Module, after: Sequence[str]) -> list[tuple[nn.Module, .
         if place[name] == place[earlier]:
             raise ValueError(one_place(name, earlier))
     if after and place[after[-1]] == len(links):
-        raise ValueError(nothing_behind(after[-1], [names[0] for names, _ in links[:-1]]))
+        raise ValueError(nothing_after(after[-1], [names[0] for names, _ in links[:-1]]))
     bounds = [0, *(place[name] for name in after), len(links)]
     return [tuple(link for _, link in links[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
@@ -94,7 +94,7 @@ def _links(module: nn.Module, path: str, after: Sequence[str]) -> list[tuple[lis
     for name, child in module.named_children():
         links += _links(child, f"{path}.{name}" if path else name, after)
     if path:
-        # behind its last child a `Sequential` is at its own end
+        # after its last child a `Sequential` is at its own end
         links[-1][0].append(path)
     return links
 
@@ -110,7 +110,7 @@ def chain_points(module: nn.Module, path: str = "") -> list[str]:
     names: list[str] = []
     for name, child in module.named_children():
         inner = chain_points(child, f"{path}.{name}" if path else name)
-        # behind its last child a `Sequential` is at its own end
+        # after its last child a `Sequential` is at its own end
         names += [*inner[:-1], f"{path}.{name}" if path else name]
     return names if path else names[:-1]
 
@@ -153,9 +153,9 @@ def one_place(name: str, earlier: str) -> str:
     return f"after: {earlier!r} and {name!r} are one place; name one of them"
 
 
-def nothing_behind(name: str, others: Sequence[str]) -> str:
-    """The error of a place behind which nothing is left to run."""
+def nothing_after(name: str, others: Sequence[str]) -> str:
+    """The error of a place after which nothing is left to run."""
     return (
-        f"after: {name!r} cannot be cut behind: nothing but the answer is left behind it; "
+        f"after: {name!r} cannot be cut after: nothing but the answer is left after it; "
         f"places that can: {listed(others)}"
     )

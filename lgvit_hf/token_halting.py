@@ -42,7 +42,7 @@ def halting_scores(hidden: Tensor, gate_scale: float, gate_center: float) -> Ten
 class Halting:
     """How far each token has come. Carried from block to block; nothing of it stays with a model.
 
-    A token halts behind the block where its scores add up to `1 - eps`. What it gives is the mean of its states behind
+    A token halts after the block where its scores add up to `1 - eps`. What it gives is the mean of its states after
     all the blocks it ran, weighted by their scores; the last takes what is left of 1.
 
     Args:
@@ -78,7 +78,7 @@ class Halting:
         """Behind one more block.
 
         Args:
-            scores (`Tensor`): Of that block, shaped as the tokens are; 1 behind the last, where all halt.
+            scores (`Tensor`): Of that block, shaped as the tokens are; 1 after the last, where all halt.
             eps (`float`): How far from 1 the sum may stay.
 
         Returns:
@@ -96,7 +96,7 @@ def settle(tokens: Sequence[Tensor], scores: Sequence[Tensor], num_tokens: int) 
 
     Args:
         tokens (`Sequence[Tensor]`): Of each block the numbers of the tokens that ran it, int64.
-        scores (`Sequence[Tensor]`): Their halting scores behind it; of a token's last block, not looked at.
+        scores (`Sequence[Tensor]`): Their halting scores after it; of a token's last block, not looked at.
         num_tokens (`int`): How many there were at first.
 
     Returns:
@@ -141,7 +141,7 @@ def distribution_loss(scores: Tensor, target: Tensor) -> Tensor:
     """How far the spread of halting scores over the blocks is from its target: the KL divergence, by blocks.
 
     Args:
-        scores (`Tensor`): `[L]`, mean halting score behind each block.
+        scores (`Tensor`): `[L]`, mean halting score after each block.
         target (`Tensor`): `[L]`, of `halting_target`.
 
     Example:

@@ -1,4 +1,4 @@
-"""HighwayWrapper: early exits behind named submodules of any `nn.Module`, on the engine of the other highways."""
+"""HighwayWrapper: early exits after named submodules of any `nn.Module`, on the engine of the other highways."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ AUTO_ARGUMENTS = ("_from_auto", "_commit_hash", "adapter_kwargs", "code_revision
 
 
 class HighwayWrapper(HighwayMixin, PreTrainedModel):
-    """Any image classifier with exits behind some of its submodules.
+    """Any image classifier with exits after some of its submodules.
 
     Cuts between the children of `nn.Sequential`s, nested ones too, are exact: the children are called one by one. Any
     other module is cut by its graph as `torch.export` sees it, traced once for `eval()` and once for `train()`, for
     each dtype and device, at the image size of `example`; hooks on its submodules are not called. Either way the
-    weights are those of `module` itself, under `wrapped`, and what it answered before, it answers when nobody leaves.
+    weights are those of `module` itself, under `wrapped`, and it answers as before when no sample exits early.
 
     Behind each cut the `State` holds `hidden` `[B, ...]`, what the submodule gave and the exit reads, and whatever
     else later blocks need (a skip connection, say), each with the batch first and under `from_` and the name of the
-    operation that made it; behind the last block it holds `logits`. Blocks are counted as in `HighwayWrapperConfig`.
+    operation that made it; after the last block it holds `logits`. Blocks are counted as in `HighwayWrapperConfig`.
 
     Args:
         module (`nn.Module`):
@@ -120,7 +120,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
             own = _own_of(config, heads)
         if (shapes, num_labels) != (config.exit_shapes, config.num_labels):
             raise ValueError(
-                f"module: behind {names} it gives {shapes} and {num_labels} labels, but was {config.exit_shapes} and "
+                f"module: after {names} it gives {shapes} and {num_labels} labels, but was {config.exit_shapes} and "
                 f"{config.num_labels} when it was saved"
             )
         super().__init__(config)
@@ -141,7 +141,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
     def from_sequential(
         cls, parts: Sequence[nn.Module], exits: Sequence[nn.Module], *, example: Tensor, **settings: Any
     ) -> HighwayWrapper:
-        """Parts that run one after the other, with an exit behind each but the last, which gives the logits itself.
+        """Parts that run one after the other, with an exit after each but the last, which gives the logits itself.
 
         The form of TARDIS's `EarlyExitNetwork`; what it calls `exit_chosen` is the policy `fixed`.
 
@@ -258,7 +258,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         """
         raise ValueError(
             f"truncate: a wrapped module cannot be made smaller; set_exit_policy('fixed', exit_index={exit_index!r}) "
-            "answers at one exit and runs nothing behind it"
+            "answers at one exit and runs nothing after it"
         )
 
     def _answer(self, head: nn.Module, state: State) -> Tensor:

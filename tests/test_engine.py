@@ -85,8 +85,8 @@ def one_row_after_the_other(policy, rows, min_depth=None, max_depth=None):
             if index < last and (DEPTHS[index] < (min_depth or 0) or policy.skips(index)):
                 continue
             logits = LOGITS[index, row : row + 1]
-            leave, memory = policy(logits, memory, index)
-            if index == last or (leave.item() and not logits.isnan().any()):
+            exits, memory = policy(logits, memory, index)
+            if index == last or (exits.item() and not logits.isnan().any()):
                 answers.append((logits[0], index, DEPTHS[index], memory["score"].item()))
                 break
     logits, exits, depths, scores = zip(*answers, strict=True)

@@ -258,7 +258,7 @@ def test_all_exits_and_bounds(layout, folders, model, images):
     for bounds in ({"min_depth": 2}, {"max_depth": 2}, {"min_depth": 2, "max_depth": 2}, {"max_depth": 1}):
         assert_same(ort(images, **bounds), model(images, **bounds))
     for m in (ort, model):
-        with pytest.raises(ValueError, match="max_depth=0 lies above the first exit"):
+        with pytest.raises(ValueError, match="max_depth=0 is shallower than the first exit"):
             m(images, max_depth=0)
         with pytest.raises(ValueError, match="they mean nothing when all exits run"):
             m(images, early_exit=False, max_depth=1)

@@ -375,7 +375,7 @@ class TokensFirst(nn.Module):
 def test_values_that_cannot_cross():
     with pytest.raises(ValueError) as error:
         HighwayWrapper(TokensFirst().eval(), ["inner"], example=EXAMPLE)
-    assert "the result of 'linear' [16, 'batch', 8] in 'inner' goes on behind it" in str(error.value)
+    assert "the result of 'linear' [16, 'batch', 8] in 'inner' goes on after it" in str(error.value)
     assert "first dimension is not the batch; the nearest places that can: 'patch'" in str(error.value)
     with pytest.raises(ValueError, match=r"TokensFirst cannot be traced .*batch .* as by len\(x\)"):
         HighwayWrapper(TokensFirst(fixed=True).eval(), ["patch"], example=EXAMPLE)
