@@ -44,10 +44,12 @@ test-upstream: .venv/upstream/.ready .venv-5/upstream/.ready ## transformers' ow
 	TRANSFORMERS_TESTS=.venv/upstream $(PYTEST_ENV) .venv/bin/python $(RUN_TESTS) tests/upstream $(PYTEST_ARGS)
 	TRANSFORMERS_TESTS=.venv-5/upstream $(PYTEST_ENV) .venv-5/bin/python $(RUN_TESTS) tests/upstream $(PYTEST_ARGS)
 
-quality: .venv/.ready ## lint, formatting and direction of imports; changes nothing
+quality: .venv/.ready ## lint, formatting, direction of imports, words and types; changes nothing
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
+	.venv/bin/python tests/retired_words.py
+	.venv/bin/mypy
 
 style: .venv/.ready ## mend what ruff can mend, then say what is left
 	.venv/bin/ruff check --fix-only .

@@ -140,9 +140,9 @@ class ExitPolicy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "keeps_nan" in cls.__dict__:
+        if "keeps_nan" in cls.__dict__:  # old name
             warnings.warn("keeps_nan of an exit policy is now nan_never_exits", DeprecationWarning, stacklevel=2)
-            cls.nan_never_exits = cls.__dict__["keeps_nan"]
+            cls.nan_never_exits = cls.__dict__["keeps_nan"]  # old name
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """The memory before the first exit: tensors with the batch first, so that samples can be dropped."""

@@ -37,7 +37,7 @@ def measure(network, batch_size, repeats):
     for index in range(len(segments)):
         clock = statistics.median(a / b for a, b in zip(times["module"], times[str(index)], strict=True))
         macs = costs.backbone / costs.of_exit(index, asked=[index])
-        name = model.config.after[index] if index < len(model.exits) else "nobody leaves"
+        name = model.config.after[index] if index < len(model.exits) else "no early exit"
         print(f"exit {index}  {name:<14}{macs:8.2f}x by MACs {clock:8.2f}x by the clock")
 
 

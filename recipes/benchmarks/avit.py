@@ -36,7 +36,7 @@ NUM_TRAINED_IMAGES = 256
 
 
 def channel_for(depth):
-    """What channel 0 must hold for a token to halt behind block `depth` at a gate of scale 1 and centre 0."""
+    """What channel 0 must hold for a token to halt after block `depth` at a gate of scale 1 and centre 0."""
     return torch.logit(1 / depth.double(), eps=1e-4).float()
 
 

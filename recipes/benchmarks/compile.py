@@ -29,7 +29,7 @@ from lgvit_hf.segments import State
 
 @dataclass(frozen=True)
 class ThirdsLeave(ConfidencePolicy):
-    """Asks as the confidence policy does, then lets a third of the rows leave at each exit."""
+    """Decides at the cost of the confidence policy, then lets a third of the samples exit at each exit."""
 
     def start(self, batch_size, device):
         return {"plan": torch.arange(batch_size, device=device) % 3}
@@ -50,7 +50,7 @@ def compiled(segment):
 
 @torch.no_grad()
 def measure(batch_size, repeats):
-    """Median milliseconds and the seconds of the first run, by what is run and where its rows leave."""
+    """Median milliseconds and the seconds of the first run, by what is run and where its samples exit."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = DeiTHighway(
@@ -116,7 +116,7 @@ def main():
     if not any(map(shutil.which, filter(None, compilers))):
         parser.error("torch.compile's inductor needs a C++ compiler (g++ or clang++, or CXX): there is none here")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
-    print("batch  rows leave       eager, ms  compiled, ms  speed-up  compiling, s")
+    print("batch  samples exit     eager, ms  compiled, ms  speed-up  compiling, s")
     results = []
     for batch_size in options.batch_sizes:
         for row in measure(batch_size, options.repeats):

@@ -48,7 +48,7 @@ def plain_model(checkpoint):
 
 
 def variants(model, plain, folder):
-    """What is compared, by name: runtime, and whether rows leave early."""
+    """What is compared, by name: runtime, and whether samples exit early."""
     never = copy.deepcopy(model)
     never.set_exit_policy("never")
     found = {("PyTorch", False): plain, ("PyTorch", True): model}
@@ -105,7 +105,7 @@ def main():
         times = {size: seconds(models, pixels, size, options.repeats) for size in options.batch_sizes}
     print(f"{type(models['PyTorch', False]).__name__}; {len(dataset)} rows; {len(pixels)} images timed, one thread")
     heading = "".join(f"   ms, batch {size:2}   speed-up" for size in times)
-    print(f"{'runtime':20}rows leave   accuracy      MB{heading}")
+    print(f"{'runtime':20}early exit   accuracy      MB{heading}")
     results = []
     for runtime in RUNTIMES:
         for early in (False, True):

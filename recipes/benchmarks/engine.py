@@ -38,7 +38,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class ForcedExits(ConfidencePolicy):
-    """Does the work of the confidence policy, then lets each row leave where the plan says."""
+    """Does the work of the confidence policy, then lets each sample exit where the plan says."""
 
     plan: tuple[int, ...] = ()
 

@@ -66,7 +66,7 @@ class Sessions:
 
 
 def thresholds_for(sessions, pixels, plan):
-    """Thresholds by which as many rows leave at each exit as the plan says; which rows is up to their scores."""
+    """Thresholds by which as many samples exit at each exit as the plan says; which ones is up to their scores."""
     exit_logits = run_all(sessions.model.segments(), State({"pixel_values": torch.from_numpy(pixels)}))
     here, thresholds = torch.arange(len(plan)), []
     for index, logits in enumerate(exit_logits[:-1]):

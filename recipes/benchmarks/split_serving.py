@@ -6,7 +6,7 @@ A checkpoint is split at two exits and its parts are served, each by `lgvit serv
 to the device as PNG files:
 
 1. every answer against that of the unsplit model, with states sent as float32 and as float16, and the bytes that a
-   survivor costs against those of its image;
+   sample that goes on costs against those of its image;
 2. the cloud is killed (kill -9) after a third of the requests and started again after two thirds: every request is
    answered, degraded answers are those of the edge's last exit, and the others are the model's;
 3. malformed requests to all three: each gets a status of 400 to 499 with a reason, and the services go on.
@@ -129,7 +129,7 @@ def answers_equal(folder, info, files, expected):
         report[dtype]["seconds"] = time.perf_counter() - began
         for name, service in zip(NAMES, services[:2], strict=False):
             rows, sent = (service.metric(f"lgvit_sent_{what}_total") for what in ("rows", "bytes"))
-            report[dtype][name] = {"survivors": int(rows), "bytes_per_survivor": sent / rows}
+            report[dtype][name] = {"sent": int(rows), "bytes_per_sample": sent / rows}
         report[dtype]["exit_codes"] = [service.stop() for service in services]
     return report
 

@@ -121,7 +121,7 @@ def table_of_drops(by_method, size):
 
 
 def table_of_exits(by_method):
-    """Markdown: what each exit gets right of all test rows."""
+    """Markdown: the accuracy of each exit on all test samples."""
     with_exits = {name: lines for name, lines in by_method.items() if lines[0].get("depths")}
     depths = sorted({depth for lines in with_exits.values() for depth in lines[0]["depths"]})
     yield "| trained as | " + " | ".join(map(str, depths)) + " | heads, of all MACs |"
