@@ -16,7 +16,7 @@ RETIRED = {
     r"\b[Ss]ureness\b": "confidence",
     r"\b[Tt]runks?\b": "backbone",
     r"\b[Ss]urvivors?\b": "samples that have not exited",
-    r"\brows? (that |which )?(leave|leaves|left|stay|stays|survive|go on)\b": "samples that exit / have exited / go on",
+    r"\brows? (that |which )?(leave|leaves|left|stay|stays|survive|go on)\b": "samples that exit, go on",
     r"\b(rows?|samples?|images?) (that|which) (are|is) (not )?sure\b": "samples that (do not) exit early",
     r"\b(leave|leaves|leaving|left) early\b": "exits early, early exit",
     r"\b(nobody|everybody|who) (leaves|stays|is left|has left)\b": "no sample exits, all samples exit",
