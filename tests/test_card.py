@@ -27,10 +27,7 @@ from lgvit_hf import (
     ViTHighway,
 )
 from lgvit_hf.cli import main
-from lgvit_hf.cli.benchmark import run_benchmark
-from lgvit_hf.cli.calibrate import run_calibrate
-from lgvit_hf.cli.card import _drawing, run_card
-from lgvit_hf.cli.evaluate import run_evaluate
+from lgvit_hf.cli.card import _drawing
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.report import evaluate
@@ -45,12 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ASSETS, CARDS = ROOT / "tests" / "assets", ROOT / "model_cards"
 # what a card's maker says beside the reports; the command is in `model_cards/README.md`
 REFERENCES = {
-    "fashion_vit_highway": {
-        "datasets": ["zalando-datasets/fashion_mnist"],
-        "license": "apache-2.0",
-    },
+    "fashion_vit_highway": ["--datasets", "zalando-datasets/fashion_mnist", "--license", "apache-2.0"],
 }
 DATA = "digits"
+
+
+def lgvit(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +58,10 @@ def checkpoint(tmp_path_factory):
     model = tiny_model("vit", num_labels=10, exit_positions=[2, 4], exit_types="linear")
     model.save_pretrained(folder)
     make_processor(IMAGE_SIZE).save_pretrained(folder)
-    run_calibrate(str(folder), DATA, max_accuracy_drop=0.3, delta=0.1)
-    run_evaluate(str(folder), DATA, output=str(folder / "evaluation.json"), timed_batch_sizes=[32])
-    run_benchmark(
-        str(folder), DATA, output=str(folder / "benchmark.json"), batch_sizes=[4], repeats=1, limit=8, threads=1
-    )
+    lgvit("calibrate", folder, "--data", DATA, "--max-accuracy-drop", 0.3, "--delta", 0.1)
+    lgvit("evaluate", folder, "--data", DATA, "--output", folder / "evaluation.json", "--timed-batch-sizes", 32)
+    timed = ["--batch-sizes", 4, "--repeats", 1, "--limit", 8, "--threads", 1]
+    lgvit("benchmark", folder, "--data", DATA, "--output", folder / "benchmark.json", *timed)
     return folder
 
 
@@ -181,16 +178,17 @@ def test_the_picture_shows_exits_alone_without_the_heads_above_them(checkpoint, 
         costs = model_macs(model)
         assert [round(1e6 * point["cost"]) for point in alone] == [costs.of_exit(index, []) for index in range(3)]
         assert alone[-1] == marks["full model"]
-        assert marks["leaving early"]["accuracy"] == report["overall"]["accuracy"]
+        assert marks["early exit"]["accuracy"] == report["overall"]["accuracy"]
     curves, marks = _drawing([reports["calibration"]])
     assert len(*curves.values()) == len(reports["calibration"]["frontier"]) and set(marks) == {"chosen", "full model"}
     assert _drawing([reports["benchmark"]]) is None
 
 
 def test_scores_for_leaderboards(checkpoint, reports, tmp_path):
-    run_card(str(checkpoint), [str(checkpoint / "evaluation.json")], str(tmp_path / "a.md"), name="me/tiny")
+    of_evaluation = ["card", checkpoint, "--evaluation", checkpoint / "evaluation.json", "--output", tmp_path / "a.md"]
+    lgvit(*of_evaluation, "--name", "me/tiny")
     assert not (tmp_path / ".eval_results").exists(), "digits is no data set on the Hub"
-    run_card(str(checkpoint), [str(checkpoint / "evaluation.json")], str(tmp_path / "a.md"), datasets=["me/digits"])
+    lgvit(*of_evaluation, "--datasets", "me/digits")
     file = tmp_path / ".eval_results" / "image-classification.yaml"
     if not hasattr(huggingface_hub, "EvalResultEntry"):
         assert not file.exists()
@@ -456,7 +454,7 @@ def test_a_trainer_pushes_its_card(hub, tmp_path):
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_cards_of_the_reference_models_are_as_they_are_generated(name, tmp_path):
-    run_card(str(ASSETS / name), (), str(tmp_path / f"{name}.md"), **REFERENCES[name])
+    lgvit("card", ASSETS / name, "--output", tmp_path / f"{name}.md", *REFERENCES[name])
     assert (tmp_path / f"{name}.md").read_text() == (CARDS / f"{name}.md").read_text()
     pictures = [Image.open(folder / f"{name}.png") for folder in (tmp_path, CARDS)]
     assert pictures[0].size == pictures[1].size
@@ -473,7 +471,9 @@ def test_every_reference_model_has_a_card_and_every_card_a_model():
 @pytest.mark.slow
 def test_the_evaluation_of_the_reference_model_is_what_it_gives(shared, tmp_path):
     folder = ASSETS / "fashion_vit_highway"
-    again = run_evaluate(str(folder), str(shared / "data" / "fashion_mnist"), timed_batch_sizes=[])
+    file, data = tmp_path / "again.json", shared / "data" / "fashion_mnist"
+    lgvit("evaluate", folder, "--data", data, "--timed-batch-sizes", 64, "--output", file)
+    again = json.loads(file.read_text())
     kept = json.loads((folder / "evaluation.json").read_text())
     assert again["overall"]["rows"] == kept["overall"]["rows"] == 10_000
     # a row or two may fall on the other side of a threshold with other kernels

@@ -1,30 +1,33 @@
 """The demo, and README and pages with the model that it makes."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 
-from lgvit_hf.cli.demo import MODEL, run_demo
+from lgvit_hf.cli import main
+from lgvit_hf.cli.demo import MODEL
 from tests.test_docs import RUN_WITH_THE_DEMO, snippets
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     home = tmp_path_factory.mktemp("demo")
-    lines = []
+    said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         # half as wide, and fewer images for the clock
         patch.setattr("lgvit_hf.cli.demo.MODEL", MODEL | {"hidden_size": 48, "intermediate_size": 96})
         patch.setattr("lgvit_hf.evaluation.report.TIMED_ROWS", 64)
-        results = run_demo(home / "demo_output", quick=True, say=lines.append)
-    return home, results, "\n".join(lines)
+        with contextlib.redirect_stdout(said):
+            assert main(["demo", "--output", str(home / "demo_output"), "--quick"]) == 0
+    return home, json.loads((home / "demo_output" / "results.json").read_text()), said.getvalue()
 
 
 def test_demo_reports_what_it_did(demo):
     home, results, text = demo
-    assert json.loads((home / "demo_output" / "results.json").read_text())["overall"] == results["overall"]
     assert (home / "demo_output" / "highway.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [row["position"] for row in results["exits"]] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
     assert sum(row["rows"] for row in results["exits"]) == results["overall"]["rows"] == 360
@@ -37,15 +40,15 @@ def test_demo_reports_what_it_did(demo):
         assert said in text
 
 
-def test_demo_replaces_its_own_output_only(demo, tmp_path):
+def test_demo_replaces_its_own_output_only(demo, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not an empty folder"):
-        run_demo(tmp_path, quick=True)
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     beside = demo[0] / "demo_output" / "notes.txt"
     beside.write_text("mine")
-    with pytest.raises(ValueError, match="not an empty folder"):
-        run_demo(demo[0] / "demo_output", quick=True)
+    assert main(["demo", "--quick", "--output", str(beside.parent)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
     assert beside.read_text() == "mine"
     beside.unlink()
 

@@ -20,18 +20,18 @@ def error_of(words, capsys):
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ({"image_size": 64}, ["--image-size", 32], "image_size: 64 is told by --image-size too"),
-        ({"exit_positions": [1]}, ["--exit-positions", 2], "exit_positions: [1] is told by --exit-positions too"),
-        ({"exit_types": "mlp"}, ["--exit-types", "linear"], "exit_types: 'mlp' is told by --exit-types too"),
-        ({"exit_policy": "never"}, ["--exit-policy", "patience"], "is told by --exit-policy too"),
-        ({"pool": "mean"}, ["--pool", "cls"], "pool: 'mean' is told by --pool too"),
-        ({"backbone": "vit"}, [], "backbone: 'vit' is told by --backbone too"),
-        ({"num_labels": 3}, [], "num_labels: 3 is told by the data too"),
-        ({"id2label": {"0": "a"}}, [], "is told by the data too"),
+        ({"image_size": 64}, ["--image-size", 32], "image_size: 64 is given by --image-size too"),
+        ({"exit_positions": [1]}, ["--exit-positions", 2], "exit_positions: [1] is given by --exit-positions too"),
+        ({"exit_types": "mlp"}, ["--exit-types", "linear"], "exit_types: 'mlp' is given by --exit-types too"),
+        ({"exit_policy": "never"}, ["--exit-policy", "patience"], "is given by --exit-policy too"),
+        ({"pool": "mean"}, ["--pool", "cls"], "pool: 'mean' is given by --pool too"),
+        ({"backbone": "vit"}, [], "backbone: 'vit' is given by --backbone too"),
+        ({"num_labels": 3}, [], "num_labels: 3 is given by the data too"),
+        ({"id2label": {"0": "a"}}, [], "is given by the data too"),
         (
             {"gate_scale": 1.0},
             ["--stage", "avit", "--halting", "{gate_scale: 2.0}"],
-            "gate_scale: 1.0 is told by --halting too",
+            "gate_scale: 1.0 is given by --halting too",
         ),
         ({"exit_positions": [1]}, ["--stage", "avit"], "'exit_positions' is for exits, which an A-ViT has not"),
         ({"image_size": "big"}, [], "image_size: 'big' must be a whole number"),
@@ -48,10 +48,10 @@ def test_a_file_and_the_command_line_may_not_tell_a_model_setting_twice(tmp_path
     words = [*NEW, "--config", tmp_path / "run.yaml"]
     assert "model_settings: 1 is no name of a field" in error_of(words, capsys)
     words += ["--model-settings", "{image_size: 32}"]
-    assert "image_size: 32 is told by --image-size too" in error_of(words, capsys)
+    assert "image_size: 32 is given by --image-size too" in error_of(words, capsys)
     (tmp_path / "run.yaml").write_text("batch_size: 16\nbatch-size: 8\n")
     assert "'batch_size' and 'batch-size' are one key" in error_of([*NEW, "--config", tmp_path / "run.yaml"], capsys)
-    with pytest.raises(ValueError, match="image_size: 64 is told by --image-size too"):
+    with pytest.raises(ValueError, match="image_size: 64 is given by --image-size too"):
         train_recipe(data="digits", backbone="vit", image_size=32, model_settings={"image_size": 64}, output="out")
 
 

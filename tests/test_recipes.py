@@ -20,7 +20,7 @@ from lgvit_hf.data import datasets
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.hub.eevit_config import translate_eevit
-from lgvit_hf.training.recipe import as_words, others_as_arguments
+from lgvit_hf.training.recipe import read_training
 from tests.tiny import tiny_model, tiny_native
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -149,7 +149,7 @@ def test_stages_follow_one_another(photos, tmp_path, capsys):
     assert lgvit("train", "--config", home / "stage1.yaml", "--model", base, *common, "--output", one) == 0
     assert lgvit("train", "--config", home / "stage2.yaml", "--model", one, *common, "--output", two) == 0
     assert json.loads((one / "config.json").read_text())["exit_positions"] == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert "leaving early by the policy" in capsys.readouterr().out
+    assert "early exit by the policy" in capsys.readouterr().out
     refused = ["--model", one, "--exit-positions", 3, "--output", tmp_path / "three"]
     assert lgvit("train", "--config", home / "stage2.yaml", *refused, *common) == 2
     assert "has exits after [4, 5, 6, 7, 8, 9, 10, 11] already" in capsys.readouterr().err
@@ -239,12 +239,21 @@ def test_words_of_the_command_line_win_over_the_file(photos, tmp_path, capsys):
 
 @pytest.mark.version_independent
 def test_words_are_read_as_the_arguments_would_be():
-    words = as_words({"lr_scheduler_kwargs": {"num_cycles": 2}, "bf16": True, "label_names": ["labels"], "seed": None})
-    given = others_as_arguments(words, [])
+    settings = {"lr_scheduler_kwargs": {"num_cycles": 2}, "bf16": True, "label_names": ["labels"], "seed": None}
+    given = read_training(settings, ["--max-steps=3"])
     args = HighwayTrainingArguments("out", report_to=[], use_cpu=True, **given)
     assert args.lr_scheduler_kwargs == {"num_cycles": 2} and args.bf16 is True and args.label_names == ["labels"]
+    assert given["max_steps"] == 3 and "seed" not in given
+    for refused in (
+        {"max_steps": True},
+        {"max_grad_norm": "nan"},
+        {"save_strategy": "never"},
+        {"run_name": ["a", "b"]},
+    ):
+        with pytest.raises(ValueError, match=f"here: {next(iter(refused))}: .* must be"):
+            read_training(refused, where="here")
     with pytest.raises(ValueError, match="--name value"):
-        others_as_arguments(["stray"], [])
+        read_training({}, ["stray"])
 
 
 @pytest.mark.version_independent

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lgvit_hf import ExitTable
 from lgvit_hf.cli import main
-from lgvit_hf.cli.compare import PAPERS, run_compare
+from lgvit_hf.cli.compare import PAPERS, compare
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.sweep import sweep, threshold_curve
 from tests.seeds import rng
@@ -113,7 +113,7 @@ def test_a_sweep_stands_beside_published_figures_at_the_same_speed_up(tmp_path, 
     table = a_table()
     rows = sweep(table, POLICIES, tmp_path / "sweep.jsonl", what=WHAT)
     table.save(tmp_path / "table.safetensors")
-    found = run_compare(str(tmp_path), "lgvit")
+    found = compare(str(tmp_path), "lgvit")
     assert [row["published"] for row in found] == [a for figures in PAPERS["lgvit"] for a, _ in figures.points]
     # where settings are equally fast, the best counts
     best = {r["layer_speed_up"]: r["accuracy"] for r in sorted(rows, key=lambda r: r["accuracy"])}
@@ -128,7 +128,7 @@ def test_a_sweep_stands_beside_published_figures_at_the_same_speed_up(tmp_path, 
     assert json.loads((tmp_path / "compared.json").read_text()) == found
     # a sweep of one setting reaches no published figure
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (WHAT, rows[0])))
-    assert [row["ours"] for row in run_compare(str(tmp_path), "lgvit")] == [None] * len(found)
+    assert [row["ours"] for row in compare(str(tmp_path), "lgvit")] == [None] * len(found)
 
 
 @version_independent

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..files import write_json
 
 HELP = "a sweep beside published figures, at the same layer speed-up"
 EXAMPLE = "lgvit compare sweep/ --paper lgvit"
@@ -22,11 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
-    rows = run_compare(options.sweep, options.paper)
+    rows = compare(options.sweep, options.paper)
     print(compare_as_text(rows))
     if options.output:
-        from ..files import write_json
-
         write_json(options.output, rows)
 
 
@@ -35,9 +34,9 @@ class Published:
     """Figures of a paper or of who measured its checkpoints.
 
     Args:
-        what (`str`): Model, data set and how it left.
+        what (`str`): Model, data set and how samples exit.
         source (`str`): Where they stand.
-        full_accuracy (`float`): Of the model when nobody leaves early.
+        full_accuracy (`float`): Of the model when no sample exits early.
         points (`tuple`): Accuracy and layer speed-up, pairs.
     """
 
@@ -47,17 +46,14 @@ class Published:
     points: tuple[tuple[float, float], ...]
 
 
+LGVIT = "LGViT, https://arxiv.org/abs/2308.00255, as quoted by its readers"
+EEVIT = "EEVIT, https://github.com/ionymikler/early_exit_vit"
 PAPERS = {
     "lgvit": (
-        Published(
-            "ViT-B/16, CIFAR-100",
-            "LGViT, https://arxiv.org/abs/2308.00255, as quoted by its readers",
-            0.908,
-            ((0.885, 1.87),),
-        ),
+        Published("ViT-B/16, CIFAR-100", LGVIT, 0.908, ((0.885, 1.87),)),
         Published(
             "ViT-B/16, CIFAR-100, LGViT's checkpoint at confidence 0.8, 0.9 and 0.99",
-            "EEVIT, https://github.com/ionymikler/early_exit_vit",
+            EEVIT,
             0.908,
             ((0.8731, 2.08), (0.8941, 1.86), (0.9036, 1.48)),
         ),
@@ -65,7 +61,7 @@ PAPERS = {
 }
 
 
-def run_compare(folder: str, paper: str) -> list[dict[str, Any]]:
+def compare(folder: str, paper: str) -> list[dict[str, Any]]:
     """Published accuracies, and those of a sweep at the same layer speed-up.
 
     Args:
@@ -122,18 +118,15 @@ def accuracy_at(curve: list[tuple[float, float]], speed_up: float) -> float | No
         >>> accuracy_at([(1.0, 0.9), (2.0, 0.8)], 1.5)
         0.85...
     """
+    import numpy as np
+
     best: dict[float, float] = {}
     for speed, accuracy in curve:
         best[speed] = max(accuracy, best.get(speed, 0.0))
     speeds = sorted(best)
     if not speeds or not speeds[0] <= speed_up <= speeds[-1]:
         return None
-    after = bisect_left(speeds, speed_up)
-    if speeds[after] == speed_up:
-        return best[speed_up]
-    low, high = speeds[after - 1], speeds[after]
-    share = (speed_up - low) / (high - low)
-    return (1 - share) * best[low] + share * best[high]
+    return float(np.interp(speed_up, speeds, [best[speed] for speed in speeds]))
 
 
 def compare_as_text(rows: list[dict[str, Any]]) -> str:

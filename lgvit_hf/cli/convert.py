@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.settings import real, whole
+from .options import one_or_all
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,36 +25,22 @@ EXAMPLE = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit convert`."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--from",
         dest="source_format",
         choices=("lgvit", "eevit", "avit", "timm", "torchvision"),
         help="whose checkpoint (default: lgvit)",
     )
-    parser.add_argument("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
-    parser.add_argument("source", help="folder with weights and what belongs to them, or the file of weights")
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument("--gate-scale", type=real(), help="of avit, where the file's name does not say it")
-    parser.add_argument("--gate-center", type=real(), help="likewise")
-    parser.add_argument("--num-attention-heads", type=whole(), help="of avit, timm, torchvision (one for 64 channels)")
-    parser.add_argument(
-        "--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision"
-    )
-    parser.add_argument(
-        "--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="of these: new exits, from 1"
-    )
-    parser.add_argument("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
-    given = {name: getattr(options, name) for name in OPTIONS}
-    if given["exit_types"] is not None and len(given["exit_types"]) == 1:
-        given["exit_types"] = given["exit_types"][0]
-    if given["image_size"] is not None:
-        given["image_size"] = tuple(given["image_size"])
-    formats = {name: getattr(options, name) for name in ("source_format", "target_format")}
-    print(run_convert(options.source, options.output, **formats, **given))
+    add("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
+    add("source", help="folder with weights and what belongs to them, or the file of weights")
+    add("output", help="folder to write")
+    add("--gate-scale", type=real(), help="of avit, where the file's name does not say it")
+    add("--gate-center", type=real(), help="likewise")
+    add("--num-attention-heads", type=whole(), help="of avit, timm, torchvision (one for 64 channels)")
+    add("--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision")
+    add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="of these: new exits, from 1")
+    add("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
 
 
 _PLAIN = ("timm", "torchvision")
@@ -68,42 +55,30 @@ OPTIONS = {
 }
 
 
-def run_convert(
-    source: str, output: str, *, source_format: str | None = None, target_format: str | None = None, **options: Any
-) -> str:
-    """Convert a checkpoint.
-
-    Args:
-        source (`str`): File or folder of another project's checkpoint, or folder or Hub id of a highway.
-        output (`str`): Folder to make.
-        source_format (`str`, *optional*): One of `READERS`; `"lgvit"` where neither format is given.
-        target_format (`str`, *optional*): `"lgvit"`, for the way back.
-        options: See the format's converter; `None` is as good as not given.
-
-    Returns:
-        What was written, for a terminal.
-
-    Raises:
-        ValueError: An option that the format does not have; a tensor without a place, or missing.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Do what was typed, and print what came of it."""
     from ..hub.convert import READERS, export_lgvit
 
-    if source_format and target_format:
+    source, target, output = options.source_format, options.target_format, options.output
+    if source and target:
         raise ValueError("give either --from, for another project's checkpoint, or --to, for one of ours")
-    source_format = None if target_format else source_format or "lgvit"
-    given = {name: value for name, value in options.items() if value is not None}
+    source = None if target else source or "lgvit"
+    given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
     for name in given:
-        if source_format not in OPTIONS[name]:
+        if source not in OPTIONS[name]:
             raise ValueError(f"--{name.replace('_', '-')} goes with --from {' or '.join(OPTIONS[name])}")
     if "exit_types" in given and "exit_positions" not in given:
         raise ValueError("--exit-types goes with --exit-positions")
-    if source_format is None:
-        settings = export_lgvit(source, output)
+    if "exit_types" in given:
+        given["exit_types"] = one_or_all(given["exit_types"])
+    if source is None:
+        settings = export_lgvit(options.source, output)
         what = f"{settings['highway_type']} heads after {settings['position_exits']}, as LGViT's code reads them"
-        return f"all tensors matched: {what}; written to {output}"
-    config = READERS[source_format](source, output, **given)
-    what = _in_words(config)
-    return f"all tensors matched: {what}; written to {output}" + _next_steps(source_format, config, output)
+        steps = ""
+    else:
+        config = READERS[source](options.source, output, **given)
+        what, steps = _in_words(config), _next_steps(source, config, output)
+    print(f"all tensors matched: {what}; written to {output}{steps}")
 
 
 def _in_words(config: PretrainedConfig) -> str:

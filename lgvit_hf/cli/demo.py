@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.settings import whole
 from ..files import replace_folder, write_json
+from .options import SEED
 
 HELP = "train a ViT with exits on handwritten digits, from nothing, and measure it"
 EXAMPLE = "lgvit demo --output demo_output"
@@ -20,12 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit demo`."""
     parser.add_argument("--output", default="demo_output", help="folder for the model, the figures and a plot")
     parser.add_argument("--quick", action="store_true", help="one epoch per stage, to see that everything works")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, splits and batches")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
-    run_demo(options.output, quick=options.quick, seed=options.seed)
+    parser.add_argument("--seed", type=SEED, default=0, help="of weights, splits and batches")
 
 
 IMAGE_SIZE = 24
@@ -36,37 +30,39 @@ MODEL = {
     "intermediate_size": 384,
     "num_hidden_layers": 12,
     "num_attention_heads": 3,
-    # digits are easy: many are sure long before LGViT's first exit, which stands behind block 4
+    # digits are easy: many can exit long before LGViT's first exit, after block 4
     "exit_positions": [1, 2, 3, 4, 5, 6, 8, 10],
 }
-# stage, epochs, learning rate
-STAGES = (("backbone", 12, 1e-3), ("1", 8, 5e-4), ("2", 6, 1e-3))
+# stage, what it trains, epochs, learning rate
+STAGES = (
+    ("backbone", "backbone", 12, 1e-3),
+    ("1", "stage 1: backbone and exits", 8, 5e-4),
+    ("2", "stage 2: exits, backbone frozen", 6, 1e-3),
+)
+TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "weight_decay": 0.05,
+    "warmup_steps": 20,
+    "lr_scheduler_type": "cosine",
+    "save_strategy": "no",
+    "logging_strategy": "epoch",
+    "report_to": [],
+}
 # marks a folder that a later demo may replace
 WHAT = "lgvit demo"
 
 
-def run_demo(
-    output: str | Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> None:
     """Train, choose a threshold, evaluate and save a 12-block ViT with LGViT's eight exits on handwritten digits.
 
-    Args:
-        output (`str` or `Path`): Folder for `model/`, `results.json` and `highway.png`; an earlier demo's is replaced.
-        quick (`bool`, *optional*, defaults to `False`): A single epoch per stage, to see that everything works.
-        seed (`int`, *optional*, defaults to 0): Of weights, splits and batches.
-        say (callable, *optional*): Takes the lines to show.
-
-    Returns:
-        What `results.json` holds.
+    The folder `options.output` gets `model/`, `results.json` and `highway.png`; an earlier demo's is replaced.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the demo draws a figure: pip install "lgvit-hf[train,plots]"')
-    output = Path(output)
-    earlier = _is_demo_output(output)
-    with replace_folder(output, overwrite=earlier) as folder:
-        results = _run(folder, quick, seed, say)
-    say(f"\nsaved in {output}: model/ (load it with AutoModelForImageClassification), results.json, highway.png")
-    return results
+    output = Path(options.output)
+    with replace_folder(output, overwrite=_is_demo_output(output)) as folder:
+        _run(folder, options.quick, options.seed)
+    print(f"\nsaved in {output}: model/ (load it with AutoModelForImageClassification), results.json, highway.png")
 
 
 def _is_demo_output(output: Path) -> bool:
@@ -78,7 +74,7 @@ def _is_demo_output(output: Path) -> bool:
         return False
 
 
-def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _run(folder: Path, quick: bool, seed: int) -> None:
     import torch
     from transformers import set_seed
 
@@ -92,29 +88,24 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
     from ..evaluation.sweep import threshold_curve
     from ..modeling_vit import ViTHighway
     from ..training.run import train
+    from .inputs import progress_bar
 
     set_seed(seed)
     splits, processor = load_images("digits", seed=seed), make_processor(IMAGE_SIZE)
     train_set, validation_set, test_set = (
         ProcessedImages(images, processor, keep=True) for images in (splits.train, splits.validation, splits.test)
     )
-    config = ViTHighwayConfig(
-        **MODEL,
-        id2label=dict(enumerate(splits.label_names)),
-        label2id={name: index for index, name in enumerate(splits.label_names)},
-    )
+    names = dict(enumerate(splits.label_names))
+    config = ViTHighwayConfig(**MODEL, id2label=names, label2id={name: index for index, name in names.items()})
     model = ViTHighway(config)
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
-    say(f"{len(train_set)} digits to train on, {len(validation_set)} to choose on, {len(test_set)} to report on")
-    say(f"ViT of {config.num_blocks} blocks, {model.num_parameters() / 1e6:.1f} M parameters; exits after: {exits}")
+    print(f"{len(train_set)} digits to train on, {len(validation_set)} to choose on, {len(test_set)} to report on")
+    print(f"ViT of {config.num_blocks} blocks, {model.num_parameters() / 1e6:.1f} M parameters; exits after: {exits}")
 
     stages = []
-    for stage, epochs, learning_rate in STAGES:
-        what = {"backbone": "backbone", "1": "stage 1: backbone and exits", "2": "stage 2: exits, backbone frozen"}[
-            stage
-        ]
-        say(f"\n{what}")
-        run = train(
+    for stage, what, epochs, learning_rate in STAGES:
+        print(f"\n{what}")
+        result = train(
             model,
             processor,
             train_set,
@@ -122,45 +113,22 @@ def _run(folder: Path, quick: bool, seed: int, say: Callable[[str], None]) -> di
             stage=stage,
             num_train_epochs=1 if quick else epochs,
             learning_rate=learning_rate,
-            per_device_train_batch_size=32,
-            weight_decay=0.05,
-            warmup_steps=20,
-            lr_scheduler_type="cosine",
-            save_strategy="no",
-            logging_strategy="epoch",
-            report_to=[],
             seed=seed,
+            **TRAINING,
         )
         accuracies = collect(model, validation_set).accuracies()
-        say(f"{run['steps']} steps, {run['seconds']:.0f} s; % right in validation, by exit: {_percent(accuracies)}")
-        stages.append({"stage": stage, **run, "validation_accuracies": accuracies})
+        by_exit = " ".join(f"{100 * share:.0f}" for share in accuracies)
+        print(f"{result['steps']} steps, {result['seconds']:.0f} s; % right in validation, by exit: {by_exit}")
+        stages.append({"stage": stage, **result, "validation_accuracies": accuracies})
 
     chosen = calibrate(collect(model, validation_set), max_accuracy_drop=0.01)
     model.set_exit_policy(chosen.policy)
     model.save_pretrained(folder / "model")
-    say(f"\nchosen in validation, for an accuracy drop of at most one point\n\n{chosen.as_text()}")
-    report = evaluate(model, test_set, progress=_progress)
+    print(f"\nchosen in validation, for an accuracy drop of at most one point\n\n{chosen.as_text()}")
+    report = evaluate(model, test_set, progress=progress_bar)
     curve = threshold_curve(collect(model, test_set))
     plot_report(report, curve, folder / "highway.png")
-    results = {
-        "what": WHAT,
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-        "stages": stages,
-        **report,
-        "curve": curve,
-    }
-    write_json(folder / "results.json", results)
-    say("\non the test rows\n")
-    say(evaluate_as_text(report))
-    return results
-
-
-def _percent(shares: list[float]) -> str:
-    return " ".join(f"{100 * share:.0f}" for share in shares)
-
-
-def _progress(batches):
-    from transformers.utils import logging
-
-    return logging.tqdm(batches, desc="timing", leave=False)
+    settings = {"what": WHAT, "seed": seed, "threads": torch.get_num_threads(), "stages": stages}
+    write_json(folder / "results.json", {**settings, **report, "curve": curve})
+    print("\non the test samples\n")
+    print(evaluate_as_text(report))

@@ -20,9 +20,20 @@ def check_can_draw(file: str | None = None) -> None:
         raise ValueError(f"{file} is a folder; give the PNG's file name")
 
 
+def point(macs: float, accuracy: float) -> dict[str, float]:
+    """A point of a picture, `cost` in million MACs."""
+    return {"cost": macs / 1e6, "accuracy": accuracy}
+
+
 def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Rows of a sweep as points of a picture, `cost` in million MACs."""
-    return [{"cost": row["mean_macs"] / 1e6, "accuracy": row["accuracy"]} for row in rows]
+    """Rows of a sweep as points of a picture."""
+    return [point(row["mean_macs"], row["accuracy"]) for row in rows]
+
+
+def evaluated(name: str, overall: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The points of a report's `overall`: the policy, as `name`, and the full model."""
+    full = point(overall["backbone_macs"], overall["accuracy_full_model"])
+    return {name: point(overall["mean_macs"], overall["accuracy"]), "full model": full}
 
 
 class StoredImages(Sequence):

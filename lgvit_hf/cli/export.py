@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..data.settings import check_counts, real, whole
+from ..data.settings import real, whole
 from .options import add_data, add_policy, add_processor, policy_of
 
 if TYPE_CHECKING:
@@ -23,21 +23,22 @@ EXAMPLE = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit export`."""
-    parser.add_argument("checkpoint", help="folder or Hub id of a highway")
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add_data(parser, "test", "samples on which the files are judged, where --data is given")
+    add("output", help="folder to write")
+    add(
         "--layout",
         choices=("single", "segments", "all_exits"),
         default="single",
         help="one file with real branches, one per segment, or all exits' logits (default: single)",
     )
-    parser.add_argument(
-        "--quantize", choices=("int8", "float16"), help="smaller and less exact; give --data to know how much"
-    )
-    add_data(parser, "test", "rows on which the files are judged, where --data is given")
-    parser.add_argument("--limit", type=whole(), help="judge on that many of them, drawn at random")
-    parser.add_argument(
-        "--max-accuracy-drop", type=real(), default=0.005, help="on these rows; more fails the export (default: 0.005)"
+    add("--quantize", choices=("int8", "float16"), help="smaller and less exact; give --data to know how much")
+    add("--limit", type=whole(), help="judge on that many of them, drawn at random")
+    add(
+        "--max-accuracy-drop",
+        type=real(),
+        default=0.005,
+        help="on these images; more fails the export (default: 0.005)",
     )
     add_processor(parser)
     add_policy(parser)
@@ -45,52 +46,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
-    manifest = run_export(
-        options.checkpoint,
-        options.output,
-        layout=options.layout,
-        precision=options.quantize or "float32",
-        policy=policy_of(options),
-        data=options.data,
-        max_accuracy_drop=options.max_accuracy_drop,
-        limit=options.limit,
-        which=options.split,
-        validation_share=options.validation_share,
-        seed=options.seed,
-        processor=options.processor,
-    )
-    print(export_as_text(manifest, options.output))
-
-
-def run_export(
-    checkpoint: str,
-    output: str,
-    *,
-    layout: str = "single",
-    precision: str = "float32",
-    policy: dict[str, Any] | None = None,
-    data: str | None = None,
-    max_accuracy_drop: float = 0.005,
-    limit: int | None = None,
-    which: str = "test",
-    validation_share: float = 0.15,
-    seed: int = 0,
-    processor: str | None = None,
-) -> Manifest:
-    """Write a checkpoint as ONNX, run against PyTorch before it is kept.
-
-    Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
-        output (`str`): Folder to make.
-        layout (`str`, *optional*), precision (`str`, *optional*), max_accuracy_drop (`float`, *optional*):
-            See `export_onnx`.
-        policy (`dict`, *optional*): Instead of the saved one.
-        data (`str`, *optional*): See `load_images`: rows on which the export is judged as well.
-        limit (`int`, *optional*): At most so many of them, drawn at random, always the same.
-        which (`str`, *optional*), validation_share (`float`, *optional*), seed (`int`, *optional*):
-            See `load_images`; which of its splits.
-        processor (`str`, *optional*): See `processor_for`.
-    """
     import torch
     from torch.utils.data import Subset
 
@@ -100,29 +55,29 @@ def run_export(
     from ..hub.loading import check_class_names, load_highway
     from ..runtimes.onnxruntime import is_exported
 
+    policy, checkpoint, images = policy_of(options), options.checkpoint, None
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
-    opened, images = processor_for(checkpoint, processor), None
-    splits = None if data is None else load_images(data, validation_share=validation_share, seed=seed)
-    model = load_highway(checkpoint)
-    if splits is not None:
+    processor, model = processor_for(checkpoint, options.processor), load_highway(checkpoint)
+    if options.data is not None:
+        splits = load_images(options.data, validation_share=options.validation_share, seed=options.seed)
         check_class_names(checkpoint, model.config, splits.label_names)
-        images = ProcessedImages(getattr(splits, which), opened)
-        if limit is not None:
-            check_counts(limit=[limit])
+        images = ProcessedImages(getattr(splits, options.split), processor)
+        if options.limit is not None:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-            images = Subset(images, order[:limit].tolist())
+            images = Subset(images, order[: options.limit].tolist())
     if policy is not None:
         model.set_exit_policy(policy)
-    return export_onnx(
+    manifest = export_onnx(
         model,
-        output,
-        layout,
-        precision=precision,
-        processor=opened,
+        options.output,
+        options.layout,
+        precision=options.quantize or "float32",
+        processor=processor,
         images=images,
-        max_accuracy_drop=max_accuracy_drop,
+        max_accuracy_drop=options.max_accuracy_drop,
     )
+    print(export_as_text(manifest, options.output))
 
 
 def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProcessor:
@@ -148,7 +103,7 @@ def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProces
 
 
 def export_as_text(manifest: Manifest, folder: str | Path) -> str:
-    """What `run_export` wrote and how it was checked, for a terminal."""
+    """What `lgvit export` wrote and how it was checked, for a terminal."""
     from ..evaluation.report_text import policy_in_words
 
     size = sum((Path(folder) / name).stat().st_size for name in manifest.files)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BaseImageProcessor
+from transformers.utils import logging
 
 from ..data.datasets import load_images
 from ..data.processing import ProcessedImages, open_processor
@@ -13,6 +17,8 @@ from ..evaluation.costs import Highway
 from ..evaluation.exit_table import ExitTable, collect, weights_digest
 from ..hub.loading import check_class_names, open_model
 from ..runtimes.onnxruntime import ORTHighway, is_exported
+
+progress_bar = partial(logging.tqdm, desc="timing", leave=False)
 
 
 def open_highway(
@@ -44,6 +50,17 @@ def open_highway(
     if not model.config.exits:
         raise ValueError(f"{checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
     return model, processor, ProcessedImages(getattr(splits, which), processor)
+
+
+def open_options(
+    options: argparse.Namespace, policy: dict[str, Any] | None = None
+) -> tuple[Highway, BaseImageProcessor, ProcessedImages]:
+    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and a policy of its own."""
+    splitting = (options.split, options.validation_share, options.seed)
+    opened = open_highway(options.checkpoint, options.data, *splitting, getattr(options, "threads", None))
+    if policy is not None:
+        opened[0].set_exit_policy(policy)
+    return opened
 
 
 def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:

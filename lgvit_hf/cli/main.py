@@ -11,10 +11,11 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..data.settings import apply_settings, read_yaml
+from ..training.recipe import read_recipe, read_training
 
 # of this folder, what is no command
 SHARED = ("main", "options", "inputs", "drawing")
@@ -22,7 +23,7 @@ SHARED = ("main", "options", "inputs", "drawing")
 
 @cache
 def commands() -> dict[str, ModuleType]:
-    """The module of each command, by name: `HELP`, `EXAMPLE`, `add_options(parser)` and `run(options)`.
+    """The module of each command, by name: `HELP`, `EXAMPLE`, `REQUIRED`, `add_options(parser)`, `run(options)`.
 
     None imports torch before it runs.
     """
@@ -43,17 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         options, others = parser.parse_known_args(arguments)
-        from_file: list[str] = []
+        module, training = commands()[options.command], options.command == "train"
+        settings: dict[str, Any] = {}
         if options.config:
-            options, from_file = _with_config_file(parser, options, arguments)
-        if options.command == "train":
-            options.others = [*from_file, *others]
+            command = parser.get_default("commands")[options.command]
+            read = read_recipe if training else read_yaml
+            settings = apply_settings(command, read(options.config), options.config, keep_unknown=training)
+            options, others = parser.parse_known_args(arguments)
+        if training:
+            options.training = read_training(settings, others, where=options.config, own=vars(options))
         elif others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
-        for name in options.required:
+        for name in getattr(module, "REQUIRED", ()):
             if getattr(options, name) is None and not (name == "output" and getattr(options, "dry_run", False)):
                 raise ValueError(f"lgvit {options.command} needs --{name}")
-        return commands()[options.command].run(options) or 0
+        return module.run(options) or 0
     except (ValueError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()
@@ -63,21 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"lgvit: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
-
-
-def _with_config_file(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """The options again, with the YAML file's values as defaults; and what is left of it, as words, for `train`."""
-    command = parser.get_default("commands")[options.command]
-    left: list[str] = []
-    if options.command == "train":
-        from ..training.recipe import as_words, read_recipe
-
-        left = as_words(read_recipe(command, options.config))
-    else:
-        apply_settings(command, read_yaml(options.config), options.config)
-    return parser.parse_known_args(arguments)[0], left
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,7 +95,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--config", help="YAML file with these options; the command line overrides it")
         if name != "train":  # whose `--debug` is that of `TrainingArguments`, where a word follows it
             command.add_argument("--debug", action="store_true", help="show where an error comes from")
-        command.set_defaults(required=())
         module.add_options(command)
     parser.set_defaults(commands=choices.choices)
     return parser

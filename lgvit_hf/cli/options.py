@@ -7,12 +7,13 @@ from typing import Any
 
 from ..data.settings import real, whole
 
+SEED = whole(0, 2**32 - 1)
+
 
 def add_processor(command: argparse.ArgumentParser) -> None:
     """An image processor of one's own."""
-    command.add_argument(
-        "--processor", metavar="FOLDER|NAME", help="folder or Hub id with the image processor, instead of checkpoint's"
-    )
+    text = "folder or Hub id with the image processor, instead of checkpoint's"
+    command.add_argument("--processor", metavar="FOLDER|NAME", help=text)
 
 
 def add_policy(command: argparse.ArgumentParser) -> None:
@@ -37,27 +38,24 @@ def policy_of(options: argparse.Namespace) -> dict[str, Any] | None:
         >>> policy_of(parser.parse_args(["--policy", "confidence", "--threshold", "0.8"]))
         {'name': 'confidence', 'threshold': 0.8}
     """
-    given = {name: getattr(options, name) for name in ("threshold", "patience", "exit_index", "entropy_threshold")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "threshold" in given and len(given["threshold"]) == 1:
-        given["threshold"] = given["threshold"][0]
+    names = ("threshold", "patience", "exit_index", "entropy_threshold")
+    given = {name: one_or_all(value) for name, value in vars(options).items() if name in names and value is not None}
     if given and not options.policy:
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --policy")
     return {"name": options.policy, **given} if options.policy else None
 
 
-def add_data(command: argparse.ArgumentParser, which: str, why: str) -> None:
-    """A dataset, which of its splits, and how it is split."""
+def one_or_all(values: Any) -> Any:
+    """The value of a list of one; what is no list, or holds several, as it is."""
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
+
+
+def add_data(command: argparse.ArgumentParser, which: str, why: str, checkpoint: str = "a highway") -> None:
+    """A checkpoint, a dataset, which of its splits, and how it is split."""
+    share = "of the training samples, where the data have no such split; as in training (default: 0.15)"
+    command.add_argument("checkpoint", help=f"folder or Hub id of {checkpoint}")
     command.add_argument("--data", help="digits, a folder of images, parquet files or a Hub id")
-    command.add_argument(
-        "--split", choices=("train", "validation", "test"), default=which, help=f"{why} (default: {which})"
-    )
-    command.add_argument(
-        "--validation-share",
-        type=real(),
-        default=0.15,
-        help="of the training rows, where the data have no such split; as in training (default: 0.15)",
-    )
-    command.add_argument(
-        "--seed", type=whole(0, 2**32 - 1), default=0, help="by which rows are split; as in training (default: 0)"
-    )
+    splits = ("train", "validation", "test")
+    command.add_argument("--split", choices=splits, default=which, help=f"{why} (default: {which})")
+    command.add_argument("--validation-share", type=real(), default=0.15, help=share)
+    command.add_argument("--seed", type=SEED, default=0, help="of the split; as in training (default: 0)")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.settings import whole
 from .options import add_policy, policy_of
-
-if TYPE_CHECKING:
-    pass
 
 HELP = "answer images into one file; goes on where it stopped"
 EXAMPLE = (
@@ -19,27 +16,26 @@ EXAMPLE = (
     "stopped or killed, the same command goes on where it was; an image that cannot be read has an error in its row,\n"
     "and the exit code is then 1"
 )
+REQUIRED = ("output",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit predict`."""
-    parser.add_argument("checkpoint", help="folder or Hub id of a highway, or folder of an exported one")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", help="folder or Hub id of a highway, or folder of an exported one")
+    add(
         "paths",
         nargs="+",
         metavar="images",
         help="files, folders, patterns; or one dataset: digits, parquet files or a Hub id",
     )
-    parser.add_argument("--output", help=".parquet, .csv or .jsonl file")
-    parser.add_argument("--split", help="of a dataset that has several")
+    add("--output", help=".parquet, .csv or .jsonl file")
+    add("--split", help="of a dataset that has several")
     add_policy(parser)
-    parser.add_argument("--batch-size", type=whole(), default=64, help="default: 64")
-    parser.add_argument(
-        "--workers", type=whole(), default=1, help="processes; one thread each if several (default: 1)"
-    )
-    parser.add_argument("--top-k", type=whole(), help="also write that many most probable labels")
-    parser.add_argument("--probabilities", action="store_true", help="also write the probabilities of all labels")
-    parser.set_defaults(required=("output",))
+    add("--batch-size", type=whole(), default=64, help="default: 64")
+    add("--workers", type=whole(), default=1, help="processes; one thread each if several (default: 1)")
+    add("--top-k", type=whole(), help="also write that many most probable labels")
+    add("--probabilities", action="store_true", help="also write the probabilities of all labels")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 
-from ..training.recipe import add_options as add_recipe_options
+from ..training.recipe import REQUIRED, Recipe, add_options
+from ..training.recipe import run as train
+
+__all__ = ["EXAMPLE", "HELP", "REQUIRED", "add_options", "run"]
 
 HELP = "train the backbone, stage 1 (backbone and exits) or stage 2 (exits, distilled)"
 EXAMPLE = (
@@ -16,19 +20,11 @@ EXAMPLE = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit train`."""
-    add_recipe_options(parser)
-    parser.set_defaults(required=("data", "output"))
-
-
 def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
     import torch.distributed
 
-    from ..training.recipe import run
-
-    run(options)
+    train(Recipe(**{each.name: getattr(options, each.name) for each in fields(Recipe)}))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # a group that is still held when the interpreter ends now and then aborts it
         torch.distributed.destroy_process_group()

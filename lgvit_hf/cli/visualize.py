@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.settings import check_counts, whole
+from ..data.settings import whole
 from .options import add_data
 
 if TYPE_CHECKING:
@@ -16,59 +16,24 @@ if TYPE_CHECKING:
     from ..evaluation.costs import Highway
     from ..modeling_avit import AViT
 
-HELP = "draw how deep tokens went, or which images left first and last"
+HELP = "draw how deep tokens went, or which images exited first and last"
 EXAMPLE = "lgvit visualize runs/avit --data photos/ --output pictures --images 8"
+REQUIRED = ("data", "output")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit visualize`."""
-    parser.add_argument("checkpoint", help="folder or Hub id of an AViT or of a highway")
-    add_data(parser, "test", "images to choose from, where they have labels")
+    add_data(parser, "test", "images to choose from, where they have labels", "an AViT or of a highway")
     parser.add_argument("--output", help="folder for the pictures")
     parser.add_argument("--images", type=whole(), default=8, help="how many are drawn (default: 8)")
-    parser.set_defaults(required=("data", "output"))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
-    files = run_visualize(
-        options.checkpoint,
-        options.data,
-        options.output,
-        images=options.images,
-        which=options.split,
-        validation_share=options.validation_share,
-        seed=options.seed,
-    )
-    print(f"drawn in {options.output}: {', '.join(files)}")
-
-
-def run_visualize(
-    checkpoint: str,
-    data: str,
-    output: str,
-    *,
-    images: int = 8,
-    which: str = "test",
-    validation_share: float = 0.15,
-    seed: int = 0,
-) -> list[str]:
-    """Draw what a checkpoint made of some images.
+    """Do what was typed, and print what came of it.
 
     Of an `AViT`, the images whose tokens differ the most in depth: `depths.png` with the images, the depths of their
     tokens and both in one, `tokens_alive.png` with the tokens that run in each block. Of a highway, the images that
-    left first and last, half of each: `first_and_last.png` with their depths and the policy's score at every exit.
-
-    Args:
-        checkpoint (`str`): Folder or Hub id of an `AViT` or a highway.
-        data (`str`): See `load_images`; labels are not needed.
-        output (`str`): Folder for the PNG files.
-        images (`int`, *optional*, defaults to 8): How many are drawn.
-        which (`str`, *optional*, defaults to `"test"`), validation_share (`float`, *optional*, defaults to 0.15), seed
-            (`int`, *optional*, defaults to 0): See `open_highway`; images without labels are not split.
-
-    Returns:
-        Names of the files.
+    exited first and last, half of each: `first_and_last.png` with their depths and the policy's score at every exit.
 
     Raises:
         ImportError: The extra `plots` is not installed.
@@ -83,7 +48,7 @@ def run_visualize(
     from .drawing import check_can_draw
 
     check_can_draw()
-    check_counts(images=[images])
+    checkpoint, data, images = options.checkpoint, options.data, options.images
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported; give the checkpoint that it came from")
     kind = read_config(checkpoint).model_type
@@ -93,22 +58,24 @@ def run_visualize(
             "AViT.from_backbone make one of a plain checkpoint"
         )
     processor = open_processor(checkpoint)
-    dataset = ProcessedImages(_split_or_all(data, which, validation_share, seed), processor)
+    dataset = ProcessedImages(_split_or_all(options), processor)
     if images > len(dataset):
         raise ValueError(f"images={images}: there are {len(dataset)} in {data}; ask for fewer, or for another --split")
     model = (AViT if kind == "avit" else HIGHWAYS[kind]).from_pretrained(checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     draw = _draw_tokens if kind == "avit" else _draw_first_and_last
-    return draw(Path(output), model, dataset, images)
+    files = draw(Path(options.output), model, dataset, images)
+    print(f"drawn in {options.output}: {', '.join(files)}")
 
 
-def _split_or_all(data: str, which: str, validation_share: float, seed: int) -> Any:
+def _split_or_all(options: argparse.Namespace) -> Any:
     """One split, where there are labels by which to split; otherwise all images."""
     from ..data.datasets import class_names, load_images, load_unlabelled
 
+    data, seed = options.data, options.seed
     if class_names(load_unlabelled(data, limit=1, seed=seed)) is None:
         return load_unlabelled(data, seed=seed)
-    return getattr(load_images(data, validation_share=validation_share, seed=seed), which)
+    return getattr(load_images(data, validation_share=options.validation_share, seed=seed), options.split)
 
 
 def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int) -> list[str]:

@@ -116,7 +116,8 @@ def _num_nodes(node: Any, known: dict[int, int]) -> int:
 
 def names_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """What may stand in a file: the options of a command, but for those about files and help."""
-    actions = {action.dest: action for action in command._actions if action.option_strings}
+    # of two that set one name, `--x` and `--no-x`, the first
+    actions = {action.dest: action for action in reversed(command._actions) if action.option_strings}
     return {name: action for name, action in actions.items() if name not in ("help", "config")}
 
 

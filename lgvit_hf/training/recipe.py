@@ -5,25 +5,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 from ..data.settings import apply_settings, names_of, parse_yaml, read_yaml, real, whole
 from ..hub.eevit_config import is_eevit, translate_eevit
 from .recipe_text import exit_accuracies_text, exit_lines, halting_lines, halting_text
 
+Settings: TypeAlias = dict[str, Any]
 REQUIRED = ("data", "output")
 # what is held in memory of decoded images, so that small sets are decoded once
 KEPT_BYTES = 1_000_000_000
 EXIT_OPTIONS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights", "pool")
 # our short words for `TrainingArguments`
-TRAINING_NAMES = {
-    "output": "output_dir",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-}
+TRAINING_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 TRAINING_DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "save_strategy": "epoch",
@@ -32,44 +29,6 @@ TRAINING_DEFAULTS = {
     "logging_strategy": "epoch",
     "report_to": [],
 }
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `lgvit train`; any other is one of `HighwayTrainingArguments`."""
-    add = parser.add_argument
-    add("--data", help="digits, a folder of images, parquet files or a Hub id")
-    add("--output", help="folder for the model and its checkpoints")
-    add("--stage", choices=("backbone", "1", "2", "avit"), default="1", help="what to train (default: 1)")
-    add("--model", help="checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
-    add("--backbone", choices=("vit", "deit", "swin"), help="or: start from a small new one")
-    add("--image-size", type=whole(), help="of a new backbone (default: 32)")
-    add("--model-settings", type=mapping, help="of a new backbone, such as '{hidden_size: 192, num_hidden_layers: 6}'")
-    add(
-        "--exit-positions", type=position, nargs="+", metavar="BLOCK", help="blocks before each exit, from 1, or lgvit"
-    )
-    add("--exit-types", nargs="+", metavar="HEAD", help="one head for all exits, one per exit, or lgvit")
-    add("--exit-policy", type=policy, help="a name, or such as '{name: confidence, threshold: 0.8}'")
-    add("--exit-loss-weights", type=weight, nargs="+", metavar="W", help="depth, uniform, or exits + 1 numbers")
-    add("--pool", choices=("cls", "mean"), help="what exits and classifier read")
-    add("--halting", type=mapping, help="of stage avit, how tokens halt: such as '{gate: tiny, target_depth: 8}'")
-    add("--strategy", help="how exits share the loss; default alternating_weighted, distillation_lgvit")
-    add("--augment", choices=("random_resized", "pad", "none"), default="none", help="crops of training images")
-    add("--crop-scale", type=real(), nargs="+", help="shares of the image that random_resized takes (0.08 1.0)")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the augmented images")
-    add("--image-column", help="where the images are, if that is not clear")
-    add("--label-column", help="where the labels are")
-    add("--validation-share", type=real(), default=0.15, help="of the training rows, if there is no split (0.15)")
-    add("--max-train-samples", type=whole(), help="train on that many random images only")
-    add("--max-eval-samples", type=whole(), help="validate and test on that many")
-    add("--epochs", type=real(), default=10, help="default: 10")
-    add("--batch-size", type=whole(), default=32, help="per process (default: 32)")
-    add("--learning-rate", type=real(), default=5e-4, help="default: 5e-4")
-    add("--warmup-steps", type=whole(0), default=20, help="default: 20")
-    add("--weight-decay", type=real(), default=0.05, help="default: 0.05")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="default: 0")
-    add("--early-stopping-patience", type=whole(), help="stop after that many evaluations without a better accuracy")
-    add("--resume", nargs="?", const="auto", type=resumption, help="auto, or a checkpoint folder to go on from")
-    add("--dry-run", action="store_true", help="say what would be trained, load one batch, write nothing")
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -101,86 +60,166 @@ def resumption(value: Any) -> str | None:
     return {True: "auto", False: None}[value] if isinstance(value, bool) else str(value)
 
 
-def others_as_arguments(others: Sequence[str], own: Sequence[str]) -> dict[str, Any]:
-    """`--name value` of `HighwayTrainingArguments` as a dict of typed values.
+def boolean(value: Any) -> bool:
+    """True or false, in any of the words that `HfArgumentParser` knows."""
+    from transformers.hf_argparser import string_to_bool
+
+    return string_to_bool(str(value))
+
+
+def text(value: Any) -> str:
+    """The value itself, or a mapping as JSON."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+integer = whole(-(2**31))
+boolean.__name__, integer.__name__ = "true or false", "a whole number"
+# for the types that `HfArgumentParser` gives to options, as words are read and as values of YAML are; finite numbers
+_READERS = {"float": real(), "int": integer, "string_to_bool": boolean, "str": text, "<lambda>": text}
+
+
+def _option(help: str, default: Any = None, **settings: Any) -> Any:
+    """A field that is an option of `lgvit train`, with the settings of `add_argument`."""
+    return field(default=default, metadata={"help": help, **settings})
+
+
+def _many(help: str, read: Callable[[Any], Any], metavar: str | None = None) -> Any:
+    """One that takes several values."""
+    return _option(help, type=read, nargs="+", metavar=metavar)
+
+
+@dataclass
+class Recipe:
+    """What `lgvit train` trains, and on what: its options, and those of `HighwayTrainingArguments` in `training`.
+
+    Raises:
+        ValueError: Options that exclude each other.
+    """
+
+    data: str | None = _option("digits, a folder of images, parquet files or a Hub id")
+    output: str | None = _option("folder for the model and its checkpoints")
+    stage: str = _option("what to train (default: 1)", "1", choices=("backbone", "1", "2", "avit"))
+    model: str | None = _option("checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
+    backbone: str | None = _option("or: start from a small new one", choices=("vit", "deit", "swin"))
+    image_size: int | None = _option("of a new backbone (default: 32)", type=whole())
+    model_settings: Settings = _option("of a new backbone, such as '{hidden_size: 192}'", type=mapping)
+    exit_positions: list[int | str] | None = _many("blocks before each exit, from 1, or lgvit", position, "BLOCK")
+    exit_types: list[str] | None = _many("one head for all exits, one per exit, or lgvit", str, "HEAD")
+    exit_policy: str | Settings | None = _option(
+        "a name, or such as '{name: confidence, threshold: 0.8}'", type=policy
+    )
+    exit_loss_weights: list[float | str] | None = _many("depth, uniform, or exits + 1 numbers", weight, "W")
+    pool: str | None = _option("what exits and classifier read", choices=("cls", "mean"))
+    halting: Settings | None = _option("of stage avit, such as '{gate: tiny, target_depth: 8}'", type=mapping)
+    strategy: str | None = _option("how exits share the loss; default alternating_weighted, distillation_lgvit")
+    augment: str = _option("crops of training images", "none", choices=("random_resized", "pad", "none"))
+    crop_scale: list[float] | None = _many("shares of the image that random_resized takes (0.08 1.0)", real())
+    flip: bool = _option("mirror half of the augmented images", True, action=argparse.BooleanOptionalAction)
+    image_column: str | None = _option("where the images are, if that is not clear")
+    label_column: str | None = _option("where the labels are")
+    validation_share: float = _option("of the training samples, if there is no split (0.15)", 0.15, type=real())
+    max_train_samples: int | None = _option("train on that many random images only", type=whole())
+    max_eval_samples: int | None = _option("validate and test on that many", type=whole())
+    epochs: float = _option("default: 10", 10, type=real())
+    batch_size: int = _option("per process (default: 32)", 32, type=whole())
+    learning_rate: float = _option("default: 5e-4", 5e-4, type=real())
+    warmup_steps: int = _option("default: 20", 20, type=whole(0))
+    weight_decay: float = _option("default: 0.05", 0.05, type=real())
+    seed: int = _option("default: 0", 0, type=whole(0, 2**32 - 1))
+    early_stopping_patience: int | None = _option("stop after that many evaluations without a gain", type=whole())
+    resume: str | None = _option("auto, or a checkpoint to go on from", nargs="?", const="auto", type=resumption)
+    dry_run: bool = _option("say what would be trained, load one batch, write nothing", False, action="store_true")
+    training: Settings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model_settings = dict(self.model_settings or {})
+        if self.stage == "avit":
+            self._refuse_exits()
+        elif self.halting is not None:
+            raise ValueError(f"halting: {self.halting} is for --stage avit, this is stage {self.stage}")
+        # each field of a new model is given once
+        given = {"backbone": "--backbone", **dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")}
+        options = [name for name in ("image_size", *EXIT_OPTIONS) if getattr(self, name) is not None]
+        given |= {name: f"--{name.replace('_', '-')}" for name in options} | dict.fromkeys(
+            self.halting or (), "--halting"
+        )
+        for name, value in self.model_settings.items():
+            if not isinstance(name, str):
+                raise ValueError(f"model_settings: {name!r} is no name of a field")
+            if name in given:
+                raise ValueError(
+                    f"model_settings: {name}: {value!r} is given by {given[name]} too; leave one of them out"
+                )
+        if self.image_size is None:
+            try:
+                self.image_size = whole()(self.model_settings.pop("image_size", 32))
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"model_settings: image_size: {error}") from None
+
+    def _refuse_exits(self) -> None:
+        for name in (*EXIT_OPTIONS, "strategy"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is for exits, which an A-ViT has not; leave it out")
+            if name in self.model_settings and name != "pool":
+                raise ValueError(f"model_settings: {name!r} is for exits, which an A-ViT has not; leave it out")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `lgvit train`; any other is one of `HighwayTrainingArguments`."""
+    for each in fields(Recipe):
+        if each.metadata:
+            parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **each.metadata)
+
+
+def read_training(
+    settings: Mapping[str, Any], words: Sequence[str] = (), *, where: str | Path = "", own: Collection[str] = ()
+) -> dict[str, Any]:
+    """Options of `HighwayTrainingArguments` with their types, from YAML or Python, or from a command line, which wins.
 
     Args:
-        others (`Sequence[str]`): Words of a command line that `lgvit train` does not know.
-        own (`Sequence[str]`): Names that it knows, to be suggested where one is misspelt.
+        settings (`Mapping`): Values by name.
+        words (`Sequence[str]`, *optional*): Words of a command line, `--name value`.
+        where (`str` or `Path`, *optional*): What an error says of the settings.
+        own (`Collection[str]`, *optional*): Names of `lgvit train`, to be suggested where one is misspelt.
 
     Raises:
         ValueError: A name that neither knows, with the nearest one; a value of the wrong type.
 
     Example:
 
-        >>> others_as_arguments(["--gradient-checkpointing", "true", "--lr_scheduler_type=linear"], [])
+        >>> read_training({"gradient_checkpointing": True}, ["--lr_scheduler_type=linear"])
         {'gradient_checkpointing': True, 'lr_scheduler_type': 'linear'}
     """
-    if not others:
+    if not (settings or words):
         return {}
     from transformers import HfArgumentParser
 
     from .arguments import HighwayTrainingArguments
 
     class Parser(HfArgumentParser):
-        def error(self, message: str):
+        def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
     parser = Parser(HighwayTrainingArguments, allow_abbrev=False, add_help=False)
-    for action in parser._actions:
+    for action in list(parser._actions):
         action.default = argparse.SUPPRESS
-    # the folder is ours to name: `--output`
-    known = {action.dest for action in parser._actions} - {"output_dir"}
-    words = []
-    for word in others:
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = name[2:].replace("-", "_")
-            if name not in known:
-                close = difflib.get_close_matches(name, [*own, *known], n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see lgvit train --help"
-                raise ValueError(f"unknown key {name!r}; {hint}")
-            word = f"--{name}{equals}{value}"
-        words.append(word)
-    namespace, stray = parser.parse_known_args(words)
-    if stray:
-        raise ValueError(f"{stray[0]!r} is not understood; options are --name value")
-    found = {name: getattr(value, "value", value) for name, value in vars(namespace).items()}
-    for name, value in found.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: {value} must be a finite number")
-    return found
-
-
-def as_words(settings: dict[str, Any]) -> list[str]:
-    """Settings of a YAML file as the words of a command line.
-
-    Example:
-
-        >>> as_words({"bf16": True, "label_names": ["a", "b"], "seed": 1})
-        ['--bf16=true', '--label_names', 'a', 'b', '--seed=1']
-    """
-    words: list[str] = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
-            words.append(f"--{name}={text}")
-    return words
-
-
-def training_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What `HighwayTrainingArguments` is made of, but for the folder: our defaults, our options, any others."""
-    import torch
-
-    arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
-    if options.early_stopping_patience:
-        arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
-    for ours in ("epochs", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "seed", "strategy"):
-        arguments[TRAINING_NAMES.get(ours, ours)] = getattr(options, ours)
-    arguments["per_device_eval_batch_size"] = options.batch_size
-    return arguments | others_as_arguments(options.others, list(vars(options)))
+        action.type = _READERS.get(getattr(action.type, "__name__", ""), action.type)
+        if action.dest == "output_dir":
+            # the folder is ours to name: `--output`
+            parser._actions.remove(action)
+            for option in action.option_strings:
+                del parser._option_string_actions[option]
+    told = {name: value for name, value in settings.items() if value is not None}
+    left = apply_settings(parser, told, where, keep_unknown=True)
+    found, stray = parser.parse_known_args(words)
+    for word in (*left, *stray):
+        if word not in left and not word.startswith("--"):
+            raise ValueError(f"{word!r} is not understood; options are --name value")
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        close = difflib.get_close_matches(name, [*own, *names_of(parser)], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see lgvit train --help"
+        raise ValueError(f"{f'{where}: ' if left else ''}unknown key {name!r}; {hint}")
+    return vars(found)
 
 
 def train_recipe(config: str | Path | None = None, **options: Any) -> dict[str, Any] | None:
@@ -206,150 +245,103 @@ def train_recipe(config: str | Path | None = None, **options: Any) -> dict[str, 
         >>> result["steps"]
         2
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = argparse.ArgumentParser()
     add_options(parser)
-    left = {} if config is None else read_recipe(parser, config)
-    left |= _apply(parser, options, "train_recipe")
-    namespace = parser.parse_args([])
-    namespace.others = as_words(left)
+    training: dict[str, Any] = {}
+    for settings, where in (({} if config is None else read_recipe(config), config), (options, "train_recipe")):
+        left = apply_settings(parser, settings, str(where), keep_unknown=True)
+        training |= read_training(left, where=str(where), own=names_of(parser))
+    recipe = Recipe(**vars(parser.parse_args([])), training=training)
     for name in REQUIRED:
-        if getattr(namespace, name) is None and not namespace.dry_run:
+        if getattr(recipe, name) is None and not recipe.dry_run:
             raise ValueError(f"train_recipe needs {name}")
-    return run(namespace)
+    return run(recipe)
 
 
-def read_recipe(command: argparse.ArgumentParser, file: str | Path) -> dict[str, Any]:
-    """Make a YAML file's settings the defaults of a command; what `HighwayTrainingArguments` takes is returned.
-
-    A file of EEVIT's is translated, and what became of each of its keys is printed.
-
-    Raises:
-        ValueError: A name that neither knows, with the nearest one; a value of the wrong type.
-    """
+def read_recipe(file: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file; one of EEVIT's is translated, and what became of each of its keys is printed."""
     settings = read_yaml(file)
     if is_eevit(settings):
         settings, notes = translate_eevit(settings)
         print("\n".join([f"{file}: EEVIT's configuration, read as", *(f"  {note}" for note in notes)]))
-    return _apply(command, settings, file)
+    return settings
 
 
-def _apply(command: argparse.ArgumentParser, settings: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    left = apply_settings(command, settings, where, keep_unknown=True)
-    try:
-        others_as_arguments(as_words(left), list(names_of(command)))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return left
+def training_arguments(recipe: Recipe) -> dict[str, Any]:
+    """What `HighwayTrainingArguments` is made of, but for the folder: our defaults, our options, any others."""
+    import torch
+
+    arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
+    if recipe.early_stopping_patience:
+        arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    for ours in ("epochs", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "seed", "strategy"):
+        arguments[TRAINING_NAMES.get(ours, ours)] = getattr(recipe, ours)
+    return arguments | {"per_device_eval_batch_size": recipe.batch_size} | recipe.training
 
 
-def run(options: argparse.Namespace) -> dict[str, Any] | None:
+def run(recipe: Recipe) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
     from ..data.datasets import load_images
     from ..data.processing import ProcessedImages
     from ..files import locked, write_json
     from .run import train
 
-    _check_stage(options)
-    _settle_model(options)
-    arguments = training_arguments(options)
+    arguments = training_arguments(recipe)
     splits = load_images(
-        options.data,
-        validation_share=options.validation_share,
-        seed=options.seed,
-        image_column=options.image_column,
-        label_column=options.label_column,
+        recipe.data,
+        validation_share=recipe.validation_share,
+        seed=recipe.seed,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
     )
-    model, processor = _open(options, splits.label_names)
+    model, processor = _open(recipe, splits.label_names)
 
     def images(rows: Any, most: int | None, **training: Any) -> ProcessedImages:
         if most is not None and most < len(rows):
-            rows = rows.shuffle(seed=options.seed).select(range(most))
+            rows = rows.shuffle(seed=recipe.seed).select(range(most))
         width, height = ProcessedImages(rows, processor).picture(0).size
         return ProcessedImages(rows, processor, keep=3 * width * height * len(rows) <= KEPT_BYTES, **training)
 
-    train_images = images(splits.train, options.max_train_samples, augment=_augmentation(options), seed=options.seed)
-    validation, test = (images(rows, options.max_eval_samples) for rows in (splits.validation, splits.test))
-    if options.dry_run:
-        print(_dry_run(options, arguments, model, train_images, {"validation": validation, "test": test}))
+    train_images = images(splits.train, recipe.max_train_samples, augment=_augmentation(recipe), seed=recipe.seed)
+    validation, test = (images(rows, recipe.max_eval_samples) for rows in (splits.validation, splits.test))
+    if recipe.dry_run:
+        print(_dry_run(recipe, arguments, model, train_images, {"validation": validation, "test": test}))
         return None
-    with locked(options.output):
+    with locked(recipe.output):
         result = train(
             model,
             processor,
             train_images,
-            options.output,
-            stage=options.stage,
+            recipe.output,
+            stage=recipe.stage,
             eval_dataset=validation,
             test_dataset=test,
-            early_stopping_patience=options.early_stopping_patience,
-            resume=options.resume or False,
+            early_stopping_patience=recipe.early_stopping_patience,
+            resume=recipe.resume or False,
             **arguments,
         )
         main_process = result.pop("main_process")
         if main_process:
-            write_json(Path(options.output) / "training.json", result)
+            write_json(Path(recipe.output) / "training.json", result)
     if main_process:
-        print(halting_text(result["test"], model) if options.stage == "avit" else exit_accuracies_text(result["test"]))
-        print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {options.output}")
+        print(halting_text(result["test"], model) if recipe.stage == "avit" else exit_accuracies_text(result["test"]))
+        print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {recipe.output}")
     return result
 
 
-def _check_stage(options: argparse.Namespace) -> None:
-    """Settings of exits and of tokens that halt do not go together."""
-    if options.stage != "avit":
-        if options.halting is not None:
-            raise ValueError(f"halting: {options.halting} is for --stage avit, this is stage {options.stage}")
-        return
-    for name in (*EXIT_OPTIONS, "strategy"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"{name}: {getattr(options, name)!r} is for exits, which an A-ViT has not; leave it out")
-
-
-def _settle_model(options: argparse.Namespace) -> None:
-    """Each field of a new model is told once: by an option, in `model_settings`, in `halting`, or by the data."""
-    settings = dict(options.model_settings or {})
-    told = {"backbone": "--backbone", **dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")}
-    for name in ("image_size", *EXIT_OPTIONS):
-        if getattr(options, name) is not None:
-            told[name] = f"--{name.replace('_', '-')}"
-    told |= dict.fromkeys(options.halting or (), "--halting")
-    for name, value in settings.items():
-        if not isinstance(name, str):
-            raise ValueError(f"model_settings: {name!r} is no name of a field")
-        if name in told:
-            raise ValueError(f"model_settings: {name}: {value!r} is told by {told[name]} too; leave one of them out")
-    if options.stage == "avit":
-        exits = [name for name in EXIT_OPTIONS[:-1] if name in settings]
-        if exits:
-            raise ValueError(f"model_settings: {exits[0]!r} is for exits, which an A-ViT has not; leave it out")
-    if "image_size" in settings:
-        try:
-            options.image_size = whole()(settings.pop("image_size"))
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"model_settings: image_size: {error}") from None
-        options.model_settings = settings
-    elif options.image_size is None:
-        options.image_size = 32
-
-
-def _open(options: argparse.Namespace, label_names: list[str]) -> tuple[Any, Any]:
+def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:
     """The model that the stage trains, and its image processor."""
     from ..hub.loading import open_avit, open_model
 
-    source = {
-        "backbone": options.backbone,
-        "image_size": options.image_size,
-        "model_settings": options.model_settings,
-        "label_names": label_names,
-        "seed": options.seed,
-    }
-    if options.stage == "avit":
-        return open_avit(options.model, halting=options.halting, **source)
-    exits = {name: _one_or_all(getattr(options, name)) for name in EXIT_OPTIONS if getattr(options, name) is not None}
-    if options.stage == "backbone" and "exit_positions" not in (options.model_settings or {}):
+    source = {name: getattr(recipe, name) for name in ("backbone", "image_size", "model_settings", "seed")}
+    source["label_names"] = label_names
+    if recipe.stage == "avit":
+        return open_avit(recipe.model, halting=recipe.halting, **source)
+    exits = {name: _one_or_all(getattr(recipe, name)) for name in EXIT_OPTIONS if getattr(recipe, name) is not None}
+    if recipe.stage == "backbone" and "exit_positions" not in recipe.model_settings:
         # exits come with the stage that trains them
         exits.setdefault("exit_positions", [])
-    return open_model(options.model, exits=exits, **source)
+    return open_model(recipe.model, exits=exits, **source)
 
 
 def _one_or_all(value: Any) -> Any:
@@ -357,50 +349,40 @@ def _one_or_all(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
 
 
-def _augmentation(options: argparse.Namespace) -> Any:
+def _augmentation(recipe: Recipe) -> Any:
     from ..data.augmentation import Augmentation
 
-    if options.augment == "none":
+    if recipe.augment == "none":
         return None
-    scale = {} if options.crop_scale is None else {"scale": tuple(options.crop_scale)}
-    return Augmentation(crop=options.augment, flip=options.flip, **scale)
+    scale = {} if recipe.crop_scale is None else {"scale": tuple(recipe.crop_scale)}
+    return Augmentation(crop=recipe.augment, flip=recipe.flip, **scale)
 
 
-def _dry_run(
-    options: argparse.Namespace, arguments: dict[str, Any], model: Any, images: Any, others: dict[str, Any]
-) -> str:
+def _dry_run(recipe: Recipe, arguments: dict[str, Any], model: Any, images: Any, others: dict[str, Any]) -> str:
     """The resolved configuration, the model with what it costs, and one batch."""
     import yaml
 
     from ..data.processing import stack
     from .run import arguments_for
 
-    arguments["strategy"] = arguments_for(options.stage, options.output or "dry-run", arguments).strategy
-    hidden = {*TRAINING_NAMES, "command", "commands", "config", "required", "run", "others", "dry_run", "resume"}
-    settings = {name: value for name, value in vars(options).items() if name not in hidden and value is not None}
-    if options.stage == "avit":
+    arguments["strategy"] = arguments_for(recipe.stage, recipe.output or "dry-run", arguments).strategy
+    hidden = {*TRAINING_NAMES, "output", "training", "dry_run", "resume"}
+    settings = {name: value for name, value in vars(recipe).items() if name not in hidden and value not in (None, {})}
+    if recipe.stage == "avit":
         from ..configuration_avit import HALTING_FIELDS
 
         # a gate by its name has become a scale and a centre
-        fields, described = [name for name in HALTING_FIELDS if name != "gate"], halting_lines(model)
+        names, described = [name for name in HALTING_FIELDS if name != "gate"], halting_lines(model)
     else:
-        fields, described = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights"), exit_lines(model)
-    resolved = {
-        **settings,
-        **{name: getattr(model.config, name) for name in fields},
-        **{name: value for name, value in arguments.items() if value is not None},
-    }
-    lines = [
-        yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=110).rstrip(),
-        "",
-        *described,
-    ]
-    size = arguments["per_device_train_batch_size"]
-    batch = stack([images[index] for index in range(min(size, len(images)))])
+        names, described = list(EXIT_OPTIONS[:-1]), exit_lines(model)
+    resolved = settings | {name: getattr(model.config, name) for name in names}
+    resolved |= {name: value for name, value in arguments.items() if value is not None}
+    batch = stack([images[index] for index in range(min(arguments["per_device_train_batch_size"], len(images)))])
     pixels = batch["pixel_values"]
-    rows = ", ".join(f"{len(part)} for {name}" for name, part in others.items())
-    lines += [
-        f"{len(images)} images to train on, {rows}",
+    lines = [
+        yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=110),
+        *described,
+        f"{len(images)} images to train on, " + ", ".join(f"{len(part)} for {name}" for name, part in others.items()),
         f"one batch: pixel_values {list(pixels.shape)} from {pixels.min():.2f} to {pixels.max():.2f}, "
         f"labels {batch['labels'][:8].tolist()} ...",
         "nothing was written",

@@ -6,22 +6,22 @@ from typing import Any
 
 
 def exit_accuracies_text(figures: dict[str, float]) -> str:
-    """Figures of `ExitMetrics` on the test rows as lines of text."""
+    """Figures of `ExitMetrics` on the test samples as lines of text."""
     exits = {int(name.split("_")[1]): value for name, value in figures.items() if name.startswith("exit_")}
-    lines = ["on the test rows", "blocks run  right of all"]
-    lines += [f"{depth:10}  {accuracy:12.1%}" for depth, accuracy in sorted(exits.items())]
+    lines = ["on the test samples", "blocks run  accuracy"]
+    lines += [f"{depth:10}  {accuracy:8.1%}" for depth, accuracy in sorted(exits.items())]
     if len(exits) > 1:
         lines.append(
-            f"leaving early by the policy: {figures['accuracy']:.1%} right, after {figures['mean_depth']:.2f} blocks "
+            f"early exit by the policy: {figures['accuracy']:.1%} right, after {figures['mean_depth']:.2f} blocks "
             f"on average (layer speed-up {figures['layer_speed_up']:.2f}x)"
         )
     return "\n".join(lines)
 
 
 def halting_text(figures: dict[str, float], model: Any) -> str:
-    """Figures of `AViTMetrics` on the test rows as a line of text."""
+    """Figures of `AViTMetrics` on the test samples as a line of text."""
     return (
-        f"on the test rows: {figures['accuracy']:.1%} right, macro F1 {figures['macro_f1']:.3f}; tokens run "
+        f"on the test samples: {figures['accuracy']:.1%} right, macro F1 {figures['macro_f1']:.3f}; tokens run "
         f"{figures['mean_token_depth']:.2f} of {model.config.num_hidden_layers} blocks on average, "
         f"{figures['macs'] / 1e6:.1f} MMACs an image"
     )
