@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is not None:
         model.set_exit_policy(report.policy)
         with replace_folder(options.output) as new:
-            model.save_pretrained(new)
+            model.save_pretrained(new)  # type: ignore[attr-defined]  # of exported ones too
             processor.save_pretrained(new)
             write_json(new / "calibration.json", content)
     else:

@@ -21,14 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit card`."""
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id of a highway or an AViT")
-    add(
-        "--evaluation",
-        nargs="+",
-        default=[],
-        metavar="JSON",
-        help="reports of evaluate, calibrate, benchmark (default: evaluation.json, calibration.json and "
-        "benchmark.json of the folder)",
-    )
+    reports = "of other commands (default: evaluation.json, calibration.json, benchmark.json of the folder)"
+    add("--evaluation", nargs="+", default=[], metavar="JSON", help=reports)
     add("--output", help="Markdown file (default: README.md of the folder)")
     add("--name", help="Hub id under which the model will be found (default: the folder's name)")
     add("--datasets", nargs="+", default=[], metavar="HUB_ID", help="what it was trained on")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.settings import real, whole
 from .options import one_or_all
@@ -23,26 +23,6 @@ EXAMPLE = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit convert`."""
-    add = parser.add_argument
-    add(
-        "--from",
-        dest="source_format",
-        choices=("lgvit", "eevit", "avit", "timm", "torchvision"),
-        help="whose checkpoint (default: lgvit)",
-    )
-    add("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
-    add("source", help="folder with weights and what belongs to them, or the file of weights")
-    add("output", help="folder to write")
-    add("--gate-scale", type=real(), help="of avit, where the file's name does not say it")
-    add("--gate-center", type=real(), help="likewise")
-    add("--num-attention-heads", type=whole(), help="of avit, timm, torchvision (one for 64 channels)")
-    add("--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision")
-    add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="of these: new exits, from 1")
-    add("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
-
-
 _PLAIN = ("timm", "torchvision")
 # which option goes with which formats
 OPTIONS = {
@@ -53,6 +33,22 @@ OPTIONS = {
     "exit_positions": _PLAIN,
     "exit_types": _PLAIN,
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What may be typed behind `lgvit convert`."""
+    add = parser.add_argument
+    formats = ("lgvit", "eevit", "avit", *_PLAIN)
+    add("--from", dest="source_format", choices=formats, help="whose checkpoint (default: lgvit)")
+    add("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
+    add("source", help="folder with weights and what belongs to them, or the file of weights")
+    add("output", help="folder to write")
+    add("--gate-scale", type=real(), help="of avit, where the file's name does not say it")
+    add("--gate-center", type=real(), help="likewise")
+    add("--num-attention-heads", type=whole(), help="of avit, timm, torchvision (one for 64 channels)")
+    add("--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision")
+    add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="of these: new exits, from 1")
+    add("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -76,7 +72,8 @@ def run(options: argparse.Namespace) -> None:
         what = f"{settings['highway_type']} heads after {settings['position_exits']}, as LGViT's code reads them"
         steps = ""
     else:
-        config = READERS[source](options.source, output, **given)
+        read: Any = READERS[source]
+        config = read(options.source, output, **given)
         what, steps = _in_words(config), _next_steps(source, config, output)
     print(f"all tensors matched: {what}; written to {output}{steps}")
 

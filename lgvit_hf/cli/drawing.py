@@ -36,7 +36,7 @@ def evaluated(name: str, overall: dict[str, Any]) -> dict[str, dict[str, float]]
     return {name: point(overall["mean_macs"], overall["accuracy"]), "full model": full}
 
 
-class StoredImages(Sequence):
+class StoredImages(Sequence[Any]):
     """The images of a dataset as they are stored, decoded when they are looked at."""
 
     def __init__(self, dataset: ProcessedImages):
@@ -45,5 +45,5 @@ class StoredImages(Sequence):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return self.dataset.picture(index)

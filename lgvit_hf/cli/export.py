@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.settings import real, whole
 from .options import add_data, add_policy, add_processor, policy_of
@@ -26,20 +26,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_data(parser, "test", "samples on which the files are judged, where --data is given")
     add("output", help="folder to write")
-    add(
-        "--layout",
-        choices=("single", "segments", "all_exits"),
-        default="single",
-        help="one file with real branches, one per segment, or all exits' logits (default: single)",
-    )
+    layouts = "one file with real branches, one per segment, or all exits' logits (default: single)"
+    add("--layout", choices=("single", "segments", "all_exits"), default="single", help=layouts)
     add("--quantize", choices=("int8", "float16"), help="smaller and less exact; give --data to know how much")
     add("--limit", type=whole(), help="judge on that many of them, drawn at random")
-    add(
-        "--max-accuracy-drop",
-        type=real(),
-        default=0.005,
-        help="on these images; more fails the export (default: 0.005)",
-    )
+    add("--max-accuracy-drop", type=real(), default=0.005, help="on these; more fails the export (default: 0.005)")
     add_processor(parser)
     add_policy(parser)
 
@@ -47,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
     import torch
-    from torch.utils.data import Subset
+    from torch.utils.data import Dataset, Subset
 
     from ..data.datasets import load_images
     from ..data.processing import ProcessedImages
@@ -55,17 +46,19 @@ def run(options: argparse.Namespace) -> None:
     from ..hub.loading import check_class_names, load_highway
     from ..runtimes.onnxruntime import is_exported
 
-    policy, checkpoint, images = policy_of(options), options.checkpoint, None
+    policy, checkpoint = policy_of(options), options.checkpoint
+    images: Dataset | None = None
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
-    processor, model = processor_for(checkpoint, options.processor), load_highway(checkpoint)
+    processor = processor_for(checkpoint, options.processor)
+    model: Any = load_highway(checkpoint)
     if options.data is not None:
         splits = load_images(options.data, validation_share=options.validation_share, seed=options.seed)
         check_class_names(checkpoint, model.config, splits.label_names)
-        images = ProcessedImages(getattr(splits, options.split), processor)
+        images = every = ProcessedImages(getattr(splits, options.split), processor)
         if options.limit is not None:
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-            images = Subset(images, order[: options.limit].tolist())
+            order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+            images = Subset(every, order[: options.limit].tolist())
     if policy is not None:
         model.set_exit_policy(policy)
     manifest = export_onnx(

@@ -33,16 +33,14 @@ def run(options: argparse.Namespace) -> None:
     """Do what was typed, and print what came of it."""
     from ..training.distill_exits import HeadTraining, grow
 
-    names = (
-        *("exit_positions", "max_accuracy_drop", "limit", "ignore_labels", "validation_share", "cost", "cache_limit"),
-        "seed",
-    )
+    names = ("exit_positions", "max_accuracy_drop", "limit", "ignore_labels", "validation_share", "cost", "seed")
     grow(
         options.checkpoint,
         options.images,
         options.output,
         exit_types=one_or_all(options.exit_types),
         training=HeadTraining(epochs=options.epochs),
+        cache_limit=options.cache_limit,
         say=print,
         **{name: getattr(options, name) for name in names},
     )

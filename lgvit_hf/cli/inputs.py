@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import BaseImageProcessor
@@ -18,6 +18,7 @@ from ..evaluation.exit_table import ExitTable, collect, weights_digest
 from ..hub.loading import check_class_names, open_model
 from ..runtimes.onnxruntime import ORTHighway, is_exported
 
+Opened: TypeAlias = tuple[Highway, BaseImageProcessor, ProcessedImages]
 progress_bar = partial(logging.tqdm, desc="timing", leave=False)
 
 
@@ -28,7 +29,7 @@ def open_highway(
     validation_share: float = 0.15,
     seed: int = 0,
     threads: int | None = None,
-) -> tuple[Highway, BaseImageProcessor, ProcessedImages]:
+) -> Opened:
     """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
 
     Args:
@@ -36,10 +37,11 @@ def open_highway(
         data (`str`): See `load_images`.
         which (`str`, *optional*, defaults to `"test"`): Or `"validation"`, `"train"`.
         validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
-            See `load_images`; those of the training keep its validation rows apart.
+            See `load_images`; those of the training keep its validation samples apart.
         threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
     """
     splits = load_images(data, validation_share=validation_share, seed=seed)
+    model: Any
     if is_exported(checkpoint):
         model = ORTHighway.from_pretrained(checkpoint, threads=threads)
         check_class_names(checkpoint, model.config, splits.label_names)
@@ -52,22 +54,21 @@ def open_highway(
     return model, processor, ProcessedImages(getattr(splits, which), processor)
 
 
-def open_options(
-    options: argparse.Namespace, policy: dict[str, Any] | None = None
-) -> tuple[Highway, BaseImageProcessor, ProcessedImages]:
+def open_options(options: argparse.Namespace, policy: dict[str, Any] | None = None) -> Opened:
     """`open_highway` with the options of `add_data`, `--threads` where a command has it, and a policy of its own."""
     splitting = (options.split, options.validation_share, options.seed)
-    opened = open_highway(options.checkpoint, options.data, *splitting, getattr(options, "threads", None))
+    threads = getattr(options, "threads", None)
+    model, processor, dataset = open_highway(options.checkpoint, options.data, *splitting, threads)
     if policy is not None:
-        opened[0].set_exit_policy(policy)
-    return opened
+        model.set_exit_policy(policy)
+    return model, processor, dataset
 
 
 def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:
     """The table of a model and a dataset: read from `file` where that is there, otherwise collected and written to it.
 
     Raises:
-        ValueError: The file holds a table of another model or of other rows; the model is one exported file.
+        ValueError: The file holds a table of another model or of other samples; the model is one exported file.
     """
     if file is not None and Path(file).exists():
         table = ExitTable.load(
@@ -78,7 +79,9 @@ def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) 
         )
         labels = dataset.images["label"][:]
         if table.labels.tolist() != list(labels):
-            raise ValueError(f"{file} is a table of {len(table)} other rows than these {len(labels)}: another split?")
+            raise ValueError(
+                f"{file} is a table of {len(table)} other samples than these {len(labels)}: another split?"
+            )
         return table
     table = collect(model, dataset)
     if file is not None:

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = apply_settings(command, read(options.config), options.config, keep_unknown=training)
             options, others = parser.parse_known_args(arguments)
         if training:
-            options.training = read_training(settings, others, where=options.config, own=vars(options))
+            options.training = read_training(settings, others, where=options.config)
         elif others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         for name in getattr(module, "REQUIRED", ()):

@@ -23,12 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What may be typed behind `lgvit predict`."""
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id of a highway, or folder of an exported one")
-    add(
-        "paths",
-        nargs="+",
-        metavar="images",
-        help="files, folders, patterns; or one dataset: digits, parquet files or a Hub id",
-    )
+    paths = "files, folders, patterns; or one dataset: digits, parquet files or a Hub id"
+    add("paths", nargs="+", metavar="images", help=paths)
     add("--output", help=".parquet, .csv or .jsonl file")
     add("--split", help="of a dataset that has several")
     add_policy(parser)

@@ -38,12 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=real(0, 3600), default=5.0, help="seconds for the next part (default: 5)")
     add("--retries", type=whole(0, 100), default=2, help="of a message that did not arrive (default: 2)")
     add("--max-batch-size", type=whole(), default=32, help="samples that run together (default: 32)")
-    add(
-        "--max-wait-ms",
-        type=_wait,
-        default=2.0,
-        help=f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)",
-    )
+    wait = f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)"
+    add("--max-wait-ms", type=_wait, default=2.0, help=wait)
     add("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
     add("--threads", type=whole(1, 1024), help="of the processor")
     add_policy(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..data.settings import whole
 from .options import add_policy, add_processor, policy_of
@@ -30,7 +31,8 @@ def run(options: argparse.Namespace) -> None:
     from .export import processor_for
 
     policy, output = policy_of(options), options.output
-    processor, model = processor_for(options.checkpoint, options.processor), load_highway(options.checkpoint)
+    processor = processor_for(options.checkpoint, options.processor)
+    model: Any = load_highway(options.checkpoint)
     if policy is not None:
         model.set_exit_policy(policy)
     parts = split(model, options.at, output, options.format, processor=processor)

@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
         KeyboardInterrupt: Stopped; says how to go on.
     """
     from ..evaluation.benchmark import wall_clock_speed_up
+    from ..evaluation.costs import model_macs
     from ..evaluation.plots import plot_pareto
     from ..evaluation.report import timed_pixels
     from ..evaluation.sweep import sweep
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     table = table_of(model, dataset, folder / "table.safetensors")
     pixels = timed_pixels(dataset)
 
-    def time(settings: dict[str, Any]) -> dict[str, float]:
+    def time(settings: dict[str, Any]) -> dict[str, Any]:
         model.set_exit_policy(settings)
         timed = {size: wall_clock_speed_up(model, pixels.split(size), repeats=3) for size in options.timed_batch_sizes}
         return {str(size): times["wall_clock_speed_up"] for size, times in timed.items()}
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(f"stopped; what is done is kept in {file}, the same command goes on") from stopped
     if importlib.util.find_spec("matplotlib"):
-        full = point(table.costs.backbone, table.accuracies()[-1])
+        full = point(model_macs(model).backbone, table.accuracies()[-1])
         name = f"{options.policy}, {parameter} from {min(values):g} to {max(values):g}"
         plot_pareto(folder / "sweep.png", {name: points(rows)}, {"full model": full}, unit=UNIT)
     print(sweep_as_text(rows))

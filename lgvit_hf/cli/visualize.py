@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..data.processing import ProcessedImages
-    from ..evaluation.costs import Highway
-    from ..modeling_avit import AViT
 
 HELP = "draw how deep tokens went, or which images exited first and last"
 EXAMPLE = "lgvit visualize runs/avit --data photos/ --output pictures --images 8"
@@ -51,8 +49,9 @@ def run(options: argparse.Namespace) -> None:
     checkpoint, data, images = options.checkpoint, options.data, options.images
     if is_exported(checkpoint):
         raise ValueError(f"{checkpoint} is exported; give the checkpoint that it came from")
+    kinds: dict[str, Any] = {**HIGHWAYS, "avit": AViT}
     kind = read_config(checkpoint).model_type
-    if kind != "avit" and kind not in HIGHWAYS:
+    if kind not in kinds:
         raise ValueError(
             f"{checkpoint}: model type {kind!r} must be avit or one of {', '.join(HIGHWAYS)}; `lgvit grow` and "
             "AViT.from_backbone make one of a plain checkpoint"
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     dataset = ProcessedImages(_split_or_all(options), processor)
     if images > len(dataset):
         raise ValueError(f"images={images}: there are {len(dataset)} in {data}; ask for fewer, or for another --split")
-    model = (AViT if kind == "avit" else HIGHWAYS[kind]).from_pretrained(checkpoint)
+    model = kinds[kind].from_pretrained(checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     draw = _draw_tokens if kind == "avit" else _draw_first_and_last
     files = draw(Path(options.output), model, dataset, images)
@@ -78,7 +77,7 @@ def _split_or_all(options: argparse.Namespace) -> Any:
     return getattr(load_images(data, validation_share=options.validation_share, seed=seed), options.split)
 
 
-def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int) -> list[str]:
+def _draw_tokens(folder: Path, model: Any, dataset: ProcessedImages, count: int) -> list[str]:
     from ..data.processing import stack
     from ..evaluation.image_scores import as_seen, patch_grid, token_depths, widest_spread
     from ..evaluation.plots import plot_token_depths, plot_tokens_alive
@@ -86,12 +85,12 @@ def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int
     depths, predicted = token_depths(model, dataset)
     shown = widest_spread(depths, count)
     patches = depths[:, model.config.num_prefix_tokens :].unflatten(1, patch_grid(model.config))
-    names = _names_of(model, dataset, shown, predicted[shown])
+    names = _names_of(model.config, dataset, shown, predicted[shown])
     answers = [
         {"depths": patches[row].numpy(), "class_token": int(depths[row, 0]), **name}
         for row, name in zip(shown, names, strict=True)
     ]
-    seen = as_seen(stack([dataset[row] for row in shown])["pixel_values"], dataset.processor)
+    seen = list(as_seen(stack([dataset[row] for row in shown])["pixel_values"], dataset.processor))
     num_blocks = model.config.num_hidden_layers
     title = f"{count:,} of {len(depths):,} images: those whose tokens differ the most in depth"
     plot_token_depths(folder / "depths.png", seen, answers, num_blocks=num_blocks, title=title)
@@ -99,7 +98,7 @@ def _draw_tokens(folder: Path, model: AViT, dataset: ProcessedImages, count: int
     return ["depths.png", "tokens_alive.png"]
 
 
-def _draw_first_and_last(folder: Path, model: Highway, dataset: ProcessedImages, count: int) -> list[str]:
+def _draw_first_and_last(folder: Path, model: Any, dataset: ProcessedImages, count: int) -> list[str]:
     from ..data.processing import stack
     from ..evaluation.image_scores import SCORES, as_seen, first_and_last, limits_of, scores_by_exit
     from ..evaluation.plots import plot_scores
@@ -110,7 +109,7 @@ def _draw_first_and_last(folder: Path, model: Highway, dataset: ProcessedImages,
     shown = first_and_last(found.exit_layer, count)
     pixels = stack([dataset[row] for row in shown])["pixel_values"]
     scores = scores_by_exit(model, pixels).T.tolist()
-    names = _names_of(model, dataset, shown, found.logits[shown].argmax(-1))
+    names = _names_of(model.config, dataset, shown, found.logits[shown].argmax(-1))
     answers = [
         {"depth": int(found.exit_layer[row]), "scores": score, **name}
         for row, score, name in zip(shown, scores, names, strict=True)
@@ -118,7 +117,7 @@ def _draw_first_and_last(folder: Path, model: Highway, dataset: ProcessedImages,
     policy, depths = model.exit_policy, answer_depths(model.config)
     plot_scores(
         folder / "first_and_last.png",
-        as_seen(pixels, dataset.processor),
+        list(as_seen(pixels, dataset.processor)),
         answers,
         depths=depths,
         score=SCORES.get(policy.name, ("score",))[0],
@@ -127,15 +126,14 @@ def _draw_first_and_last(folder: Path, model: Highway, dataset: ProcessedImages,
     return ["first_and_last.png"]
 
 
-def _names_of(
-    model: Highway | AViT, dataset: ProcessedImages, rows: list[int], predicted: torch.Tensor
-) -> list[dict[str, str | None]]:
+def _names_of(config: Any, dataset: ProcessedImages, rows: list[int], predicted: torch.Tensor) -> list[dict[str, Any]]:
     """What was answered and, where the data have the model's classes, what is right."""
     from ..data.datasets import class_names
 
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    known = class_names(dataset.images)
-    same = known is not None and (known == names or names == [f"LABEL_{index}" for index in range(len(known))])
-    labels = [known[dataset.images[row]["label"]] if same else None for row in rows]
-    answers = [(known if same else names)[index] for index in predicted.tolist()]
-    return [{"predicted": answer, "label": label} for answer, label in zip(answers, labels, strict=True)]
+    names, known = [config.id2label[index] for index in range(config.num_labels)], class_names(dataset.images)
+    if known is None or (names != known and names != [f"LABEL_{index}" for index in range(len(known))]):
+        return [{"predicted": names[index], "label": None} for index in predicted.tolist()]
+    labels = [known[dataset.images[row]["label"]] for row in rows]
+    return [
+        {"predicted": known[index], "label": label} for index, label in zip(predicted.tolist(), labels, strict=True)
+    ]

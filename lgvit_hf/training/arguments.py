@@ -62,18 +62,15 @@ class HighwayTrainingArguments(TrainingArguments):
                 raise ValueError(f"strategy: unknown {self.strategy!r}; choices: {', '.join(known)}")
         if self.strategy == "single_exit" and (self.train_exit is None or self.train_exit < 0):
             raise ValueError(f"train_exit: {self.train_exit!r} must be the exit, from 0, that 'single_exit' trains")
-        for name in ("distillation_weight", "backbone_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be from 0 to 1")
+        bounds = dict.fromkeys(("distillation_weight", "backbone_share"), (1.0, "from 0 to 1"))
+        bounds |= dict.fromkeys(("heterogeneous_weight", "homogeneous_weight"), (float("inf"), "at least 0"))
+        for name, (most, what) in bounds.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be {what}")
         if self.backbone_share and self.strategy in ("single_exit", "backbone", *STAGE_TWO[:1]):
             raise ValueError(f"backbone_share: {self.backbone_share!r} means nothing to strategy {self.strategy!r}")
-        for name in ("heterogeneous_weight", "homogeneous_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 0")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor: {self.label_smoothing_factor!r} is not used by any strategy; set 0"
-            )
+        if smoothing := self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor: {smoothing!r} is not used by any strategy; set 0")
         self.finds_unused_by_strategy = self.ddp_find_unused_parameters is None
         if self.finds_unused_by_strategy:
             # what a strategy leaves out of a step has no gradient there

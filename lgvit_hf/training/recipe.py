@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -96,8 +96,8 @@ class Recipe:
         ValueError: Options that exclude each other.
     """
 
-    data: str | None = _option("digits, a folder of images, parquet files or a Hub id")
-    output: str | None = _option("folder for the model and its checkpoints")
+    data: str = _option("digits, a folder of images, parquet files or a Hub id")
+    output: str = _option("folder for the model and its checkpoints")
     stage: str = _option("what to train (default: 1)", "1", choices=("backbone", "1", "2", "avit"))
     model: str | None = _option("checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
     backbone: str | None = _option("or: start from a small new one", choices=("vit", "deit", "swin"))
@@ -171,19 +171,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **each.metadata)
 
 
-def read_training(
-    settings: Mapping[str, Any], words: Sequence[str] = (), *, where: str | Path = "", own: Collection[str] = ()
-) -> dict[str, Any]:
+def read_training(settings: Settings, words: Sequence[str] = (), where: str | Path = "") -> Settings:
     """Options of `HighwayTrainingArguments` with their types, from YAML or Python, or from a command line, which wins.
 
     Args:
-        settings (`Mapping`): Values by name.
+        settings (`dict`): Values by name.
         words (`Sequence[str]`, *optional*): Words of a command line, `--name value`.
         where (`str` or `Path`, *optional*): What an error says of the settings.
-        own (`Collection[str]`, *optional*): Names of `lgvit train`, to be suggested where one is misspelt.
 
     Raises:
-        ValueError: A name that neither knows, with the nearest one; a value of the wrong type.
+        ValueError: A name that is no option, with the nearest one; a value of the wrong type.
 
     Example:
 
@@ -200,7 +197,7 @@ def read_training(
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
-    parser = Parser(HighwayTrainingArguments, allow_abbrev=False, add_help=False)
+    parser = Parser(HighwayTrainingArguments, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]  # takes any class
     for action in list(parser._actions):
         action.default = argparse.SUPPRESS
         action.type = _READERS.get(getattr(action.type, "__name__", ""), action.type)
@@ -216,7 +213,7 @@ def read_training(
         if word not in left and not word.startswith("--"):
             raise ValueError(f"{word!r} is not understood; options are --name value")
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        close = difflib.get_close_matches(name, [*own, *names_of(parser)], n=1)
+        close = difflib.get_close_matches(name, [*(each.name for each in fields(Recipe)), *names_of(parser)], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see lgvit train --help"
         raise ValueError(f"{f'{where}: ' if left else ''}unknown key {name!r}; {hint}")
     return vars(found)
@@ -250,7 +247,7 @@ def train_recipe(config: str | Path | None = None, **options: Any) -> dict[str, 
     training: dict[str, Any] = {}
     for settings, where in (({} if config is None else read_recipe(config), config), (options, "train_recipe")):
         left = apply_settings(parser, settings, str(where), keep_unknown=True)
-        training |= read_training(left, where=str(where), own=names_of(parser))
+        training |= read_training(left, where=str(where))
     recipe = Recipe(**vars(parser.parse_args([])), training=training)
     for name in REQUIRED:
         if getattr(recipe, name) is None and not recipe.dry_run:
@@ -287,13 +284,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     from .run import train
 
     arguments = training_arguments(recipe)
-    splits = load_images(
-        recipe.data,
-        validation_share=recipe.validation_share,
-        seed=recipe.seed,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-    )
+    names = ("validation_share", "seed", "image_column", "label_column")
+    splits = load_images(recipe.data, **{name: getattr(recipe, name) for name in names})
     model, processor = _open(recipe, splits.label_names)
 
     def images(rows: Any, most: int | None, **training: Any) -> ProcessedImages:
@@ -354,7 +346,7 @@ def _augmentation(recipe: Recipe) -> Any:
 
     if recipe.augment == "none":
         return None
-    scale = {} if recipe.crop_scale is None else {"scale": tuple(recipe.crop_scale)}
+    scale: Settings = {} if recipe.crop_scale is None else {"scale": tuple(recipe.crop_scale)}
     return Augmentation(crop=recipe.augment, flip=recipe.flip, **scale)
 
 

@@ -30,7 +30,7 @@ def halting_text(figures: dict[str, float], model: Any) -> str:
 def exit_lines(model: Any) -> list[str]:
     """Exits with what they cost."""
     from ..evaluation.costs import model_macs
-    from ..evaluation.report import head_names
+    from ..evaluation.profiling import head_names
 
     config, costs = model.config, model_macs(model)
     parameters = [sum(p.numel() for p in head.parameters()) for head in model.exits]
