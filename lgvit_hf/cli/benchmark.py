@@ -6,7 +6,7 @@ import argparse
 
 from ..data.settings import whole
 from ..files import write_json
-from .options import add_data, add_policy, policy_of
+from .options import add_data, add_policy
 
 HELP = "wall-clock against the backbone and a static model of equal accuracy"
 EXAMPLE = "lgvit benchmark runs/stage2 --data photos/ --batch-sizes 1 8 32 --cost-table costs.json"
@@ -14,7 +14,7 @@ REQUIRED = ("data",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit benchmark`."""
+    """The options of `lgvit benchmark`."""
     add_data(parser, "test", "which samples exit early depends on the images")
     add_policy(parser)
     parser.add_argument("--batch-sizes", type=whole(), nargs="+", default=[1, 8, 32], help="default: 1 8 32")
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     import torch
 
     from ..evaluation.benchmark import benchmark
@@ -38,12 +38,11 @@ def run(options: argparse.Namespace) -> None:
     from .drawing import check_can_draw
     from .inputs import open_options, progress_bar, table_of
 
-    policy = policy_of(options)
     if options.plot is not None:
         check_can_draw(options.plot)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, _, dataset = open_options(options, policy)
+    model, _, dataset = open_options(options, has_policy=True)
     table = None if options.table is None else table_of(model, dataset, options.table)
     settings = {name: getattr(options, name) for name in ("batch_sizes", "repeats", "limit")}
     report = benchmark(model, dataset, table=table, progress=progress_bar, **settings)

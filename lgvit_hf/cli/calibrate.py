@@ -24,7 +24,7 @@ REQUIRED = ("data",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit calibrate`."""
+    """The options of `lgvit calibrate`."""
     add = parser.add_argument
     add_data(parser, "validation", "samples it was not trained on")
     add("--policy", default="confidence", help="which built-in policy (default: confidence)")
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..evaluation.calibration import calibrate, check_request, check_rows
     from ..evaluation.cost_table import CostTable, architecture
     from .drawing import check_can_draw

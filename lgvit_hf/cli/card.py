@@ -18,7 +18,7 @@ EXAMPLE = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit card`."""
+    """The options of `lgvit card`."""
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id of a highway or an AViT")
     reports = "of other commands (default: evaluation.json, calibration.json, benchmark.json of the folder)"
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..evaluation.plots import plot_pareto
     from ..hub.card import card, is_own, read_report, reports_beside, write_card
     from .drawing import UNIT

@@ -15,14 +15,14 @@ EXAMPLE = "lgvit compare sweep/ --paper lgvit"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit compare`."""
+    """The options of `lgvit compare`."""
     parser.add_argument("sweep", help="folder of `lgvit sweep`")
     parser.add_argument("--paper", default="lgvit", help="whose figures (default: lgvit)")
     parser.add_argument("--output", help="JSON file for the figures")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     rows = compare(options.sweep, options.paper)
     print(compare_as_text(rows))
     if options.output:

@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit convert`."""
+    """The options of `lgvit convert`."""
     add = parser.add_argument
     formats = ("lgvit", "eevit", "avit", *_PLAIN)
     add("--from", dest="source_format", choices=formats, help="whose checkpoint (default: lgvit)")
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..hub.convert import READERS, export_lgvit
 
     source, target, output = options.source_format, options.target_format, options.output
@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--exit-types goes with --exit-positions")
     if "exit_types" in given:
         given["exit_types"] = one_or_all(given["exit_types"])
+    if "image_size" in given:
+        given["image_size"] = tuple(given["image_size"])
     if source is None:
         settings = export_lgvit(options.source, output)
         what = f"{settings['highway_type']} heads after {settings['position_exits']}, as LGViT's code reads them"

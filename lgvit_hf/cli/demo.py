@@ -16,7 +16,7 @@ EXAMPLE = "lgvit demo --output demo_output"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit demo`."""
+    """The options of `lgvit demo`."""
     parser.add_argument("--output", default="demo_output", help="folder for the model, the figures and a plot")
     parser.add_argument("--quick", action="store_true", help="one epoch per stage, to see that everything works")
     parser.add_argument("--seed", type=SEED, default=0, help="of weights, splits and batches")

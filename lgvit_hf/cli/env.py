@@ -9,11 +9,11 @@ EXAMPLE = "lgvit env"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit env`."""
+    """The options of `lgvit env`."""
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..evaluation.environment import report
 
     print(report())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data.settings import whole
 from ..files import add_files, write_json
-from .options import add_data, add_policy, policy_of
+from .options import add_data, add_policy
 
 if TYPE_CHECKING:
     from ..data.processing import ProcessedImages
@@ -21,7 +21,7 @@ REQUIRED = ("data",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit evaluate`."""
+    """The options of `lgvit evaluate`."""
     add_data(parser, "test", "samples to report on")
     add_policy(parser)
     parser.add_argument("--batch-size", type=whole(), default=64, help="default: 64")
@@ -31,18 +31,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..evaluation.cost_table import machine
     from ..evaluation.costs import decides_inside
     from ..evaluation.report import evaluate_as_text, judge, look
     from .drawing import check_can_draw
     from .inputs import open_options, progress_bar
 
-    policy, plots = policy_of(options), options.plots
-    if plots is not None:
+    if options.plots is not None:
         check_can_draw()
-    model, _, dataset = open_options(options, policy)
-    if plots is not None and decides_inside(model):
+    model, _, dataset = open_options(options, has_policy=True)
+    if options.plots is not None and decides_inside(model):
         hint = "figures show what every exit answers; export with --layout segments for that"
         raise ValueError(f"{options.checkpoint}: {hint}")
     table, answers = look(model, dataset, batch_size=options.batch_size)
@@ -52,8 +51,8 @@ def run(options: argparse.Namespace) -> None:
     report["environment"] = machine(model)
     if options.output is not None:
         write_json(options.output, report)
-    if plots is not None:
-        with add_files(plots) as folder:
+    if options.plots is not None:
+        with add_files(options.plots) as folder:
             _draw_all(folder, dataset, table, answers, report)
     print(evaluate_as_text(report))
 

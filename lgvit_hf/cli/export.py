@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.settings import real, whole
-from .options import add_data, add_policy, add_processor, policy_of
+from .options import add_data, add_policy, add_processor
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
     from ..runtimes.manifest import Manifest
 
 HELP = "write ONNX that really skips, and run it against the model"
@@ -22,7 +20,7 @@ EXAMPLE = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit export`."""
+    """The options of `lgvit export`."""
     add = parser.add_argument
     add_data(parser, "test", "samples on which the files are judged, where --data is given")
     add("output", help="folder to write")
@@ -36,31 +34,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     import torch
     from torch.utils.data import Dataset, Subset
 
     from ..data.datasets import load_images
     from ..data.processing import ProcessedImages
     from ..export.onnx_export import export_onnx
-    from ..hub.loading import check_class_names, load_highway
+    from ..hub.loading import check_class_names
     from ..runtimes.onnxruntime import is_exported
+    from .inputs import open_checkpoint
 
-    policy, checkpoint = policy_of(options), options.checkpoint
+    if is_exported(options.checkpoint):
+        raise ValueError(f"{options.checkpoint} is exported already; give the checkpoint that it came from")
+    model, processor = open_checkpoint(options)
     images: Dataset | None = None
-    if is_exported(checkpoint):
-        raise ValueError(f"{checkpoint} is exported already; give the checkpoint that it came from")
-    processor = processor_for(checkpoint, options.processor)
-    model: Any = load_highway(checkpoint)
     if options.data is not None:
         splits = load_images(options.data, validation_share=options.validation_share, seed=options.seed)
-        check_class_names(checkpoint, model.config, splits.label_names)
+        check_class_names(options.checkpoint, model.config, splits.label_names)
         images = every = ProcessedImages(getattr(splits, options.split), processor)
         if options.limit is not None:
             order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
             images = Subset(every, order[: options.limit].tolist())
-    if policy is not None:
-        model.set_exit_policy(policy)
     manifest = export_onnx(
         model,
         options.output,
@@ -71,28 +66,6 @@ def run(options: argparse.Namespace) -> None:
         max_accuracy_drop=options.max_accuracy_drop,
     )
     print(export_as_text(manifest, options.output))
-
-
-def processor_for(checkpoint: str, source: str | None = None) -> BaseImageProcessor:
-    """The image processor that goes with a checkpoint, from elsewhere where it has none.
-
-    Args:
-        checkpoint (`str`): Folder or Hub id of a highway.
-        source (`str`, *optional*): Folder or Hub id of a processor, instead of the checkpoint's.
-
-    Raises:
-        ValueError: There is none.
-    """
-    from ..data.processing import open_processor
-
-    place = checkpoint if source is None else source
-    try:
-        return open_processor(place)
-    except OSError as error:
-        raise ValueError(
-            f"{place}: no preprocessor_config.json there, which says how images become pixels; give a folder or Hub "
-            "id that has one, as the plain model has that the checkpoint began as: --processor FOLDER|NAME"
-        ) from error
 
 
 def export_as_text(manifest: Manifest, folder: str | Path) -> str:

@@ -12,7 +12,7 @@ EXAMPLE = "lgvit grow google/vit-base-patch16-224 photos/ early_vit --max-accura
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit grow`."""
+    """The options of `lgvit grow`."""
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id of a plain ViT, DeiT or Swin")
     add("images", help="digits, a folder of images, parquet files or a Hub id; labels are not needed")
@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..training.distill_exits import HeadTraining, grow
 
     names = ("exit_positions", "max_accuracy_drop", "limit", "ignore_labels", "validation_share", "cost", "seed")

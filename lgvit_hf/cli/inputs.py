@@ -15,8 +15,9 @@ from ..data.datasets import load_images
 from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import ExitTable, collect, weights_digest
-from ..hub.loading import check_class_names, open_model
+from ..hub.loading import check_class_names, load_highway, open_model
 from ..runtimes.onnxruntime import ORTHighway, is_exported
+from .options import policy_of
 
 Opened: TypeAlias = tuple[Highway, BaseImageProcessor, ProcessedImages]
 progress_bar = partial(logging.tqdm, desc="timing", leave=False)
@@ -54,14 +55,35 @@ def open_highway(
     return model, processor, ProcessedImages(getattr(splits, which), processor)
 
 
-def open_options(options: argparse.Namespace, policy: dict[str, Any] | None = None) -> Opened:
-    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and a policy of its own."""
+def open_options(options: argparse.Namespace, *, has_policy: bool = False) -> Opened:
+    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and those of `add_policy`."""
+    policy = policy_of(options) if has_policy else None
     splitting = (options.split, options.validation_share, options.seed)
     threads = getattr(options, "threads", None)
     model, processor, dataset = open_highway(options.checkpoint, options.data, *splitting, threads)
     if policy is not None:
         model.set_exit_policy(policy)
     return model, processor, dataset
+
+
+def open_checkpoint(options: argparse.Namespace) -> tuple[Any, BaseImageProcessor]:
+    """A highway of PyTorch with the policy of `add_policy`, and the image processor, by `--processor` another one.
+
+    Raises:
+        ValueError: There is no image processor.
+    """
+    policy, place = policy_of(options), options.processor or options.checkpoint
+    try:
+        processor = open_processor(place)
+    except OSError as error:
+        raise ValueError(
+            f"{place}: no preprocessor_config.json there, which says how images become pixels; give a folder or Hub "
+            "id that has one, as the plain model has that the checkpoint began as: --processor FOLDER|NAME"
+        ) from error
+    model: Any = load_highway(options.checkpoint)
+    if policy is not None:
+        model.set_exit_policy(policy)
+    return model, processor
 
 
 def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:

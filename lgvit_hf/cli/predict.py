@@ -20,7 +20,7 @@ REQUIRED = ("output",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit predict`."""
+    """The options of `lgvit predict`."""
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id of a highway, or folder of an exported one")
     paths = "files, folders, patterns; or one dataset: digits, parquet files or a Hub id"
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     from ..serving.batch_predict import run_predict
 
     names = ("split", "batch_size", "workers", "top_k", "probabilities")

@@ -28,7 +28,7 @@ _wait.__name__ = real(0, LONGEST_WAIT_MS).__name__
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit serve`."""
+    """The options of `lgvit serve`."""
     add = parser.add_argument
     add("path", help="folder of a part or of an exported highway, or folder or Hub id of a highway")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ..data.settings import whole
-from .options import add_policy, add_processor, policy_of
+from .options import add_policy, add_processor
 
 HELP = "cut a highway at exits into parts for machines in a row"
 EXAMPLE = "lgvit split runs/stage2 parts/ --at 4 8 --format onnx"
@@ -14,7 +13,7 @@ REQUIRED = ("at",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit split`."""
+    """The options of `lgvit split`."""
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id of a highway")
     add("output", help="folder to write")
@@ -25,16 +24,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
-    from ..hub.loading import load_highway
+    """Run the command and print the result."""
     from ..serving.split import split
-    from .export import processor_for
+    from .inputs import open_checkpoint
 
-    policy, output = policy_of(options), options.output
-    processor = processor_for(options.checkpoint, options.processor)
-    model: Any = load_highway(options.checkpoint)
-    if policy is not None:
-        model.set_exit_policy(policy)
+    output, (model, processor) = options.output, open_checkpoint(options)
     parts = split(model, options.at, output, options.format, processor=processor)
     for part in parts:
         depths = ", ".join(str(part.depths[exit["index"]]) for exit in part.exits)

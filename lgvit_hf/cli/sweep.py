@@ -21,7 +21,7 @@ REQUIRED = ("data", "output")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit sweep`."""
+    """The options of `lgvit sweep`."""
     add = parser.add_argument
     add_data(parser, "test", "samples to report on")
     add("--output", help="folder for the table, the rows and a plot")
@@ -34,20 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 # the parameter that a sweep varies, by policy
-SWEPT = {
-    "confidence": "threshold",
-    "margin": "threshold",
-    "entropy": "threshold",
-    "confidence_entropy": "threshold",
-    "label_confidence": "threshold",
-    "patience": "patience",
-    "patience_confidence": "threshold",
-    "fixed": "exit_index",
-}
+THRESHOLDS = ("confidence", "margin", "entropy", "confidence_entropy", "label_confidence", "patience_confidence")
+SWEPT = {**dict.fromkeys(THRESHOLDS, "threshold"), "patience": "patience", "fixed": "exit_index"}
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it.
+    """Run the command and print the result.
 
     Raises:
         KeyboardInterrupt: Stopped; says how to go on.

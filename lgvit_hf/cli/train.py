@@ -21,7 +21,7 @@ EXAMPLE = (
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it."""
+    """Run the command and print the result."""
     import torch.distributed
 
     train(Recipe(**{each.name: getattr(options, each.name) for each in fields(Recipe)}))

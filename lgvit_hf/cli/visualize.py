@@ -20,14 +20,14 @@ REQUIRED = ("data", "output")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What may be typed behind `lgvit visualize`."""
+    """The options of `lgvit visualize`."""
     add_data(parser, "test", "images to choose from, where they have labels", "an AViT or of a highway")
     parser.add_argument("--output", help="folder for the pictures")
     parser.add_argument("--images", type=whole(), default=8, help="how many are drawn (default: 8)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what was typed, and print what came of it.
+    """Run the command and print the result.
 
     Of an `AViT`, the images whose tokens differ the most in depth: `depths.png` with the images, the depths of their
     tokens and both in one, `tokens_alive.png` with the tokens that run in each block. Of a highway, the images that
@@ -87,10 +87,10 @@ def _draw_tokens(folder: Path, model: Any, dataset: ProcessedImages, count: int)
     patches = depths[:, model.config.num_prefix_tokens :].unflatten(1, patch_grid(model.config))
     names = _names_of(model.config, dataset, shown, predicted[shown])
     answers = [
-        {"depths": patches[row].numpy(), "class_token": int(depths[row, 0]), **name}
-        for row, name in zip(shown, names, strict=True)
+        {"depths": patches[index].numpy(), "class_token": int(depths[index, 0]), **name}
+        for index, name in zip(shown, names, strict=True)
     ]
-    seen = list(as_seen(stack([dataset[row] for row in shown])["pixel_values"], dataset.processor))
+    seen: Any = as_seen(stack([dataset[index] for index in shown])["pixel_values"], dataset.processor)
     num_blocks = model.config.num_hidden_layers
     title = f"{count:,} of {len(depths):,} images: those whose tokens differ the most in depth"
     plot_token_depths(folder / "depths.png", seen, answers, num_blocks=num_blocks, title=title)
@@ -107,17 +107,18 @@ def _draw_first_and_last(folder: Path, model: Any, dataset: ProcessedImages, cou
 
     found = answer_all(model, dataset)
     shown = first_and_last(found.exit_layer, count)
-    pixels = stack([dataset[row] for row in shown])["pixel_values"]
+    pixels = stack([dataset[index] for index in shown])["pixel_values"]
+    seen: Any = as_seen(pixels, dataset.processor)
     scores = scores_by_exit(model, pixels).T.tolist()
     names = _names_of(model.config, dataset, shown, found.logits[shown].argmax(-1))
     answers = [
-        {"depth": int(found.exit_layer[row]), "scores": score, **name}
-        for row, score, name in zip(shown, scores, names, strict=True)
+        {"depth": int(found.exit_layer[index]), "scores": score, **name}
+        for index, score, name in zip(shown, scores, names, strict=True)
     ]
     policy, depths = model.exit_policy, answer_depths(model.config)
     plot_scores(
         folder / "first_and_last.png",
-        list(as_seen(pixels, dataset.processor)),
+        seen,
         answers,
         depths=depths,
         score=SCORES.get(policy.name, ("score",))[0],
@@ -126,14 +127,16 @@ def _draw_first_and_last(folder: Path, model: Any, dataset: ProcessedImages, cou
     return ["first_and_last.png"]
 
 
-def _names_of(config: Any, dataset: ProcessedImages, rows: list[int], predicted: torch.Tensor) -> list[dict[str, Any]]:
+def _names_of(
+    config: Any, dataset: ProcessedImages, shown: list[int], predicted: torch.Tensor
+) -> list[dict[str, Any]]:
     """What was answered and, where the data have the model's classes, what is right."""
     from ..data.datasets import class_names
 
     names, known = [config.id2label[index] for index in range(config.num_labels)], class_names(dataset.images)
     if known is None or (names != known and names != [f"LABEL_{index}" for index in range(len(known))]):
         return [{"predicted": names[index], "label": None} for index in predicted.tolist()]
-    labels = [known[dataset.images[row]["label"]] for row in rows]
+    labels = [known[dataset.images[index]["label"]] for index in shown]
     return [
         {"predicted": known[index], "label": label} for index, label in zip(predicted.tolist(), labels, strict=True)
     ]

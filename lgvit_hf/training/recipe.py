@@ -138,18 +138,16 @@ class Recipe:
         elif self.halting is not None:
             raise ValueError(f"halting: {self.halting} is for --stage avit, this is stage {self.stage}")
         # each field of a new model is given once
-        given = {"backbone": "--backbone", **dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")}
-        options = [name for name in ("image_size", *EXIT_OPTIONS) if getattr(self, name) is not None]
-        given |= {name: f"--{name.replace('_', '-')}" for name in options} | dict.fromkeys(
-            self.halting or (), "--halting"
-        )
+        given = dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")
+        given |= dict.fromkeys(self.halting or (), "--halting")
         for name, value in self.model_settings.items():
             if not isinstance(name, str):
                 raise ValueError(f"model_settings: {name!r} is no name of a field")
+            if name == "backbone" or (name in ("image_size", *EXIT_OPTIONS) and getattr(self, name) is not None):
+                given[name] = f"--{name.replace('_', '-')}"
             if name in given:
-                raise ValueError(
-                    f"model_settings: {name}: {value!r} is given by {given[name]} too; leave one of them out"
-                )
+                where = f"is given by {given[name]} too; leave one of them out"
+                raise ValueError(f"model_settings: {name}: {value!r} {where}")
         if self.image_size is None:
             try:
                 self.image_size = whole()(self.model_settings.pop("image_size", 32))
@@ -265,7 +263,7 @@ def read_recipe(file: str | Path) -> dict[str, Any]:
 
 
 def training_arguments(recipe: Recipe) -> dict[str, Any]:
-    """What `HighwayTrainingArguments` is made of, but for the folder: our defaults, our options, any others."""
+    """Fields of `HighwayTrainingArguments` without the folder: our defaults, our options, any others."""
     import torch
 
     arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
@@ -288,14 +286,14 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     splits = load_images(recipe.data, **{name: getattr(recipe, name) for name in names})
     model, processor = _open(recipe, splits.label_names)
 
-    def images(rows: Any, most: int | None, **training: Any) -> ProcessedImages:
-        if most is not None and most < len(rows):
-            rows = rows.shuffle(seed=recipe.seed).select(range(most))
-        width, height = ProcessedImages(rows, processor).picture(0).size
-        return ProcessedImages(rows, processor, keep=3 * width * height * len(rows) <= KEPT_BYTES, **training)
+    def images(samples: Any, most: int | None, **training: Any) -> ProcessedImages:
+        if most is not None and most < len(samples):
+            samples = samples.shuffle(seed=recipe.seed).select(range(most))
+        width, height = ProcessedImages(samples, processor).picture(0).size
+        return ProcessedImages(samples, processor, keep=3 * width * height * len(samples) <= KEPT_BYTES, **training)
 
     train_images = images(splits.train, recipe.max_train_samples, augment=_augmentation(recipe), seed=recipe.seed)
-    validation, test = (images(rows, recipe.max_eval_samples) for rows in (splits.validation, splits.test))
+    validation, test = (images(split, recipe.max_eval_samples) for split in (splits.validation, splits.test))
     if recipe.dry_run:
         print(_dry_run(recipe, arguments, model, train_images, {"validation": validation, "test": test}))
         return None
@@ -312,12 +310,12 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
             resume=recipe.resume or False,
             **arguments,
         )
-        main_process = result.pop("main_process")
-        if main_process:
+        if result.pop("main_process"):
             write_json(Path(recipe.output) / "training.json", result)
-    if main_process:
-        print(halting_text(result["test"], model) if recipe.stage == "avit" else exit_accuracies_text(result["test"]))
-        print(f"{result['steps']} steps, mean loss {result['loss']:.3f}; model and training.json in {recipe.output}")
+            test = result["test"]
+            print(halting_text(test, model) if recipe.stage == "avit" else exit_accuracies_text(test))
+            steps = f"{result['steps']} steps, mean loss {result['loss']:.3f}"
+            print(f"{steps}; model and training.json in {recipe.output}")
     return result
 
 

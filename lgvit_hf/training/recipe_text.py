@@ -1,4 +1,4 @@
-"""What a training run is told to do, and what came of it, as lines of text."""
+"""The settings and the results of a training run, as lines of text."""
 
 from __future__ import annotations
 

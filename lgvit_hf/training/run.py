@@ -56,7 +56,7 @@ def train(
 
     Returns:
         `steps`, `losses` and `evaluations` as logged and the mean `loss` of the whole run, the `seconds` of this call,
-        the figures of the `test` rows, and whether this is the `main_process`.
+        the figures of the `test` samples, and whether this is the `main_process`.
 
     Raises:
         ValueError: Unknown stage or argument; a checkpoint that is incomplete, or of a run with other settings.
