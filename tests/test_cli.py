@@ -108,6 +108,7 @@ def test_config_file_and_override(tmp_path, photos):
         ("stage: 3", "must be one of backbone, 1, 2"),
         ("dry_run: maybe", "must be true or false"),
         ("seed: [1, 2]", "must be one value"),
+        ("seed: []", "must be one value"),
         ("- 1", "a mapping of options"),
         ("a: [", "not YAML"),
     ],

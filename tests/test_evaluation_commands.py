@@ -222,7 +222,7 @@ def test_one_clear_line(checkpoint, copy, tmp_path, capsys):
     shares = ["--split", "validation", "--validation-share", 360 / 1437]
     capsys.readouterr()
     assert lgvit("calibrate", copy, "--data", "digits", *shares, *other) == 2
-    assert "is a table of 360 other rows than these" in one_line(capsys)
+    assert "is a table of 360 other samples than these" in one_line(capsys)
     assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.1, "--plot", tmp_path) == 2
     assert "is a folder; give the PNG's file name" in one_line(capsys)
     assert lgvit("evaluate", checkpoint, "--data", "digits", "--timed-batch-sizes", 0) == 2

@@ -177,7 +177,7 @@ def _as_typed(action: argparse.Action, key: str, value: Any, where: str | Path) 
         raise ValueError(
             f"{where}: {key}: {value!r} must be {read.__name__}{' or a list of them' if many else ''}"
         ) from None
-    if len(typed) > 1 and not many:
+    if len(typed) != 1 and not many:
         raise ValueError(f"{where}: {key}: {value!r} must be one value")
     if action.choices and typed[0] not in action.choices:
         raise ValueError(f"{where}: {key}: {value!r} must be one of {', '.join(action.choices)}")

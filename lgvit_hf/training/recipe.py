@@ -68,8 +68,8 @@ def boolean(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """The value itself, or a mapping as JSON."""
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    """The value as a word; a mapping as JSON."""
+    return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
 
 
 integer = whole(-(2**31))
