@@ -78,18 +78,18 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         labelled = table.without_labels() if options.ignore_labels else table
         plot_calibration(options.plot, labelled, report, not options.ignore_labels, options.max_accuracy_drop)
-    what = {"what": "lgvit calibrate", "data": options.data, "split": options.split, "rows": len(table)}
-    content = {**what, **report.to_dict()}
+    found = {"what": "lgvit calibrate", "data": options.data, "split": options.split, "rows": len(table)}
+    found |= report.to_dict()
     if options.output is not None:
         model.set_exit_policy(report.policy)
         with replace_folder(options.output) as new:
             model.save_pretrained(new)  # type: ignore[attr-defined]  # of exported ones too
             processor.save_pretrained(new)
-            write_json(new / "calibration.json", content)
+            write_json(new / "calibration.json", found)
     else:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # the report first: whatever the config says then is explained beside it
-        write_json(folder / "calibration.json", content)
+        write_json(folder / "calibration.json", found)
         write_json(folder / "config.json", {**config, "exit_policy": report.policy})
     print(report.as_text())
     print(f"\nwritten to {options.output or options.checkpoint}: config.json, and calibration.json with the report")
@@ -115,16 +115,11 @@ def plot_calibration(
     from .drawing import UNIT, point, points
 
     name = report.policy["name"] if report.policy["name"] in RANGES else "confidence"
+    curve, full = threshold_curve(split_table(table)[1], name), point(report.full_macs, report.full_accuracy)
     plot_pareto(
         file,
-        {
-            "one threshold for all exits": points(threshold_curve(split_table(table)[1], name)),
-            "thresholds and exits searched": points(report.frontier),
-        },
-        {
-            "chosen": point(report.mean_macs, report.accuracy),
-            "full model": point(report.full_macs, report.full_accuracy),
-        },
+        {"one threshold for all exits": points(curve), "thresholds and exits searched": points(report.frontier)},
+        {"chosen": point(report.mean_macs, report.accuracy), "full model": full},
         unit=UNIT,
         measure="accuracy" if has_labels else "agreement with the full model",
         asked_accuracy=None if max_accuracy_drop is None else report.full_accuracy - max_accuracy_drop,

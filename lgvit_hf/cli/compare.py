@@ -87,22 +87,14 @@ def compare(folder: str, paper: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     curve = [(row["layer_speed_up"], row["accuracy"]) for row in rows]
     full = ExitTable.load(Path(folder) / "table.safetensors").accuracies()[-1]
-    found = []
+    found: list[dict[str, Any]] = []
     for published in PAPERS[paper]:
         for accuracy, speed_up in published.points:
-            ours, drop = accuracy_at(curve, speed_up), published.full_accuracy - accuracy
-            found.append(
-                {
-                    "what": published.what,
-                    "source": published.source,
-                    "layer_speed_up": speed_up,
-                    "published": accuracy,
-                    "published_drop": drop,
-                    "ours": ours,
-                    "drop": None if ours is None else full - ours,
-                    "difference": None if ours is None else full - ours - drop,
-                }
-            )
+            ours, their_drop = accuracy_at(curve, speed_up), published.full_accuracy - accuracy
+            drop = None if ours is None else full - ours
+            row = {"what": published.what, "source": published.source, "layer_speed_up": speed_up}
+            row |= {"published": accuracy, "published_drop": their_drop, "ours": ours, "drop": drop}
+            found.append({**row, "difference": None if drop is None else drop - their_drop})
     return found
 
 

@@ -126,7 +126,7 @@ class Recipe:
     warmup_steps: int = _option("default: 20", 20, type=whole(0))
     weight_decay: float = _option("default: 0.05", 0.05, type=real())
     seed: int = _option("default: 0", 0, type=whole(0, 2**32 - 1))
-    early_stopping_patience: int | None = _option("stop after that many evaluations without a gain", type=whole())
+    early_stopping_patience: int | None = _option("stop after N evaluations without better accuracy", type=whole())
     resume: str | None = _option("auto, or a checkpoint to go on from", nargs="?", const="auto", type=resumption)
     dry_run: bool = _option("say what would be trained, load one batch, write nothing", False, action="store_true")
     training: Settings = field(default_factory=dict)
