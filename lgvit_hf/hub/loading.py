@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    BaseImageProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 
 from ..configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
 from ..configuration_avit import HALTING_FIELDS, AViTConfig
@@ -70,25 +65,13 @@ def small_config(backbone: str, image_size: int, **settings: Any) -> HighwayConf
 
 
 def _small_sizes(backbone: str, image_size: int) -> dict[str, Any]:
+    images = {"image_size": image_size, "patch_size": max(1, image_size // (16 if backbone == "swin" else 8))}
     if backbone == "swin":
-        return {
-            "image_size": image_size,
-            "patch_size": max(1, image_size // 16),
-            "embed_dim": 32,
-            # three stages: a fourth would have a smaller grid than a window
-            "depths": [2, 4, 6],
-            "num_heads": [1, 2, 4],
-            "window_size": 4,
-            "drop_path_rate": 0.0,
-        }
-    return {
-        "image_size": image_size,
-        "patch_size": max(1, image_size // 8),
-        "hidden_size": 96,
-        "intermediate_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-    }
+        # three stages: a fourth would have a smaller grid than a window
+        stages = {"embed_dim": 32, "depths": [2, 4, 6], "num_heads": [1, 2, 4]}
+        return {**images, **stages, "window_size": 4, "drop_path_rate": 0.0}
+    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 12, "num_attention_heads": 3}
+    return {**images, **sizes}
 
 
 def _check_fields(config_class: type[PretrainedConfig], settings: dict[str, Any], own: Iterable[str] = ()) -> None:
@@ -101,10 +84,7 @@ def _check_fields(config_class: type[PretrainedConfig], settings: dict[str, Any]
 
 
 def _labels(label_names: list[str]) -> dict[str, Any]:
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
+    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
 
 
 def _check_source(checkpoint: str | None, backbone: str | None, model_settings: dict[str, Any] | None) -> None:
@@ -153,17 +133,16 @@ def open_model(
         return BY_BACKBONE[backbone](config), make_processor(config.image_size, config.num_channels)
 
     config = read_config(checkpoint)
-    if config.model_type in SAVED:
+    kind = config.model_type
+    if kind in SAVED:
         check_class_names(checkpoint, config, label_names)
-        model = SAVED[config.model_type].from_pretrained(checkpoint)
+        model = SAVED[kind].from_pretrained(checkpoint)
         model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
-    elif config.model_type in BY_BACKBONE and not must_be_highway:
-        order = class_order(config, label_names)
-        labels = {} if config.id2label == labels["id2label"] else labels
-        model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **exits, **labels)
-        _order_classes(checkpoint, model, config, order)
+    elif kind in BY_BACKBONE and not must_be_highway:
+        build = partial(BY_BACKBONE[kind].from_backbone, checkpoint, **exits)
+        model = _from_plain(checkpoint, config, label_names, build)
     else:
-        raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
+        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
     return model, open_processor(checkpoint)
 
 
@@ -206,11 +185,8 @@ def open_avit(
         check_class_names(checkpoint, config, label_names)
         model = AViT.from_pretrained(checkpoint, **halting)
     else:
-        order = class_order(config, label_names)
-        labels = {} if config.id2label == labels["id2label"] else labels
         source = load_highway(checkpoint) if config.model_type in HIGHWAYS else checkpoint
-        model = AViT.from_backbone(source, **halting, **labels)
-        _order_classes(checkpoint, model, config, order)
+        model = _from_plain(checkpoint, config, label_names, partial(AViT.from_backbone, source, **halting))
     return model, open_processor(checkpoint)
 
 
@@ -254,28 +230,37 @@ def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] |
 
 
 @torch.no_grad()
-def _order_classes(checkpoint: str, model: PreTrainedModel, old: PretrainedConfig, order: list[int] | None) -> None:
-    """Give the classifiers of a plain checkpoint the order of the model's classes; new weights where it has others."""
-    if order is None and old.num_labels == model.config.num_labels:
-        index = next(i for i, name in model.config.id2label.items() if old.id2label.get(i) != name)
+def _from_plain(
+    checkpoint: str, old: PretrainedConfig, label_names: list[str], build: Callable[..., PreTrainedModel]
+) -> PreTrainedModel:
+    """A model built from a plain checkpoint, its classifiers in the order of the data's classes.
+
+    They get new weights where the checkpoint has other classes.
+
+    Args:
+        checkpoint (`str`): What the warning names.
+        old (`PretrainedConfig`): Of the checkpoint.
+        label_names (`list[str]`): Of the data.
+        build (`Callable`): Builds the model from the fields of its config that name the classes.
+    """
+    order, known = class_order(old, label_names), [old.id2label.get(index) for index in range(old.num_labels)]
+    model = build(**({} if old.id2label == dict(enumerate(label_names)) else _labels(label_names)))
+    is_new = order is None and len(known) == len(label_names)
+    if is_new:
+        index = next(i for i, name in enumerate(label_names) if known[i] != name)
         logger.warning(
             "%s: class %d is %r, in the data it is %r: the classifier is new. Train it.",
-            *(checkpoint, index, old.id2label.get(index), model.config.id2label[index]),
+            *(checkpoint, index, known[index], label_names[index]),
         )
-    for classifier in _final_classifiers(model):
-        if order is not None:
+    # the last layer's, of a distilled DeiT both; not those of the exits, which are new
+    for classifier in model.classifiers if isinstance(model, AViT) else model.children():
+        if order is not None and isinstance(classifier, nn.Linear):
             classifier.weight.copy_(classifier.weight[order])
             classifier.bias.copy_(classifier.bias[order])
-        elif old.num_labels == model.config.num_labels:
-            # of another number of classes it is new already
+        elif is_new and isinstance(classifier, nn.Linear):
             classifier.weight.normal_(0.0, model.config.initializer_range)
             classifier.bias.zero_()
-
-
-def _final_classifiers(model: PreTrainedModel) -> list[nn.Linear]:
-    """The last layer's, of a distilled DeiT both; not those of the exits, which are new."""
-    children = model.classifiers if isinstance(model, AViT) else model.children()
-    return [child for child in children if isinstance(child, nn.Linear)]
+    return model
 
 
 def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:
@@ -292,23 +277,22 @@ def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -
     settings = {**model.config.to_dict(), "attn_implementation": model.config._attn_implementation}
     for name in ("model_type", *(() if model.exits else EXIT_FIELDS)):
         settings.pop(name, None)
-    if model.exits and not _same_exits(model.config, settings, exits):
+    if model.exits and not _has_exits(model.config, settings, exits):
         raise ValueError(
             f"{checkpoint} has exits after {model.config.exit_positions} already, {model.config.exit_types}; "
             "leave --exit-positions, --exit-types and --pool out"
         )
-    config = type(model.config)(**{**settings, **exits})
-    new = type(model)(config)
+    new = type(model)(type(model.config)(**{**settings, **exits}))
     new.load_state_dict(model.state_dict(), strict=bool(model.exits))
     return new
 
 
-def _same_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str, Any]) -> bool:
-    """Whether the exits asked for, presets resolved, are those of a config."""
+def _has_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str, Any]) -> bool:
+    """Whether a config with these settings has the exits asked for, presets resolved."""
     names = ("exit_positions", "exit_types", "pool")
-    asked = {name: exits[name] for name in names if name in exits}
+    others = {"exit_policy": "never", "exit_loss_weights": "uniform"}
     try:
-        wanted = type(config)(**{**settings, "exit_policy": "never", "exit_loss_weights": "uniform", **asked})
+        wanted = type(config)(**{**settings, **others, **{name: exits[name] for name in names if name in exits}})
     except ValueError:
         return False
     return all(getattr(wanted, name) == getattr(config, name) for name in names)
