@@ -15,22 +15,22 @@ from ..modeling_vit import ViTHighway
 from .eevit_config import EXITS, is_eevit, translate_eevit
 from .lgvit_names import BODIES
 from .reading import find_weights, read_weights
-from .strict import Rename, built_from, load_strictly, processor_beside, renamed, split_fused, write_model
+from .strict import Rename, built_from, by_module, load_strictly, renamed, split_fused, write_model
 
 _BLOCK = r"transformer\.layers\.(\d+)\."
 _OURS = r"vit.encoder.layer.\1."
 NAMES = [
     (r"patch_embedding\.cls_token", "vit.embeddings.cls_token"),
     (r"patch_embedding\.pos_embedding", "vit.embeddings.position_embeddings"),
-    (r"patch_embedding\.projection\.(\w+)", r"vit.embeddings.patch_embeddings.projection.\1"),
-    (_BLOCK + r"norm_1\.(\w+)", _OURS + r"layernorm_before.\2"),
-    (_BLOCK + r"(query|key|value)\.(\w+)", _OURS + r"attention.attention.\2.\3"),
-    (_BLOCK + r"attention_output\.0\.(\w+)", _OURS + r"attention.output.dense.\2"),
-    (_BLOCK + r"mlps\.norm_2\.(\w+)", _OURS + r"layernorm_after.\2"),
-    (_BLOCK + r"mlps\.mlp_intermediate\.0\.(\w+)", _OURS + r"intermediate.dense.\2"),
-    (_BLOCK + r"mlps\.mlp_output\.0\.(\w+)", _OURS + r"output.dense.\2"),
-    (r"transformer\.norm_post_layers\.(\w+)", r"vit.layernorm.\1"),
-    (r"last_exit\.(\w+)", r"classifier.\1"),
+    (r"patch_embedding\.projection", "vit.embeddings.patch_embeddings.projection"),
+    (_BLOCK + "norm_1", _OURS + "layernorm_before"),
+    (_BLOCK + "(query|key|value)", _OURS + r"attention.attention.\2"),
+    (_BLOCK + r"attention_output\.0", _OURS + "attention.output.dense"),
+    (_BLOCK + r"mlps\.norm_2", _OURS + "layernorm_after"),
+    (_BLOCK + r"mlps\.mlp_intermediate\.0", _OURS + "intermediate.dense"),
+    (_BLOCK + r"mlps\.mlp_output\.0", _OURS + "output.dense"),
+    (r"transformer\.norm_post_layers", "vit.layernorm"),
+    ("last_exit", "classifier"),
 ]
 
 
@@ -69,8 +69,8 @@ def convert_eevit(source: str | Path, output: str | Path) -> ViTHighwayConfig:
         config = eevit_config(read_yaml(files[0]), num_labels)
         model = ViTHighway(config)
     load_strictly(model, state, _names(config), weights)
-    write_model(model, output, processor_beside(weights))
-    return model.config
+    write_model(model, output, weights)
+    return config
 
 
 def eevit_config(settings: dict[str, Any], num_labels: int) -> ViTHighwayConfig:
@@ -151,8 +151,4 @@ def _names(config: ViTHighwayConfig) -> Rename:
             modules[prefix + theirs.replace("mlp.", "highway_head.", 1)] = f"exits.{index}.{ours}"
         modules[f"{prefix}classifier.classifier"] = f"exits.{index}.classifiers.0"
 
-    def rename(name: str) -> str:
-        module, _, leaf = name.rpartition(".")
-        return f"{modules[module]}.{leaf}" if module in modules else renamed(name, NAMES) or name
-
-    return rename
+    return by_module(modules, lambda name: renamed(name, NAMES))

@@ -12,7 +12,7 @@ from ..heads import lgvit_heads
 from .lgvit_names import from_lgvit, kind_of
 from .loading import BY_BACKBONE
 from .reading import find_weights, read_json, read_weights
-from .strict import built_from, load_strictly, processor_beside, write_model
+from .strict import built_from, load_strictly, write_model
 
 # settings of LGViT's config that are ours under another name, or that only its training code read
 LGVIT_ONLY = (
@@ -48,8 +48,8 @@ def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
         config = lgvit_config(read_json(settings))
         model = BY_BACKBONE[kind_of(config)](config)
     load_strictly(model, state, from_lgvit(config), weights)
-    write_model(model, output, processor_beside(weights))
-    return model.config
+    write_model(model, output, weights)
+    return config
 
 
 def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:

@@ -15,10 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .card import card, has_card, is_own, reports_beside, write_card
 from .loading import read_config
+from .strict import PROCESSOR
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
 
 

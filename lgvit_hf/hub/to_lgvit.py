@@ -18,7 +18,8 @@ from ..policies import build_policy
 from ..pretrained import RECOMPUTED
 from .lgvit_names import POOLER, exit_modules, kind_of, to_lgvit
 from .loading import BY_BACKBONE, load_highway
-from .reading import read_json
+from .reading import read_if_there
+from .strict import PROCESSOR
 
 ARCHITECTURES = {"swin": "SwinHighwayForImageClassification"}
 # fields that LGViT's config shares with ours, by backbone
@@ -71,9 +72,8 @@ def export_lgvit(checkpoint: str, output: str | Path) -> dict[str, Any]:
     with replace_folder(output) as folder:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         write_json(folder / "config.json", settings)
-        processor = Path(checkpoint) / "preprocessor_config.json"
-        if processor.is_file():
-            write_json(folder / processor.name, read_json(processor))
+        if processor := read_if_there(Path(checkpoint) / PROCESSOR):
+            write_json(folder / PROCESSOR, processor)
     return settings
 
 
