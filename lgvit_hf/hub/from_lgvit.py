@@ -95,7 +95,7 @@ def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
     )
 
 
-def parse_positions(text: Any) -> list:
+def parse_positions(text: Any) -> list[Any]:
     """`position_exits` of an LGViT config, a list or a string such as `"[4, 5, 6]"`, as a list; nothing is executed.
 
     Example:
@@ -113,42 +113,39 @@ def parse_positions(text: Any) -> list:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError):
             value = None
-    flat = (
-        [entry for part in value for entry in (part if isinstance(part, list) else [part])]
-        if _is_list(value)
-        else [None]
-    )
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in flat):
+    parts = value if isinstance(value, list) else [None]
+    # a boolean is an int, and no block number
+    if not all(type(entry) is int for part in parts for entry in (part if isinstance(part, list) else [part])):
         raise ValueError(f'position_exits: {text!r} must be a list of block numbers such as "[4, 5, 6]"')
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    return parts
 
 
 def _swin_positions(text: Any, depths: list[int]) -> list[int]:
     stages = parse_positions(text)
-    if len(stages) != len(depths) or not all(_is_list(stage) for stage in stages):
+    if len(stages) != len(depths) or not all(isinstance(stage, list) for stage in stages):
         raise ValueError(f"position_exits: {text!r} must have one list for each of the {len(depths)} stages")
     return [sum(depths[:stage]) + position for stage, positions in enumerate(stages) for position in positions]
 
 
 def _lgvit_policy(settings: dict[str, Any], num_exits: int, is_swin: bool) -> dict[str, Any]:
     strategy = settings.get("exit_strategy", "confidence" if is_swin else "entropy")
-    threshold = settings.get("threshold")
+    threshold: Any = settings.get("threshold")
+    if threshold is None:
+        threshold = {
+            "confidence": 0.75 if is_swin else 0.865,
+            "entropy": 0.65 if is_swin else 0.6,
+            "patience": 3 if is_swin else 7,
+        }.get(str(strategy))
     if strategy in ("confidence", "entropy"):
-        defaults = {"confidence": 0.75, "entropy": 0.65} if is_swin else {"confidence": 0.865, "entropy": 0.6}
-        return {"name": strategy, "threshold": defaults[strategy] if threshold is None else threshold}
+        return {"name": strategy, "threshold": threshold}
     if strategy == "patience":
-        patience = (3 if is_swin else 7) if threshold is None else threshold
-        return {"name": "patience", "patience": patience[0] if _is_list(patience) else patience}
+        return {"name": "patience", "patience": threshold[0] if isinstance(threshold, list) else threshold}
     if strategy == "patient_and_confident":
-        values = threshold if _is_list(threshold) else [0.8 if is_swin else 0.5] * num_exits + [2]
+        values = threshold if isinstance(threshold, list) else [0.8 if is_swin else 0.5] * num_exits + [2]
         return {"name": "patience_confidence", "threshold": values[:-1], "patience": values[-1]}
     if strategy == "confidence_and_entropy":
         raise ValueError(
-            "exit_strategy: 'confidence_and_entropy' never left early in LGViT; set it to 'confidence' and choose "
+            "exit_strategy: 'confidence_and_entropy' never exited early in LGViT; set it to 'confidence' and choose "
             "confidence_entropy with set_exit_policy afterwards"
         )
     raise ValueError(
