@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import groupby
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -90,7 +90,7 @@ def _shape(state: dict[str, Tensor], name: str, dimensions: int) -> tuple[int, .
     """The shape of a tensor from which a size is read."""
     shape = tuple(state[name].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"{name}: its shape is {list(shape)}, which is not {dimensions} sizes above 0")
+        raise ValueError(f"{name}: its shape is {list(shape)}, which is not {dimensions} positive sizes")
     return shape
 
 
@@ -103,14 +103,12 @@ def _patches(state: dict[str, Tensor]) -> tuple[int, int, int]:
 
 
 def _num_heads(width: int, given: int | None) -> int:
-    heads = HEADS_OF_WIDTH.get(width) if given is None else given
-    if heads is None:
-        if width % 64:
-            raise ValueError(
-                f"num_attention_heads: a width of {width} is not so many times 64, and weights do not say how many "
-                "heads there are; give --num-attention-heads"
-            )
-        heads = width // 64
+    if given is None and width % 64:
+        raise ValueError(
+            f"num_attention_heads: a width of {width} is not so many times 64, and weights do not say how many "
+            "heads there are; give --num-attention-heads"
+        )
+    heads = HEADS_OF_WIDTH.get(width, width // 64) if given is None else given
     if heads < 1 or width % heads:
         raise ValueError(f"num_attention_heads: {heads} do not divide the width of {width}")
     return heads
@@ -130,12 +128,9 @@ def swin_sizes(state: dict[str, Tensor], image_size: tuple[int, int] | None = No
     """
     width, channels, patch = _patches(state)
     ends = r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table"
-    places = sorted(tuple(map(int, match.groups())) for name in state if (match := re.fullmatch(ends, name)))
-    depths = [len(list(blocks)) for _, blocks in groupby(places, key=lambda place: place[0])]
-    tables = {
-        place: _shape(state, "layers.{}.blocks.{}.attn.relative_position_bias_table".format(*place), 2)
-        for place in places
-    }
+    found = [(name, match) for name in state if (match := re.fullmatch(ends, name))]
+    tables = {(int(match[1]), int(match[2])): _shape(state, name, 2) for name, match in found}
+    depths = list(Counter(stage for stage, _ in sorted(tables)).values())
     if not tables:
         raise KeyError("layers.0.blocks.0.attn.relative_position_bias_table")
     # a window of w x w patches has (2w - 1) x (2w - 1) relative positions
