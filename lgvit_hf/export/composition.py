@@ -89,8 +89,8 @@ def _body(
         helper.make_graph(inner.nodes, here + name, [], _answer_infos(outputs, part, None), inner.constants)
         for inner, outputs, name in ((done, last, "none_go_on"), (on, merged, "some_go_on"))
     )
-    settings = {"name": f"{here}if", "then_branch": then_branch, "else_branch": else_branch}
-    graph.nodes.append(helper.make_node("If", [none_left], names, **settings))
+    branches = {"then_branch": then_branch, "else_branch": else_branch}
+    graph.nodes.append(helper.make_node("If", [none_left], names, f"{here}if", **branches))
     return names
 
 
@@ -126,7 +126,7 @@ def compose_all_exits(parts: Sequence[Stretch]) -> Any:
     graph.add("Identity", [logits], "logits")
     graph.add("Concat", found, "exit_logits", axis=0)
     kind, num_labels = _logits_of(parts[-1])
-    shapes = {"logits": ["batch", num_labels], "exit_logits": [len(parts), "batch", num_labels]}
+    shapes: dict[str, list[Any]] = {"logits": ["batch", num_labels], "exit_logits": [len(parts), "batch", num_labels]}
     return _model(graph, parts[0], [helper.make_tensor_value_info(name, kind, shapes[name]) for name in shapes], {})
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..hub.loading import example_image
+from ..modeling_highway import HighwayMixin
 from ..pretrained import PretrainedHighway
 from ..runtimes.manifest import MANIFEST
 from .onnx_export import describe, write_onnx
@@ -75,7 +76,7 @@ class HighwayOnnxConfig(ViTOnnxConfig):
 
     @contextmanager
     def patch_model_for_export(
-        self, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None
+        self, model: HighwayMixin, model_kwargs: dict[str, Any] | None = None
     ) -> Iterator[None]:
         """Keep the model for `fix_dynamic_axes`, and give what is traced nothing to do.
 
@@ -112,7 +113,7 @@ class HighwayOnnxConfig(ViTOnnxConfig):
         traced = onnx.load(model_path, load_external_data=False)
         # no model rather than a wrong one, if this fails
         model_path.unlink()
-        _check_asked(traced, input_shapes or {}, self._model)
+        _check_requested(traced, input_shapes or {}, self._model)
         write_onnx(self._model.cpu(), model_path.parent, file=model_path.name)
 
     def post_process_exported_models(
@@ -139,15 +140,15 @@ class HighwayOnnxConfig(ViTOnnxConfig):
         return models_and_onnx_configs, onnx_files_subpaths
 
 
-def _check_asked(traced: Any, shapes: dict[str, int], model: PreTrainedModel) -> None:
+def _check_requested(traced: Any, shapes: dict[str, int], model: HighwayMixin) -> None:
     """Raise `ValueError` for an argument of Optimum's that a highway's file cannot follow."""
     opset = next(entry.version for entry in traced.opset_import if not entry.domain)
     if opset != OPSET:
         raise ValueError(f"opset={opset}: a highway is written in opset {OPSET}; leave --opset out")
     if not traced.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise ValueError(
-            "no_dynamic_axes=True: rows leave inside a highway's file, which takes any batch; leave --no-dynamic-axes "
-            "out"
+            "no_dynamic_axes=True: samples exit inside a highway's file, which takes any batch; leave "
+            "--no-dynamic-axes out"
         )
     sizes = dict(zip(("num_channels", "height", "width"), example_image(model).shape[1:], strict=True))
     for name, size in sizes.items():
