@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..configuration import HighwayConfig
 from ..files import replace_file
 from ..policies import build_policy
 from ..segments import height_width
@@ -176,7 +177,7 @@ def leaderboard_scores(card: ModelCard) -> str | None:
 
     entries = [
         EvalResultEntry(result.dataset_type, TASK, result.metric_value, notes=result.metric_name)
-        for result in card.data.eval_results or []
+        for result in card.data.get("eval_results") or []
         if "/" in result.dataset_type and result.metric_type == "accuracy"
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
@@ -192,8 +193,8 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
     """Raise `ValueError` where a report is not of this model as it now answers."""
     if report["what"] == TRAINING:
         return
-    if config.model_type == "avit":
-        raise ValueError(f"{where}: {report['what']} is of a highway, and the model is an avit")
+    if not isinstance(config, HighwayConfig):
+        raise ValueError(f"{where}: {report['what']} is of a highway, and the model is an {config.model_type}")
     key = {"lgvit evaluate": "position", "lgvit benchmark": "depth"}.get(report["what"])
     depths, ours = [exit[key] for exit in report["exits"]] if key else None, answer_depths(config)
     if key and depths != ours:
@@ -207,7 +208,8 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
 def _results(report: Mapping[str, Any], datasets: Sequence[str]) -> list[EvalResult]:
     figures: list[tuple[str, float | None, str, dict[str, Any] | None]]
     if report["what"] == TRAINING:
-        kind = name = report.get("data") or (datasets[0] if datasets else None)
+        kind: Any = report.get("data") or (datasets[0] if datasets else None)
+        name = kind
         figures = [("accuracy", report["figures"].get("accuracy"), "Accuracy", None)]
     else:
         overall, name = report["overall"], data_name(report)

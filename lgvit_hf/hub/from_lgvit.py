@@ -74,7 +74,7 @@ def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
     plain = {key: value for key, value in settings.items() if key not in LGVIT_ONLY}
     highway_type = settings.get("highway_type", "linear")
     if is_swin:
-        config_class = SwinHighwayConfig
+        config_class: type[HighwayConfig] = SwinHighwayConfig
         positions = _swin_positions(settings.get("position_exits"), settings["depths"])
         attention = ("attention_r1", "attention_r2")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig
 from .strict import Rename, by_module
@@ -86,7 +87,7 @@ def from_lgvit(config: HighwayConfig) -> Rename:
     )
 
 
-def to_lgvit(config: HighwayConfig) -> Rename:
+def to_lgvit(config: HighwayConfig) -> Callable[[str], str]:
     """Our name of a tensor -> LGViT's."""
     return by_module(_modules(config), lambda name: re.sub(r"^vit\.", "deit.", name))
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..configuration_avit import HALTING_FIELDS, AViTConfig
 from ..data.processing import make_processor, open_processor
 from ..modeling_avit import AViT
 from ..modeling_deit import DeiTHighway
+from ..modeling_highway import HighwayMixin
 from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
 from ..segments import height_width
@@ -25,10 +26,12 @@ from ..wrapper import HighwayWrapper
 
 logger = logging.getLogger(__name__)
 
-BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+BY_BACKBONE: dict[str, type[HighwayMixin]] = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
 HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
 # those whose module is one of transformers' own; of any other, only whoever has its class can open them
-SAVED = {**HIGHWAYS, HighwayWrapper.config_class.model_type: HighwayWrapper}
+SAVED: dict[str, type[HighwayMixin]] = {**HIGHWAYS, HighwayWrapper.config_class.model_type: HighwayWrapper}
 
 
 def answer_depths(config: HighwayConfig) -> list[int]:
@@ -87,11 +90,14 @@ def _labels(label_names: list[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
 
 
-def _check_source(checkpoint: str | None, backbone: str | None, model_settings: dict[str, Any] | None) -> None:
-    if (checkpoint is None) == (backbone is None):
+def _source(checkpoint: str | None, backbone: str | None, model_settings: dict[str, Any] | None) -> str:
+    """Whichever of checkpoint and backbone is given."""
+    source = backbone if checkpoint is None else checkpoint
+    if source is None or (checkpoint is not None and backbone is not None):
         raise ValueError("give either --model CHECKPOINT or --backbone vit|deit|swin")
     if checkpoint is not None and model_settings:
         raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
+    return source
 
 
 def open_model(
@@ -104,7 +110,7 @@ def open_model(
     exits: dict[str, Any] | None = None,
     must_be_highway: bool = False,
     seed: int = 0,
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
+) -> tuple[HighwayMixin, BaseImageProcessor]:
     """Open a highway and the image processor that goes with it.
 
     Args:
@@ -125,25 +131,23 @@ def open_model(
         ValueError: Neither or both of checkpoint and backbone; other exits asked of a highway than it has; classes of
             the data and of a highway that differ.
     """
-    _check_source(checkpoint, backbone, model_settings)
+    source = _source(checkpoint, backbone, model_settings)
     exits, labels = dict(exits or {}), _labels(label_names)
     set_seed(seed)
-    if backbone is not None:
-        config = small_config(backbone, image_size, **(model_settings or {}), **exits, **labels)
-        return BY_BACKBONE[backbone](config), make_processor(config.image_size, config.num_channels)
-
-    config = read_config(checkpoint)
+    if checkpoint is None:
+        new = small_config(source, image_size, **(model_settings or {}), **exits, **labels)
+        return BY_BACKBONE[source](new), make_processor(new.image_size, new.num_channels)
+    config = read_config(source)
     kind = config.model_type
     if kind in SAVED:
-        check_class_names(checkpoint, config, label_names)
-        model = SAVED[kind].from_pretrained(checkpoint)
-        model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
+        check_class_names(source, config, label_names)
+        model = SAVED[kind].from_pretrained(source)
+        model = with_exits(source, model, exits) if exits or not (model.exits or must_be_highway) else model
     elif kind in BY_BACKBONE and not must_be_highway:
-        build = partial(BY_BACKBONE[kind].from_backbone, checkpoint, **exits)
-        model = _from_plain(checkpoint, config, label_names, build)
+        model = _from_plain(source, config, label_names, partial(BY_BACKBONE[kind].from_backbone, source, **exits))
     else:
-        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
-    return model, open_processor(checkpoint)
+        raise ValueError(f"{source}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
+    return model, open_processor(source)
 
 
 def open_avit(
@@ -169,25 +173,25 @@ def open_avit(
         ValueError: Neither or both of checkpoint and backbone; an unknown field; classes of the data and of an `AViT`
             that differ.
     """
-    _check_source(checkpoint, backbone, model_settings)
+    source = _source(checkpoint, backbone, model_settings)
     halting, labels = dict(halting or {}), _labels(label_names)
     unknown = sorted(set(halting) - set(HALTING_FIELDS))
     if unknown:
         raise ValueError(f"halting: {unknown[0]!r} must be one of {', '.join(HALTING_FIELDS)}")
     set_seed(seed)
-    if backbone is not None:
-        settings = {**_small_sizes(backbone, image_size), **(model_settings or {})}
+    if checkpoint is None:
+        settings = {**_small_sizes(source, image_size), **(model_settings or {})}
         _check_fields(AViTConfig, settings)
-        config = AViTConfig(backbone=backbone, **settings, **halting, **labels)
-        return AViT(config), make_processor(config.image_size, config.num_channels)
-    config = read_config(checkpoint)
+        new = AViTConfig(backbone=source, **settings, **halting, **labels)
+        return AViT(new), make_processor(new.image_size, new.num_channels)
+    config = read_config(source)
     if config.model_type == AViTConfig.model_type:
-        check_class_names(checkpoint, config, label_names)
-        model = AViT.from_pretrained(checkpoint, **halting)
+        check_class_names(source, config, label_names)
+        model = AViT.from_pretrained(source, **halting)
     else:
-        source = load_highway(checkpoint) if config.model_type in HIGHWAYS else checkpoint
-        model = _from_plain(checkpoint, config, label_names, partial(AViT.from_backbone, source, **halting))
-    return model, open_processor(checkpoint)
+        plain = load_highway(source) if config.model_type in HIGHWAYS else source
+        model = _from_plain(source, config, label_names, partial(AViT.from_backbone, plain, **halting))
+    return model, open_processor(source)
 
 
 def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: list[str]) -> None:
@@ -200,10 +204,13 @@ def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: li
     """
     if config.num_labels != len(label_names):
         raise ValueError(f"{checkpoint} knows {config.num_labels} classes, the data have {len(label_names)}")
-    for index, name in enumerate(label_names):
-        known = config.id2label[index]
+    for index, (known, name) in enumerate(zip(_class_names(config), label_names, strict=True)):
         if known != name and known != f"LABEL_{index}":
             raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
+
+
+def _class_names(config: PretrainedConfig) -> list[str | None]:
+    return [(config.id2label or {}).get(index) for index in range(config.num_labels)]
 
 
 def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] | None:
@@ -220,7 +227,7 @@ def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] |
         >>> class_order(PretrainedConfig(num_labels=2), ["cat", "dog"])
         [0, 1]
     """
-    known = [config.id2label.get(index) for index in range(config.num_labels)]
+    known = _class_names(config)
     if len(known) != len(label_names):
         return None
     if all(old in (new, f"LABEL_{index}") for index, (old, new) in enumerate(zip(known, label_names, strict=True))):
@@ -230,9 +237,7 @@ def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] |
 
 
 @torch.no_grad()
-def _from_plain(
-    checkpoint: str, old: PretrainedConfig, label_names: list[str], build: Callable[..., PreTrainedModel]
-) -> PreTrainedModel:
+def _from_plain(checkpoint: str, old: PretrainedConfig, label_names: list[str], build: Callable[..., Model]) -> Model:
     """A model built from a plain checkpoint, its classifiers in the order of the data's classes.
 
     They get new weights where the checkpoint has other classes.
@@ -243,8 +248,8 @@ def _from_plain(
         label_names (`list[str]`): Of the data.
         build (`Callable`): Builds the model from the fields of its config that name the classes.
     """
-    order, known = class_order(old, label_names), [old.id2label.get(index) for index in range(old.num_labels)]
-    model = build(**({} if old.id2label == dict(enumerate(label_names)) else _labels(label_names)))
+    order, known = class_order(old, label_names), _class_names(old)
+    model = build(**({} if known == label_names else _labels(label_names)))
     is_new = order is None and len(known) == len(label_names)
     if is_new:
         index = next(i for i, name in enumerate(label_names) if known[i] != name)
@@ -263,12 +268,12 @@ def _from_plain(
     return model
 
 
-def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:
+def with_exits(checkpoint: str, model: HighwayMixin, exits: dict[str, Any]) -> HighwayMixin:
     """A copy of a highway with another policy or other loss weights; with new exits where it has none.
 
     Args:
         checkpoint (`str`): What an error names.
-        model (`PreTrainedModel`): A highway.
+        model (`HighwayMixin`): A highway.
         exits (`dict`): See `open_model`.
 
     Raises:
@@ -298,7 +303,7 @@ def _has_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str,
     return all(getattr(wanted, name) == getattr(config, name) for name in names)
 
 
-def load_highway(checkpoint: str) -> PreTrainedModel:
+def load_highway(checkpoint: str) -> HighwayMixin:
     """A saved highway, whatever its classes, ready to answer; its weights are copies, not the file's own.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .card import card, has_card, is_own, reports_beside, write_card
 from .loading import read_config
@@ -43,14 +43,15 @@ def publish_folder(
         tags (`Sequence[str]`, *optional*): Of a card that is made.
         max_shard_size (`int` or `str`, *optional*): Of a file of weights, by default upstream's.
     """
-    folder, source = Path(folder), Path(model.name_or_path)
-    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    folder, source = Path(folder), Path(model.name_or_path or "")
+    sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(folder, **sizes)
     if not model.name_or_path or not (source / "config.json").is_file():
         if has_card(model.config):
             write_card(card(model, name=name, tags=tags), folder / CARD)
         return
     files, reports = [source / PROCESSOR], []
-    if _policy(read_config(str(source))) == _policy(model.config):
+    if getattr(read_config(str(source)), "exit_policy", None) == getattr(model.config, "exit_policy", None):
         reports = reports_beside(source)
         files += [*reports, *source.glob("*.png"), source / CARD, *source.glob(".eval_results/*.yaml")]
     else:
@@ -63,10 +64,6 @@ def publish_folder(
             shutil.copyfile(file, copy)
     if has_card(model.config) and not (folder / CARD).is_file():
         write_card(card(model, reports, name=name, tags=tags), folder / CARD)
-
-
-def _policy(config: PretrainedConfig) -> dict[str, Any] | None:
-    return getattr(config, "exit_policy", None)
 
 
 def push(
@@ -136,7 +133,7 @@ def _own_card(repo_id: str, revision: str | None, token: Any) -> str | None:
 def _add_tags(readme: Path, tags: Sequence[str]) -> None:
     """Add tags to a README, which is made where there is none."""
     made = ModelCard.load(readme) if readme.is_file() else ModelCard("---\n{}\n---\n")
-    missing = [tag for tag in tags if tag not in (made.data.tags or [])]
-    if missing:
-        made.data.tags = [*(made.data.tags or []), *missing]
+    held = made.data.get("tags") or []
+    if missing := [tag for tag in tags if tag not in held]:
+        made.data["tags"] = [*held, *missing]
         made.save(readme)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from .reading import in_short, read_if_there
 
 PROCESSOR = "preprocessor_config.json"
 Rename = Callable[[str], str | None]
+Name = TypeVar("Name", bound=str | None)
 
 
 def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
@@ -33,10 +34,10 @@ def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-def by_module(table: Mapping[str, str], otherwise: Rename) -> Rename:
+def by_module(table: Mapping[str, str], otherwise: Callable[[str], Name]) -> Callable[[str], str | Name]:
     """Renames the modules of a table, and any other tensor `otherwise`."""
 
-    def rename(name: str) -> str | None:
+    def rename(name: str) -> str | Name:
         module, _, leaf = name.rpartition(".")
         return f"{table[module]}.{leaf}" if module in table else otherwise(name)
 
@@ -132,7 +133,7 @@ def load_strictly(model: PreTrainedModel, state: dict[str, Tensor], rename: Rena
         raise ValueError(f"{source}: {'; '.join(wrong)}")
     floating = {tensor.dtype for tensor in found.values() if tensor.is_floating_point()}
     if len(floating) == 1:
-        model.to(floating.pop())
+        model.to(floating.pop())  # type: ignore[arg-type]  # a decorator hides its arguments
     model.load_state_dict(found, strict=False)
 
 

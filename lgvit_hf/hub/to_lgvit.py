@@ -99,7 +99,7 @@ def lgvit_settings(config: HighwayConfig) -> dict[str, Any]:
         "architectures": [f"{model}HighwayForImageClassification"],
         "model_type": model.lower(),
         "num_labels": config.num_labels,
-        "id2label": {str(number): name for number, name in config.id2label.items()},
+        "id2label": {str(number): name for number, name in (config.id2label or {}).items()},
         **_places(config, kind),
         "highway_type": _highway_type(config),
         "train_strategy": "weighted" if config.exit_loss_weights == "depth" else "normal",
