@@ -11,19 +11,19 @@ from onnx import TensorProto, helper
 
 from ..runtimes.manifest import PARAMETERS
 from .onnx_graph import Graph
-from .segment_graphs import OPSET, Decision, Stretch
+from .segment_graphs import OPSET, Decision, OnnxSegment
 
 PRODUCER = "lgvit-hf"
 ANSWERS = ("logits", "exit_index", "exit_score")
 
 
 def compose_single(
-    parts: Sequence[Stretch], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]
+    parts: Sequence[OnnxSegment], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]
 ) -> Any:
     """One model in which each sample has its own exit, and branches that no sample needs are not run.
 
     Args:
-        parts (`Sequence[Stretch]`): Of the evaluated exits, the final one last.
+        parts (`Sequence[OnnxSegment]`): Of the evaluated exits, the final one last.
         decision (`Decision`): The policy; the last part only takes its score.
         depths (`Sequence[int]`): Blocks run before each exit of the whole highway.
         defaults (`dict[str, np.ndarray]`):
@@ -49,7 +49,7 @@ def compose_single(
 
 
 def _body(
-    graph: Graph, state: Sequence[str], memory: Sequence[str], parts: Sequence[Stretch], decision: Decision
+    graph: Graph, state: Sequence[str], memory: Sequence[str], parts: Sequence[OnnxSegment], decision: Decision
 ) -> list[str]:
     """From one exit on: names of the logits, exit index and score of the samples that reach it."""
     (part, *deeper), here = parts, f"e{parts[0].exit_index}_"
@@ -100,7 +100,7 @@ def _at(graph: Graph, here: str, name: str, index: int) -> str:
     return graph.add("Slice", [name, start, end], f"{here}{name}")
 
 
-def _answer_infos(names: Sequence[str], part: Stretch, shape: list[str] | None) -> list[Any]:
+def _answer_infos(names: Sequence[str], part: OnnxSegment, shape: list[str] | None) -> list[Any]:
     """Types of `ANSWERS` under other names, and the shapes of all where one is given."""
     kind, num_labels = _logits_of(part)
     return [
@@ -110,13 +110,13 @@ def _answer_infos(names: Sequence[str], part: Stretch, shape: list[str] | None) 
     ]
 
 
-def _logits_of(part: Stretch) -> tuple[int, int]:
+def _logits_of(part: OnnxSegment) -> tuple[int, int]:
     """Type and number of the labels of a part's logits."""
     logits = part.model.graph.output[-1].type.tensor_type
     return logits.elem_type, logits.shape.dim[-1].dim_value
 
 
-def compose_all_exits(parts: Sequence[Stretch]) -> Any:
+def compose_all_exits(parts: Sequence[OnnxSegment]) -> Any:
     """One model that runs every exit: `logits` of the last and `exit_logits` `[E, B, C]` of all."""
     graph, state, found = Graph(), ["pixel_values"], []
     axis = graph.constant("axis", np.array([0]))
@@ -130,7 +130,7 @@ def compose_all_exits(parts: Sequence[Stretch]) -> Any:
     return _model(graph, parts[0], [helper.make_tensor_value_info(name, kind, shapes[name]) for name in shapes], {})
 
 
-def _model(graph: Graph, first: Stretch, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
+def _model(graph: Graph, first: OnnxSegment, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
     pixels = first.model.graph.input[0].type.tensor_type
     sizes = ["batch", *(dim.dim_value for dim in pixels.shape.dim[1:])]
     inputs = [helper.make_tensor_value_info("pixel_values", pixels.elem_type, sizes)]

@@ -1,4 +1,4 @@
-"""From PyTorch to ONNX, piece by piece: each stretch of a highway, and what its policy decides."""
+"""From PyTorch to ONNX, piece by piece: each segment of a highway, and what its policy decides."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ EXPORTABLE = tuple(
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A stretch of a highway as an ONNX model: the state's tensors in; those and `logits` out, of the last one these.
+class OnnxSegment:
+    """A segment of a highway as an ONNX model: the state's tensors in; those and `logits` out, of the last one these.
 
     Args:
         exit_index (`int`): Of the exit at its end, counted in the whole highway.
-        model (`onnx.ModelProto`): The stretch.
+        model (`onnx.ModelProto`): The segment, of which several of the highway's may have become one.
     """
 
     exit_index: int
@@ -82,10 +82,10 @@ class _Step(nn.Module):
 
 
 @torch.no_grad()
-def export_parts(model: HighwayMixin, exits: Sequence[int]) -> list[Stretch]:
-    """The stretches between some exits of a highway; the heads of other exits are left out.
+def export_parts(model: HighwayMixin, exits: Sequence[int]) -> list[OnnxSegment]:
+    """The segments between some exits of a highway; the heads of other exits are left out.
 
-    Pixels and logits are float32, the state between stretches is of the model's dtype.
+    Pixels and logits are float32, the state between segments is of the model's dtype.
 
     Args:
         model (`HighwayMixin`): A highway, in `eval()` mode.
@@ -103,7 +103,7 @@ def export_parts(model: HighwayMixin, exits: Sequence[int]) -> list[Stretch]:
                 exported, state = _exported_step(model, block, state, known)
                 models.append(exported)
             exported, _ = _exported_step(model, segments[index].answer, state, known)
-            parts.append(Stretch(index, chain([*models, exported], ends=index == exits[-1])))
+            parts.append(OnnxSegment(index, chain([*models, exported], ends=index == exits[-1])))
             start = index + 1
     return parts
 
@@ -206,8 +206,8 @@ class _Decision(nn.Module):
         given = zip(self.adjustable, parameters, strict=True)
         numbers = {name: value if name == "patience" else [value] for name, value in given}
         vars(policy).update({**vars(self.policy), "temperature": 1.0, **numbers})
-        leave, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), 0)
-        return [leave, after["score"].float(), *(after[name] for name in self.remembered)]
+        exited, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), 0)
+        return [exited, after["score"].float(), *(after[name] for name in self.remembered)]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Decision:
         model (`onnx.ModelProto`): Inputs `logits`, `temperature`, the `parameters`, and the memory's names with `_in`;
             outputs `leave`, `score`, and the memory's names with `_out`.
         parameters (`list[str]`): Fields of the policy that are inputs.
-        memory (`dict[str, Tensor]`): Names, and what a row starts with, `[1]` each.
+        memory (`dict[str, Tensor]`): Names, and what a sample starts with, `[1]` each.
     """
 
     model: Any
