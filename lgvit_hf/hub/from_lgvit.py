@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
-from ..heads import lgvit_heads
 from .lgvit_names import from_lgvit, kind_of
 from .loading import BY_BACKBONE
 from .reading import find_weights, read_json, read_weights
@@ -72,23 +71,19 @@ def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
     """
     is_swin = "depths" in settings
     plain = {key: value for key, value in settings.items() if key not in LGVIT_ONLY}
-    highway_type = settings.get("highway_type", "linear")
+    highway_type, backbone = settings.get("highway_type", "linear"), settings.get("backbone", "ViT")
     if is_swin:
         config_class: type[HighwayConfig] = SwinHighwayConfig
         positions = _swin_positions(settings.get("position_exits"), settings["depths"])
-        attention = ("attention_r1", "attention_r2")
-    else:
-        backbone = settings.get("backbone", "ViT")
-        if backbone not in ("ViT", "DeiT"):
-            raise ValueError(f"backbone: {backbone!r} must be 'ViT' or 'DeiT'")
-        config_class = {"ViT": ViTHighwayConfig, "DeiT": DeiTHighwayConfig}[backbone]
+    elif backbone in ("ViT", "DeiT"):
+        config_class = ViTHighwayConfig if backbone == "ViT" else DeiTHighwayConfig
         positions = parse_positions(settings.get("position_exits"))
-        attention = ("attention_r2", "attention_r3")
         plain.setdefault("layer_norm_eps", 1e-12)
-    types = lgvit_heads(len(positions), attention=attention) if highway_type == "LGViT" else highway_type
+    else:
+        raise ValueError(f"backbone: {backbone!r} must be 'ViT' or 'DeiT'")
     return config_class(
         exit_positions=positions,
-        exit_types=types,
+        exit_types="lgvit" if highway_type == "LGViT" else highway_type,
         exit_policy=_lgvit_policy(settings, len(positions), is_swin),
         exit_loss_weights="depth" if "weighted" in str(settings.get("train_strategy")) else "uniform",
         **plain,

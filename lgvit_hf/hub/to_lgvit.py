@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,8 @@ def _places(config: HighwayConfig, kind: str) -> dict[str, Any]:
     if not isinstance(config, SwinHighwayConfig):
         places = {"num_early_exits": len(config.exits), "position_exits": _text(config.exit_positions)}
         return {"backbone": {"vit": "ViT", "deit": "DeiT"}[kind], **places}
-    stages: list[list[int]] = [[] for _ in config.depths]
-    for position in config.exit_positions:
-        stage = config.stage_of(position)
-        stages[stage].append(position - sum(config.depths[:stage]))
+    positions, starts = config.exit_positions, zip(config.depths, accumulate(config.depths, initial=0), strict=False)
+    stages = [[after - start for after in positions if 0 < after - start <= depth] for depth, start in starts]
     return {"num_early_exits": _text([len(stage) for stage in stages]), "position_exits": _text(stages)}
 
 
