@@ -121,7 +121,11 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """
     is_read, known = isinstance(report, Mapping), (*REPORTS, TRAINING)
     try:
-        text = json.dumps(report) if isinstance(report, Mapping) else Path(report).read_text(encoding="utf-8")
+        text = (
+            json.dumps(dict(report), default=float)
+            if isinstance(report, Mapping)
+            else Path(report).read_text(encoding="utf-8")
+        )
         # what version 0.1 wrote of exited samples
         content = json.loads(text.replace('_leaving"', '_exited"'))
     except ValueError as error:
