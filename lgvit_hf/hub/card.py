@@ -119,20 +119,19 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: It is no report of one of the commands.
         OSError: There is no such file.
     """
-    is_read, known = isinstance(report, Mapping), (*REPORTS, TRAINING)
-    try:
-        text = (
-            json.dumps(dict(report), default=float)
-            if isinstance(report, Mapping)
-            else Path(report).read_text(encoding="utf-8")
-        )
-        # what version 0.1 wrote of exited samples
-        content = json.loads(text.replace('_leaving"', '_exited"'))
-    except ValueError as error:
-        raise ValueError(f"{report}: no JSON ({error})") from error
-    what = content.get("what") if isinstance(content, dict) else type(content).__name__
-    if what not in known:
-        raise ValueError(f"{'report' if is_read else report}: what={what!r} must be one of {known}")
+    content, known = report, (*REPORTS, TRAINING)
+    if not isinstance(report, Mapping):
+        try:
+            content = json.loads(Path(report).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{report}: no JSON ({error})") from error
+    what = content.get("what") if isinstance(content, Mapping) else type(content).__name__
+    if not isinstance(content, Mapping) or what not in known:
+        raise ValueError(f"{'report' if content is report else report}: what={what!r} must be one of {known}")
+    if what == "lgvit evaluate":
+        # version 0.1 called the accuracy of exited samples `accuracy_leaving`
+        exits = [{name.replace("_leaving", "_exited"): exit[name] for name in exit} for exit in content["exits"]]
+        return {**content, "exits": exits}
     return content
 
 
