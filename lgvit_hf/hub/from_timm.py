@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    PretrainedConfig,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PretrainedConfig
 
 from ..segments import height_width
 from .loading import BY_BACKBONE
@@ -23,11 +15,6 @@ from .reading import find_weights, in_short, read_if_there, read_weights
 from .strict import Rename, load_strictly, renamed, split_fused, write_model
 from .timm_names import SWIN_NAMES, VIT_NAMES, swin_sizes, vit_sizes
 
-CLASSES = {
-    "vit": (ViTConfig, ViTForImageClassification),
-    "deit": (DeiTConfig, DeiTForImageClassificationWithTeacher),
-    "swin": (SwinConfig, SwinForImageClassification),
-}
 NAMES = {kind: [(theirs, f"{kind}.{ours}") for theirs, ours in VIT_NAMES] for kind in ("vit", "deit")}
 NAMES["vit"] += [("head", "classifier")]
 NAMES["deit"] += [("head", "cls_classifier"), ("head_dist", "distillation_classifier")]
@@ -134,8 +121,8 @@ def convert_plain(
     labels = about.get("label_names")
     if isinstance(labels, list) and len(set(map(str, labels))) == len(labels) == sizes["num_labels"]:
         sizes |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    config_class, model_class = CLASSES[kind]
-    model = model_class(config_class(**sizes))
+    plain_class = BY_BACKBONE[kind].native_classes[0]
+    model = plain_class(plain_class.config_class(**sizes))
     load_strictly(model, state, _rename(kind, state), weights)
     if exits:
         model = BY_BACKBONE[kind].from_backbone(model, **exits)
