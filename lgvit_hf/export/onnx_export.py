@@ -70,14 +70,7 @@ def export_onnx(
             processor.save_pretrained(new)
             if layout == "single":
                 write_infer(new, processor, model.config.num_channels)
-        manifest = describe(model, new, names, layout, precision)
-        manifest.save(new)
-        checks: dict[str, Any] = verify(model, new)
-        if images is not None:
-            checks["images"] = compare(model, ORTHighway.from_pretrained(new), images, max_accuracy_drop)
-        manifest = replace(manifest, checks=checks)
-        manifest.save(new)
-    return manifest
+        return verified(model, new, names, layout, precision, images=images, max_accuracy_drop=max_accuracy_drop)
 
 
 def exits_in_files(policy: ExitPolicy, num_exits: int, layout: str) -> list[int]:
@@ -158,25 +151,32 @@ def _check_sizes(model: HighwayMixin, exits: list[int], names: list[str], precis
     check_file_sizes(dict(zip(names, sizes, strict=True)), f"use {smaller}{why}")
 
 
-def describe(
+def verified(
     model: HighwayMixin,
-    folder: str | Path,
+    folder: Path,
     files: Sequence[str],
     layout: str = "single",
     precision: str = "float32",
+    *,
+    images: Dataset | None = None,
+    max_accuracy_drop: float = 0.005,
 ) -> Manifest:
-    """The manifest of files that `write_onnx` wrote, of which nothing has been checked yet.
+    """Run files that `write_onnx` wrote against their model, and write the manifest beside them.
 
     Args:
-        model (`HighwayMixin`), folder (`str` or `Path`), layout (`str`, *optional*), precision (`str`, *optional*):
+        model (`HighwayMixin`), folder (`Path`), layout (`str`, *optional*), precision (`str`, *optional*):
             As given to `write_onnx`.
         files (`Sequence[str]`): As it returned.
+        images (`Dataset`, *optional*), max_accuracy_drop (`float`, *optional*): See `export_onnx`.
+
+    Raises:
+        ValueError: They do not answer as the model does.
     """
     policy, depths, macs = model.exit_policy, [segment.depth for segment in model.segments()], model_macs(model)
-    return Manifest(
+    manifest = Manifest(
         layout=layout,
         precision=precision,
-        files={name: file_digest(Path(folder) / name) for name in files},
+        files={name: file_digest(folder / name) for name in files},
         depths=depths,
         exits=exits_in_files(policy, len(depths), layout),
         policy=policy.to_dict(),
@@ -184,3 +184,11 @@ def describe(
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
         checks={},
     )
+    # without it, the folder would not open
+    manifest.save(folder)
+    checks: dict[str, Any] = verify(model, folder)
+    if images is not None:
+        checks["images"] = compare(model, ORTHighway.from_pretrained(folder), images, max_accuracy_drop)
+    manifest = replace(manifest, checks=checks)
+    manifest.save(folder)
+    return manifest

@@ -9,7 +9,6 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from ..hub.loading import example_image
 from ..modeling_highway import HighwayMixin
 from ..pretrained import PretrainedHighway
 from ..runtimes.manifest import MANIFEST
-from .onnx_export import describe, write_onnx
+from .onnx_export import verified, write_onnx
 from .segment_graphs import OPSET
-from .verification import verify
 
 TASK = "image-classification"
 register = TasksManager.create_register("onnx")
@@ -119,20 +117,17 @@ class HighwayOnnxConfig(ViTOnnxConfig):
     def post_process_exported_models(
         self, path: Path, models_and_onnx_configs: dict[str, tuple], onnx_files_subpaths: list[str]
     ) -> tuple[dict[str, tuple], list[str]]:
-        """Run the file against PyTorch, and leave the manifest by which `ORTHighway` opens the folder.
+        """Run the file against PyTorch, and write the manifest by which `ORTHighway` opens the folder.
 
         Raises:
             ValueError: It does not answer as the model does; it is removed.
         """
-        manifest = describe(self._model, path, onnx_files_subpaths)
-        manifest.save(path)
         try:
-            checks = verify(self._model, path)
+            verified(self._model, path, onnx_files_subpaths)
         except ValueError:
             for name in (*onnx_files_subpaths, MANIFEST):
                 (path / name).unlink()
             raise
-        replace(manifest, checks=checks).save(path)
         if "optimum.commands.optimum_cli" in sys.modules:
             # Optimum opens the file next, and ONNX Runtime would advise against thresholds that are inputs; the level
             # holds for the whole process, which is here the command's own
