@@ -104,7 +104,7 @@ def test_says_what_the_evaluation_found(checkpoint, reports):
     assert "![Accuracy against cost](pareto.png)" in made.text
     values = {(result.metric_type, result.metric_name): result.metric_value for result in made.data.eval_results}
     assert values == {
-        ("accuracy", "Accuracy, leaving early"): round(overall["accuracy"], 6),
+        ("accuracy", "Accuracy, early exit"): round(overall["accuracy"], 6),
         ("accuracy", "Accuracy, full model"): round(overall["accuracy_full_model"], 6),
         ("mean_depth", "Mean depth in blocks"): round(overall["mean_depth"], 6),
         ("macs", "Mean MACs of an image"): round(overall["mean_macs"], 6),

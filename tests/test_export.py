@@ -31,7 +31,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[o
 from lgvit_hf.export.composition import compose_single  # noqa: E402
 from lgvit_hf.export.onnx_export import EXPORTABLE, export_onnx, verify  # noqa: E402
 from lgvit_hf.export.segment_graphs import export_decision, export_parts, weight_bytes  # noqa: E402
-from lgvit_hf.export.verification import trials, undecided_rows  # noqa: E402
+from lgvit_hf.export.verification import trials, undecided_samples  # noqa: E402
 from lgvit_hf.runtimes.manifest import (  # noqa: E402
     Manifest,
     exits_that_run,  # noqa: E402
@@ -632,7 +632,7 @@ def test_rows_that_rounding_decides():
     exit_logits, depths = torch.tensor(rows).transpose(0, 1), [1, 2, 3]
 
     def found(name, **settings):
-        return undecided_rows(build_policy({"name": name, **settings}, 2), exit_logits, depths, 2).tolist()
+        return undecided_samples(build_policy({"name": name, **settings}, 2), exit_logits, depths, 2).tolist()
 
     assert found("patience", patience=2) == [False, True, True, True, False]
     assert found("patience", patience=1, exits=[1]) == [False, False, True, True, False]
@@ -668,7 +668,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(small, parts_of_small, tmp_pa
     with torch.no_grad():
         model.classifier.bias += 1.0
     with pytest.raises(
-        ValueError, match="does not answer as the model does: .* rows leave elsewhere, and logits differ"
+        ValueError, match="does not answer as the model does: .* samples exit elsewhere, and logits differ"
     ):
         verify(model, tmp_path / "good")
     monkeypatch.setattr("lgvit_hf.export.onnx_export.verify", lambda *_: (_ for _ in ()).throw(ValueError("no")))

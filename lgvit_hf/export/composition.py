@@ -1,4 +1,4 @@
-"""Parts of a highway as one ONNX model, in plain `onnx`: nested `If`s, and rows that have left are dropped."""
+"""Parts of a highway as one ONNX model, in plain `onnx`: nested `If`s, and samples that exited are dropped."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from onnx import TensorProto, helper
 
 from ..runtimes.manifest import PARAMETERS
 from .onnx_graph import Graph
-from .segment_graphs import OPSET, Decision, Stretch
+from .segment_graphs import OPSET, Decision, OnnxSegment
 
 PRODUCER = "lgvit-hf"
+ANSWERS = ("logits", "exit_index", "exit_score")
 
 
 def compose_single(
-    parts: Sequence[Stretch], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]
+    parts: Sequence[OnnxSegment], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]
 ) -> Any:
-    """One model in which each row leaves at its own exit, and the branches that nobody needs are not run.
+    """One model in which each sample has its own exit, and branches that no sample needs are not run.
 
     Args:
-        parts (`Sequence[Stretch]`): Of the exits that are asked, the one that answers what is left last.
-        decision (`Decision`): The policy; of it, the last part only takes the score.
+        parts (`Sequence[OnnxSegment]`): Of the evaluated exits, the final one last.
+        decision (`Decision`): The policy; the last part only takes its score.
         depths (`Sequence[int]`): Blocks run before each exit of the whole highway.
         defaults (`dict[str, np.ndarray]`):
             Values of the inputs that may be given anew: `exit_temperatures` `[E]`, and as `PARAMETERS` calls them.
@@ -38,79 +39,59 @@ def compose_single(
     for name, value in decision.memory.items():
         first = graph.constant(f"first_{name}", value.numpy())
         memory.append(graph.add("Expand", [first, batch], f"start_{name}"))
-    answers = _body(graph, 0, ["pixel_values"], memory, parts, decision)
-    for name, answer in zip(("logits", "exit_index", "exit_score"), answers, strict=True):
+    answers = _body(graph, ["pixel_values"], memory, parts, decision)
+    for name, answer in zip(ANSWERS, answers, strict=True):
         graph.add("Identity", [answer], name)
     graph.add("Gather", [graph.constant("depths", np.array(depths)), "exit_index"], "exit_layer", axis=0)
-    outputs = [
-        _logits_info("logits", parts[-1]),
-        helper.make_tensor_value_info("exit_layer", TensorProto.INT64, ["batch"]),
-        helper.make_tensor_value_info("exit_index", TensorProto.INT64, ["batch"]),
-        helper.make_tensor_value_info("exit_score", TensorProto.FLOAT, ["batch"]),
-    ]
-    return _model(graph, parts[0], outputs, defaults)
+    logits, exit_index, exit_score = _answer_infos(ANSWERS, parts[-1], ["batch"])
+    exit_layer = helper.make_tensor_value_info("exit_layer", TensorProto.INT64, ["batch"])
+    return _model(graph, parts[0], [logits, exit_layer, exit_index, exit_score], defaults)
 
 
 def _body(
-    graph: Graph,
-    number: int,
-    state: Sequence[str],
-    memory: Sequence[str],
-    parts: Sequence[Stretch],
-    decision: Decision,
-) -> tuple[str, str, str]:
-    """From one exit on: names of the logits, exit index and score of the rows that have come this far."""
-    part, here = parts[number], f"e{parts[number].exit_index}_"
+    graph: Graph, state: Sequence[str], memory: Sequence[str], parts: Sequence[OnnxSegment], decision: Decision
+) -> list[str]:
+    """From one exit on: names of the logits, exit index and score of the samples that reach it."""
+    (part, *deeper), here = parts, f"e{parts[0].exit_index}_"
     *after, logits = graph.inline(part.model, f"{here}part_", state)
     index = graph.constant(f"{here}index", np.array([part.exit_index]))
-    rows = graph.add("Shape", [logits], f"{here}rows", start=0, end=1)
-    exit_index = graph.add("Expand", [index, rows], f"{here}exit_index")
-    last_part = number == len(parts) - 1
-    # the final classifier has no threshold: nobody asks who leaves there, and a score that counts goes by the last
-    threshold = max(0, part.exit_index - 1) if last_part else part.exit_index
-    leave, score, *memory = _decide(graph, here, threshold, part, logits, memory, decision)
-    if last_part:
-        return logits, exit_index, score
+    samples = graph.add("Shape", [logits], f"{here}samples", start=0, end=1)
+    exit_index = graph.add("Expand", [index, samples], f"{here}exit_index")
+    # the final classifier has no threshold: nothing exits early there, and a score that counts goes by the last
+    threshold = part.exit_index if deeper else max(0, part.exit_index - 1)
+    inputs = [_at(graph, here, "exit_temperatures", part.exit_index)]
+    for name in decision.parameters:
+        inputs.append(_at(graph, here, PARAMETERS[name], 0 if name == "patience" else threshold))
+    exits, score, *memory = graph.inline(decision.model, f"{here}decide_", [logits, *inputs, *memory])
+    answers = [logits, exit_index, score]
+    if not deeper:
+        return answers
 
-    stay = graph.add("Not", [leave], f"{here}stay")
-    found = graph.add("NonZero", [stay], f"{here}found")
-    staying = graph.add("Shape", [found], f"{here}staying", start=1, end=2)
-    nobody = graph.add("Equal", [staying, graph.constant(f"{here}none", np.array([0]))], f"{here}equal")
-    nobody = graph.add("Squeeze", [nobody, graph.constant(f"{here}axis", np.array([0]))], f"{here}nobody")
-    answers = (logits, exit_index, score)
+    goes_on = graph.add("Not", [exits], f"{here}goes_on")
+    found = graph.add("NonZero", [goes_on], f"{here}found")
+    number_left = graph.add("Shape", [found], f"{here}number_left", start=1, end=2)
+    zero = graph.constant(f"{here}zero", np.array([0]))
+    none_left = graph.add("Equal", [number_left, zero], f"{here}equal")
+    none_left = graph.add("Squeeze", [none_left, zero], f"{here}none_left")
 
     done, on = Graph(), Graph()
     last = [done.add("Identity", [name], f"{here}done_{place}") for place, name in enumerate(answers)]
     kept = on.add("Squeeze", [found, on.constant(f"{here}first_axis", np.array([0]))], f"{here}kept")
     carried = [on.add("Gather", [name, kept], f"{name}_kept", axis=0) for name in (*after, *memory)]
-    deeper = _body(on, number + 1, carried[: len(after)], carried[len(after) :], parts, decision)
+    given = _body(on, carried[: len(after)], carried[len(after) :], deeper, decision)
     places = on.add("Unsqueeze", [kept, on.constant(f"{here}last_axis", np.array([1]))], f"{here}places")
     merged = [
         on.add("ScatterND", [old, places, new], f"{here}merged_{place}")
-        for place, (old, new) in enumerate(zip(answers, deeper, strict=True))
+        for place, (old, new) in enumerate(zip(answers, given, strict=True))
     ]
     names = [f"{here}answer_{place}" for place in range(3)]
-    graph.nodes.append(
-        helper.make_node(
-            "If",
-            [nobody],
-            names,
-            name=f"{here}if",
-            then_branch=_branch(done, last, f"{here}nobody_goes_on", part),
-            else_branch=_branch(on, merged, f"{here}some_go_on", part),
-        )
+    then_branch, else_branch = (
+        helper.make_graph(inner.nodes, here + name, [], _answer_infos(outputs, part, None), inner.constants)
+        for inner, outputs, name in ((done, last, "none_go_on"), (on, merged, "some_go_on"))
     )
-    return names[0], names[1], names[2]
-
-
-def _decide(
-    graph: Graph, here: str, threshold: int, part: Stretch, logits: str, memory: Sequence[str], decision: Decision
-) -> list[str]:
-    """Names of who leaves, the score, and the memory after it; `threshold` is the place of those to judge by."""
-    inputs = [_at(graph, here, "exit_temperatures", part.exit_index)]
-    for name in decision.parameters:
-        inputs.append(_at(graph, here, PARAMETERS[name], 0 if name == "patience" else threshold))
-    return graph.inline(decision.model, f"{here}decide_", [logits, *inputs, *memory])
+    branches = {"then_branch": then_branch, "else_branch": else_branch}
+    graph.nodes.append(helper.make_node("If", [none_left], names, f"{here}if", **branches))
+    return names
 
 
 def _at(graph: Graph, here: str, name: str, index: int) -> str:
@@ -119,37 +100,37 @@ def _at(graph: Graph, here: str, name: str, index: int) -> str:
     return graph.add("Slice", [name, start, end], f"{here}{name}")
 
 
-def _branch(graph: Graph, outputs: Sequence[str], name: str, part: Stretch) -> Any:
-    kinds = (_logits_info(outputs[0], part).type.tensor_type.elem_type, TensorProto.INT64, TensorProto.FLOAT)
-    infos = [helper.make_tensor_value_info(entry, kind, None) for entry, kind in zip(outputs, kinds, strict=True)]
-    return helper.make_graph(graph.nodes, name, [], infos, graph.constants)
+def _answer_infos(names: Sequence[str], part: OnnxSegment, shape: list[str] | None) -> list[Any]:
+    """Types of `ANSWERS` under other names, and the shapes of all where one is given."""
+    kind, num_labels = _logits_of(part)
+    return [
+        helper.make_tensor_value_info(names[0], kind, shape and [*shape, num_labels]),
+        helper.make_tensor_value_info(names[1], TensorProto.INT64, shape),
+        helper.make_tensor_value_info(names[2], TensorProto.FLOAT, shape),
+    ]
 
 
-def compose_all_exits(parts: Sequence[Stretch]) -> Any:
+def _logits_of(part: OnnxSegment) -> tuple[int, int]:
+    """Type and number of the labels of a part's logits."""
+    logits = part.model.graph.output[-1].type.tensor_type
+    return logits.elem_type, logits.shape.dim[-1].dim_value
+
+
+def compose_all_exits(parts: Sequence[OnnxSegment]) -> Any:
     """One model that runs every exit: `logits` of the last and `exit_logits` `[E, B, C]` of all."""
     graph, state, found = Graph(), ["pixel_values"], []
+    axis = graph.constant("axis", np.array([0]))
     for part in parts:
         *state, logits = graph.inline(part.model, f"e{part.exit_index}_part_", state)
-        axis = graph.constant(f"e{part.exit_index}_axis", np.array([0]))
         found.append(graph.add("Unsqueeze", [logits, axis], f"e{part.exit_index}_logits"))
     graph.add("Identity", [logits], "logits")
     graph.add("Concat", found, "exit_logits", axis=0)
-    info = _logits_info("logits", parts[-1])
-    kind = info.type.tensor_type.elem_type
-    stacked = helper.make_tensor_value_info("exit_logits", kind, [len(parts), "batch", _num_labels(parts[-1])])
-    return _model(graph, parts[0], [info, stacked], {})
+    kind, num_labels = _logits_of(parts[-1])
+    shapes: dict[str, list[Any]] = {"logits": ["batch", num_labels], "exit_logits": [len(parts), "batch", num_labels]}
+    return _model(graph, parts[0], [helper.make_tensor_value_info(name, kind, shapes[name]) for name in shapes], {})
 
 
-def _num_labels(part: Stretch) -> int:
-    return part.model.graph.output[-1].type.tensor_type.shape.dim[-1].dim_value
-
-
-def _logits_info(name: str, part: Stretch) -> Any:
-    kind = part.model.graph.output[-1].type.tensor_type.elem_type
-    return helper.make_tensor_value_info(name, kind, ["batch", _num_labels(part)])
-
-
-def _model(graph: Graph, first: Stretch, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
+def _model(graph: Graph, first: OnnxSegment, outputs: Sequence[Any], defaults: dict[str, Any]) -> Any:
     pixels = first.model.graph.input[0].type.tensor_type
     sizes = ["batch", *(dim.dim_value for dim in pixels.shape.dim[1:])]
     inputs = [helper.make_tensor_value_info("pixel_values", pixels.elem_type, sizes)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor
 
 from ..evaluation.costs import model_macs
 from ..files import replace_folder
+from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy
 from ..runtimes.manifest import LAYOUTS, PRECISIONS, Manifest, exits_that_run, file_digest
 from ..runtimes.onnxruntime import ORTHighway, parameter_inputs
@@ -24,7 +24,7 @@ from .verification import compare, verify
 
 
 def export_onnx(
-    model: PreTrainedModel,
+    model: HighwayMixin,
     folder: str | Path,
     layout: str = "single",
     *,
@@ -36,10 +36,10 @@ def export_onnx(
     """Write a highway as ONNX, run it in ONNX Runtime against PyTorch, and keep it only if they agree.
 
     Args:
-        model (`PreTrainedModel`): A highway, with its exit policy; exported in `eval()` mode and float32, on the CPU.
+        model (`HighwayMixin`): A highway, with its exit policy; exported in `eval()` mode and float32, on the CPU.
         folder (`str` or `Path`): To be made: the model, config, processor, `manifest.json` and `infer.py`.
         layout (`str`, *optional*, defaults to `"single"`):
-            `"single"`: one file whose exits are real branches and which drops rows that have left; its thresholds are
+            `"single"`: one file whose exits are real branches and which drops exited samples; its thresholds are
             inputs with defaults. `"segments"`: one file per segment, for any policy. `"all_exits"`: all exits' logits.
         precision (`str`, *optional*, defaults to `"float32"`):
             `"float16"`: weights and arithmetic of half the width. `"int8"`: weights of matrix products in 8 bits,
@@ -70,22 +70,15 @@ def export_onnx(
             processor.save_pretrained(new)
             if layout == "single":
                 write_infer(new, processor, model.config.num_channels)
-        manifest = describe(model, new, names, layout, precision)
-        manifest.save(new)
-        checks: dict[str, Any] = verify(model, new)
-        if images is not None:
-            checks["images"] = compare(model, ORTHighway.from_pretrained(new), images, max_accuracy_drop)
-        manifest = replace(manifest, checks=checks)
-        manifest.save(new)
-    return manifest
+        return verified(model, new, names, layout, precision, images=images, max_accuracy_drop=max_accuracy_drop)
 
 
 def exits_in_files(policy: ExitPolicy, num_exits: int, layout: str) -> list[int]:
-    """Indices of the exits that a layout holds: a single file those that its policy asks, others all."""
+    """Indices of the exits that a layout holds: a single file those that its policy evaluates, others all."""
     return exits_that_run(policy, num_exits) if layout == "single" else list(range(num_exits))
 
 
-def _check_exportable(model: PreTrainedModel, layout: str) -> None:
+def _check_exportable(model: HighwayMixin, layout: str) -> None:
     if model.config.model_type == "avit":
         raise ValueError("an AViT does not export to ONNX: which tokens stay depends on the image; run it in PyTorch")
     if layout not in LAYOUTS:
@@ -98,7 +91,7 @@ def _check_exportable(model: PreTrainedModel, layout: str) -> None:
 
 
 def write_onnx(
-    model: PreTrainedModel,
+    model: HighwayMixin,
     folder: str | Path,
     layout: str = "single",
     *,
@@ -108,7 +101,7 @@ def write_onnx(
     """Write a highway's ONNX files into a folder that is there, without running them.
 
     Args:
-        model (`PreTrainedModel`): A highway in `eval()` mode, float32, on the CPU.
+        model (`HighwayMixin`): A highway in `eval()` mode, float32, on the CPU.
         folder (`str` or `Path`): Where to.
         layout (`str`, *optional*), precision (`str`, *optional*): See `export_onnx`.
         file (`str`, *optional*, defaults to `"model.onnx"`): Name of the file; one per segment has names of its own.
@@ -143,47 +136,47 @@ def write_onnx(
     else:
         models = {name: part.model for name, part in zip(names, parts, strict=True)}
     for name, content in models.items():
-        if precision == "int8":
-            with tempfile.TemporaryDirectory() as temporary:
-                onnx.save(content, Path(temporary) / name)
-                quantize(Path(temporary) / name, Path(folder) / name)
-        else:
-            onnx.save(content, Path(folder) / name)
+        (quantize if precision == "int8" else onnx.save)(content, Path(folder) / name)
     return list(models)
 
 
-def _check_sizes(model: PreTrainedModel, exits: list[int], names: list[str], precision: str) -> None:
+def _check_sizes(model: HighwayMixin, exits: list[int], names: list[str], precision: str) -> None:
     """Raise `ValueError`, before anything is traced, where a file would hold more weights than ONNX takes."""
-    sizes = weight_bytes(model, exits)
+    sizes, smaller = weight_bytes(model, exits), "more exits, which make smaller segments"
     if len(names) < len(sizes):
-        sizes, smaller = [sum(sizes)], ["layout='segments' (--layout segments)"]
-    else:
-        smaller = ["more exits, which make smaller segments"]
+        sizes, smaller = [sum(sizes)], "layout='segments' (--layout segments)"
     if precision != "float16":
-        smaller.append("precision='float16' (--quantize float16)")
+        smaller += " or precision='float16' (--quantize float16)"
     why = " (int8 is made of a file in float32)" if precision == "int8" else ""
-    check_file_sizes(dict(zip(names, sizes, strict=True)), f"use {' or '.join(smaller)}{why}")
+    check_file_sizes(dict(zip(names, sizes, strict=True)), f"use {smaller}{why}")
 
 
-def describe(
-    model: PreTrainedModel,
-    folder: str | Path,
+def verified(
+    model: HighwayMixin,
+    folder: Path,
     files: Sequence[str],
     layout: str = "single",
     precision: str = "float32",
+    *,
+    images: Dataset | None = None,
+    max_accuracy_drop: float = 0.005,
 ) -> Manifest:
-    """The manifest of files that `write_onnx` wrote, of which nothing has been checked yet.
+    """Run files that `write_onnx` wrote against their model, and write the manifest beside them.
 
     Args:
-        model (`PreTrainedModel`), folder (`str` or `Path`), layout (`str`, *optional*), precision (`str`, *optional*):
+        model (`HighwayMixin`), folder (`Path`), layout (`str`, *optional*), precision (`str`, *optional*):
             As given to `write_onnx`.
         files (`Sequence[str]`): As it returned.
+        images (`Dataset`, *optional*), max_accuracy_drop (`float`, *optional*): See `export_onnx`.
+
+    Raises:
+        ValueError: They do not answer as the model does.
     """
     policy, depths, macs = model.exit_policy, [segment.depth for segment in model.segments()], model_macs(model)
-    return Manifest(
+    manifest = Manifest(
         layout=layout,
         precision=precision,
-        files={name: file_digest(Path(folder) / name) for name in files},
+        files={name: file_digest(folder / name) for name in files},
         depths=depths,
         exits=exits_in_files(policy, len(depths), layout),
         policy=policy.to_dict(),
@@ -191,3 +184,11 @@ def describe(
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
         checks={},
     )
+    # without it, the folder would not open
+    manifest.save(folder)
+    checks: dict[str, Any] = verify(model, folder)
+    if images is not None:
+        checks["images"] = compare(model, ORTHighway.from_pretrained(folder), images, max_accuracy_drop)
+    manifest = replace(manifest, checks=checks)
+    manifest.save(folder)
+    return manifest

@@ -41,7 +41,7 @@ class Graph:
 
 
 def chain(models: Sequence[Any], ends: bool) -> Any:
-    """One model of several in a row, the last of which answers from the state that the others hand on.
+    """One model of several in a row, the last of which answers from the state that the others return.
 
     Args:
         models (`Sequence[onnx.ModelProto]`):
@@ -56,18 +56,9 @@ def chain(models: Sequence[Any], ends: bool) -> Any:
     for number, model in enumerate(models[:-1]):
         state = graph.inline(model, f"{number}_", state)
     (logits,) = graph.inline(models[-1], "exit_", state)
-    outputs = [*([] if ends else _renamed(last.input, "_out")), *last.output]
+    handed_on = [] if ends else [helper.make_value_info(f"{entry.name}_out", entry.type) for entry in last.input]
+    outputs = [*handed_on, *last.output]
     for entry, name in zip(outputs, [*([] if ends else state), logits], strict=True):
         graph.add("Identity", [name], entry.name)
     made = helper.make_graph(graph.nodes, "part", list(first.input), outputs, graph.constants)
     return helper.make_model(made, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
-
-
-def _renamed(entries: Sequence[Any], suffix: str) -> list[Any]:
-    renamed = []
-    for entry in entries:
-        copied = type(entry)()
-        copied.CopyFrom(entry)
-        copied.name += suffix
-        renamed.append(copied)
-    return renamed

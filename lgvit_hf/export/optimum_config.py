@@ -9,7 +9,6 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..hub.loading import example_image
+from ..modeling_highway import HighwayMixin
 from ..pretrained import PretrainedHighway
 from ..runtimes.manifest import MANIFEST
-from .onnx_export import describe, write_onnx
+from .onnx_export import verified, write_onnx
 from .segment_graphs import OPSET
-from .verification import verify
 
 TASK = "image-classification"
 register = TasksManager.create_register("onnx")
@@ -75,7 +74,7 @@ class HighwayOnnxConfig(ViTOnnxConfig):
 
     @contextmanager
     def patch_model_for_export(
-        self, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None
+        self, model: HighwayMixin, model_kwargs: dict[str, Any] | None = None
     ) -> Iterator[None]:
         """Keep the model for `fix_dynamic_axes`, and give what is traced nothing to do.
 
@@ -92,13 +91,13 @@ class HighwayOnnxConfig(ViTOnnxConfig):
             answer = model.forward
 
             @functools.wraps(answer)
-            def forward(pixel_values: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            def forward(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if torch.jit.is_tracing():
                     # were the trace ever taken for the model, its answers would tell
                     return dict.fromkeys(self.outputs, pixel_values.flatten(1).sum(1) * torch.nan)
                 return answer(pixel_values, *args, **kwargs)
 
-            model.forward = forward
+            vars(model)["forward"] = forward
             yield
 
     def fix_dynamic_axes(
@@ -112,26 +111,23 @@ class HighwayOnnxConfig(ViTOnnxConfig):
         traced = onnx.load(model_path, load_external_data=False)
         # no model rather than a wrong one, if this fails
         model_path.unlink()
-        _check_asked(traced, input_shapes or {}, self._model)
+        _check_requested(traced, input_shapes or {}, self._model)
         write_onnx(self._model.cpu(), model_path.parent, file=model_path.name)
 
     def post_process_exported_models(
         self, path: Path, models_and_onnx_configs: dict[str, tuple], onnx_files_subpaths: list[str]
     ) -> tuple[dict[str, tuple], list[str]]:
-        """Run the file against PyTorch, and leave the manifest by which `ORTHighway` opens the folder.
+        """Run the file against PyTorch, and write the manifest by which `ORTHighway` opens the folder.
 
         Raises:
             ValueError: It does not answer as the model does; it is removed.
         """
-        manifest = describe(self._model, path, onnx_files_subpaths)
-        manifest.save(path)
         try:
-            checks = verify(self._model, path)
+            verified(self._model, path, onnx_files_subpaths)
         except ValueError:
             for name in (*onnx_files_subpaths, MANIFEST):
                 (path / name).unlink()
             raise
-        replace(manifest, checks=checks).save(path)
         if "optimum.commands.optimum_cli" in sys.modules:
             # Optimum opens the file next, and ONNX Runtime would advise against thresholds that are inputs; the level
             # holds for the whole process, which is here the command's own
@@ -139,15 +135,15 @@ class HighwayOnnxConfig(ViTOnnxConfig):
         return models_and_onnx_configs, onnx_files_subpaths
 
 
-def _check_asked(traced: Any, shapes: dict[str, int], model: PreTrainedModel) -> None:
+def _check_requested(traced: Any, shapes: dict[str, int], model: HighwayMixin) -> None:
     """Raise `ValueError` for an argument of Optimum's that a highway's file cannot follow."""
     opset = next(entry.version for entry in traced.opset_import if not entry.domain)
     if opset != OPSET:
         raise ValueError(f"opset={opset}: a highway is written in opset {OPSET}; leave --opset out")
     if not traced.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise ValueError(
-            "no_dynamic_axes=True: rows leave inside a highway's file, which takes any batch; leave --no-dynamic-axes "
-            "out"
+            "no_dynamic_axes=True: samples exit inside a highway's file, which takes any batch; leave "
+            "--no-dynamic-axes out"
         )
     sizes = dict(zip(("num_channels", "height", "width"), example_image(model).shape[1:], strict=True))
     for name, size in sizes.items():

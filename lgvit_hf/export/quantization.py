@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
+from onnx import ModelProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from .segment_graphs import quiet
 
-def quantize(source: Path, target: Path) -> None:
-    """Write an ONNX file again with the weights of its `MatMul`s as int8; what they meet is quantized as it comes.
+
+def quantize(source: Path | ModelProto, target: Path) -> None:
+    """Write an ONNX model with the weights of its `MatMul`s as int8; what they meet is quantized as it comes.
 
     Convolutions and products of two activations stay as they are: on a CPU they gain nothing.
 
     Args:
-        source (`Path`), target (`Path`): ONNX files, the second to be written.
+        source (`Path` or `ModelProto`): An ONNX file, or what is in it.
+        target (`Path`): The file to write.
     """
-    logger = logging.getLogger()
-    level = logger.level
-    # it advises, on the root logger, a preparation that does not enter branches
-    logger.setLevel(logging.ERROR)
-    try:
+    # on the root logger, it advises a preparation that does not enter branches
+    with quiet(""):
         quantize_dynamic(
             source,
             target,
@@ -30,5 +30,3 @@ def quantize(source: Path, target: Path) -> None:
             # what lies inside an `If` is a graph of its own, which it would otherwise leave alone
             extra_options={"EnableSubgraph": True},
         )
-    finally:
-        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""From PyTorch to ONNX, piece by piece: each stretch of a highway, and what its policy decides."""
+"""From PyTorch to ONNX, piece by piece: each segment of a highway, and what its policy decides."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from ..hub.loading import example_image
+from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy
 from ..runtimes.manifest import PARAMETERS
 from ..segments import State
@@ -27,26 +27,18 @@ OPSET = 18
 # protobuf takes 2 GiB, of which the graph needs some
 MAX_FILE_BYTES = 2_000_000_000
 # policies that a single file can decide by
-EXPORTABLE = (
-    "confidence",
-    "entropy",
-    "margin",
-    "confidence_entropy",
-    "label_confidence",
-    "patience",
-    "patience_confidence",
-    "fixed",
-    "never",
+EXPORTABLE = tuple(
+    "confidence entropy margin confidence_entropy label_confidence patience patience_confidence fixed never".split()
 )
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A stretch of a highway as an ONNX model: the state's tensors in; those and `logits` out, of the last one these.
+class OnnxSegment:
+    """A segment of a highway as an ONNX model: the state's tensors in; those and `logits` out, of the last one these.
 
     Args:
         exit_index (`int`): Of the exit at its end, counted in the whole highway.
-        model (`onnx.ModelProto`): The stretch.
+        model (`onnx.ModelProto`): The segment, of which several of the highway's may have become one.
     """
 
     exit_index: int
@@ -90,37 +82,34 @@ class _Step(nn.Module):
 
 
 @torch.no_grad()
-def export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Stretch]:
-    """The stretches between some exits of a highway; the heads of other exits are left out.
+def export_parts(model: HighwayMixin, exits: Sequence[int]) -> list[OnnxSegment]:
+    """The segments between some exits of a highway; the heads of other exits are left out.
 
-    Pixels and logits are float32, the state between stretches is of the model's dtype.
+    Pixels and logits are float32, the state between segments is of the model's dtype.
 
     Args:
-        model (`PreTrainedModel`): A highway, in `eval()` mode.
+        model (`HighwayMixin`): A highway, in `eval()` mode.
         exits (`Sequence[int]`): Ascending indices.
     """
-    with _attention(model):
-        return _export_parts(model, exits)
-
-
-def _export_parts(model: PreTrainedModel, exits: Sequence[int]) -> list[Stretch]:
     from .onnx_graph import chain
 
+    known: dict[str, tuple[Any, list[str]]] = {}
+    parts, start = [], 0
     segments, state = model.segments(), State({"pixel_values": example_image(model, batch_size=2).float()})
-    parts, start, known = [], 0, {}
-    for index in exits:
-        models = []
-        for block in (block for segment in segments[start : index + 1] for block in segment.blocks):
-            exported, state = _exported_step(model, block, state, known)
-            models.append(exported)
-        exported, _ = _exported_step(model, segments[index].answer, state, known)
-        parts.append(Stretch(index, chain([*models, exported], ends=index == exits[-1])))
-        start = index + 1
+    with _attention(model):
+        for index in exits:
+            models = []
+            for block in (block for segment in segments[start : index + 1] for block in segment.blocks):
+                exported, state = _exported_step(model, block, state, known)
+                models.append(exported)
+            exported, _ = _exported_step(model, segments[index].answer, state, known)
+            parts.append(OnnxSegment(index, chain([*models, exported], ends=index == exits[-1])))
+            start = index + 1
     return parts
 
 
 def _exported_step(
-    model: PreTrainedModel, step: Callable[[State], Any], state: State, known: dict[str, Any]
+    model: HighwayMixin, step: Callable[[State], Any], state: State, known: dict[str, tuple[Any, list[str]]]
 ) -> tuple[Any, Any]:
     """A block or an exit as an ONNX model, and what it gives of the state."""
     names, tensors = list(state.tensors), list(state.tensors.values())
@@ -136,11 +125,11 @@ def _exported_step(
 
 
 @torch.no_grad()
-def weight_bytes(model: PreTrainedModel, exits: Sequence[int]) -> list[int]:
+def weight_bytes(model: HighwayMixin, exits: Sequence[int]) -> list[int]:
     """Bytes of the weights between some exits of a highway, as its dtype has them; runs it on one image.
 
     Args:
-        model (`PreTrainedModel`): A highway, in `eval()` mode.
+        model (`HighwayMixin`): A highway, in `eval()` mode.
         exits (`Sequence[int]`): Ascending indices.
 
     Example:
@@ -181,20 +170,18 @@ def check_file_sizes(sizes: Mapping[str, int], advice: str) -> None:
 
 def _modules_read(model: nn.Module, read: Read) -> list[nn.Module]:
     """The modules, none inside another, whose own parameters or buffers were read."""
-    owners = [
-        module
-        for module in model.modules()
-        if any(
-            tensor.untyped_storage().data_ptr() in read.storages
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        )
-    ]
+
+    def reads(module: nn.Module) -> bool:
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        return any(tensor.untyped_storage().data_ptr() in read.storages for tensor in own)
+
+    owners = [module for module in model.modules() if reads(module)]
     inside = {child for owner in owners for child in owner.modules() if child is not owner}
     return [owner for owner in owners if owner not in inside]
 
 
 @contextmanager
-def _attention(model: PreTrainedModel) -> Iterator[None]:
+def _attention(model: HighwayMixin) -> Iterator[None]:
     """Swin's attention as all versions of transformers have it, so that they export the same file."""
     before = model.config._attn_implementation
     if model.config.model_type == "swin_highway":
@@ -216,13 +203,11 @@ class _Decision(nn.Module):
         self, logits: Tensor, temperature: Tensor, parameters: list[Tensor], memory: list[Tensor]
     ) -> list[Tensor]:
         policy = object.__new__(type(self.policy))
-        given = {
-            name: value if name == "patience" else [value]
-            for name, value in zip(self.adjustable, parameters, strict=True)
-        }
-        vars(policy).update({**vars(self.policy), "temperature": 1.0, **given})
-        leave, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), 0)
-        return [leave, after["score"].float(), *(after[name] for name in self.remembered)]
+        given = zip(self.adjustable, parameters, strict=True)
+        numbers = {name: value if name == "patience" else [value] for name, value in given}
+        vars(policy).update({**vars(self.policy), "temperature": 1.0, **numbers})
+        exited, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), 0)
+        return [exited, after["score"].float(), *(after[name] for name in self.remembered)]
 
 
 @dataclass(frozen=True)
@@ -233,7 +218,7 @@ class Decision:
         model (`onnx.ModelProto`): Inputs `logits`, `temperature`, the `parameters`, and the memory's names with `_in`;
             outputs `leave`, `score`, and the memory's names with `_out`.
         parameters (`list[str]`): Fields of the policy that are inputs.
-        memory (`dict[str, Tensor]`): Names, and what a row starts with, `[1]` each.
+        memory (`dict[str, Tensor]`): Names, and what a sample starts with, `[1]` each.
     """
 
     model: Any
@@ -247,21 +232,12 @@ def export_decision(policy: ExitPolicy, num_labels: int) -> Decision:
     parameters = [name for name in PARAMETERS if hasattr(policy, name)]
     batch = {0: torch.export.Dim("batch")}
     module = _Decision(policy, parameters, list(start))
-    exported = _exported(
-        module,
-        (
-            torch.randn(2, num_labels),
-            torch.ones(1),
-            [torch.ones(1) for _ in parameters],
-            [tensor.expand(2).clone() for tensor in start.values()],
-        ),
-        (batch, None, [None for _ in parameters], [batch for _ in start]),
-        ["logits", "temperature", *parameters, *(f"{name}_in" for name in start)],
-        ["leave", "score", *(f"{name}_out" for name in start)],
-        {},
-        {},
-    )
-    return Decision(exported, parameters, start)
+    numbers, memory = [torch.ones(1) for _ in parameters], [tensor.expand(2).clone() for tensor in start.values()]
+    inputs = ["logits", "temperature", *parameters, *(f"{name}_in" for name in start)]
+    outputs = ["leave", "score", *(f"{name}_out" for name in start)]
+    arguments = (torch.randn(2, num_labels), torch.ones(1), numbers, memory)
+    dynamic_shapes = (batch, None, [None for _ in numbers], [batch for _ in memory])
+    return Decision(_exported(module, arguments, dynamic_shapes, inputs, outputs, {}, {}), parameters, start)
 
 
 def _exported(
@@ -279,7 +255,8 @@ def _exported(
         known (`dict`): What has been translated so far, by its structure; grows.
         called (`dict[Tensor, str]`): Names of weights in the file.
     """
-    with _quiet():
+    # they speak of the exporter's own inner steps
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         # in two steps: in one, the second would give the sizes names of its own and stumble over inputs without any
         traced = torch.export.export(module.eval(), arguments, dynamic_shapes=dynamic_shapes)
         structure, weights = _structure(traced), _weights(traced)
@@ -354,16 +331,15 @@ def _structure(traced: Any) -> str:
 
 
 @contextmanager
-def _quiet():
-    """Without the exporter's notes on its own inner steps."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+def quiet(*names: str) -> Iterator[None]:
+    """Without warnings, and of these loggers only their errors."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

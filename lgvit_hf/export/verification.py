@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from ..data.batches import in_batches
 from ..engine import Answers, replay, run_all, run_early
 from ..hub.loading import example_image
+from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy, build_policy
 from ..runtimes.manifest import exits_that_run
 from ..runtimes.onnxruntime import ORTHighway
@@ -27,7 +28,7 @@ TOLERANCE = 1e-4
 ROUNDING = 1e-5
 
 
-def verify(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
+def verify(model: HighwayMixin, folder: str | Path) -> dict[str, Any]:
     """Run an exported folder against its model, as `verify_answers` does.
 
     Files of less than float32 precision may differ by more, and only have to give numbers: `compare` says what they
@@ -45,7 +46,7 @@ def verify(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def verify_answers(
-    model: PreTrainedModel,
+    model: HighwayMixin,
     exits: list[int],
     answer: Callable[[ExitPolicy, Tensor], Any],
     complaint: str,
@@ -57,8 +58,8 @@ def verify_answers(
     Samples with a score within 1e-5 of its threshold may exit elsewhere.
 
     Args:
-        model (`PreTrainedModel`): A highway, in `eval()` mode.
-        exits (`list[int]`): Indices of the exits that are evaluated.
+        model (`HighwayMixin`): A highway, in `eval()` mode.
+        exits (`list[int]`): Indices of the evaluated exits.
         answer (`Callable`): `logits`, `exit_index` and `exit_layer` under a policy for images `[B, C, H, W]`.
         complaint (`str`): Beginning of the error, up to "as the model does".
         is_exact (`bool`, *optional*, defaults to `True`): Otherwise the answers only have to be numbers.
@@ -80,7 +81,7 @@ def verify_answers(
         if wrong if is_exact else not found.logits.isfinite().all():
             raise ValueError(
                 f"{complaint} as the model does: of a batch of {len(elsewhere)} under {trial.policy}, "
-                f"{int((elsewhere & compared).sum())} rows leave elsewhere, and logits differ by {difference:.2g} "
+                f"{int((elsewhere & compared).sum())} samples exit elsewhere, and logits differ by {difference:.2g} "
                 f"(largest {trial.scale:.2g}); nothing was written"
             )
         largest = max(largest, difference)
@@ -95,7 +96,7 @@ class Trial:
         policy (`ExitPolicy`): The model's own, or one of its name with other numbers.
         images (`Tensor`): `[B, C, H, W]`.
         expected (`Answers`): Of the model.
-        undecided (`Tensor`): `[B]` bool: rows that leave elsewhere if rounding wants so.
+        undecided (`Tensor`): `[B]` bool: samples that exit elsewhere if rounding wants so.
         scale (`float`): The largest logit of any exit, and at least 1.
     """
 
@@ -106,15 +107,15 @@ class Trial:
     scale: float
 
 
-def trials(model: PreTrainedModel, exits: list[int]) -> Iterator[Trial]:
-    """Every exit forced, rows mixed, none leaving early, and the model's policy as it is, in batches of several sizes.
+def trials(model: HighwayMixin, exits: list[int]) -> Iterator[Trial]:
+    """Every exit forced, mixed exits, no early exit, and the model's policy as it is, in batches of several sizes.
 
     Every exit of the model is run once, and policies are replayed on that; its own runs early in PyTorch too. Where
-    all rows take one path, the largest batch is left out: a small one shows the same.
+    all samples take one path, the largest batch is left out: a small one shows the same.
 
     Args:
-        model (`PreTrainedModel`): A highway, in `eval()` mode.
-        exits (`list[int]`): Indices of the exits that are asked.
+        model (`HighwayMixin`): A highway, in `eval()` mode.
+        exits (`list[int]`): Indices of the evaluated exits.
     """
     images = example_image(model, batch_size=max(BATCH_SIZES))
     segments, num_policy_exits = model.segments(), len(model.config.exit_positions)
@@ -123,29 +124,29 @@ def trials(model: PreTrainedModel, exits: list[int]) -> Iterator[Trial]:
     scale = max(1.0, exit_logits.abs().max().item())
     for settings in policies_to_try(model, exits, exit_logits):
         policy, is_own = build_policy(settings, num_policy_exits), not isinstance(settings, dict)
-        undecided = undecided_rows(policy, exit_logits, depths, num_policy_exits)
-        is_mixed = len(replay(exit_logits, depths, policy).exit_index.unique()) > 1
+        undecided = undecided_samples(policy, exit_logits, depths, num_policy_exits)
+        is_mixed = len(replay(exit_logits.unbind(), depths, policy).exit_index.unique()) > 1
         for size in BATCH_SIZES if is_own or is_mixed else BATCH_SIZES[:-1]:
             batch = images[:size]
             if is_own:
                 expected = run_early(segments, State({"pixel_values": batch}), policy)
             else:
-                expected = replay(exit_logits[:, :size], depths, policy)
+                expected = replay(exit_logits[:, :size].unbind(), depths, policy)
             yield Trial(policy, batch, expected, undecided[:size], scale)
 
 
 @torch.no_grad()
 def compare(
-    model: PreTrainedModel, exported: ORTHighway, images: Dataset, max_accuracy_drop: float, *, batch_size: int = 64
+    model: HighwayMixin, exported: ORTHighway, images: Dataset, max_accuracy_drop: float, *, batch_size: int = 64
 ) -> dict[str, float]:
-    """What an export is worth on real images, both leaving early under their policies.
+    """What an export is worth on real images, both with early exits under their policies.
 
     Args:
-        model (`PreTrainedModel`): What was exported.
+        model (`HighwayMixin`): What was exported.
         exported (`ORTHighway`): The export.
         images (`Dataset`): Items `pixel_values` and perhaps `labels`; otherwise the model's answers stand for them.
-        max_accuracy_drop (`float`): Share of the rows by which the export may be right less often than the model.
-        batch_size (`int`, *optional*, defaults to 64): Rows at a time.
+        max_accuracy_drop (`float`): Share of the samples by which the export may be right less often than the model.
+        batch_size (`int`, *optional*, defaults to 64): Samples at a time.
 
     Returns:
         `rows`, `accuracy`, `accuracy_of_model`, `agreement` of the answers, `mean_depth`, `mean_depth_of_model`.
@@ -153,22 +154,26 @@ def compare(
     Raises:
         ValueError: There is no image, or the accuracy drops by more.
     """
-    if len(images) == 0:
-        raise ValueError("there is no image to judge the export on: the dataset is empty")
-    sums = dict.fromkeys(("accuracy", "accuracy_of_model", "agreement", "mean_depth", "mean_depth_of_model"), 0)
+    sums: Counter[str] = Counter()
     for batch in in_batches(images, batch_size):
         ours, theirs = exported(batch["pixel_values"]), model(batch["pixel_values"].float())
         answers, expected = ours.logits.argmax(-1), theirs.logits.argmax(-1)
         labels = batch.get("labels", expected)
-        sums["accuracy"] += int((answers == labels).sum())
-        sums["accuracy_of_model"] += int((expected == labels).sum())
-        sums["agreement"] += int((answers == expected).sum())
-        sums["mean_depth"] += int(ours.exit_layer.sum())
-        sums["mean_depth_of_model"] += int(theirs.exit_layer.sum())
-    found = {"rows": len(images), **{name: total / len(images) for name, total in sums.items()}}
+        sums.update(
+            rows=len(answers),
+            accuracy=int((answers == labels).sum()),
+            accuracy_of_model=int((expected == labels).sum()),
+            agreement=int((answers == expected).sum()),
+            mean_depth=int(ours.exit_layer.sum()),
+            mean_depth_of_model=int(theirs.exit_layer.sum()),
+        )
+    num_samples = sums.pop("rows", 0)
+    if num_samples == 0:
+        raise ValueError("there is no image to judge the export on: the dataset is empty")
+    found = {"rows": num_samples, **{name: total / num_samples for name, total in sums.items()}}
     if found["accuracy_of_model"] - found["accuracy"] > max_accuracy_drop:
         raise ValueError(
-            f"the {exported.manifest.precision} export is right on {found['accuracy']:.2%} of {len(images)} images, "
+            f"the {exported.manifest.precision} export is right on {found['accuracy']:.2%} of {num_samples} images, "
             f"the model on {found['accuracy_of_model']:.2%}: more than {max_accuracy_drop:.2%} lost; "
             "nothing was written"
         )
@@ -176,42 +181,32 @@ def compare(
 
 
 def policies_to_try(
-    model: PreTrainedModel, exits: list[int], exit_logits: Tensor
+    model: HighwayMixin, exits: list[int], exit_logits: Tensor
 ) -> Iterator[dict[str, Any] | ExitPolicy]:
-    """Numbers by which all rows leave at one exit, or different rows at different ones; and the policy as it is."""
+    """The policy with which all samples exit at one exit, or at different ones; and as it is."""
     policy, num_policy_exits = model.exit_policy, len(model.config.exit_positions)
-    if policy.name in EXPORTABLE:
-        yield from _with_other_numbers(policy.to_dict(), exit_logits, exits, num_policy_exits)
-    yield policy
-
-
-def _with_other_numbers(
-    held: dict[str, Any], exit_logits: Tensor, exits: list[int], num_policy_exits: int
-) -> Iterator[dict[str, Any]]:
-    indices = range(num_policy_exits)
+    indices, held = range(num_policy_exits), policy.to_dict() if policy.name in EXPORTABLE else {}
     if "patience" in held:
         for patience in range(1, num_policy_exits + 2):
             yield {**held, "patience": patience}
-    if "threshold" not in held:
-        return
-    never, always = {"entropy": (-1.0, 1e6), "patience_confidence": (-1.0, 1e6)}.get(held["name"], (2.0, -2.0))
-    entropies = {} if "entropy_threshold" not in held else {"entropy_threshold": [1e6] * num_policy_exits}
-    # the last target is behind all of them: nobody leaves
-    for target in exits:
-        numbers = [always if index >= target and index in exits else never for index in indices]
-        yield {**held, **entropies, "threshold": numbers}
-    policy = build_policy({**held, **entropies, "threshold": 0.0}, num_policy_exits)
-    mixed = []
-    for index in indices:
-        memory = policy.start(exit_logits.shape[1], "cpu")
-        _, after = policy(exit_logits[index], memory, index)
-        mixed.append(_between(after["score"]) if index in exits else never)
-    if held["name"] != "patience_confidence":
-        yield {**held, **entropies, "threshold": mixed}
+    if "threshold" in held:
+        never, always = (-1.0, 1e6) if policy.name in ("entropy", "patience_confidence") else (2.0, -2.0)
+        if "entropy_threshold" in held:
+            held["entropy_threshold"] = [1e6] * num_policy_exits
+        # with the last target, no sample exits early
+        for target in exits:
+            numbers = [always if index >= target and index in exits else never for index in indices]
+            yield {**held, "threshold": numbers}
+        if policy.name != "patience_confidence":
+            judge = build_policy({**held, "threshold": 0.0}, num_policy_exits)
+            size = exit_logits.shape[1]
+            scores = [judge(exit_logits[index], judge.start(size, "cpu"), index)[1]["score"] for index in indices]
+            yield {**held, "threshold": [_between(scores[index]) if index in exits else never for index in indices]}
+    yield policy
 
 
-def undecided_rows(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
-    """Which rows leave elsewhere when every threshold, or a label that counts, moves by as much as rounding may.
+def undecided_samples(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
+    """Which samples exit elsewhere when every threshold, or a label that counts, moves by as much as rounding may.
 
     Args:
         policy (`ExitPolicy`): Any.
@@ -227,31 +222,31 @@ def undecided_rows(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], n
         >>> from lgvit_hf.policies import PatiencePolicy
         >>> tie, clear = [1.0, 1.0], [2.0, 0.0]
         >>> exit_logits = torch.tensor([[tie, clear], [clear, clear], [clear, clear]])
-        >>> undecided_rows(PatiencePolicy(patience=2), exit_logits, [1, 2, 3], 2).tolist()
+        >>> undecided_samples(PatiencePolicy(patience=2), exit_logits, [1, 2, 3], 2).tolist()
         [True, False]
     """
     held = policy.to_dict() if policy.name in EXPORTABLE else {}
     if policy.name == "patience":
         return _has_tie(policy, exit_logits)
 
-    def left(step: float) -> Tensor:
+    def exited(step: float) -> Tensor:
         moved = {
             name: [number + step for number in value] if isinstance(value, list) else value + step
             for name, value in held.items()
             if name in ("threshold", "entropy_threshold")
         }
         judge = build_policy({**held, **moved}, num_policy_exits) if moved else policy
-        return replay(exit_logits, depths, judge).exit_index
+        return replay(exit_logits.unbind(), depths, judge).exit_index
 
-    return (left(-ROUNDING) != left(0.0)) | (left(ROUNDING) != left(0.0))
+    return (exited(-ROUNDING) != exited(0.0)) | (exited(ROUNDING) != exited(0.0))
 
 
 def _has_tie(policy: ExitPolicy, exit_logits: Tensor) -> Tensor:
-    """Rows with two best labels at an exit that is asked, `[B]` bool; with one label there is no other."""
+    """Samples with two best labels at an evaluated exit, `[B]` bool; with one label there is no other."""
     if exit_logits.shape[-1] == 1:
         return torch.zeros(exit_logits.shape[1], dtype=torch.bool)
-    asked = exit_logits[exits_that_run(policy, len(exit_logits))]
-    best, second = asked.topk(2).values.unbind(-1)
+    evaluated = exit_logits[exits_that_run(policy, len(exit_logits))]
+    best, second = evaluated.topk(2).values.unbind(-1)
     return (best - second <= ROUNDING * max(1.0, exit_logits.abs().max().item())).any(0)
 
 

@@ -50,39 +50,29 @@ def translate_eevit(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]
         >>> notes[1]
         'early_exits.exits [3, dummy_mlp] -> exit_positions 4, exit_types mlp'
     """
-    options: dict[str, Any] = {"backbone": "vit"}
-    model_settings: dict[str, Any] = {}
-    notes: list[str] = []
     settings = dict(settings)
-    dataset, model = dict(settings.pop("dataset", None) or {}), dict(settings.pop("model", None) or {})
+    dataset, model = (dict(settings.pop(part, None) or {}) for part in ("dataset", "model"))
     exits = next((part.pop(key) for part in (model, settings) for key in EXITS if key in part), None)
-    for key, value in settings.items():
-        # an option of ours beside EEVIT's keys
-        options[key] = value
-    for part, values in (("dataset", dataset), ("model", model)):
-        for key, value in values.items():
-            if key == "image_size":
-                options["image_size"] = value
-                notes.append(f"{part}.{key} {value} -> image_size")
-            elif key == "name" and part == "dataset":
-                options["data"] = value
-                notes.append(f"{part}.{key} {value} -> data")
-            elif key == "pool":
-                options["pool"] = value
-                notes.append(f"{part}.{key} {value} -> pool")
-            elif key in NOT_NEEDED:
-                notes.append(f"{part}.{key} {value} -> left out: {NOT_NEEDED[key]}")
-            elif key in MODEL_FIELDS:
-                model_settings[MODEL_FIELDS[key]] = value
-                notes.append(f"{part}.{key} {value} -> model_settings.{MODEL_FIELDS[key]}")
-            else:
-                known = ", ".join(["image_size", "pool", *NOT_NEEDED, *MODEL_FIELDS, EXITS[0]])
-                raise ValueError(f"{part}.{key}: no key of EEVIT's; known: {known}")
-    options["model_settings"] = model_settings
+    model_settings: dict[str, Any] = {}
+    # what else stands beside EEVIT's keys is an option of ours
+    options, notes = {"backbone": "vit", **settings, "model_settings": model_settings}, []
+    parts = (("dataset", dataset), ("model", model))
+    for part, key, value in ((part, *item) for part, values in parts for item in values.items()):
+        if key in NOT_NEEDED:
+            target = f"left out: {NOT_NEEDED[key]}"
+        elif key in MODEL_FIELDS:
+            target = f"model_settings.{MODEL_FIELDS[key]}"
+            model_settings[MODEL_FIELDS[key]] = value
+        elif key in ("image_size", "pool") or (part, key) == ("dataset", "name"):
+            target = "data" if key == "name" else key
+            options[target] = value
+        else:
+            known = ", ".join(["image_size", "pool", *NOT_NEEDED, *MODEL_FIELDS, EXITS[0]])
+            raise ValueError(f"{part}.{key}: no key of EEVIT's; known: {known}")
+        notes.append(f"{part}.{key} {value} -> {target}")
     if exits is not None:
-        found, exit_notes = _translate_exits(exits)
-        options |= found
-        notes += exit_notes
+        exit_options, exit_notes = _translate_exits(exits)
+        return options | exit_options, notes + exit_notes
     return options, notes
 
 
@@ -93,29 +83,25 @@ def _translate_exits(exits: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     listed = exits.pop("exits", None)
     if listed is None:
         listed = list(zip(exits.pop("positions", []), exits.pop("types", []), strict=True))
-    positions, types = [], []
-    for entry in listed:
-        position, kind, *settings = entry
+    heads = []
+    for position, kind, *settings in listed:
         head, dropped = _head(kind, settings[0] if settings and settings[0] else {})
-        positions.append(position + 1)
-        types.append(head)
+        heads.append(head)
         notes.append(
             f"early_exits.exits [{position}, {kind}] -> exit_positions {position + 1}, exit_types {head}"
             + (f" (left out: {', '.join(dropped)})" if dropped else "")
         )
-    name = exits.pop("exit_strategy", "confidence")
+    name, threshold = exits.pop("exit_strategy", "confidence"), exits.pop("confidence_threshold", 0.9)
     if name != "confidence":
         raise ValueError(f"early_exits.exit_strategy: {name!r} must be 'confidence', the only one that EEVIT has")
-    threshold = exits.pop("confidence_threshold", 0.9)
     notes.append(f"early_exits.confidence_threshold {threshold} -> exit_policy confidence")
     same = [key for key in ("embed_depth", "num_classes", "num_attn_heads", "general_dropout") if key in exits]
     if same:
         notes.append(f"early_exits.{', '.join(same)} -> left out: heads take the backbone's sizes")
-    unknown = sorted(set(exits) - set(same))
-    if unknown:
+    if unknown := sorted(set(exits) - set(same)):
         raise ValueError(f"early_exits.{unknown[0]}: no key of EEVIT's")
-    policy = {"name": "confidence", "threshold": threshold}
-    return {"exit_positions": positions, "exit_types": types, "exit_policy": policy}, notes
+    positions, policy = [entry[0] + 1 for entry in listed], {"name": "confidence", "threshold": threshold}
+    return {"exit_positions": positions, "exit_types": heads, "exit_policy": policy}, notes
 
 
 def _head(kind: str, settings: dict[str, Any]) -> tuple[str, list[str]]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ..configuration_avit import AViTConfig
 from ..modeling_avit import AViT
-from .reading import find_weights, read_json, read_weights
-from .strict import built_from, load_strictly, processor_beside, renamed, split_fused, write_model
+from .reading import find_weights, read_if_there, read_weights
+from .strict import built_from, load_strictly, renamed, split_fused, write_model
 from .timm_names import VIT_NAMES, vit_sizes
 
 NAMES = [
     *((theirs, f"backbone.{ours}") for theirs, ours in VIT_NAMES),
-    (r"head\.(\w+)", r"classifiers.0.\1"),
-    (r"head_dist\.(\w+)", r"classifiers.1.\1"),
+    ("head", "classifiers.0"),
+    ("head_dist", "classifiers.1"),
 ]
 
 
@@ -48,10 +48,9 @@ def convert_avit(
     """
     weights = find_weights(source)
     config_file = weights.parent / "config.json"
-    settings = read_json(config_file) if config_file.is_file() else {}
     given = {"gate_scale": gate_scale, "gate_center": gate_center, "num_attention_heads": num_attention_heads}
-    settings |= {key: value for key, value in given.items() if value is not None}
-    settings = {**_gate_of_name(weights.stem), **settings}
+    given = {key: value for key, value in given.items() if value is not None}
+    settings = {**_gate_of_name(weights.stem), **read_if_there(config_file), **given}
     if not {"gate_scale", "gate_center"} <= set(settings):
         raise ValueError(
             f"{weights.name}: gate_scale and gate_center are not in the name (<size>-<scale>-<center>); give both "
@@ -62,18 +61,16 @@ def convert_avit(
         raise ValueError(
             f"{weights}: no tensor 'patch_embed.proj.weight' there: not a checkpoint of A-ViT, by timm's names"
         )
-    distilled = "dist_token" in state
+    backbone = "deit" if "dist_token" in state else "vit"
     with built_from(config_file if config_file.is_file() else weights):
         state = split_fused(state, "qkv")
         size = settings.get("image_size")
         sizes = vit_sizes(state, settings.get("num_attention_heads"), (size, size) if isinstance(size, int) else size)
-        config = AViTConfig(
-            **{"backbone": "deit" if distilled else "vit", "distilled": distilled, **sizes, **settings}
-        )
+        config = AViTConfig(**{"backbone": backbone, "distilled": backbone == "deit", **sizes, **settings})
         model = AViT(config)
-    load_strictly(model, state, lambda name: renamed(name, NAMES) or name, weights)
-    write_model(model, output, processor_beside(weights))
-    return model.config
+    load_strictly(model, state, lambda name: renamed(name, NAMES), weights)
+    write_model(model, output, weights)
+    return config
 
 
 def _gate_of_name(name: str) -> dict[str, float]:

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..configuration import ViTHighwayConfig
 from ..data.settings import read_yaml
 from ..heads import num_sparse_heads
@@ -15,22 +13,22 @@ from ..modeling_vit import ViTHighway
 from .eevit_config import EXITS, is_eevit, translate_eevit
 from .lgvit_names import BODIES
 from .reading import find_weights, read_weights
-from .strict import Rename, built_from, load_strictly, processor_beside, renamed, split_fused, write_model
+from .strict import Rename, built_from, by_module, load_strictly, renamed, split_fused, write_model
 
 _BLOCK = r"transformer\.layers\.(\d+)\."
 _OURS = r"vit.encoder.layer.\1."
 NAMES = [
     (r"patch_embedding\.cls_token", "vit.embeddings.cls_token"),
     (r"patch_embedding\.pos_embedding", "vit.embeddings.position_embeddings"),
-    (r"patch_embedding\.projection\.(\w+)", r"vit.embeddings.patch_embeddings.projection.\1"),
-    (_BLOCK + r"norm_1\.(\w+)", _OURS + r"layernorm_before.\2"),
-    (_BLOCK + r"(query|key|value)\.(\w+)", _OURS + r"attention.attention.\2.\3"),
-    (_BLOCK + r"attention_output\.0\.(\w+)", _OURS + r"attention.output.dense.\2"),
-    (_BLOCK + r"mlps\.norm_2\.(\w+)", _OURS + r"layernorm_after.\2"),
-    (_BLOCK + r"mlps\.mlp_intermediate\.0\.(\w+)", _OURS + r"intermediate.dense.\2"),
-    (_BLOCK + r"mlps\.mlp_output\.0\.(\w+)", _OURS + r"output.dense.\2"),
-    (r"transformer\.norm_post_layers\.(\w+)", r"vit.layernorm.\1"),
-    (r"last_exit\.(\w+)", r"classifier.\1"),
+    (r"patch_embedding\.projection", "vit.embeddings.patch_embeddings.projection"),
+    (_BLOCK + "norm_1", _OURS + "layernorm_before"),
+    (_BLOCK + "(query|key|value)", _OURS + r"attention.attention.\2"),
+    (_BLOCK + r"attention_output\.0", _OURS + "attention.output.dense"),
+    (_BLOCK + r"mlps\.norm_2", _OURS + "layernorm_after"),
+    (_BLOCK + r"mlps\.mlp_intermediate\.0", _OURS + "intermediate.dense"),
+    (_BLOCK + r"mlps\.mlp_output\.0", _OURS + "output.dense"),
+    (r"transformer\.norm_post_layers", "vit.layernorm"),
+    ("last_exit", "classifier"),
 ]
 
 
@@ -62,15 +60,17 @@ def convert_eevit(source: str | Path, output: str | Path) -> ViTHighwayConfig:
             f"{weights}: {moved[0]}: an EEVIT from before its second norm moved to mlps.norm_2; there a block adds "
             "to its normed input, which no ViT does"
         )
-    num_labels = _num_labels(state, weights)
+    classifier = state.get("last_exit.weight")
+    if classifier is None or classifier.dim() != 2:
+        raise ValueError(f"{weights}: no classifier 'last_exit.weight' there: not a checkpoint of EEVIT")
     with built_from(weights):
         state = split_fused(state, "W_QKV")
     with built_from(files[0]):
-        config = eevit_config(read_yaml(files[0]), num_labels)
+        config = eevit_config(read_yaml(files[0]), len(classifier))
         model = ViTHighway(config)
     load_strictly(model, state, _names(config), weights)
-    write_model(model, output, processor_beside(weights))
-    return model.config
+    write_model(model, output, weights)
+    return config
 
 
 def eevit_config(settings: dict[str, Any], num_labels: int) -> ViTHighwayConfig:
@@ -94,17 +94,12 @@ def eevit_config(settings: dict[str, Any], num_labels: int) -> ViTHighwayConfig:
         raise ValueError(f"no EEVIT configuration: neither 'model' nor {EXITS[0]!r} or {EXITS[1]!r} in it")
     options, _ = translate_eevit(settings)
     model = dict(settings.get("model") or {})
-    exits = next((part[key] for part in (model, settings) for key in EXITS if part.get(key)), {})
-    fields = {
-        "image_size": options.get("image_size", 224),
-        **options["model_settings"],
-        **{name: options[name] for name in ("pool", "exit_policy") if name in options},
-        "exit_positions": options.get("exit_positions", []),
-        "exit_types": options.get("exit_types", []),
-    }
+    exits: dict[str, Any] = next((part[key] for part in (model, settings) for key in EXITS if part.get(key)), {})
+    taken = [name for name in ("image_size", "pool", "exit_positions", "exit_types", "exit_policy") if name in options]
+    fields = {"image_size": 224, "exit_positions": [], "exit_types": [], **{name: options[name] for name in taken}}
     if not fields["exit_positions"]:
         fields["exit_policy"] = {"name": "never"}
-    config = ViTHighwayConfig(**fields, num_labels=num_labels, layer_norm_eps=1e-5)
+    config = ViTHighwayConfig(**fields, **options["model_settings"], num_labels=num_labels, layer_norm_eps=1e-5)
     _check(config, model, exits)
     return config
 
@@ -131,28 +126,13 @@ def _check(config: ViTHighwayConfig, model: dict[str, Any], exits: dict[str, Any
             )
 
 
-def _num_labels(state: dict[str, Tensor], weights: Path) -> int:
-    classifier = state.get("last_exit.weight")
-    if classifier is None or classifier.dim() != 2:
-        raise ValueError(f"{weights}: no classifier 'last_exit.weight' there: not a checkpoint of EEVIT")
-    return len(classifier)
-
-
 def _names(config: ViTHighwayConfig) -> Rename:
     """EEVIT's name -> ours."""
+    bodies = {**BODIES, "mlp": {"body.widen": "mlp.layer1", "body.narrow": "mlp.layer2"}}
     modules = {}
     for index, exit in enumerate(config.exits):
         prefix = f"transformer.layers.{exit.after - 1}.highway."
-        if exit.head == "mlp":
-            body = {"body.widen": "mlp.layer1", "body.narrow": "mlp.layer2"}
-        else:
-            body = BODIES["attention" if exit.head.startswith("attention") else exit.head]
-        for ours, theirs in body.items():
+        for ours, theirs in bodies["attention" if exit.head.startswith("attention") else exit.head].items():
             modules[prefix + theirs.replace("mlp.", "highway_head.", 1)] = f"exits.{index}.{ours}"
         modules[f"{prefix}classifier.classifier"] = f"exits.{index}.classifiers.0"
-
-    def rename(name: str) -> str:
-        module, _, leaf = name.rpartition(".")
-        return f"{modules[module]}.{leaf}" if module in modules else renamed(name, NAMES) or name
-
-    return rename
+    return by_module(modules, lambda name: renamed(name, NAMES))

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
-from ..heads import lgvit_heads
 from .lgvit_names import from_lgvit, kind_of
 from .loading import BY_BACKBONE
 from .reading import find_weights, read_json, read_weights
-from .strict import built_from, load_strictly, processor_beside, write_model
+from .strict import built_from, load_strictly, write_model
 
 # settings of LGViT's config that are ours under another name, or that only its training code read
 LGVIT_ONLY = (
@@ -48,8 +47,8 @@ def convert_lgvit(source: str | Path, output: str | Path) -> HighwayConfig:
         config = lgvit_config(read_json(settings))
         model = BY_BACKBONE[kind_of(config)](config)
     load_strictly(model, state, from_lgvit(config), weights)
-    write_model(model, output, processor_beside(weights))
-    return model.config
+    write_model(model, output, weights)
+    return config
 
 
 def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
@@ -72,30 +71,26 @@ def lgvit_config(settings: dict[str, Any]) -> HighwayConfig:
     """
     is_swin = "depths" in settings
     plain = {key: value for key, value in settings.items() if key not in LGVIT_ONLY}
-    highway_type = settings.get("highway_type", "linear")
+    highway_type, backbone = settings.get("highway_type", "linear"), settings.get("backbone", "ViT")
     if is_swin:
-        config_class = SwinHighwayConfig
+        config_class: type[HighwayConfig] = SwinHighwayConfig
         positions = _swin_positions(settings.get("position_exits"), settings["depths"])
-        attention = ("attention_r1", "attention_r2")
-    else:
-        backbone = settings.get("backbone", "ViT")
-        if backbone not in ("ViT", "DeiT"):
-            raise ValueError(f"backbone: {backbone!r} must be 'ViT' or 'DeiT'")
-        config_class = {"ViT": ViTHighwayConfig, "DeiT": DeiTHighwayConfig}[backbone]
+    elif backbone in ("ViT", "DeiT"):
+        config_class = ViTHighwayConfig if backbone == "ViT" else DeiTHighwayConfig
         positions = parse_positions(settings.get("position_exits"))
-        attention = ("attention_r2", "attention_r3")
         plain.setdefault("layer_norm_eps", 1e-12)
-    types = lgvit_heads(len(positions), attention=attention) if highway_type == "LGViT" else highway_type
+    else:
+        raise ValueError(f"backbone: {backbone!r} must be 'ViT' or 'DeiT'")
     return config_class(
         exit_positions=positions,
-        exit_types=types,
+        exit_types="lgvit" if highway_type == "LGViT" else highway_type,
         exit_policy=_lgvit_policy(settings, len(positions), is_swin),
         exit_loss_weights="depth" if "weighted" in str(settings.get("train_strategy")) else "uniform",
         **plain,
     )
 
 
-def parse_positions(text: Any) -> list:
+def parse_positions(text: Any) -> list[Any]:
     """`position_exits` of an LGViT config, a list or a string such as `"[4, 5, 6]"`, as a list; nothing is executed.
 
     Example:
@@ -113,42 +108,39 @@ def parse_positions(text: Any) -> list:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError):
             value = None
-    flat = (
-        [entry for part in value for entry in (part if isinstance(part, list) else [part])]
-        if _is_list(value)
-        else [None]
-    )
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in flat):
+    parts = value if isinstance(value, list) else [None]
+    # a boolean is an int, and no block number
+    if not all(type(entry) is int for part in parts for entry in (part if isinstance(part, list) else [part])):
         raise ValueError(f'position_exits: {text!r} must be a list of block numbers such as "[4, 5, 6]"')
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    return parts
 
 
 def _swin_positions(text: Any, depths: list[int]) -> list[int]:
     stages = parse_positions(text)
-    if len(stages) != len(depths) or not all(_is_list(stage) for stage in stages):
+    if len(stages) != len(depths) or not all(isinstance(stage, list) for stage in stages):
         raise ValueError(f"position_exits: {text!r} must have one list for each of the {len(depths)} stages")
     return [sum(depths[:stage]) + position for stage, positions in enumerate(stages) for position in positions]
 
 
 def _lgvit_policy(settings: dict[str, Any], num_exits: int, is_swin: bool) -> dict[str, Any]:
     strategy = settings.get("exit_strategy", "confidence" if is_swin else "entropy")
-    threshold = settings.get("threshold")
+    threshold: Any = settings.get("threshold")
+    if threshold is None:
+        threshold = {
+            "confidence": 0.75 if is_swin else 0.865,
+            "entropy": 0.65 if is_swin else 0.6,
+            "patience": 3 if is_swin else 7,
+        }.get(str(strategy))
     if strategy in ("confidence", "entropy"):
-        defaults = {"confidence": 0.75, "entropy": 0.65} if is_swin else {"confidence": 0.865, "entropy": 0.6}
-        return {"name": strategy, "threshold": defaults[strategy] if threshold is None else threshold}
+        return {"name": strategy, "threshold": threshold}
     if strategy == "patience":
-        patience = (3 if is_swin else 7) if threshold is None else threshold
-        return {"name": "patience", "patience": patience[0] if _is_list(patience) else patience}
+        return {"name": "patience", "patience": threshold[0] if isinstance(threshold, list) else threshold}
     if strategy == "patient_and_confident":
-        values = threshold if _is_list(threshold) else [0.8 if is_swin else 0.5] * num_exits + [2]
+        values = threshold if isinstance(threshold, list) else [0.8 if is_swin else 0.5] * num_exits + [2]
         return {"name": "patience_confidence", "threshold": values[:-1], "patience": values[-1]}
     if strategy == "confidence_and_entropy":
         raise ValueError(
-            "exit_strategy: 'confidence_and_entropy' never left early in LGViT; set it to 'confidence' and choose "
+            "exit_strategy: 'confidence_and_entropy' never exited early in LGViT; set it to 'confidence' and choose "
             "confidence_entropy with set_exit_policy afterwards"
         )
     raise ValueError(

@@ -7,34 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    PretrainedConfig,
-    PreTrainedModel,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PretrainedConfig
 
 from ..segments import height_width
 from .loading import BY_BACKBONE
-from .reading import find_weights, in_short, read_json, read_weights
-from .strict import Rename, load_strictly, processor_beside, renamed, split_fused, write_model
+from .reading import find_weights, in_short, read_if_there, read_weights
+from .strict import Rename, load_strictly, renamed, split_fused, write_model
 from .timm_names import SWIN_NAMES, VIT_NAMES, swin_sizes, vit_sizes
 
-CLASSES = {
-    "vit": (ViTConfig, ViTForImageClassification),
-    "deit": (DeiTConfig, DeiTForImageClassificationWithTeacher),
-    "swin": (SwinConfig, SwinForImageClassification),
-}
-CLASSIFIERS = {
-    "vit": {"head": "classifier"},
-    "deit": {"head": "cls_classifier", "head_dist": "distillation_classifier"},
-}
-# what the classifiers of these classes read, in timm's words
-POOLS = {"vit": "token", "deit": "token", "swin": "avg"}
+NAMES = {kind: [(theirs, f"{kind}.{ours}") for theirs, ours in VIT_NAMES] for kind in ("vit", "deit")}
+NAMES["vit"] += [("head", "classifier")]
+NAMES["deit"] += [("head", "cls_classifier"), ("head_dist", "distillation_classifier")]
+NAMES["swin"] = [*((theirs, f"swin.{ours}") for theirs, ours in SWIN_NAMES), (r"head(?:\.fc)?", "classifier")]
 # tensors (regular expression) that say what transformers' classes do not compute
 REFUSED = [
     (r"reg_token", "register tokens (`reg_tokens`)"),
@@ -86,74 +70,64 @@ def convert_timm(
         OSError: A file is missing or damaged.
     """
     weights = find_weights(source)
-    state = read_weights(weights)
-    about = timm_settings(weights)
-    image_size = image_size or about.get("image_size")
-    model = plain_model(state, weights, num_attention_heads=num_attention_heads, image_size=image_size, about=about)
-    return write_plain(model, output, exits, processor_beside(weights) or _processor(about, model.config.image_size))
+    state, about = read_weights(weights), timm_settings(weights)
+    return convert_plain(state, weights, output, about, num_attention_heads, image_size, exits)
 
 
-def plain_model(
+def convert_plain(
     state: dict[str, Tensor],
-    source: Path,
-    *,
-    num_attention_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    about: dict[str, Any] | None = None,
-) -> PreTrainedModel:
-    """The model of transformers that has the weights of a state dict with timm's names.
+    weights: Path,
+    output: str | Path,
+    about: dict[str, Any],
+    num_attention_heads: int | None,
+    image_size: tuple[int, int] | None,
+    exits: dict[str, Any],
+) -> PretrainedConfig:
+    """Write the model of transformers that has the weights of a state dict with timm's names.
 
     Args:
         state (`dict[str, Tensor]`): By timm's names.
-        source (`Path`): What an error names.
-        num_attention_heads (`int`, *optional*), image_size (`tuple[int, int]`, *optional*): See `convert_timm`.
-        about (`dict`, *optional*): See `timm_settings`.
+        weights (`Path`): The file they come from, which errors name.
+        output, num_attention_heads, image_size, exits: See `convert_timm`.
+        about (`dict`): See `timm_settings`.
     """
     for pattern, what in REFUSED:
         found = sorted(name for name in state if re.fullmatch(pattern, name))
         if found:
-            raise ValueError(f"{source}: {found[0]}: {what}, which transformers' ViT, DeiT and Swin do not compute")
-    kind, about = _kind(state), about or {}
-    config_class, model_class = CLASSES[kind]
-    if about.get("pool") not in (None, POOLS[kind]):
+            raise ValueError(f"{weights}: {found[0]}: {what}, which transformers' ViT, DeiT and Swin do not compute")
+    if any(name.endswith("relative_position_bias_table") for name in state):
+        kind, pool = "swin", "avg"
+    else:
+        # DeiT without a distillation token is a ViT
+        kind, pool = "deit" if "dist_token" in state else "vit", "token"
+    if about.get("pool") not in (None, pool):
         raise ValueError(
-            f"{source}: config.json: global_pool={about['pool']!r} is not what transformers' {kind} computes, "
-            f"{POOLS[kind]!r} is"
+            f"{weights}: config.json: global_pool={about['pool']!r} is not what transformers' {kind} computes, "
+            f"{pool!r} is"
         )
+    image_size = image_size or about.get("image_size")
     try:
         state = split_fused(state, "qkv")
         sizes = swin_sizes(state, image_size) if kind == "swin" else vit_sizes(state, num_attention_heads, image_size)
     except KeyError as error:
         raise ValueError(
-            f"{source}: no tensor {error} there: not a ViT, DeiT or Swin with a classifier and timm's names; found "
+            f"{weights}: no tensor {error} there: not a ViT, DeiT or Swin with a classifier and timm's names; found "
             f"are {known_by(state)}{_whose(state)}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{weights}: {error}") from None
     if kind == "swin" and num_attention_heads is not None:
         raise ValueError(f"num_attention_heads: the weights of a Swin say {sizes['num_heads']}; leave it out")
     labels = about.get("label_names")
     if isinstance(labels, list) and len(set(map(str, labels))) == len(labels) == sizes["num_labels"]:
         sizes |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    model = model_class(config_class(**sizes))
-    load_strictly(model, state, _swin_names(state) if kind == "swin" else _vit_names(kind), source)
-    return model
-
-
-def _kind(state: dict[str, Tensor]) -> str:
-    if any(name.endswith("relative_position_bias_table") for name in state):
-        return "swin"
-    # DeiT without a distillation token is a ViT
-    return "deit" if "dist_token" in state else "vit"
-
-
-def write_plain(
-    model: PreTrainedModel, output: str | Path, exits: dict[str, Any], processor: dict[str, Any] | None
-) -> PretrainedConfig:
-    """Save a plain model; with exits where some are asked for."""
+    plain_class = BY_BACKBONE[kind].native_classes[0]
+    model = plain_class(plain_class.config_class(**sizes))
+    load_strictly(model, state, _rename(kind, state), weights)
     if exits:
-        model = BY_BACKBONE[model.config.model_type].from_backbone(model, **exits)
-    write_model(model, output, processor)
+        model = BY_BACKBONE[kind].from_backbone(model, **exits)
+    processor = processor_settings(model.config.image_size, **about["pixels"]) if "pixels" in about else None
+    write_model(model, output, weights, processor)
     return model.config
 
 
@@ -171,24 +145,16 @@ def _whose(state: dict[str, Tensor]) -> str:
     return ""
 
 
-def _vit_names(kind: str) -> Rename:
-    table = [(theirs, f"{kind}.{ours}") for theirs, ours in VIT_NAMES]
-    table += [(rf"{theirs}\.(\w+)", rf"{ours}.\1") for theirs, ours in CLASSIFIERS[kind].items()]
-    return lambda name: renamed(name, table) or name
-
-
-def _swin_names(state: dict[str, Tensor]) -> Rename:
-    table = [(theirs, f"swin.{ours}") for theirs, ours in SWIN_NAMES]
-    table.append((r"head\.(?:fc\.)?(\w+)", r"classifier.\1"))
+def _rename(kind: str, state: dict[str, Tensor]) -> Rename:
     # merging stands at the end of a stage, as here, in the original and old timm; at the start of the next in timm
     later = "layers.0.downsample.reduction.weight" not in state
 
     def rename(name: str) -> str | None:
-        if name.endswith((".attn_mask", ".relative_position_index")):
+        if kind == "swin" and name.endswith(".attn_mask"):
             return None  # made from the sizes of image and window
         if later:
             name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
-        return renamed(name, table) or name
+        return renamed(name, NAMES[kind])
 
     return rename
 
@@ -200,7 +166,7 @@ def timm_settings(weights: Path) -> dict[str, Any]:
         ValueError: It speaks of a model that transformers does not compute.
     """
     file = weights.parent / "config.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_if_there(file)
     trained = settings.get("pretrained_cfg")
     if not isinstance(trained, dict):
         return {}
@@ -213,12 +179,6 @@ def timm_settings(weights: Path) -> dict[str, Any]:
     if "mean" in trained and "std" in trained:
         about["pixels"] = {name: trained.get(name) for name in ("mean", "std", "interpolation")}
     return about
-
-
-def _processor(about: dict[str, Any], image_size: int | tuple[int, int]) -> dict[str, Any] | None:
-    """The settings of an image processor, where it is known how pixels were normalised."""
-    pixels = about.get("pixels")
-    return None if pixels is None else processor_settings(image_size, **pixels)
 
 
 def processor_settings(

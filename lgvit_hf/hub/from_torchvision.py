@@ -8,33 +8,27 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .from_timm import known_by, plain_model, processor_settings, write_plain
+from .from_timm import convert_plain, known_by
 from .reading import find_weights, read_weights
-from .strict import processor_beside, renamed
+from .strict import renamed
 
 _BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
-# torchvision's name (regular expression) -> timm's
+# torchvision's module (regular expression) -> timm's
 VIT_NAMES = [
-    (r"class_token", "cls_token"),
-    (r"conv_proj\.(\w+)", r"patch_embed.proj.\1"),
+    ("class_token", "cls_token"),
+    ("conv_proj", "patch_embed.proj"),
     (r"encoder\.pos_embedding", "pos_embed"),
-    (_BLOCK + r"ln_([12])\.(\w+)", r"blocks.\1.norm\2.\3"),
+    (_BLOCK + "ln_([12])", r"blocks.\1.norm\2"),
     (_BLOCK + r"self_attention\.in_proj_(\w+)", r"blocks.\1.attn.qkv.\2"),
-    (_BLOCK + r"self_attention\.out_proj\.(\w+)", r"blocks.\1.attn.proj.\2"),
+    (_BLOCK + r"self_attention\.out_proj", r"blocks.\1.attn.proj"),
     # the second names are those of version 0.12 and before
-    (_BLOCK + r"mlp\.(?:0|linear_1)\.(\w+)", r"blocks.\1.mlp.fc1.\2"),
-    (_BLOCK + r"mlp\.(?:3|linear_2)\.(\w+)", r"blocks.\1.mlp.fc2.\2"),
-    (r"encoder\.ln\.(\w+)", r"norm.\1"),
-    (r"heads\.head\.(\w+)", r"head.\1"),
+    (_BLOCK + r"mlp\.(?:0|linear_1)", r"blocks.\1.mlp.fc1"),
+    (_BLOCK + r"mlp\.(?:3|linear_2)", r"blocks.\1.mlp.fc2"),
+    (r"encoder\.ln", "norm"),
+    (r"heads\.head", "head"),
 ]
-# torchvision counts the patches as 0, stages and mergings alternate behind them
-SWIN_NAMES = [
-    (r"features\.0\.0\.(\w+)", r"patch_embed.proj.\1"),
-    (r"features\.0\.2\.(\w+)", r"patch_embed.norm.\1"),
-    (r"norm\.(\w+)", r"norm.\1"),
-    (r"head\.(\w+)", r"head.\1"),
-]
-SWIN_INSIDE = [(r"mlp\.0\.(\w+)", r"mlp.fc1.\1"), (r"mlp\.3\.(\w+)", r"mlp.fc2.\1")]
+SWIN_NAMES = [(r"features\.0\.0", "patch_embed.proj"), (r"features\.0\.2", "patch_embed.norm")]
+SWIN_INSIDE = [(r"mlp\.0", "mlp.fc1"), (r"mlp\.3", "mlp.fc2")]
 # all its weights were trained on pixels normalised like that
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -71,11 +65,8 @@ def convert_torchvision(
         )
     is_swin = "features.0.0.weight" in state
     state = {timm_name(name, is_swin): tensor for name, tensor in state.items()}
-    model = plain_model(state, weights, num_attention_heads=num_attention_heads, image_size=image_size)
-    processor = processor_settings(
-        model.config.image_size, **IMAGENET, interpolation="bicubic" if is_swin else "bilinear"
-    )
-    return write_plain(model, output, exits, processor_beside(weights) or processor)
+    pixels = {**IMAGENET, "interpolation": "bicubic" if is_swin else "bilinear"}
+    return convert_plain(state, weights, output, {"pixels": pixels}, num_attention_heads, image_size, exits)
 
 
 def timm_name(name: str, is_swin: bool) -> str:
@@ -87,11 +78,10 @@ def timm_name(name: str, is_swin: bool) -> str:
         ('blocks.3.norm1.bias', 'layers.1.downsample.norm.bias')
     """
     if not is_swin:
-        return renamed(name, VIT_NAMES) or name
+        return renamed(name, VIT_NAMES)
     if match := re.fullmatch(r"features\.(\d*[13579])\.(\d+)\.(.+)", name):
-        stage, inside = (int(match[1]) - 1) // 2, renamed(match[3], SWIN_INSIDE) or match[3]
-        return f"layers.{stage}.blocks.{match[2]}.{inside}"
+        return f"layers.{(int(match[1]) - 1) // 2}.blocks.{match[2]}.{renamed(match[3], SWIN_INSIDE)}"
     if match := re.fullmatch(r"features\.(\d*[02468])\.((?:norm|reduction)\.\w+)", name):
         # as the original, whose first stage ends in a merging
         return f"layers.{int(match[1]) // 2 - 1}.downsample.{match[2]}"
-    return renamed(name, SWIN_NAMES) or name
+    return renamed(name, SWIN_NAMES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig
+from .strict import Rename, by_module
 
 POOLER = "deit.pooler."
 # our module inside an exit, and LGViT's
@@ -52,10 +54,9 @@ def exit_modules(kind: str, head: str) -> dict[str, str]:
     body = BODIES.get("attention" if head.startswith("attention_r") else head)
     if body is None:
         return {}
+    readers = {"classifiers.0": "classifier"}
     if kind == "deit":
         readers = {"classifiers.0": "cls_classifier", "classifiers.1": "distillation_classifier"}
-    else:
-        readers = {"classifiers.0": "classifier"}
     if kind == "swin":
         readers["norm"] = "layernorm"
     elif head in ("linear", "vit"):
@@ -75,35 +76,20 @@ def exit_prefixes(config: HighwayConfig) -> list[str]:
     ]
 
 
-def from_lgvit(config: HighwayConfig) -> Callable[[str], str | None]:
+def from_lgvit(config: HighwayConfig) -> Rename:
     """LGViT's name of a tensor -> ours, or `None` for those that LGViT has and never uses."""
-    table = {theirs: ours for ours, theirs in _modules(config).items()}
     backbone = "deit" if isinstance(config, DeiTHighwayConfig) else "vit"
     # the pooler was built and never used, the norm beside Swin was added in its stage two by mistake
     unused = "layernorm." if isinstance(config, SwinHighwayConfig) else POOLER
-
-    def rename(name: str) -> str | None:
-        if name.startswith(unused):
-            return None
-        module, _, leaf = name.rpartition(".")
-        if module in table:
-            return f"{table[module]}.{leaf}"
-        return f"{backbone}.{name.removeprefix('deit.')}" if name.startswith("deit.") else name
-
-    return rename
+    return by_module(
+        {theirs: ours for ours, theirs in _modules(config).items()},
+        lambda name: None if name.startswith(unused) else re.sub(r"^deit\.", f"{backbone}.", name),
+    )
 
 
 def to_lgvit(config: HighwayConfig) -> Callable[[str], str]:
     """Our name of a tensor -> LGViT's."""
-    table = _modules(config)
-
-    def rename(name: str) -> str:
-        module, _, leaf = name.rpartition(".")
-        if module in table:
-            return f"{table[module]}.{leaf}"
-        return f"deit.{name.removeprefix('vit.')}" if name.startswith("vit.") else name
-
-    return rename
+    return by_module(_modules(config), lambda name: re.sub(r"^vit\.", "deit.", name))
 
 
 def _modules(config: HighwayConfig) -> dict[str, str]:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    BaseImageProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 
 from ..configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
 from ..configuration_avit import HALTING_FIELDS, AViTConfig
 from ..data.processing import make_processor, open_processor
 from ..modeling_avit import AViT
 from ..modeling_deit import DeiTHighway
+from ..modeling_highway import HighwayMixin
 from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
 from ..segments import height_width
@@ -30,10 +26,12 @@ from ..wrapper import HighwayWrapper
 
 logger = logging.getLogger(__name__)
 
-BY_BACKBONE = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+BY_BACKBONE: dict[str, type[HighwayMixin]] = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
 HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
 # those whose module is one of transformers' own; of any other, only whoever has its class can open them
-SAVED = {**HIGHWAYS, HighwayWrapper.config_class.model_type: HighwayWrapper}
+SAVED: dict[str, type[HighwayMixin]] = {**HIGHWAYS, HighwayWrapper.config_class.model_type: HighwayWrapper}
 
 
 def answer_depths(config: HighwayConfig) -> list[int]:
@@ -70,25 +68,13 @@ def small_config(backbone: str, image_size: int, **settings: Any) -> HighwayConf
 
 
 def _small_sizes(backbone: str, image_size: int) -> dict[str, Any]:
+    images = {"image_size": image_size, "patch_size": max(1, image_size // (16 if backbone == "swin" else 8))}
     if backbone == "swin":
-        return {
-            "image_size": image_size,
-            "patch_size": max(1, image_size // 16),
-            "embed_dim": 32,
-            # three stages: a fourth would have a smaller grid than a window
-            "depths": [2, 4, 6],
-            "num_heads": [1, 2, 4],
-            "window_size": 4,
-            "drop_path_rate": 0.0,
-        }
-    return {
-        "image_size": image_size,
-        "patch_size": max(1, image_size // 8),
-        "hidden_size": 96,
-        "intermediate_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-    }
+        # three stages: a fourth would have a smaller grid than a window
+        stages = {"embed_dim": 32, "depths": [2, 4, 6], "num_heads": [1, 2, 4]}
+        return {**images, **stages, "window_size": 4, "drop_path_rate": 0.0}
+    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 12, "num_attention_heads": 3}
+    return {**images, **sizes}
 
 
 def _check_fields(config_class: type[PretrainedConfig], settings: dict[str, Any], own: Iterable[str] = ()) -> None:
@@ -101,17 +87,17 @@ def _check_fields(config_class: type[PretrainedConfig], settings: dict[str, Any]
 
 
 def _labels(label_names: list[str]) -> dict[str, Any]:
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
+    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
 
 
-def _check_source(checkpoint: str | None, backbone: str | None, model_settings: dict[str, Any] | None) -> None:
-    if (checkpoint is None) == (backbone is None):
+def _source(checkpoint: str | None, backbone: str | None, model_settings: dict[str, Any] | None) -> str:
+    """Whichever of checkpoint and backbone is given."""
+    source = backbone if checkpoint is None else checkpoint
+    if source is None or (checkpoint is not None and backbone is not None):
         raise ValueError("give either --model CHECKPOINT or --backbone vit|deit|swin")
     if checkpoint is not None and model_settings:
         raise ValueError(f"model_settings: {model_settings} are for a new backbone; {checkpoint} has its own")
+    return source
 
 
 def open_model(
@@ -124,7 +110,7 @@ def open_model(
     exits: dict[str, Any] | None = None,
     must_be_highway: bool = False,
     seed: int = 0,
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
+) -> tuple[HighwayMixin, BaseImageProcessor]:
     """Open a highway and the image processor that goes with it.
 
     Args:
@@ -145,26 +131,23 @@ def open_model(
         ValueError: Neither or both of checkpoint and backbone; other exits asked of a highway than it has; classes of
             the data and of a highway that differ.
     """
-    _check_source(checkpoint, backbone, model_settings)
+    source = _source(checkpoint, backbone, model_settings)
     exits, labels = dict(exits or {}), _labels(label_names)
     set_seed(seed)
-    if backbone is not None:
-        config = small_config(backbone, image_size, **(model_settings or {}), **exits, **labels)
-        return BY_BACKBONE[backbone](config), make_processor(config.image_size, config.num_channels)
-
-    config = read_config(checkpoint)
-    if config.model_type in SAVED:
-        check_class_names(checkpoint, config, label_names)
-        model = SAVED[config.model_type].from_pretrained(checkpoint)
-        model = with_exits(checkpoint, model, exits) if exits or not (model.exits or must_be_highway) else model
-    elif config.model_type in BY_BACKBONE and not must_be_highway:
-        order = class_order(config, label_names)
-        labels = {} if config.id2label == labels["id2label"] else labels
-        model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **exits, **labels)
-        _order_classes(checkpoint, model, config, order)
+    if checkpoint is None:
+        new = small_config(source, image_size, **(model_settings or {}), **exits, **labels)
+        return BY_BACKBONE[source](new), make_processor(new.image_size, new.num_channels)
+    config = read_config(source)
+    kind = config.model_type
+    if kind in SAVED:
+        check_class_names(source, config, label_names)
+        model = SAVED[kind].from_pretrained(source)
+        model = with_exits(source, model, exits) if exits or not (model.exits or must_be_highway) else model
+    elif kind in BY_BACKBONE and not must_be_highway:
+        model = _from_plain(source, config, label_names, partial(BY_BACKBONE[kind].from_backbone, source, **exits))
     else:
-        raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
-    return model, open_processor(checkpoint)
+        raise ValueError(f"{source}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
+    return model, open_processor(source)
 
 
 def open_avit(
@@ -190,28 +173,25 @@ def open_avit(
         ValueError: Neither or both of checkpoint and backbone; an unknown field; classes of the data and of an `AViT`
             that differ.
     """
-    _check_source(checkpoint, backbone, model_settings)
+    source = _source(checkpoint, backbone, model_settings)
     halting, labels = dict(halting or {}), _labels(label_names)
     unknown = sorted(set(halting) - set(HALTING_FIELDS))
     if unknown:
         raise ValueError(f"halting: {unknown[0]!r} must be one of {', '.join(HALTING_FIELDS)}")
     set_seed(seed)
-    if backbone is not None:
-        settings = {**_small_sizes(backbone, image_size), **(model_settings or {})}
+    if checkpoint is None:
+        settings = {**_small_sizes(source, image_size), **(model_settings or {})}
         _check_fields(AViTConfig, settings)
-        config = AViTConfig(backbone=backbone, **settings, **halting, **labels)
-        return AViT(config), make_processor(config.image_size, config.num_channels)
-    config = read_config(checkpoint)
+        new = AViTConfig(backbone=source, **settings, **halting, **labels)
+        return AViT(new), make_processor(new.image_size, new.num_channels)
+    config = read_config(source)
     if config.model_type == AViTConfig.model_type:
-        check_class_names(checkpoint, config, label_names)
-        model = AViT.from_pretrained(checkpoint, **halting)
+        check_class_names(source, config, label_names)
+        model = AViT.from_pretrained(source, **halting)
     else:
-        order = class_order(config, label_names)
-        labels = {} if config.id2label == labels["id2label"] else labels
-        source = load_highway(checkpoint) if config.model_type in HIGHWAYS else checkpoint
-        model = AViT.from_backbone(source, **halting, **labels)
-        _order_classes(checkpoint, model, config, order)
-    return model, open_processor(checkpoint)
+        plain = load_highway(source) if config.model_type in HIGHWAYS else source
+        model = _from_plain(source, config, label_names, partial(AViT.from_backbone, plain, **halting))
+    return model, open_processor(source)
 
 
 def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: list[str]) -> None:
@@ -224,10 +204,13 @@ def check_class_names(checkpoint: str, config: PretrainedConfig, label_names: li
     """
     if config.num_labels != len(label_names):
         raise ValueError(f"{checkpoint} knows {config.num_labels} classes, the data have {len(label_names)}")
-    for index, name in enumerate(label_names):
-        known = config.id2label[index]
+    for index, (known, name) in enumerate(zip(_class_names(config), label_names, strict=True)):
         if known != name and known != f"LABEL_{index}":
             raise ValueError(f"{checkpoint}: class {index} is {known!r}, in the data it is {name!r}")
+
+
+def _class_names(config: PretrainedConfig) -> list[str | None]:
+    return [(config.id2label or {}).get(index) for index in range(config.num_labels)]
 
 
 def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] | None:
@@ -244,7 +227,7 @@ def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] |
         >>> class_order(PretrainedConfig(num_labels=2), ["cat", "dog"])
         [0, 1]
     """
-    known = [config.id2label.get(index) for index in range(config.num_labels)]
+    known = _class_names(config)
     if len(known) != len(label_names):
         return None
     if all(old in (new, f"LABEL_{index}") for index, (old, new) in enumerate(zip(known, label_names, strict=True))):
@@ -254,36 +237,43 @@ def class_order(config: PretrainedConfig, label_names: list[str]) -> list[int] |
 
 
 @torch.no_grad()
-def _order_classes(checkpoint: str, model: PreTrainedModel, old: PretrainedConfig, order: list[int] | None) -> None:
-    """Give the classifiers of a plain checkpoint the order of the model's classes; new weights where it has others."""
-    if order is None and old.num_labels == model.config.num_labels:
-        index = next(i for i, name in model.config.id2label.items() if old.id2label.get(i) != name)
+def _from_plain(checkpoint: str, old: PretrainedConfig, label_names: list[str], build: Callable[..., Model]) -> Model:
+    """A model built from a plain checkpoint, its classifiers in the order of the data's classes.
+
+    They get new weights where the checkpoint has other classes.
+
+    Args:
+        checkpoint (`str`): What the warning names.
+        old (`PretrainedConfig`): Of the checkpoint.
+        label_names (`list[str]`): Of the data.
+        build (`Callable`): Builds the model from the fields of its config that name the classes.
+    """
+    order, known = class_order(old, label_names), _class_names(old)
+    model = build(**({} if known == label_names else _labels(label_names)))
+    is_new = order is None and len(known) == len(label_names)
+    if is_new:
+        index = next(i for i, name in enumerate(label_names) if known[i] != name)
         logger.warning(
             "%s: class %d is %r, in the data it is %r: the classifier is new. Train it.",
-            *(checkpoint, index, old.id2label.get(index), model.config.id2label[index]),
+            *(checkpoint, index, known[index], label_names[index]),
         )
-    for classifier in _final_classifiers(model):
-        if order is not None:
+    # the last layer's, of a distilled DeiT both; not those of the exits, which are new
+    for classifier in model.classifiers if isinstance(model, AViT) else model.children():
+        if order is not None and isinstance(classifier, nn.Linear):
             classifier.weight.copy_(classifier.weight[order])
             classifier.bias.copy_(classifier.bias[order])
-        elif old.num_labels == model.config.num_labels:
-            # of another number of classes it is new already
+        elif is_new and isinstance(classifier, nn.Linear):
             classifier.weight.normal_(0.0, model.config.initializer_range)
             classifier.bias.zero_()
+    return model
 
 
-def _final_classifiers(model: PreTrainedModel) -> list[nn.Linear]:
-    """The last layer's, of a distilled DeiT both; not those of the exits, which are new."""
-    children = model.classifiers if isinstance(model, AViT) else model.children()
-    return [child for child in children if isinstance(child, nn.Linear)]
-
-
-def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -> PreTrainedModel:
+def with_exits(checkpoint: str, model: HighwayMixin, exits: dict[str, Any]) -> HighwayMixin:
     """A copy of a highway with another policy or other loss weights; with new exits where it has none.
 
     Args:
         checkpoint (`str`): What an error names.
-        model (`PreTrainedModel`): A highway.
+        model (`HighwayMixin`): A highway.
         exits (`dict`): See `open_model`.
 
     Raises:
@@ -292,29 +282,28 @@ def with_exits(checkpoint: str, model: PreTrainedModel, exits: dict[str, Any]) -
     settings = {**model.config.to_dict(), "attn_implementation": model.config._attn_implementation}
     for name in ("model_type", *(() if model.exits else EXIT_FIELDS)):
         settings.pop(name, None)
-    if model.exits and not _same_exits(model.config, settings, exits):
+    if model.exits and not _has_exits(model.config, settings, exits):
         raise ValueError(
             f"{checkpoint} has exits after {model.config.exit_positions} already, {model.config.exit_types}; "
             "leave --exit-positions, --exit-types and --pool out"
         )
-    config = type(model.config)(**{**settings, **exits})
-    new = type(model)(config)
+    new = type(model)(type(model.config)(**{**settings, **exits}))
     new.load_state_dict(model.state_dict(), strict=bool(model.exits))
     return new
 
 
-def _same_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str, Any]) -> bool:
-    """Whether the exits asked for, presets resolved, are those of a config."""
+def _has_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str, Any]) -> bool:
+    """Whether a config with these settings has the exits asked for, presets resolved."""
     names = ("exit_positions", "exit_types", "pool")
-    asked = {name: exits[name] for name in names if name in exits}
+    others = {"exit_policy": "never", "exit_loss_weights": "uniform"}
     try:
-        wanted = type(config)(**{**settings, "exit_policy": "never", "exit_loss_weights": "uniform", **asked})
+        wanted = type(config)(**{**settings, **others, **{name: exits[name] for name in names if name in exits}})
     except ValueError:
         return False
     return all(getattr(wanted, name) == getattr(config, name) for name in names)
 
 
-def load_highway(checkpoint: str) -> PreTrainedModel:
+def load_highway(checkpoint: str) -> HighwayMixin:
     """A saved highway, whatever its classes, ready to answer; its weights are copies, not the file's own.
 
     Args:

@@ -11,51 +11,46 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .card import card, has_card, is_own, reports_beside, write_card
 from .loading import read_config
+from .strict import PROCESSOR
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
 
 
 def publish_folder(
-    model: PreTrainedModel,
-    folder: str | Path,
-    *,
-    name: str,
-    tags: Sequence[str] = (),
-    max_shard_size: int | str | None = None,
+    model: PreTrainedModel, folder: Path, name: str, tags: Sequence[str], max_shard_size: int | str | None
 ) -> None:
     """Save a model as it is pushed: with what lies in the folder that it was loaded from.
 
     That is its image processor, the reports of `lgvit evaluate`, `calibrate` and `benchmark`, and its card with the
     pictures beside it. Where there is no card, one is made. Where the model has another exit policy by now, what was
-    reported of the old one stays behind.
+    reported of the old one is left out.
 
     Args:
         model (`PreTrainedModel`): A highway or an `AViT`.
-        folder (`str` or `Path`): New, or of an earlier push.
+        folder (`Path`): A new one.
         name (`str`): The Hub id, which the card's snippet loads.
-        tags (`Sequence[str]`, *optional*): Of a card that is made.
+        tags (`Sequence[str]`): Of a card that is made.
         max_shard_size (`int` or `str`, *optional*): Of a file of weights, by default upstream's.
     """
-    folder, source = Path(folder), Path(model.name_or_path)
-    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-    if not model.name_or_path or not (source / "config.json").is_file():
-        if has_card(model.config):
-            write_card(card(model, name=name, tags=tags), folder / CARD)
-        return
-    files, reports = [source / PROCESSOR], []
-    if _policy(read_config(str(source))) == _policy(model.config):
-        reports = reports_beside(source)
-        files += [*reports, *source.glob("*.png"), source / CARD, *source.glob(".eval_results/*.yaml")]
-    else:
-        logger.warning("the exit policy has changed since %s was saved: reports and card of it stay there", source)
-        files += [source / CARD] if is_own(source / CARD) else []
+    source = Path(model.name_or_path or "")
+    files: list[Path] = []
+    reports: list[Path] = []
+    sizes: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(folder, **sizes)
+    if model.name_or_path and (source / "config.json").is_file():
+        files = [source / PROCESSOR]
+        if getattr(read_config(str(source)), "exit_policy", None) == getattr(model.config, "exit_policy", None):
+            reports = reports_beside(source)
+            files += [*reports, *source.glob("*.png"), source / CARD, *source.glob(".eval_results/*.yaml")]
+        else:
+            logger.warning("the exit policy has changed since %s was saved: reports and card of it stay there", source)
+            files += [source / CARD] if is_own(source / CARD) else []
     for file in files:
         if file.is_file():
             copy = folder / file.relative_to(source)
@@ -63,10 +58,6 @@ def publish_folder(
             shutil.copyfile(file, copy)
     if has_card(model.config) and not (folder / CARD).is_file():
         write_card(card(model, reports, name=name, tags=tags), folder / CARD)
-
-
-def _policy(config: PretrainedConfig) -> dict[str, Any] | None:
-    return getattr(config, "exit_policy", None)
 
 
 def push(
@@ -106,9 +97,9 @@ def push(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        publish_folder(model, folder, name=repo_id, tags=tags, max_shard_size=max_shard_size)
-        readme, theirs = Path(folder) / CARD, _own_card(repo_id, revision, token)
-        if theirs is not None:
+        readme = Path(folder) / CARD
+        publish_folder(model, Path(folder), repo_id, tags, max_shard_size)
+        if (theirs := _own_card(repo_id, revision, token)) is not None:
             readme.unlink(missing_ok=True)
             if tags:
                 shutil.copyfile(theirs, readme)
@@ -136,7 +127,7 @@ def _own_card(repo_id: str, revision: str | None, token: Any) -> str | None:
 def _add_tags(readme: Path, tags: Sequence[str]) -> None:
     """Add tags to a README, which is made where there is none."""
     made = ModelCard.load(readme) if readme.is_file() else ModelCard("---\n{}\n---\n")
-    missing = [tag for tag in tags if tag not in (made.data.tags or [])]
-    if missing:
-        made.data.tags = [*(made.data.tags or []), *missing]
+    held = made.data.get("tags") or []
+    if missing := [tag for tag in tags if tag not in held]:
+        made.data["tags"] = [*held, *missing]
         made.save(readme)

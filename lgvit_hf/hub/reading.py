@@ -115,6 +115,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return settings
 
 
+def read_if_there(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
+    return read_json(file) if file.is_file() else {}
+
+
 def in_short(names: list[str], most: int = 8) -> str:
     """A list of names for an error message.
 

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..files import replace_folder, write_json
 from ..pretrained import RECOMPUTED, name_conversions
-from .reading import in_short, read_json
+from .reading import in_short, read_if_there
 
+PROCESSOR = "preprocessor_config.json"
 Rename = Callable[[str], str | None]
+Name = TypeVar("Name", bound=str | None)
 
 
-def renamed(name: str, table: Sequence[tuple[str, str]]) -> str | None:
-    r"""What a table of regular expressions and replacements makes of a whole name; `None` if it is in none.
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    r"""A tensor's name in another project: its module by a table of regular expressions; as it is if it is in none.
 
     Example:
 
-        >>> renamed("blocks.3.norm1.bias", [(r"blocks\.(\d+)\.norm1\.(.+)", r"layer.\1.layernorm_before.\2")])
+        >>> renamed("blocks.3.norm1.bias", [(r"blocks\.(\d+)\.norm1", r"layer.\1.layernorm_before")])
         'layer.3.layernorm_before.bias'
     """
     for pattern, ours in table:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
-    return None
+        if match := re.fullmatch(rf"(?:{pattern})(?P<leaf>\.\w+)?", name):
+            return match.expand(ours) + (match["leaf"] or "")
+    return name
+
+
+def by_module(table: Mapping[str, str], otherwise: Callable[[str], Name]) -> Callable[[str], str | Name]:
+    """Renames the modules of a table, and any other tensor `otherwise`."""
+
+    def rename(name: str) -> str | Name:
+        module, _, leaf = name.rpartition(".")
+        return f"{table[module]}.{leaf}" if module in table else otherwise(name)
+
+    return rename
 
 
 def split_fused(state: dict[str, Tensor], fused: str) -> dict[str, Tensor]:
@@ -121,23 +133,20 @@ def load_strictly(model: PreTrainedModel, state: dict[str, Tensor], rename: Rena
         raise ValueError(f"{source}: {'; '.join(wrong)}")
     floating = {tensor.dtype for tensor in found.values() if tensor.is_floating_point()}
     if len(floating) == 1:
-        model.to(floating.pop())
+        model.to(floating.pop())  # type: ignore[arg-type]  # a decorator hides its arguments
     model.load_state_dict(found, strict=False)
 
 
-def write_model(model: PreTrainedModel, output: str | Path, processor: dict[str, Any] | None) -> None:
-    """Save a model, and the settings of its image processor where they are known.
+def write_model(
+    model: PreTrainedModel, output: str | Path, weights: Path, processor: dict[str, Any] | None = None
+) -> None:
+    """Save a model, and the settings of its image processor: those beside the weights, or else those given.
 
     Raises:
         ValueError: The folder is in use.
     """
+    processor = read_if_there(weights.parent / PROCESSOR) or processor
     with replace_folder(output) as folder:
         model.eval().save_pretrained(folder)
         if processor is not None:
-            write_json(folder / "preprocessor_config.json", processor)
-
-
-def processor_beside(weights: Path) -> dict[str, Any] | None:
-    """The settings of the image processor that stand beside a file of weights."""
-    file = weights.parent / "preprocessor_config.json"
-    return read_json(file) if file.is_file() else None
+            write_json(folder / PROCESSOR, processor)

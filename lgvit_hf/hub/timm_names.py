@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import groupby
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
 
-# timm's name (regular expression) -> that of a file of transformers 4, inside the backbone
+# timm's module (regular expression) -> that of a file of transformers 4, inside a block and inside the backbone
+_INSIDE = {
+    "norm1": "layernorm_before",
+    r"attn\.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    r"mlp\.fc1": "intermediate.dense",
+    r"mlp\.fc2": "output.dense",
+}
 VIT_NAMES = [
-    (r"cls_token", "embeddings.cls_token"),
-    (r"dist_token", "embeddings.distillation_token"),
-    (r"pos_embed", "embeddings.position_embeddings"),
-    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
-    (r"blocks\.(\d+)\.norm1\.(\w+)", r"encoder.layer.\1.layernorm_before.\2"),
-    (r"blocks\.(\d+)\.attn\.(query|key|value)\.(\w+)", r"encoder.layer.\1.attention.attention.\2.\3"),
-    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"encoder.layer.\1.attention.output.dense.\2"),
-    (r"blocks\.(\d+)\.norm2\.(\w+)", r"encoder.layer.\1.layernorm_after.\2"),
-    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layer.\1.intermediate.dense.\2"),
-    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.output.dense.\2"),
-    (r"norm\.(\w+)", r"layernorm.\1"),
+    ("cls_token", "embeddings.cls_token"),
+    ("dist_token", "embeddings.distillation_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+    (r"blocks\.(\d+)\.attn\.(query|key|value)", r"encoder.layer.\1.attention.attention.\2"),
+    *((rf"blocks\.(\d+)\.{theirs}", rf"encoder.layer.\1.{ours}") for theirs, ours in _INSIDE.items()),
+    ("norm", "layernorm"),
 ]
 _SWIN_BLOCK, _SWIN_OURS = r"layers\.(\d+)\.blocks\.(\d+)\.", r"encoder.layers.\1.blocks.\2."
 SWIN_NAMES = [
-    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
-    (r"patch_embed\.norm\.(\w+)", r"embeddings.norm.\1"),
-    (_SWIN_BLOCK + r"norm1\.(\w+)", _SWIN_OURS + r"layernorm_before.\3"),
-    (_SWIN_BLOCK + r"attn\.(query|key|value)\.(\w+)", _SWIN_OURS + r"attention.self.\3.\4"),
-    (_SWIN_BLOCK + r"attn\.(relative_position_bias_table)", _SWIN_OURS + r"attention.self.\3"),
-    (_SWIN_BLOCK + r"attn\.proj\.(\w+)", _SWIN_OURS + r"attention.output.dense.\3"),
-    (_SWIN_BLOCK + r"norm2\.(\w+)", _SWIN_OURS + r"layernorm_after.\3"),
-    (_SWIN_BLOCK + r"mlp\.fc1\.(\w+)", _SWIN_OURS + r"intermediate.dense.\3"),
-    (_SWIN_BLOCK + r"mlp\.fc2\.(\w+)", _SWIN_OURS + r"output.dense.\3"),
-    (r"layers\.(\d+)\.downsample\.(norm|reduction)\.(\w+)", r"encoder.layers.\1.downsample.\2.\3"),
-    (r"norm\.(\w+)", r"layernorm.\1"),
+    (r"patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+    (r"patch_embed\.norm", "embeddings.norm"),
+    (_SWIN_BLOCK + r"attn\.(query|key|value|relative_position_bias_table)", _SWIN_OURS + r"attention.self.\3"),
+    *((_SWIN_BLOCK + theirs, _SWIN_OURS + ours) for theirs, ours in _INSIDE.items()),
+    (r"layers\.(\d+)\.downsample\.(norm|reduction)", r"encoder.layers.\1.downsample.\2"),
+    ("norm", "layernorm"),
 ]
 
 # heads of attention of widths that timm and torchvision have; by default one for every 64 channels
@@ -92,7 +90,7 @@ def _shape(state: dict[str, Tensor], name: str, dimensions: int) -> tuple[int, .
     """The shape of a tensor from which a size is read."""
     shape = tuple(state[name].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"{name}: its shape is {list(shape)}, which is not {dimensions} sizes above 0")
+        raise ValueError(f"{name}: its shape is {list(shape)}, which is not {dimensions} positive sizes")
     return shape
 
 
@@ -105,14 +103,12 @@ def _patches(state: dict[str, Tensor]) -> tuple[int, int, int]:
 
 
 def _num_heads(width: int, given: int | None) -> int:
-    heads = HEADS_OF_WIDTH.get(width) if given is None else given
-    if heads is None:
-        if width % 64:
-            raise ValueError(
-                f"num_attention_heads: a width of {width} is not so many times 64, and weights do not say how many "
-                "heads there are; give --num-attention-heads"
-            )
-        heads = width // 64
+    if given is None and width % 64:
+        raise ValueError(
+            f"num_attention_heads: a width of {width} is not so many times 64, and weights do not say how many "
+            "heads there are; give --num-attention-heads"
+        )
+    heads = HEADS_OF_WIDTH.get(width, width // 64) if given is None else given
     if heads < 1 or width % heads:
         raise ValueError(f"num_attention_heads: {heads} do not divide the width of {width}")
     return heads
@@ -132,12 +128,9 @@ def swin_sizes(state: dict[str, Tensor], image_size: tuple[int, int] | None = No
     """
     width, channels, patch = _patches(state)
     ends = r"layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table"
-    places = sorted(tuple(map(int, match.groups())) for name in state if (match := re.fullmatch(ends, name)))
-    depths = [len(list(blocks)) for _, blocks in groupby(places, key=lambda place: place[0])]
-    tables = {
-        place: _shape(state, "layers.{}.blocks.{}.attn.relative_position_bias_table".format(*place), 2)
-        for place in places
-    }
+    found = [(name, match) for name in state if (match := re.fullmatch(ends, name))]
+    tables = {(int(match[1]), int(match[2])): _shape(state, name, 2) for name, match in found}
+    depths = list(Counter(stage for stage, _ in sorted(tables)).values())
     if not tables:
         raise KeyError("layers.0.blocks.0.attn.relative_position_bias_table")
     # a window of w x w patches has (2w - 1) x (2w - 1) relative positions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration import HighwayConfig
+from ..configuration import HighwayConfig, SwinHighwayConfig
 from ..files import replace_folder, write_json
 from ..heads import lgvit_heads, num_sparse_heads
 from ..policies import build_policy
 from ..pretrained import RECOMPUTED
 from .lgvit_names import POOLER, exit_modules, kind_of, to_lgvit
 from .loading import BY_BACKBONE, load_highway
-from .reading import read_json
+from .reading import read_if_there
+from .strict import PROCESSOR
 
-ARCHITECTURES = {"swin": "SwinHighwayForImageClassification"}
 # fields that LGViT's config shares with ours, by backbone
-SHARED = (
+_SHARED = (
     "image_size patch_size num_channels hidden_act hidden_dropout_prob attention_probs_dropout_prob initializer_range "
     "layer_norm_eps qkv_bias label2id problem_type"
-).split()
-SIZES = {
-    "vit": "hidden_size num_hidden_layers num_attention_heads intermediate_size".split(),
-    "swin": "embed_dim depths num_heads window_size mlp_ratio drop_path_rate use_absolute_embeddings".split(),
-}
+)
+_VIT = f"{_SHARED} hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
+_SWIN = f"{_SHARED} embed_dim depths num_heads window_size mlp_ratio drop_path_rate use_absolute_embeddings".split()
+SHARED = {"vit": _VIT, "deit": _VIT, "swin": _SWIN}
 # coefficients of LGViT's stage two; it needs them whatever is done
 COEFFICIENTS = {"loss_coefficient": 0.3, "homo_coefficient": 0.01, "hete_coefficient": 0.01}
 SWIN_COEFFICIENTS = {"loss_coefficient": 0.3, "homo_loss_coefficient": 0.01, "hete_loss_coefficient": 0.01}
 SWIN_HEADS = ("linear", "conv1_1", "conv2_1", "attention")
 LAYOUTS = (2, 4, 6, 8)
-# our name of a policy, and LGViT's
-STRATEGIES = {
-    "confidence": "confidence",
-    "entropy": "entropy",
-    "patience": "patience",
-    "patience_confidence": "patient_and_confident",
-}
+# LGViT's name of a policy, where it is another than ours
+STRATEGIES = {"patience_confidence": "patient_and_confident"}
 ADVICE = 'save the model after set_exit_policy("confidence", threshold=0.9), or entropy, patience, patience_confidence'
 
 
@@ -71,9 +66,8 @@ def export_lgvit(checkpoint: str, output: str | Path) -> dict[str, Any]:
     with replace_folder(output) as folder:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         write_json(folder / "config.json", settings)
-        processor = Path(checkpoint) / "preprocessor_config.json"
-        if processor.is_file():
-            write_json(folder / processor.name, read_json(processor))
+        if processor := read_if_there(Path(checkpoint) / PROCESSOR):
+            write_json(folder / PROCESSOR, processor)
     return settings
 
 
@@ -98,26 +92,24 @@ def lgvit_settings(config: HighwayConfig) -> dict[str, Any]:
         >>> settings["position_exits"], settings["highway_type"], settings["exit_strategy"]
         ('[4,8]', 'LGViT', 'entropy')
     """
-    kind = kind_of(config)
-    _check(config, kind)
-    fields = (*SHARED, *SIZES["swin" if kind == "swin" else "vit"])
-    ours = config.to_dict()
-    shared = {name: ours[name] for name in fields if ours.get(name) is not None}
+    kind, ours = kind_of(config), config.to_dict()
+    _check_known(config, kind)
+    model, coefficients = ("Swin", SWIN_COEFFICIENTS) if kind == "swin" else ("DeiT", COEFFICIENTS)
     return {
-        **shared,
-        "architectures": [ARCHITECTURES.get(kind, "DeiTHighwayForImageClassification")],
-        "model_type": "swin" if kind == "swin" else "deit",
+        **{name: ours[name] for name in SHARED[kind] if ours.get(name) is not None},
+        "architectures": [f"{model}HighwayForImageClassification"],
+        "model_type": model.lower(),
         "num_labels": config.num_labels,
-        "id2label": {str(number): name for number, name in config.id2label.items()},
+        "id2label": {str(number): name for number, name in (config.id2label or {}).items()},
         **_places(config, kind),
-        "highway_type": _highway_type(config, kind),
-        "train_strategy": {"depth": "weighted", "uniform": "normal"}[config.exit_loss_weights],
-        **(SWIN_COEFFICIENTS if kind == "swin" else COEFFICIENTS),
+        "highway_type": _highway_type(config),
+        "train_strategy": "weighted" if config.exit_loss_weights == "depth" else "normal",
+        **coefficients,
         **_decision(config),
     }
 
 
-def _check(config: HighwayConfig, kind: str) -> None:
+def _check_known(config: HighwayConfig, kind: str) -> None:
     """Refuse what LGViT's code cannot be told."""
     if kind not in BY_BACKBONE:
         raise ValueError(f"model type {config.model_type!r} is not in LGViT, which has ViT, DeiT and Swin")
@@ -145,21 +137,20 @@ def _check(config: HighwayConfig, kind: str) -> None:
             )
 
 
-def _highway_type(config: HighwayConfig, kind: str) -> str:
+def _highway_type(config: HighwayConfig) -> str:
     types = config.exit_types
-    if kind == "swin":
+    fits, attention = len(types) in LAYOUTS, ("attention_r2", "attention_r3")
+    known = f"{', '.join(map(str, LAYOUTS))} exits"
+    if isinstance(config, SwinHighwayConfig):
         stages = [config.stage_of(exit.after) for exit in config.exits]
         published = {1: ["conv1_1"] * stages.count(1), 3: ["attention_r2"] * stages.count(3)}
         published[2] = ["conv1_1", "conv2_1", "conv2_1", "attention_r1", "attention_r1", "attention_r2"]
-        layout = [head for stage in sorted(set(stages)) for head in published.get(stage, [])]
-        fits = layout == types and lgvit_heads(len(types), attention=("attention_r1", "attention_r2")) == types
-    else:
-        fits = len(types) in LAYOUTS and lgvit_heads(len(types)) == types
-    if fits:
+        fits = types == [head for stage in sorted(set(stages)) for head in published.get(stage, [])]
+        attention, known = ("attention_r1", "attention_r2"), "8 exits of Swin-B"
+    if fits and lgvit_heads(len(types), attention=attention) == types:
         return "LGViT"
     if len(set(types)) == 1:
         return types[0]
-    known = "8 exits of Swin-B" if kind == "swin" else f"{', '.join(map(str, LAYOUTS))} exits"
     raise ValueError(
         f"exit_types: {types} is neither one head for all exits nor LGViT's layout, which it has for {known}"
     )
@@ -167,16 +158,11 @@ def _highway_type(config: HighwayConfig, kind: str) -> str:
 
 def _places(config: HighwayConfig, kind: str) -> dict[str, Any]:
     """`position_exits`, a string, and `num_early_exits`; of Swin stage by stage."""
-    if kind != "swin":
-        return {
-            "backbone": {"vit": "ViT", "deit": "DeiT"}[kind],
-            "num_early_exits": len(config.exits),
-            "position_exits": _text(config.exit_positions),
-        }
-    stages: list[list[int]] = [[] for _ in config.depths]
-    for position in config.exit_positions:
-        stage = config.stage_of(position)
-        stages[stage].append(position - sum(config.depths[:stage]))
+    if not isinstance(config, SwinHighwayConfig):
+        places = {"num_early_exits": len(config.exits), "position_exits": _text(config.exit_positions)}
+        return {"backbone": {"vit": "ViT", "deit": "DeiT"}[kind], **places}
+    positions, starts = config.exit_positions, zip(config.depths, accumulate(config.depths, initial=0), strict=False)
+    stages = [[after - start for after in positions if 0 < after - start <= depth] for depth, start in starts]
     return {"num_early_exits": _text([len(stage) for stage in stages]), "position_exits": _text(stages)}
 
 
@@ -192,11 +178,11 @@ def _decision(config: HighwayConfig) -> dict[str, Any]:
     extra = sorted(key for key, value in policy.items() if value is not None)
     if any(value != 1 for value in (temperature if isinstance(temperature, (list, tuple)) else [temperature])):
         extra.append("temperature")
-    if name not in STRATEGIES or extra:
+    if name not in ("confidence", "entropy", "patience", *STRATEGIES) or extra:
         raise ValueError(f"exit_policy: {', '.join(extra) or name} of {config.exit_policy} is not in LGViT; {ADVICE}")
     if name == "patience":
         threshold = [patience]
     elif name == "patience_confidence":
         each = list(threshold) if isinstance(threshold, (list, tuple)) else [threshold] * len(config.exits)
         threshold = [*each, patience]
-    return {"exit_strategy": STRATEGIES[name], "threshold": threshold}
+    return {"exit_strategy": STRATEGIES.get(name, name), "threshold": threshold}
