@@ -677,7 +677,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(small, parts_of_small, tmp_pa
     assert not (tmp_path / "bad").exists()
     file = tmp_path / "good" / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is not the file that was exported"):
+    with pytest.raises(ValueError, match="is not the file that was written"):
         ORTHighway.from_pretrained(tmp_path / "good")
     with pytest.raises(OSError, match="not an exported highway"):
         ORTHighway.from_pretrained(tmp_path)

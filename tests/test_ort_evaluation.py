@@ -33,7 +33,8 @@ pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
 from lgvit_hf.export.quantization import quantize  # noqa: E402
 from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
-from lgvit_hf.runtimes.manifest import Manifest, file_digest  # noqa: E402
+from lgvit_hf.runtimes.manifest import Manifest  # noqa: E402
+from lgvit_hf.serving.device.info import file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 LAYOUTS = ("single", "segments", "all_exits")
