@@ -26,9 +26,15 @@ from ..losses import check_labels, task_loss
 from ..modeling_highway import HighwayOutput, exits_loss
 from ..policies import ExitPolicy
 from ..segments import Segment, State
+from ..serving.device.session import open_session, run_segment
 from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
 
 logger = logging.getLogger(__name__)
+OUTPUTS = {
+    "single": {"logits", "exit_layer", "exit_index", "exit_score"},
+    "segments": {"logits"},
+    "all_exits": {"logits", "exit_logits"},
+}
 
 
 def parameter_inputs(policy: ExitPolicy, num_exits: int) -> dict[str, np.ndarray]:
@@ -107,17 +113,13 @@ class ORTHighway(nn.Module):
             ValueError: A file is not what the manifest says, or `config.json` is of another highway, or asks for a
                 policy that a single file does not hold.
         """
-        try:
-            import onnxruntime
-
-            from .sessions import open_sessions, session_options
-        except ImportError as error:
-            raise ImportError('exported models run in ONNX Runtime: pip install "lgvit-hf[onnx]"') from error
         folder = Path(folder)
         manifest = Manifest.load(folder)
         config = _config_of(folder, manifest)
-        options = session_options(torch.get_num_threads() if threads is None else threads)
-        sessions = open_sessions(folder, manifest, options, providers)
+        threads = torch.get_num_threads() if threads is None else threads
+        sessions = _open_sessions(folder, manifest, threads, providers)
+        import onnxruntime
+
         exported = Exported(
             layout=manifest.layout,
             precision=manifest.precision,
@@ -125,7 +127,7 @@ class ORTHighway(nn.Module):
             digest=hashlib.sha256(json.dumps(manifest.files).encode()).hexdigest(),
             file_bytes=sum((folder / name).stat().st_size for name in manifest.files),
             runtime=f"onnxruntime {onnxruntime.__version__}",
-            threads=options.intra_op_num_threads,
+            threads=threads,
         )
         return cls(folder, config, manifest, sessions, exported)
 
@@ -300,6 +302,35 @@ class ORTHighway(nn.Module):
             check_labels(labels, self.config.num_labels)
 
 
+def _open_sessions(folder: Path, manifest: Manifest, threads: int, providers: Sequence[Any]) -> list[Any]:
+    """Open the files of an exported folder, in the order in which they run, and check that they fit together.
+
+    Raises:
+        ValueError: A file does not open, or does not take what it is given or give what its layout promises.
+    """
+    sessions: list[Any] = []
+    given = {"pixel_values"}
+    for name in manifest.files:
+        file = folder / name
+        session = open_session(file, threads, providers)
+        needed = {entry.name for entry in session.get_inputs()}
+        found = {entry.name for entry in session.get_outputs()}
+        missing = sorted((needed - given) | (OUTPUTS[manifest.layout] - found))
+        if not needed or missing:
+            raise ValueError(f"{file} is no {manifest.layout!r} highway: {missing or 'an input'} is missing")
+        if not sessions and not _takes_images(session):
+            raise ValueError(f"{file}: pixel_values is not (batch, channels, height, width)")
+        sessions.append(session)
+        given = {entry.removesuffix("_out") for entry in found}
+    return sessions
+
+
+def _takes_images(session: Any) -> bool:
+    entry = session.get_inputs()[0]
+    sizes = list(entry.shape)[1:]
+    return entry.type.startswith("tensor(float") and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
+
+
 def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:
     """The config beside a manifest; it must be of the highway that was exported."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -326,11 +357,9 @@ def _macs_of(manifest: Manifest) -> Costs:
 
 
 def _advance(session: Any, state: State) -> State:
-    """The state behind a segment, with the logits of its exit."""
-    feeds = {entry.name: state[entry.name].contiguous().numpy() for entry in session.get_inputs()}
-    found = session.run(None, feeds)
-    names = [entry.name.removesuffix("_out") for entry in session.get_outputs()]
-    return State(dict(zip(names, map(torch.from_numpy, found), strict=True)))
+    """The state after a segment, with the logits of its exit."""
+    feeds = {name: tensor.contiguous().numpy() for name, tensor in state.tensors.items()}
+    return State({name: torch.from_numpy(array) for name, array in run_segment(session, feeds).items()})
 
 
 def _logits(state: State) -> Tensor:
