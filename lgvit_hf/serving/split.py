@@ -37,6 +37,7 @@ from ..runtimes.manifest import exits_that_run
 from ..segments import Segment, State
 from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, PartInfo, file_digest
 from .open_part import open_part
+from .torch_part import merged_segments
 
 # the folder beside an ONNX part with what runs it
 RUNNER = "lgvit_part"
@@ -138,33 +139,23 @@ def _check(model: PreTrainedModel, positions: Sequence[int], format: str) -> Non
 
 
 def _cuts(model: PreTrainedModel, positions: Sequence[int]) -> list[_Cut]:
-    """The segments of each part, of which those whose exits nobody asks are run through to the next exit."""
+    """The segments of each part; the blocks before a skipped exit join those after it."""
     segments, policy = model.segments(), model.exit_policy
-    asked, last = exits_that_run(policy, len(segments)), len(segments) - 1
-    cuts, state, start, passed = [], State({"pixel_values": example_image(model)}), 0, ()
-    for number, position in enumerate([*positions, segments[last].depth]):
-        exits, here, first, grid = [], [], state, state.grid
-        for index, segment in enumerate(segments[start:], start):
-            passed = (*passed, *segment.blocks)
+    evaluated, last = exits_that_run(policy, len(segments)), len(segments) - 1
+    ends = [*(index for index, segment in enumerate(segments[:-1]) if segment.depth in positions), last]
+    cuts, state, start = [], State({"pixel_values": example_image(model)}), 0
+    for number, end in enumerate(ends):
+        indices = [index for index in range(start, end + 1) if index in evaluated or index == end]
+        exits, first, here = [], state, merged_segments(segments, indices, start)
+        for index, segment in zip(indices, here, strict=True):
+            leave = "policy" if index in evaluated else "nobody"
+            if index == last or (leave == "policy" and policy.name == "fixed"):
+                leave = "everybody"
+            exits.append({"index": index, "leave": leave, "grid": state.grid and list(state.grid)})
             state = segment.advance(state)
-            if index in asked or segment.depth == position:
-                here.append(replace(segment, blocks=passed))
-                leave = _who_leaves(policy, index, index in asked, last)
-                exits.append({"index": index, "leave": leave, "grid": None if grid is None else list(grid)})
-                passed, grid = (), state.grid
-            if segment.depth == position:
-                break
         cuts.append(_Cut(number, start, exits, here, first))
-        start = index + 1
+        start = end + 1
     return cuts
-
-
-def _who_leaves(policy: ExitPolicy, index: int, is_asked: bool, last: int) -> str:
-    if index == last:
-        return "everybody"
-    if not is_asked:
-        return "nobody"
-    return "everybody" if policy.name == "fixed" else "policy"
 
 
 def _described(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,9 +55,10 @@ class TorchPart:
         _let_go(self.model, set(missing))
         self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self.policy = build_policy(self.info.policy, len(self.model.exits))
+        indices = [exit["index"] for exit in self.info.exits]
+        segments = merged_segments(self.model.segments(), indices, self.info.start)
         self._segments = [
-            partial(self._run, segment, exit["grid"])
-            for segment, exit in zip(self._cut(), self.info.exits, strict=True)
+            partial(self._run, segment, exit["grid"]) for segment, exit in zip(segments, self.info.exits, strict=True)
         ]
         try_part(self)
 
@@ -84,17 +86,6 @@ class TorchPart:
         self.policy = build_policy(policy, len(self.model.exits))
         self.info = replace(self.info, policy=policy)
 
-    def _cut(self) -> list[Segment]:
-        """The highway's segments of this part, run through where nobody asks an exit."""
-        whole, indices = self.model.segments(), [exit["index"] for exit in self.info.exits]
-        segments, passed = [], ()
-        for index in range(self.info.start, indices[-1] + 1):
-            passed = (*passed, *whole[index].blocks)
-            if index in indices:
-                segments.append(replace(whole[index], blocks=passed))
-                passed = ()
-        return segments
-
     def _run(self, segment: Segment, grid: list[int] | None, tensors: dict[str, Tensor]) -> tuple[Any, np.ndarray]:
         state = segment.advance(State(tensors, None if grid is None else (grid[0], grid[1])))
         return state.tensors, segment.answer(state).float().cpu().numpy()
@@ -104,6 +95,22 @@ class TorchPart:
         leave, after = self.policy(scores, before, index)
         score = after["score"] if "score" in after else probabilities(scores).amax(-1)
         return leave.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
+
+
+def merged_segments(segments: Sequence[Segment], indices: Sequence[int], start: int = 0) -> list[Segment]:
+    """Segments that end at the exits `indices` alone; the blocks before a skipped exit join those after it.
+
+    Args:
+        segments (`Sequence[Segment]`): Of a whole highway.
+        indices (`Sequence[int]`): Of exits, ascending.
+        start (`int`, *optional*, defaults to 0): Index of the first segment that is kept.
+    """
+    merged = []
+    for index in indices:
+        blocks = [block for segment in segments[start : index + 1] for block in segment.blocks]
+        merged.append(replace(segments[index], blocks=tuple(blocks)))
+        start = index + 1
+    return merged
 
 
 def _let_go(model: nn.Module, names: set[str]) -> None:

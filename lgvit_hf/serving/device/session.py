@@ -51,9 +51,7 @@ def open_session(
         reason = str(error).strip().partition("\n")[0]
         if any(words in reason for words in ELSEWHERE):
             reason = f"weights in other files are not read: {reason}"
-        raise ValueError(
-            f"{file} does not open in ONNX Runtime; export or split again ({reason})"
-        ) from error
+        raise ValueError(f"{file} does not open in ONNX Runtime; export or split again ({reason})") from error
 
 
 def run_session(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
