@@ -106,7 +106,7 @@ def test_messages_of_others_are_refused():
     with pytest.raises(MessageError, match="says schema=None"):
         unpack(body, WANTED, {"schema": "1"})
     with pytest.raises(MessageError, match="4 rows, but at most 3"):
-        unpack(body, WANTED, max_rows=3)
+        unpack(body, WANTED, max_samples=3)
     with pytest.raises(MessageError, match="at least one"):
         unpack(pack({name: array[:0] for name, array in arrays().items()}), WANTED)
 
@@ -141,7 +141,7 @@ def test_no_bytes_do_more_than_be_refused(data):
         text = json.dumps(header).encode()
         body = bytearray(len(text).to_bytes(8, "little") + text + body[8 + size :])
     try:
-        found = unpack(bytes(body), WANTED, {"part": "1"}, max_rows=100)
+        found = unpack(bytes(body), WANTED, {"part": "1"}, max_samples=100)
     except MessageError:
         return
     assert {name: array.shape[1:] for name, array in found.items()} == {"hidden": (2, 3), "memory.label": ()}
@@ -708,7 +708,7 @@ class Slow:
 @one_version
 def test_requests_share_batches_and_nobody_notices(home, behind):
     slow, expected = Slow(parts_of(home)[0]), expected_of(home)
-    batcher = Batcher(RemoteHighway(slow, behind.url, timeout=60), max_rows=16, max_wait=0)
+    batcher = Batcher(RemoteHighway(slow, behind.url, timeout=60), max_samples=16, max_wait=0)
     pixels = home[2].numpy()
     # the first runs alone, and all that come meanwhile wait for it
     sizes = [1, 3, 2, 20, 1, 5, 1, 1, 7, 1]
@@ -740,7 +740,7 @@ def test_who_is_in_a_hurry_shares_no_batch(home):
     slow = Slow(first)
     pixels = home[2].numpy()
     with Running(make_app(RemoteHighway(last))) as running:
-        batcher = Batcher(RemoteHighway(slow, running.url, timeout=60), max_rows=1024, max_wait=0)
+        batcher = Batcher(RemoteHighway(slow, running.url, timeout=60), max_samples=1024, max_wait=0)
         begun = batcher.submit({"pixel_values": pixels[:1]})
         assert slow.begun.wait(60)
         asked = [batcher.submit({"pixel_values": pixels}, timeout) for timeout in (None, 1e-6, 1000.0, 900.0)]
@@ -760,11 +760,11 @@ def test_what_waits_is_answered_before_the_end_and_more_is_refused(home):
     slow = Slow(parts_of(home)[1])
     _, _, state = parts_of(home)[0]({"pixel_values": home[2].numpy()})
     one = {name: array[:1] for name, array in state.items()}
-    batcher = Batcher(RemoteHighway(slow), max_rows=1, max_waiting=3)
+    batcher = Batcher(RemoteHighway(slow), max_samples=1, max_waiting=3)
     running = batcher.submit(one)
     assert slow.begun.wait(60)
     waiting = [batcher.submit(one) for _ in range(3)]
-    with pytest.raises(Busy, match="3 rows are waiting"):
+    with pytest.raises(Busy, match="3 samples are waiting"):
         batcher.submit(one)
     closing = threading.Thread(target=batcher.close)
     closing.start()

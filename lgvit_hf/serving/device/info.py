@@ -17,7 +17,7 @@ PART_FORMATS = ("onnx", "safetensors")
 WEIGHTS = "model.safetensors"
 # names of a policy's memory in a state, beside the tensors of the highway
 MEMORY = "memory."
-# in one row of an array
+# in one sample of an array
 MAX_NUMBERS = 1 << 28
 LEAVES = ("policy", "nobody", "everybody")
 _NAME = re.compile(r"[\w.-]{1,100}")
@@ -81,7 +81,7 @@ class Description:
 
 @dataclass(frozen=True)
 class PartInfo(Description):
-    """What `split` says of a part. Arrays are given by `dtype` and `shape` of one row; the batch comes first.
+    """What `split` says of a part. Arrays are given by `dtype` and `shape` of one sample; the batch comes first.
 
     Args:
         model (`str`): SHA-256 of the whole model, its policy and its cuts: parts of one split have the same.
@@ -95,9 +95,9 @@ class PartInfo(Description):
         depths (`list[int]`): Blocks run before each exit of the whole highway, the final classifier last.
         start (`int`): Of the segments of the whole highway, the first one here.
         exits (`list[dict]`):
-            Of this part, in order: `index`, in the whole highway, and who may `leave`: whom the `policy` lets go,
-            `nobody` (it only answers where nobody deeper can be asked) or `everybody`; and the `grid` of patches with
-            which the state comes to its segment, if it has one.
+            Of this part, in order: `index`, in the whole highway, and which samples exit (`leave`): those that the
+            `policy` lets exit, `nobody` (it only answers where no deeper part can be reached) or `everybody`; and the
+            `grid` of patches with which the state comes to its segment, if it has one.
         policy (`dict`): With its thresholds and temperatures, of all exits.
         labels (`list[str]`): Classes.
         image (`dict`, *optional*): How `prepare` makes pixels of an image, or nothing if that takes the processor.
@@ -129,7 +129,7 @@ class PartInfo(Description):
 
     @property
     def answers(self) -> dict[str, dict[str, Any]]:
-        """Arrays of the answers to every row."""
+        """Arrays of the answers to every sample."""
         numbers = {"exit_index": "int64", "exit_layer": "int64", "exit_score": "float32", "degraded": "uint8"}
         return {
             "logits": {"dtype": "float32", "shape": [len(self.labels)]},

@@ -53,7 +53,7 @@ def unpack(
     wanted: Mapping[str, Mapping[str, Any]],
     words: Mapping[str, str] | None = None,
     *,
-    max_rows: int | None = None,
+    max_samples: int | None = None,
     finite: bool = True,
 ) -> dict[str, np.ndarray]:
     """The arrays of a message, all of it checked before any of them is made.
@@ -64,7 +64,7 @@ def unpack(
             `dtype` and `shape` of one row of every array that must be there; no other may be. The batch comes first.
             float32 may be sent as float16.
         words (`dict[str, str]`, *optional*): What the message must say of itself; it may say more.
-        max_rows (`int`, *optional*): The largest batch that is taken.
+        max_samples (`int`, *optional*): The largest batch that is taken.
         finite (`bool`, *optional*, defaults to `True`): Whether NaN and infinity are refused.
 
     Returns:
@@ -97,8 +97,8 @@ def unpack(
         places[name], end = (dtype, shape, start), stop
     if end != len(data):
         raise MessageError(f"{len(data)} bytes of data, but the header speaks of {end}")
-    if max_rows is not None and rows is not None and rows > max_rows:
-        raise MessageError(f"{rows} rows, but at most {max_rows} are taken at once")
+    if max_samples is not None and rows is not None and rows > max_samples:
+        raise MessageError(f"{rows} rows, but at most {max_samples} are taken at once")
     arrays = {}
     for name in wanted:
         dtype, shape, start = places[name]

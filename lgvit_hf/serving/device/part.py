@@ -17,9 +17,9 @@ from .session import open_session, run_segment, run_session
 
 
 class Part:
-    """A part that `split(..., format="onnx")` wrote, in ONNX Runtime. A row's answer does not depend on the others'.
+    """A part that `split(..., format="onnx")` wrote. A sample's answer does not depend on those of the others.
 
-    It is called with arrays by name, batch first, as `info.takes` says, and gives `answers`, `rows` and `state` as
+    It is called with arrays by name, batch first, as `info.takes` says, and gives `answers`, `samples` and `state` as
     `run_part` does.
 
     Args:
@@ -41,7 +41,7 @@ class Part:
         try_part(self)
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer rows, as the class says."""
+        """Answer samples, as the class says."""
         return run_part(self.info, self._segments, self._decide, inputs)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
@@ -53,7 +53,7 @@ class Part:
         return prepare(image, self.info.image)
 
     def set_policy(self, policy: dict[str, Any]) -> None:
-        """Give the policy other numbers; its name and the exits that it asks stay.
+        """Give the policy other numbers; its name and the exits that it evaluates stay.
 
         Raises:
             ValueError: It is of another name.
