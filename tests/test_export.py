@@ -512,7 +512,7 @@ def test_folder_of_every_layout(layout, small, parts_of_small, tmp_path, capsys)
     if layout == "single":
         with pytest.raises(ValueError, match="decides by 'patience', not by 'confidence'"):
             ort.set_exit_policy("confidence", threshold=0.5)
-        with pytest.raises(ValueError, match="always leaves early"):
+        with pytest.raises(ValueError, match="always exits early"):
             ort(images, early_exit=False)
     else:
         ort.set_exit_policy("confidence", threshold=2.0)

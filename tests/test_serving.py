@@ -86,7 +86,7 @@ def test_numbers_that_are_none_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden": np.zeros((4, 3, 2), np.float32)}, r"hidden: shape \[4, 3, 2\], but must be \[rows, 2, 3\]"),
+        ({"hidden": np.zeros((4, 3, 2), np.float32)}, r"hidden: shape \[4, 3, 2\], but must be \[samples, 2, 3\]"),
         ({"hidden": np.zeros((4, 2, 3), np.int64)}, "hidden: dtype 'int64', but must be float32"),
         ({"hidden": np.zeros((5, 2, 3), np.float32)}, "every array must have the same"),
         ({"more": np.zeros(4, np.float32)}, "but must hold hidden, memory.label"),
@@ -105,7 +105,7 @@ def test_messages_of_others_are_refused():
         unpack(body, WANTED, {"model": "b"})
     with pytest.raises(MessageError, match="says schema=None"):
         unpack(body, WANTED, {"schema": "1"})
-    with pytest.raises(MessageError, match="4 rows, but at most 3"):
+    with pytest.raises(MessageError, match="4 samples, but at most 3"):
         unpack(body, WANTED, max_samples=3)
     with pytest.raises(MessageError, match="at least one"):
         unpack(pack({name: array[:0] for name, array in arrays().items()}), WANTED)
@@ -313,7 +313,7 @@ BAD = {
     "shape": (
         {"content": pack({"pixel_values": PIXELS[..., 1:]}), "headers": TENSORS},
         400,
-        "must be [rows, 3, 16, 16]",
+        "must be [samples, 3, 16, 16]",
     ),
     "noise": ({"content": bytes(range(256)), "headers": TENSORS}, 400, "no safetensors message"),
     "too large": ({"content": bytes(2_000_001)}, 413, "more than 2000000 bytes"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..evaluation.costs import current_names
 from ..files import leads_out, write_json
-from ..policies import ExitPolicy
+from ..policies import ExitPolicy, FixedPolicy
 from ..serving.device.info import Description, are_counts, are_digests
 
 LAYOUTS = ("single", "segments", "all_exits")
@@ -27,13 +27,13 @@ PARAMETERS = {
 
 
 def exits_that_run(policy: ExitPolicy, num_exits: int) -> list[int]:
-    """Indices of the exits that a policy asks, the one that answers what is left included.
+    """Indices of the exits that a policy evaluates, the one that answers all remaining samples included.
 
     Args:
         policy (`ExitPolicy`): A built-in one.
         num_exits (`int`): The final classifier counted.
     """
-    if policy.name == "fixed":
+    if isinstance(policy, FixedPolicy):
         return [policy.exit_index]
     return [index for index in range(num_exits - 1) if not policy.skips(index)] + [num_exits - 1]
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..files import add_files
 from ..hub.loading import answer_depths
 from ..losses import check_labels, task_loss
 from ..modeling_highway import HighwayOutput, exits_loss
-from ..policies import ExitPolicy
+from ..policies import ExitPolicy, Numbers, number_at
 from ..segments import Segment, State
 from ..serving.device.session import open_session, run_segment
 from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
@@ -59,9 +60,8 @@ def parameter_inputs(policy: ExitPolicy, num_exits: int) -> dict[str, np.ndarray
     return inputs
 
 
-def _spread(value: float | Sequence[float], length: int, default: float) -> np.ndarray:
-    numbers = [value] * length if isinstance(value, (int, float)) else list(value)
-    return np.array([*numbers, *[default] * (length - len(numbers))], dtype=np.float32)
+def _spread(value: Numbers, length: int, default: float) -> np.ndarray:
+    return np.array([number_at(value, index, default) for index in range(length)], dtype=np.float32)
 
 
 def is_exported(folder: str | Path) -> bool:
@@ -73,8 +73,8 @@ class ORTHighway(nn.Module):
     """A folder that `export_onnx` wrote, of any layout; needs onnxruntime, no Optimum.
 
     It is called and calibrated as the PyTorch model is, and takes its policy from `config.json` as that does. Of the
-    layout `segments` each session is a segment, so that the same loop lets rows go; a head is in one file with the
-    blocks before it and is run with them, whether its exit is asked or not.
+    layout `segments` each session is a segment, so that the same loop drops exited samples; a head is in one file with
+    the blocks before it and is run with them, whether its exit is evaluated or not.
 
     Args:
         folder (`Path`): What was exported.
@@ -85,6 +85,10 @@ class ORTHighway(nn.Module):
     """
 
     main_input_name = "pixel_values"
+    # where tensors are taken from and given back
+    device = torch.device("cpu")
+    # of the pixels that the files take, whatever their precision; those of another are converted
+    dtype = torch.float32
 
     def __init__(
         self, folder: Path, config: HighwayConfig, manifest: Manifest, sessions: list[Any], exported: Exported
@@ -120,10 +124,17 @@ class ORTHighway(nn.Module):
         sessions = _open_sessions(folder, manifest, threads, providers)
         import onnxruntime
 
+        heads = manifest.macs["heads"]
+        held = {*manifest.exits, len(heads) - 1}
         exported = Exported(
             layout=manifest.layout,
             precision=manifest.precision,
-            macs=_macs_of(manifest),
+            # heads that are in the files are run whether the policy evaluates their exits or not
+            macs=Costs(
+                manifest.macs["backbone_costs"],
+                [macs if index in held else 0.0 for index, macs in enumerate(heads)],
+                fused=True,
+            ),
             digest=hashlib.sha256(json.dumps(manifest.files).encode()).hexdigest(),
             file_bytes=sum((folder / name).stat().st_size for name in manifest.files),
             runtime=f"onnxruntime {onnxruntime.__version__}",
@@ -141,16 +152,6 @@ class ORTHighway(nn.Module):
                 shutil.copyfile(self.folder / name, new / name)
             self.config.save_pretrained(new)
 
-    @property
-    def device(self) -> torch.device:
-        """Where tensors are taken from and given back."""
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the pixels that the files take, whatever their precision; those of another are converted."""
-        return torch.float32
-
     def can_generate(self) -> bool:
         """What a pipeline asks."""
         return False
@@ -158,7 +159,7 @@ class ORTHighway(nn.Module):
     def set_exit_policy(
         self, policy: str | dict[str, Any] | ExitPolicy | Callable[..., Any], **parameters: Any
     ) -> None:
-        """Choose when rows leave, as of the PyTorch model; stored in the config where it can be.
+        """Choose when samples exit, as for the PyTorch model; stored in the config where it can be.
 
         A single file keeps its kind of policy and its exits, and takes new numbers; the other layouts take any.
 
@@ -194,7 +195,7 @@ class ORTHighway(nn.Module):
         missing = sorted(set(exits_that_run(built, len(self.depths))) - set(self.manifest.exits))
         if missing:
             raise ValueError(
-                f"exit_policy: exit {missing[0]} was switched off when this file was exported and is not in it; "
+                f"exit_policy: exit {missing[0]} was skipped when this file was exported and is not in it; "
                 f"its exits: {self.manifest.exits} ({self.folder})"
             )
         return built
@@ -215,12 +216,12 @@ class ORTHighway(nn.Module):
             )
         if self.layout == "segments":
             return [
-                Segment(depth, (partial(_advance, session),), _logits)
+                Segment(depth, (partial(_advance, session),), itemgetter("logits"))
                 for depth, session in zip(self.depths, self.sessions, strict=True)
             ]
         run = (partial(_run_all_exits, self.sessions[0]),)
         return [
-            Segment(depth, () if index else run, partial(_logits_at, index)) for index, depth in enumerate(self.depths)
+            Segment(depth, () if index else run, itemgetter(str(index))) for index, depth in enumerate(self.depths)
         ]
 
     def forward(
@@ -245,51 +246,43 @@ class ORTHighway(nn.Module):
         Raises:
             ValueError: No, an empty or a misshapen batch; a label out of range; something that the layout cannot do.
         """
-        self._check_batch(pixel_values, labels)
-        early, bounds = early_exit is None or early_exit, {"min_depth": min_depth, "max_depth": max_depth}
+        pixels = self._checked_batch(pixel_values, labels).detach().to(self.device, self.dtype)
+        state, early = State({"pixel_values": pixels.contiguous()}), early_exit is None or early_exit
         bounded = (min_depth, max_depth) != (None, None)
         if self.layout == "single" and (bounded or not early):
-            raise ValueError("a single file always leaves early, at any depth; export with layout='segments'")
+            raise ValueError("a single file always exits early, at any depth; export with layout='segments'")
         if bounded and not early:
             raise ValueError("min_depth and max_depth bound early exit; they mean nothing when all exits run")
-        state = State({"pixel_values": pixel_values.detach().to(self.device, self.dtype).contiguous()})
         labels = None if labels is None else labels.to(self.device)
-        if not early:
-            output = self._all_exits(run_all(self.segments(), state), labels)
-        else:
-            answers = self._run_single(state) if self.layout == "single" else self._run_early(state, **bounds)
+        if early:
+            if self.layout == "single":
+                answers = self._run_single(state)
+            else:
+                segments = self.segments()
+                answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
             loss = None if labels is None else task_loss(answers.logits, labels, self.config.problem_type)
             output = HighwayOutput(loss=loss, **vars(answers))
+        else:
+            exit_logits = run_all(self.segments(), state)
+            output = HighwayOutput(
+                loss=None if labels is None else exits_loss(exit_logits, labels, self.config),
+                logits=exit_logits[-1],
+                exit_layer=torch.full((len(pixels),), self.depths[-1]),
+                exit_index=torch.full((len(pixels),), len(self.depths) - 1),
+                exit_logits=tuple(exit_logits),
+            )
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
 
-    def _run_early(self, state: State, **bounds: int | None) -> Answers:
-        return run_early(self.segments(), state, self.exit_policy, **bounds)
-
     def _run_single(self, state: State) -> Answers:
-        inputs = {
-            "pixel_values": state["pixel_values"].numpy(),
-            **parameter_inputs(self.exit_policy, len(self.depths)),
-        }
-        session = self.sessions[0]
+        session, inputs = self.sessions[0], parameter_inputs(self.exit_policy, len(self.depths))
         # what this kind of policy has no use for is no input
-        known = {"pixel_values", *(entry.name for entry in session.get_overridable_initializers())}
+        known = [entry.name for entry in session.get_overridable_initializers() if entry.name in inputs]
+        feeds = {"pixel_values": state["pixel_values"].numpy(), **{name: inputs[name] for name in known}}
         names = ["logits", "exit_index", "exit_layer", "exit_score"]
-        found = session.run(names, {name: value for name, value in inputs.items() if name in known})
-        return Answers(*map(torch.from_numpy, found))
+        return Answers(*map(torch.from_numpy, session.run(names, feeds)))
 
-    def _all_exits(self, exit_logits: list[Tensor], labels: Tensor | None) -> HighwayOutput:
-        logits = exit_logits[-1]
-        loss = None if labels is None else exits_loss(exit_logits, labels, self.config)
-        return HighwayOutput(
-            loss=loss,
-            logits=logits,
-            exit_layer=torch.full((len(logits),), self.depths[-1]),
-            exit_index=torch.full((len(logits),), len(self.depths) - 1),
-            exit_logits=tuple(exit_logits),
-        )
-
-    def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> None:
+    def _checked_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> Tensor:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         wanted = self.sessions[0].get_inputs()[0].shape[1:]
@@ -300,6 +293,7 @@ class ORTHighway(nn.Module):
             )
         if labels is not None:
             check_labels(labels, self.config.num_labels)
+        return pixel_values
 
 
 def _open_sessions(folder: Path, manifest: Manifest, threads: int, providers: Sequence[Any]) -> list[Any]:
@@ -345,31 +339,13 @@ def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:
     return config
 
 
-def _macs_of(manifest: Manifest) -> Costs:
-    """What a row costs that leaves early: heads that are in the files are run whether their exits are asked or not."""
-    heads = manifest.macs["heads"]
-    held = {*manifest.exits, len(heads) - 1}
-    return Costs(
-        manifest.macs["backbone_costs"],
-        [macs if index in held else 0.0 for index, macs in enumerate(heads)],
-        fused=True,
-    )
-
-
 def _advance(session: Any, state: State) -> State:
     """The state after a segment, with the logits of its exit."""
     feeds = {name: tensor.contiguous().numpy() for name, tensor in state.tensors.items()}
     return State({name: torch.from_numpy(array) for name, array in run_segment(session, feeds).items()})
 
 
-def _logits(state: State) -> Tensor:
-    return state["logits"]
-
-
 def _run_all_exits(session: Any, state: State) -> State:
+    """The logits of each exit, by its index."""
     (stacked,) = session.run(["exit_logits"], {"pixel_values": state["pixel_values"].numpy()})
-    return State({"exit_logits": torch.from_numpy(stacked).transpose(0, 1)})
-
-
-def _logits_at(index: int, state: State) -> Tensor:
-    return state["exit_logits"][:, index]
+    return State({str(index): logits for index, logits in enumerate(torch.from_numpy(stacked))})

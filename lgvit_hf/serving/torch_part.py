@@ -64,14 +64,14 @@ class TorchPart:
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer rows, as `run_part` says."""
+        """Answer samples, as `run_part` says."""
         # copies, for an array may be a piece of a message, which is read-only; the state stays where the model is
         given: dict[str, Any] = {
             name: array if name.startswith(MEMORY) else torch.tensor(array, device=self.device)
             for name, array in inputs.items()
         }
-        answers, rows, state = run_part(self.info, self._segments, self._decide, given)
-        return answers, rows, {name: np.asarray(torch.as_tensor(array).cpu()) for name, array in state.items()}
+        answers, samples, state = run_part(self.info, self._segments, self._decide, given)
+        return answers, samples, {name: np.asarray(torch.as_tensor(array).cpu()) for name, array in state.items()}
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the part takes it, float32 `[C, H, W]`.
@@ -82,7 +82,7 @@ class TorchPart:
         return prepare(image, self.info.image)
 
     def set_policy(self, policy: dict[str, Any]) -> None:
-        """Give the policy other numbers; the exits that it asks stay."""
+        """Give the policy other numbers; the exits that it evaluates stay."""
         self.policy = build_policy(policy, len(self.model.exits))
         self.info = replace(self.info, policy=policy)
 
@@ -92,9 +92,9 @@ class TorchPart:
 
     def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
         scores, before = torch.from_numpy(logits), {name: torch.tensor(array) for name, array in memory.items()}
-        leave, after = self.policy(scores, before, index)
+        exits, after = self.policy(scores, before, index)
         score = after["score"] if "score" in after else probabilities(scores).amax(-1)
-        return leave.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
+        return exits.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
 
 
 def merged_segments(segments: Sequence[Segment], indices: Sequence[int], start: int = 0) -> list[Segment]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
+from ..configuration import HighwayConfig
 from ..evaluation.exit_table import weights_digest
 from ..hub.loading import answer_depths
 from ..segments import height_width
@@ -17,12 +18,12 @@ from .predictor import Predictor
 
 
 class Whole:
-    """A checkpoint or an exported highway; called as a part is, with no row left over.
+    """A checkpoint or an exported highway; called as a part is, but all samples exit in it.
 
     Args:
         path (`str` or `Path`): See `Predictor`.
         policy (`dict`, *optional*): Instead of the saved one.
-        max_batch_size (`int`, *optional*, defaults to 32): Rows that run at once.
+        max_batch_size (`int`, *optional*, defaults to 32): Samples that run at once.
 
     Raises:
         OSError, ValueError: See `Predictor`; also where it does not run, or its image processor does not fit it.
@@ -33,14 +34,14 @@ class Whole:
         model, config = self._predictor.model, self._predictor.model.config
         height, width = height_width(config.image_size)
         self.info = PartInfo(
-            model=weights_digest(model),
+            model=weights_digest(model) or "",
             index=0,
             parts=1,
             format="whole",
             takes={"pixel_values": {"dtype": "float32", "shape": [config.num_channels, height, width]}},
             gives={},
             memory={},
-            depths=answer_depths(config),
+            depths=answer_depths(cast(HighwayConfig, config)),
             start=0,
             exits=[],
             policy=model.exit_policy.to_dict(),
@@ -67,7 +68,7 @@ class Whole:
                 )
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer rows, all of them."""
+        """Answer samples, all of them."""
         found = self._predictor(inputs)
         names = ("logits", "exit_index", "exit_layer", "exit_score")
         return {name: found[name] for name in names}, np.zeros(0, np.int64), {}
