@@ -35,9 +35,9 @@ from lgvit_hf.export.verification import trials, undecided_rows  # noqa: E402
 from lgvit_hf.runtimes.manifest import (  # noqa: E402
     Manifest,
     exits_that_run,  # noqa: E402
-    file_digest,
 )
 from lgvit_hf.runtimes.onnxruntime import ORTHighway, parameter_inputs  # noqa: E402
+from lgvit_hf.serving.device.info import file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 NUM_EXITS = 3

@@ -303,7 +303,7 @@ BAD = {
     "empty": ({"content": b""}, 400, "the body is empty"),
     "text": ({"content": b"hello"}, 400, "image 0: no readable image: "),
     "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: no readable image: "),
-    "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+    "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "Invalid JSON"),
     "no image": ({"json": {"picture": "aGk="}}, 400, '"image": BASE64'),
     "no images": ({"json": {"images": []}}, 400, '"image": BASE64'),
     "numbers": ({"json": {"images": [1]}}, 400, '"image": BASE64'),

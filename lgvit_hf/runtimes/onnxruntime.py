@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -24,13 +22,12 @@ from ..evaluation.costs import Costs, Exported
 from ..files import add_files
 from ..hub.loading import answer_depths
 from ..losses import check_labels, task_loss
-from ..modeling_highway import HighwayOutput, exits_loss
+from ..modeling_highway import HighwayOutput, PolicyHolder, all_exits_output
 from ..policies import ExitPolicy, Numbers, number_at
 from ..segments import Segment, State
 from ..serving.device.session import open_session, run_segment
 from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
 
-logger = logging.getLogger(__name__)
 OUTPUTS = {
     "single": {"logits", "exit_layer", "exit_index", "exit_score"},
     "segments": {"logits"},
@@ -69,10 +66,11 @@ def is_exported(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file() and any(Path(folder).glob("*.onnx"))
 
 
-class ORTHighway(nn.Module):
+class ORTHighway(PolicyHolder, nn.Module):
     """A folder that `export_onnx` wrote, of any layout; needs onnxruntime, no Optimum.
 
-    It is called and calibrated as the PyTorch model is, and takes its policy from `config.json` as that does. Of the
+    It is called and calibrated as the PyTorch model is, and takes its policy from `config.json` as that does. A single
+    file keeps its kind of policy and its exits, and takes new numbers; the other layouts take any. Of the
     layout `segments` each session is a segment, so that the same loop drops exited samples; a head is in one file with
     the blocks before it and is run with them, whether its exit is evaluated or not.
 
@@ -97,7 +95,7 @@ class ORTHighway(nn.Module):
         self.folder, self.config, self.manifest = folder, config, manifest
         self.sessions, self.exported = sessions, exported
         self.layout, self.depths = manifest.layout, manifest.depths
-        self.exit_policy = self._checked(config.exit_policy)
+        self._checked_policy(config.exit_policy)  # refused when the files are opened, not at the first batch
         self.eval()
 
     @classmethod
@@ -156,34 +154,8 @@ class ORTHighway(nn.Module):
         """What a pipeline asks."""
         return False
 
-    def set_exit_policy(
-        self, policy: str | dict[str, Any] | ExitPolicy | Callable[..., Any], **parameters: Any
-    ) -> None:
-        """Choose when samples exit, as for the PyTorch model; stored in the config where it can be.
-
-        A single file keeps its kind of policy and its exits, and takes new numbers; the other layouts take any.
-
-        Raises:
-            ValueError: Unknown name or parameter, wrong number of thresholds. Of a single file: another policy than
-                it holds, or an exit that was left out of it.
-        """
-        if isinstance(policy, str):
-            policy = {"name": policy, **parameters}
-        elif parameters:
-            raise ValueError(
-                f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
-            )
-        built = self._checked(policy)
-        if isinstance(policy, dict):
-            self.config.exit_policy = dict(policy)
-        elif built.name != "custom" and is_dataclass(built):
-            self.config.exit_policy = built.to_dict()
-        else:
-            logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
-        self.exit_policy = built
-
-    def _checked(self, policy: Any) -> ExitPolicy:
-        built = self.config.checked_policy(policy)
+    def _checked_policy(self, policy: Any) -> ExitPolicy:
+        built = super()._checked_policy(policy)
         if self.layout != "single":
             return built
         held = self.manifest.policy["name"]
@@ -263,14 +235,7 @@ class ORTHighway(nn.Module):
             loss = None if labels is None else task_loss(answers.logits, labels, self.config.problem_type)
             output = HighwayOutput(loss=loss, **vars(answers))
         else:
-            exit_logits = run_all(self.segments(), state)
-            output = HighwayOutput(
-                loss=None if labels is None else exits_loss(exit_logits, labels, self.config),
-                logits=exit_logits[-1],
-                exit_layer=torch.full((len(pixels),), self.depths[-1]),
-                exit_index=torch.full((len(pixels),), len(self.depths) - 1),
-                exit_logits=tuple(exit_logits),
-            )
+            output = all_exits_output(run_all(self.segments(), state), self.depths[-1], labels, self.config)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
 

@@ -145,7 +145,7 @@ def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
 def _answer(work: _Work, images: _Images, waiting: dict[Path, range], columns: Sequence[str], workers: int) -> None:
     """Answer the images of each file and write it, all of it or nothing."""
     kept = len(images) - sum(map(len, waiting.values()))
-    tasks = ((file, images.sources(numbers)) for file, numbers in waiting.items())
+    tasks = ((file, [images[number] for number in numbers]) for file, numbers in waiting.items())
     try:
         with (
             logging.tqdm(total=len(images), initial=kept, unit=" images", desc="predict", leave=False) as progress,
@@ -208,9 +208,8 @@ class _Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def sources(self, numbers: range) -> list[Source]:
-        """What some of the images are read from."""
-        return [(file, file) for file in self.files[numbers.start : numbers.stop]]
+    def __getitem__(self, number: int) -> Source:
+        return self.files[number], self.files[number]
 
     def digest(self) -> str:
         """By which other images are known: names, sizes and times of change."""
@@ -229,13 +228,12 @@ class _Dataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def sources(self, numbers: range) -> list[Source]:
-        """What some of the images are read from."""
-        prefix, sources = f"{self.split}/" if self.split else "", list[Source]()
-        for number, image in zip(numbers, self.dataset[numbers.start : numbers.stop]["image"], strict=True):
-            path, encoded = (image or {}).get("path"), (image or {}).get("bytes")
-            sources.append((path, path) if encoded is None and path else (f"{prefix}{number}", encoded))
-        return sources
+    def __getitem__(self, number: int) -> Source:
+        image = self.dataset[number]["image"] or {}
+        path, encoded = image.get("path"), image.get("bytes")
+        if encoded is None and path is not None:
+            return path, path
+        return f"{self.split}/{number}" if self.split else str(number), encoded
 
     def digest(self) -> str:
         """By which other images are known."""

@@ -63,11 +63,8 @@ class Images(BaseModel):
             images = cls.model_validate_json(body).images
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            if first["type"] == "json_invalid":
-                raise Refused(400, "the body is not JSON") from None
-            place, found = ".".join(map(str, first["loc"])) or "the body", repr(first["input"])[:80]
-            reason = f"{place}={found}: {first['msg']}; "
-            raise Refused(400, reason + 'the body must be {"image": BASE64} or {"images": [BASE64, ...]}') from None
+            found = f"{'.'.join(map(str, first['loc'])) or 'the body'}={repr(first['input'])[:80]}: {first['msg']}"
+            raise Refused(400, f'{found}; send {{"image": BASE64}} or {{"images": [BASE64, ...]}}') from None
         if len(images) > most:
             raise Refused(413, f"{len(images)} images, but at most {most} are taken at once")
         try:

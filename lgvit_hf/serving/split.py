@@ -107,7 +107,7 @@ def split(
         ([[0, 1], [2, 3]], [5, 24])
     """
     _check(model, positions, format)
-    model = copy.deepcopy(model).eval().cpu().float()
+    model = copy.deepcopy(model).train(False).cpu().float()
     image = None if processor is None else _image_settings(processor, model.config.num_channels)
     cuts = _cuts(model, list(positions), format, image)
     with replace_folder(folder) as new:

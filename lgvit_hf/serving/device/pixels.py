@@ -66,5 +66,5 @@ def prepare(image: Image.Image, settings: Mapping[str, Any] | None) -> np.ndarra
         top, left = (height - rows) // 2, (width - columns) // 2
         pixels = pixels[top : top + rows, left : left + columns]
     mean, std = np.array(settings["mean"], np.float32), np.array(settings["std"], np.float32)
-    normalised: np.ndarray = (pixels * np.float32(settings["rescale"]) - mean) / std
-    return normalised.transpose(2, 0, 1)
+    normalised: np.ndarray = ((pixels * np.float32(settings["rescale"]) - mean) / std).transpose(2, 0, 1)
+    return normalised
