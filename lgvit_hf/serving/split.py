@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..engine import Answers, run_all
+from ..evaluation.costs import Highway
 from ..evaluation.exit_table import weights_digest
 from ..export.infer import checked_pixel_settings
 from ..export.segment_graphs import (
@@ -36,9 +37,8 @@ from ..modeling_highway import HighwayMixin
 from ..policies import POLICIES, ExitPolicy
 from ..runtimes.manifest import exits_that_run
 from ..segments import Segment, State
-from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, PartInfo, file_digest
-from .device.loop import Arrays
-from .device.remote import Runs
+from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, Array, Exit, PartInfo, file_digest
+from .device.loop import Arrays, Runs
 from .open_part import open_part
 from .torch_part import TorchPart, merged_segments
 
@@ -154,7 +154,7 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: dict[st
     memory = policy.start(1, "cpu")
     described = partial(
         PartInfo,
-        model=hashlib.sha256(f"{weights_digest(model)}{settings}".encode()).hexdigest(),
+        model=hashlib.sha256(f"{weights_digest(cast(Highway, model))}{settings}".encode()).hexdigest(),
         parts=len(positions) + 1,
         format=format,
         memory={name: tensor.item() for name, tensor in memory.items()},
@@ -163,16 +163,16 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: dict[st
         labels=[str(model.config.id2label[index]) for index in range(model.config.num_labels)],
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers")},
     )
-    cuts, start, state = [], 0, State({"pixel_values": example_image(model)})
+    cuts, start, state = list[_Cut](), 0, State({"pixel_values": example_image(model)})
     takes = _arrays(state.tensors)
     for number, end in enumerate(map(depths.index, [*positions, depths[-1]])):
         indices = [index for index in range(start, end + 1) if index in evaluated or index == end]
-        exits, first, here = [], state, merged_segments(segments, indices, start)
+        exits, first, here = list[Exit](), state, merged_segments(segments, indices, start)
         for index, segment in zip(indices, here, strict=True):
             leave = "policy" if index in evaluated else "nobody"
             if index == len(depths) - 1 or (leave == "policy" and policy.name == "fixed"):
                 leave = "everybody"
-            exits.append({"index": index, "leave": leave, "grid": state.grid and list(state.grid)})
+            exits.append({"index": index, "leave": leave, "grid": list(state.grid) if state.grid else None})
             state = segment.advance(state)
         carried = {f"{MEMORY}{name}": tensor for name, tensor in memory.items()}
         gives = _arrays({**state.tensors, **carried}) if number < len(positions) else {}
@@ -191,7 +191,7 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: dict[st
     return cuts
 
 
-def _arrays(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
     return {
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
         for name, tensor in tensors.items()

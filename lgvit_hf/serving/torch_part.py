@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..hub.loading import HIGHWAYS, read_config
+from ..modeling_highway import HighwayMixin
 from ..policies import build_policy, probabilities
 from ..pretrained import RECOMPUTED
 from ..segments import Segment, State
@@ -43,8 +44,7 @@ class TorchPart:
         config = read_config(str(folder))
         if config.model_type not in HIGHWAYS:
             raise ValueError(f"{folder}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
-        make: Any = HIGHWAYS[config.model_type]
-        self.model = make(config).eval()
+        self.model: HighwayMixin = HIGHWAYS[config.model_type](config).train(False)
         try:
             missing, unexpected = self.model.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
         except (SafetensorError, RuntimeError) as error:

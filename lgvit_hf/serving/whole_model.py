@@ -30,7 +30,7 @@ class Whole:
     """
 
     def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):
-        self._predictor = Predictor(path, policy, max_batch_size=max_batch_size)
+        self.folder, self._predictor = Path(path), Predictor(path, policy, max_batch_size=max_batch_size)
         model, config = self._predictor.model, self._predictor.model.config
         height, width = height_width(config.image_size)
         self.info = PartInfo(

@@ -9,7 +9,7 @@ import re
 import reprlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 PART_FILE = "part.json"
 SCHEMA = 1
@@ -22,6 +22,21 @@ MAX_NUMBERS = 1 << 28
 LEAVES = ("policy", "nobody", "everybody")
 _NAME = re.compile(r"[\w.-]{1,100}")
 _Described = TypeVar("_Described", bound="Description")
+
+
+class Array(TypedDict):
+    """An array of a message: `shape` is that of one sample; the batch comes first."""
+
+    dtype: str
+    shape: list[int]
+
+
+class Exit(TypedDict):
+    """An exit of a part: see `PartInfo.exits`."""
+
+    index: int
+    leave: str
+    grid: list[int] | None
 
 
 class Description:
@@ -114,12 +129,12 @@ class PartInfo(Description):
     index: int
     parts: int
     format: str
-    takes: dict[str, dict[str, Any]]
-    gives: dict[str, dict[str, Any]]
+    takes: dict[str, Array]
+    gives: dict[str, Array]
     memory: dict[str, float]
     depths: list[int]
     start: int
-    exits: list[dict[str, Any]]
+    exits: list[Exit]
     policy: dict[str, Any]
     labels: list[str]
     image: dict[str, Any] | None
@@ -128,7 +143,7 @@ class PartInfo(Description):
     checks: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def answers(self) -> dict[str, dict[str, Any]]:
+    def answers(self) -> dict[str, Array]:
         """Arrays of the answers to every sample."""
         numbers = {"exit_index": "int64", "exit_layer": "int64", "exit_score": "float32", "degraded": "uint8"}
         return {

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from .info import MEMORY, PART_FILE, PartInfo
+from .info import MEMORY, PART_FILE, Exit, PartInfo
 
 Arrays = dict[str, np.ndarray]
 # state in; state and logits out
 Segment = Callable[[Arrays], tuple[Arrays, np.ndarray]]
 # logits, memory and exit index in; which samples exit, score and memory out
 Decision = Callable[[np.ndarray, Arrays, int], tuple[np.ndarray, np.ndarray, Arrays]]
+
+
+class Runs(Protocol):
+    """What runs a part: `Part`, or its likes in PyTorch."""
+
+    folder: Path
+    info: PartInfo
+
+    def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
+        """Answers of all samples, which samples go on, and their state."""
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """One image as the part takes it."""
 
 
 def run_part(
@@ -72,7 +86,7 @@ def run_part(
 
 
 def _decided(
-    exit: dict[str, Any], decide: Decision, logits: np.ndarray, memory: Arrays
+    exit: Exit, decide: Decision, logits: np.ndarray, memory: Arrays
 ) -> tuple[np.ndarray, np.ndarray, Arrays]:
     if exit["leave"] == "nobody":
         return np.zeros(len(logits), bool), softmax(logits).max(-1), memory
@@ -82,7 +96,7 @@ def _decided(
     return exits & ~np.isnan(logits).any(-1), score, memory
 
 
-def try_part(part: Any) -> None:
+def try_part(part: Runs) -> None:
     """Run a part on a sample of zeros, so that what does not fit is said when it is opened, not at a request.
 
     Raises:

@@ -9,6 +9,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from .info import Array
+
 CONTENT_TYPE = "application/vnd.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "I64": "int64", "U8": "uint8"}
 _CODES = {name: code for code, name in DTYPES.items()}
@@ -50,7 +52,7 @@ def pack(arrays: Mapping[str, np.ndarray], words: Mapping[str, str] | None = Non
 
 def unpack(
     body: bytes | memoryview,
-    wanted: Mapping[str, Mapping[str, Any]],
+    wanted: Mapping[str, Array],
     words: Mapping[str, str] | None = None,
     *,
     max_samples: int | None = None,
@@ -119,7 +121,7 @@ def _header_of(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     return header, body[8 + length :]
 
 
-def _entry(name: str, entry: Any, wanted: Mapping[str, Any]) -> tuple[str, list[int], int, int]:
+def _entry(name: str, entry: object, wanted: Array) -> tuple[str, list[int], int, int]:
     """The dtype, shape, start and end of an array, if they are those that are wanted."""
     fields = entry if isinstance(entry, dict) else {}
     code, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from .info import MEMORY, SCHEMA, PartInfo
-from .loop import Arrays
+from .info import MEMORY, SCHEMA
+from .loop import Arrays, Runs
 from .message import CONTENT_TYPE, MessageError, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -38,18 +38,6 @@ MESSAGE_BYTES = 1 << 24
 
 class NextPartGone(ConnectionError):
     """The next part did not answer."""
-
-
-class Runs(Protocol):
-    """What runs a part: `Part`, or its likes in PyTorch."""
-
-    info: PartInfo
-
-    def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answers of all samples, which samples go on, and their state."""
-
-    def pixels(self, image: Any) -> np.ndarray:
-        """One image as the part takes it."""
 
 
 class Hop:
