@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
 from ..data.processing import ProcessedImages, open_processor
@@ -191,27 +192,24 @@ class Predictor:
 
     @torch.inference_mode()
     def _answers(self, chunks: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
-        model, parts = self.model, []
+        model, counts = self.model, np.zeros(0, np.int64)
+        empty = np.zeros((0, model.config.num_labels), np.float32)
+        parts = [(empty, counts, counts, counts, np.zeros(0, np.float32))]
         for pixels in chunks:
             # a copy, for others' arrays may be read-only
             found = model(pixel_values=torch.tensor(pixels, device=model.device, dtype=model.dtype))
-            logits = found.logits.float().cpu().numpy()
-            numbers = [getattr(found, name).cpu().numpy() for name in ("exit_index", "exit_layer", "exit_score")]
-            parts.append((logits, logits.argmax(-1), *numbers))
-        if not parts:
-            counts = np.zeros(0, dtype=np.int64)
-            empty = np.zeros((0, model.config.num_labels), dtype=np.float32)
-            parts.append((empty, counts, counts, counts, np.zeros(0, dtype=np.float32)))
+            tensors: tuple[Tensor, ...] = found.logits.float(), found.exit_index, found.exit_layer, found.exit_score
+            logits, index, layer, score = (tensor.cpu().numpy() for tensor in tensors)
+            parts.append((logits, logits.argmax(-1), index, layer, score))
         return dict(zip(ANSWERS, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
 def _opened(path: str, policy: dict[str, Any] | str | None) -> tuple[Highway, ProcessedImages | None]:
     """A highway, and its image processor if it has one."""
-    if is_exported(path):
-        model: Any = ORTHighway.from_pretrained(path)
-    else:
-        model = load_highway(path)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    opened: nn.Module = ORTHighway.from_pretrained(path) if is_exported(path) else load_highway(path)
+    if not isinstance(opened, ORTHighway):
+        opened.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = cast(Highway, opened)
     config = model.config
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(

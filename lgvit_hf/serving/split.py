@@ -39,6 +39,7 @@ from ..runtimes.manifest import exits_that_run
 from ..segments import Segment, State
 from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, Array, Exit, PartInfo, file_digest
 from .device.loop import Arrays, Runs
+from .device.pixels import PixelSettings
 from .open_part import open_part
 from .torch_part import TorchPart, merged_segments
 
@@ -146,7 +147,7 @@ def _check(model: HighwayMixin, positions: Sequence[int], format: str) -> None:
         )
 
 
-def _cuts(model: HighwayMixin, positions: list[int], format: str, image: dict[str, Any] | None) -> list[_Cut]:
+def _cuts(model: HighwayMixin, positions: list[int], format: str, image: PixelSettings | None) -> list[_Cut]:
     """The parts; the blocks before a skipped exit join those after it."""
     segments, policy = model.segments(), model.exit_policy
     depths, evaluated = [segment.depth for segment in segments], exits_that_run(policy, len(segments))
@@ -198,7 +199,7 @@ def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
     }
 
 
-def _image_settings(processor: BaseImageProcessor, num_channels: int) -> dict[str, Any] | None:
+def _image_settings(processor: BaseImageProcessor, num_channels: int) -> PixelSettings | None:
     """How numpy and pillow do what the processor does; nothing, and a warning, where they cannot."""
     try:
         return checked_pixel_settings(processor, num_channels)

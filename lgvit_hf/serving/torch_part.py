@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..hub.loading import HIGHWAYS, read_config
 from ..modeling_highway import HighwayMixin
@@ -66,11 +66,11 @@ class TorchPart:
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
         """Answer samples, as `run_part` says."""
         # copies, for an array may be a piece of a message, which is read-only; the state stays where the model is
-        given: dict[str, Any] = {
+        given = {
             name: array if name.startswith(MEMORY) else torch.tensor(array, device=self.device)
             for name, array in inputs.items()
         }
-        answers, samples, state = run_part(self.info, self._segments, self._decide, given)
+        answers, samples, state = run_part(self.info, self._segments, self._decide, cast(Arrays, given))
         return answers, samples, {name: np.asarray(torch.as_tensor(array).cpu()) for name, array in state.items()}
 
     def pixels(self, image: Image.Image) -> np.ndarray:
@@ -86,7 +86,7 @@ class TorchPart:
         self.policy = build_policy(policy, len(self.model.exits))
         self.info = replace(self.info, policy=policy)
 
-    def _run(self, segment: Segment, grid: list[int] | None, tensors: dict[str, Tensor]) -> tuple[Any, np.ndarray]:
+    def _run(self, segment: Segment, grid: list[int] | None, tensors: Any) -> tuple[Any, np.ndarray]:
         state = segment.advance(State(tensors, None if grid is None else (grid[0], grid[1])))
         return state.tensors, segment.answer(state).float().cpu().numpy()
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from .pixels import PixelSettings
+
 PART_FILE = "part.json"
 SCHEMA = 1
 PART_FORMATS = ("onnx", "safetensors")
@@ -137,7 +139,7 @@ class PartInfo(Description):
     exits: list[Exit]
     policy: dict[str, Any]
     labels: list[str]
-    image: dict[str, Any] | None
+    image: PixelSettings | None
     files: dict[str, str]
     versions: dict[str, str] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)

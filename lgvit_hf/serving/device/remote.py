@@ -11,6 +11,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -98,13 +99,11 @@ class Hop:
             except (OSError, http.client.HTTPException) as error:
                 reason, gone = str(error) or type(error).__name__, True
             else:
-                gone = status >= 500
+                reason, gone = f"status {status}: {reply[:300].decode(errors='replace')}", status >= 500
                 if not gone:
                     self._end(gone=False)
-                if status == 200:
-                    return reply
-                reason = f"status {status}: {reply[:300].decode(errors='replace')}"
-                if not gone:
+                    if status == 200:
+                        return reply
                     break
             pause = self.backoff * 2**attempt * random.uniform(0.5, 1.5)
             if attempt < self.retries:
@@ -163,16 +162,13 @@ class Hop:
                 status, reply = response.status, response.read(REPLY_LIMIT)
                 if response.read(1):
                     raise http.client.HTTPException(f"an answer of more than {REPLY_LIMIT} bytes")
-            except TimeoutError:
+            except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                raise
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                if fresh:
+                if fresh or isinstance(error, TimeoutError):
                     raise
-                continue
-            self._idle.put(connection)
-            return status, reply
+            else:
+                self._idle.put(connection)
+                return status, reply
 
 
 class _Until(io.RawIOBase):
@@ -234,7 +230,7 @@ class RemoteHighway:
             raise ValueError(f"next={next_url!r}: this is the last part; no part comes after it")
         self.part, self.info, self.state_dtype = part, part.info, state_dtype
         self.hop = None if next_url is None else Hop(next_url, **hop)
-        self.counts = dict.fromkeys(("sent_rows", "sent_bytes", "next_failures", "degraded_rows"), 0)
+        self.counts = Counter(sent_rows=0, sent_bytes=0, next_failures=0, degraded_rows=0)
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Arrays, timeout: float | None = None) -> Arrays:
@@ -327,8 +323,7 @@ class RemoteHighway:
 
     def _count(self, **numbers: int) -> None:
         with self._lock:
-            for name, number in numbers.items():
-                self.counts[name] += number
+            self.counts.update(numbers)
 
 
 def _halves(name: str, array: np.ndarray) -> bool:
