@@ -6,6 +6,7 @@ import asyncio
 import base64
 import ctypes
 import logging
+import reprlib
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -63,7 +64,7 @@ class Images(BaseModel):
             images = cls.model_validate_json(body).images
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            found = f"{'.'.join(map(str, first['loc'])) or 'the body'}={repr(first['input'])[:80]}: {first['msg']}"
+            found = f"{'.'.join(map(str, first['loc'])) or 'the body'}={reprlib.repr(first['input'])}: {first['msg']}"
             raise Refused(400, f'{found}; send {{"image": BASE64}} or {{"images": [BASE64, ...]}}') from None
         if len(images) > most:
             raise Refused(413, f"{len(images)} images, but at most {most} are taken at once")

@@ -51,13 +51,9 @@ def run_part(
     state = {name: array for name, array in inputs.items() if not name.startswith(MEMORY)}
     samples = np.arange(len(next(iter(state.values()))))
     # the last part alone gives no memory, and takes it
-    arrays = {**info.takes, **info.gives}
-    memory = {
-        name: inputs[MEMORY + name]
-        if MEMORY + name in inputs
-        else np.full(len(samples), first, arrays[MEMORY + name]["dtype"])
-        for name, first in info.memory.items()
-    }
+    arrays = info.takes | info.gives
+    memory = {name: np.full(len(samples), first, arrays[MEMORY + name]["dtype"]) for name, first in info.memory.items()}
+    memory |= {name.removeprefix(MEMORY): array for name, array in inputs.items() if name.startswith(MEMORY)}
     answers: Arrays = {}
     for exit, segment in zip(info.exits, segments, strict=True):
         state, logits = segment(state)
