@@ -64,7 +64,7 @@ def run_predict(
     Args:
         checkpoint (`str`): See `Predictor`.
         paths (`Sequence[str]`):
-            Images, folders of them (searched through), or patterns such as `"photos/**/*.png"`; or one dataset, as of
+            Images, folders of them (searched through), or patterns such as `"photos/**/*.png"`; or one dataset, see
             `load_encoded`: `digits`, a Parquet file, a folder of those, a Hub id.
         output (`str`):
             A `.parquet`, `.csv` or `.jsonl` file with the columns `path`, `label`, `score` (the label's probability),
@@ -337,7 +337,7 @@ class _Work:
                 if np.isfinite(answer["logits"]).all():
                     row.update(self._row(answer, chances[number]))
                 else:
-                    row["error"] = "what the model makes of it are no numbers"
+                    row["error"] = "the model's logits for it are not finite"
         return rows
 
     def _row(self, answer: dict[str, Any], chances: np.ndarray) -> Row:

@@ -29,7 +29,7 @@ from .device.remote import MESSAGE_SAMPLES, TIMEOUT_HEADER, RemoteHighway
 from .device.rgb import read_image
 
 logger = logging.getLogger(__name__)
-# a second series for each counter, which nobody asks for
+# a second series for each counter, which nothing reads
 disable_created_metrics()  # type: ignore[no-untyped-call]  # has no types
 
 PATHS = ("/predict", "/continue", "/health", "/metrics")
@@ -144,7 +144,7 @@ def make_app(
         answers = await _answers(batcher, inputs, _timeout(request), metrics)
         wrong = ~np.isfinite(answers["logits"]).all(-1)
         if wrong.any():
-            raise Refused(422, f"sample {int(wrong.argmax())}: what the model makes of it are no numbers")
+            raise Refused(422, f"sample {int(wrong.argmax())}: the model's logits for it are not finite")
         if CONTENT_TYPE in request.headers.get("accept", ""):
             return _message(highway, answers)
         return JSONResponse({"answers": _as_json(highway, answers)})
@@ -193,7 +193,7 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 async def _received(request: Request, limit: int) -> tuple[bytes, int]:
-    # one large piece of memory goes back to the system when it is let go; thousands of small ones do not
+    # one large piece of memory goes back to the system when it is freed; thousands of small ones do not
     size, body = 0, bytearray()
     try:
         async for chunk in request.stream():
@@ -201,7 +201,7 @@ async def _received(request: Request, limit: int) -> tuple[bytes, int]:
             if size <= limit:
                 body += chunk
             else:
-                # read on without keeping anything, so that who is still sending can read the answer; but not forever
+                # read on, within bounds, without keeping anything: a client that is still sending can read the answer
                 body.clear()
                 if size > 4 * limit:
                     break
@@ -212,7 +212,7 @@ async def _received(request: Request, limit: int) -> tuple[bytes, int]:
 
 
 def _timeout(request: Request) -> float | None:
-    """Seconds that the sender leaves us for the next part."""
+    """Seconds that the sender allows for the next part."""
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
         return None
@@ -253,13 +253,13 @@ def _as_json(highway: RemoteHighway, answers: Arrays) -> list[dict[str, Any]]:
     return [
         {
             "label": highway.info.labels[label],
-            "probability": round(float(probs[row, label]), 6),
-            "exit_index": int(answers["exit_index"][row]),
-            "exit_layer": int(answers["exit_layer"][row]),
-            "exit_score": float(answers["exit_score"][row]),
-            "degraded": bool(answers["degraded"][row]),
+            "probability": round(float(probs[number, label]), 6),
+            "exit_index": int(answers["exit_index"][number]),
+            "exit_layer": int(answers["exit_layer"][number]),
+            "exit_score": float(answers["exit_score"][number]),
+            "degraded": bool(answers["degraded"][number]),
         }
-        for row, label in enumerate(labels.tolist())
+        for number, label in enumerate(labels.tolist())
     ]
 
 

@@ -22,14 +22,7 @@ from ..engine import Answers, run_all
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import weights_digest
 from ..export.infer import checked_pixel_settings
-from ..export.segment_graphs import (
-    EXPORTABLE,
-    Read,
-    check_file_sizes,
-    export_decision,
-    export_parts,
-    weight_bytes,
-)
+from ..export.segment_graphs import EXPORTABLE, Read, check_file_sizes, export_decision, export_parts, weight_bytes
 from ..export.verification import verify_answers
 from ..files import replace_folder, write_json
 from ..hub.loading import HIGHWAYS, example_image
@@ -264,13 +257,13 @@ def run_chain(parts: Sequence[Runs], inputs: Arrays) -> Answers:
         parts (`Sequence`): Opened, all of one split.
         inputs (`dict[str, np.ndarray]`): What the first takes.
     """
-    answers, rows, state = parts[0](inputs)
+    answers, samples, state = parts[0](inputs)
     for part in parts[1:]:
-        if not len(rows):
+        if not len(samples):
             break
         deeper, further, state = part(state)
         for name, array in deeper.items():
-            answers[name][rows] = array
-        rows = rows[further]
+            answers[name][samples] = array
+        samples = samples[further]
     order = ("logits", "exit_index", "exit_layer", "exit_score")
     return Answers(*(torch.from_numpy(answers[name]) for name in order))

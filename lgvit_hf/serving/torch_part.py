@@ -52,7 +52,11 @@ class TorchPart:
         strange = [name for name in unexpected if not name.endswith(RECOMPUTED)]
         if strange:
             raise ValueError(f"{self.folder / WEIGHTS}: unknown tensor {strange[0]!r}")
-        _let_go(self.model, set(missing))
+        for name in missing:  # another part's: their memory is freed
+            owner, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if isinstance(held := getattr(module, attribute), nn.Parameter):
+                setattr(module, attribute, nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False))
         self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self.policy = build_policy(self.info.policy, len(self.model.exits))
         indices = [exit["index"] for exit in self.info.exits]
@@ -111,12 +115,3 @@ def merged_segments(segments: Sequence[Segment], indices: Sequence[int], start: 
         merged.append(replace(segments[index], blocks=tuple(blocks)))
         start = index + 1
     return merged
-
-
-def _let_go(model: nn.Module, names: set[str]) -> None:
-    """Free the memory of parameters that are another part's."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if name in names:
-                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-                setattr(module, name.rpartition(".")[2], empty)

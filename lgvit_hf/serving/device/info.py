@@ -159,7 +159,7 @@ class PartInfo(Description):
         return {"schema": str(SCHEMA), "model": self.model, "part": str(self.index)}
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `part.json`."""
+        """What `part.json` holds."""
         return {"what": "lgvit part", "schema": SCHEMA, **asdict(self)}
 
     @classmethod

@@ -52,19 +52,17 @@ def run_part(
     samples = np.arange(len(next(iter(state.values()))))
     # the last part alone gives no memory, and takes it
     arrays = info.takes | info.gives
-    memory = {name: np.full(len(samples), first, arrays[MEMORY + name]["dtype"]) for name, first in info.memory.items()}
+    memory = {
+        name: np.full(len(samples), first, arrays[MEMORY + name]["dtype"]) for name, first in info.memory.items()
+    }
     memory |= {name.removeprefix(MEMORY): array for name, array in inputs.items() if name.startswith(MEMORY)}
     answers: Arrays = {}
     for exit, segment in zip(info.exits, segments, strict=True):
         state, logits = segment(state)
         exits, score, memory = _decided(exit, decide, logits, memory)
         index = np.full(len(samples), exit["index"])
-        here = {
-            "logits": logits,
-            "exit_index": index,
-            "exit_layer": np.asarray(info.depths)[index],
-            "exit_score": score,
-        }
+        layers = np.asarray(info.depths)[index]
+        here = {"logits": logits, "exit_index": index, "exit_layer": layers, "exit_score": score}
         if not answers:
             answers = {name: array.copy() for name, array in here.items()}
         # of samples that go on, too: a deeper exit replaces their answer, where one is reached

@@ -40,11 +40,7 @@ def pack(arrays: Mapping[str, np.ndarray], words: Mapping[str, str] | None = Non
         data = np.ascontiguousarray(array)
         parts.append(data.astype(data.dtype.newbyteorder("<"), copy=False).tobytes())
         start, end = end, end + len(parts[-1])
-        header[name] = {
-            "dtype": _CODES[data.dtype.name],
-            "shape": list(np.shape(array)),
-            "data_offsets": [start, end],
-        }
+        header[name] = {"dtype": _CODES[data.dtype.name], "shape": list(np.shape(array)), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])

@@ -1,4 +1,4 @@
-"""`RemoteHighway`: a part here, the rest behind a URL; what is not answered there is answered here, and marked."""
+"""`RemoteHighway`: a part here, the next at a URL; samples that get no answer there are answered here, and marked."""
 
 from __future__ import annotations
 
@@ -206,11 +206,11 @@ def _left(deadline: float) -> float:
 
 
 class RemoteHighway:
-    """A split highway as one: the part that is here answers what it can, the rest is asked of the next.
+    """A split highway as one: samples that do not exit in the part here are sent to the next.
 
     Called with a batch as the part takes it, it gives `logits`, `exit_index`, `exit_layer`, `exit_score` and
     `degraded` of every sample. A sample is degraded when it should have gone deeper but no part there answered: its
-    answer is then that of the deepest exit that was evaluated. As soon as the next part is back, it is asked again.
+    answer is then that of the deepest exit that was evaluated. As soon as the next part is back, it is used again.
 
     Args:
         part (`Part` or another that runs one): What runs here.
