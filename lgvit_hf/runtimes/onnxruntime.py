@@ -25,11 +25,12 @@ from ..losses import check_labels, task_loss
 from ..modeling_highway import HighwayOutput, PolicyHolder, all_exits_output
 from ..policies import ExitPolicy, Numbers, number_at
 from ..segments import Segment, State
+from ..serving.device.loop import ANSWERS
 from ..serving.device.session import open_session, run_segment
 from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
 
 OUTPUTS = {
-    "single": {"logits", "exit_layer", "exit_index", "exit_score"},
+    "single": {*ANSWERS},
     "segments": {"logits"},
     "all_exits": {"logits", "exit_logits"},
 }
@@ -244,8 +245,7 @@ class ORTHighway(PolicyHolder, nn.Module):
         # what this kind of policy has no use for is no input
         known = [entry.name for entry in session.get_overridable_initializers() if entry.name in inputs]
         feeds = {"pixel_values": state["pixel_values"].numpy(), **{name: inputs[name] for name in known}}
-        names = ["logits", "exit_index", "exit_layer", "exit_score"]
-        return Answers(*map(torch.from_numpy, session.run(names, feeds)))
+        return Answers(*map(torch.from_numpy, session.run(ANSWERS, feeds)))
 
     def _checked_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> Tensor:
         if pixel_values is None:

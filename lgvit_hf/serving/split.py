@@ -31,7 +31,7 @@ from ..policies import POLICIES, ExitPolicy
 from ..runtimes.manifest import exits_that_run
 from ..segments import Segment, State
 from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, Array, Exit, PartInfo, file_digest
-from .device.loop import Arrays, Runs
+from .device.loop import ANSWERS, Arrays, Runs
 from .device.pixels import PixelSettings
 from .open_part import open_part
 from .torch_part import TorchPart, merged_segments
@@ -265,5 +265,4 @@ def run_chain(parts: Sequence[Runs], inputs: Arrays) -> Answers:
         for name, array in deeper.items():
             answers[name][samples] = array
         samples = samples[further]
-    order = ("logits", "exit_index", "exit_layer", "exit_score")
-    return Answers(*(torch.from_numpy(answers[name]) for name in order))
+    return Answers(*(torch.from_numpy(answers[name]) for name in ANSWERS))

@@ -13,7 +13,7 @@ from ..evaluation.exit_table import weights_digest
 from ..hub.loading import answer_depths
 from ..segments import height_width
 from .device.info import PartInfo
-from .device.loop import Arrays, try_part
+from .device.loop import ANSWERS, Arrays, try_part
 from .predictor import Predictor
 
 
@@ -35,19 +35,11 @@ class Whole:
         height, width = height_width(config.image_size)
         self.info = PartInfo(
             model=weights_digest(model) or "",
-            index=0,
-            parts=1,
             format="whole",
             takes={"pixel_values": {"dtype": "float32", "shape": [config.num_channels, height, width]}},
-            gives={},
-            memory={},
             depths=answer_depths(cast(HighwayConfig, config)),
-            start=0,
-            exits=[],
             policy=model.exit_policy.to_dict(),
             labels=self._predictor.label_names,
-            image=None,
-            files={},
         )
         try_part(self)
         if self._predictor.takes_images:
@@ -70,8 +62,7 @@ class Whole:
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
         """Answer samples, all of them."""
         found = self._predictor(inputs)
-        names = ("logits", "exit_index", "exit_layer", "exit_score")
-        return {name: found[name] for name in names}, np.zeros(0, np.int64), {}
+        return {name: found[name] for name in ANSWERS}, np.zeros(0, np.int64), {}
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""

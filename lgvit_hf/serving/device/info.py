@@ -96,7 +96,7 @@ class Description:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PartInfo(Description):
     """What `split` says of a part. Arrays are given by `dtype` and `shape` of one sample; the batch comes first.
 
@@ -128,19 +128,19 @@ class PartInfo(Description):
     AGAIN = "split the model again"
 
     model: str
-    index: int
-    parts: int
+    index: int = 0
+    parts: int = 1
     format: str
     takes: dict[str, Array]
-    gives: dict[str, Array]
-    memory: dict[str, float]
+    gives: dict[str, Array] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
     depths: list[int]
-    start: int
-    exits: list[Exit]
+    start: int = 0
+    exits: list[Exit] = field(default_factory=list)
     policy: dict[str, Any]
     labels: list[str]
-    image: PixelSettings | None
-    files: dict[str, str]
+    image: PixelSettings | None = None
+    files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from .info import MEMORY, PART_FILE, Exit, PartInfo
 
 Arrays = dict[str, np.ndarray]
+ANSWERS = ("logits", "exit_index", "exit_layer", "exit_score")
 # state in; state and logits out
 Segment = Callable[[Arrays], tuple[Arrays, np.ndarray]]
 # logits, memory and exit index in; which samples exit, score and memory out

@@ -72,11 +72,10 @@ class Part:
     def _number(self, name: str, index: int) -> float:
         """A policy's number at an exit; past the end of a list a temperature is 1, and a threshold the last one."""
         value = self.info.policy.get(name, 1.0)
-        if not isinstance(value, list):
-            return float(value)
-        if index < len(value):
-            return float(value[index])
-        return 1.0 if name == "temperature" else float(value[-1])
+        if isinstance(value, list):
+            past_end = 1.0 if name == "temperature" else value[-1]
+            value = [*value, past_end][min(index, len(value))]
+        return float(value)
 
 
 def _run(session: Any, state: Arrays) -> tuple[Arrays, np.ndarray]:
