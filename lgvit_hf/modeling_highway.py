@@ -57,18 +57,32 @@ class HighwayOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def exits_loss(exit_logits: Sequence[Tensor], labels: Tensor, config: PretrainedConfig) -> Tensor:
-    """The loss of a highway of which every exit was run: of all exits, by the config's weights.
+def all_exits_output(
+    exit_logits: Sequence[Tensor], depth: int, labels: Tensor | None, config: PretrainedConfig, **others: Any
+) -> HighwayOutput:
+    """The output of a highway of which every exit was run, with the loss of all exits by the config's weights.
 
     Args:
         exit_logits (`Sequence[Tensor]`): `[B, C]` of each exit, the final classifier last.
-        labels (`Tensor`): See `task_loss`.
+        depth (`int`): Blocks run before the last one.
+        labels (`Tensor`, *optional*): See `task_loss`.
         config (`PretrainedConfig`): Of the highway; a truncated one has its last exit's loss alone.
+        others: Further fields of the output.
     """
-    if config.truncated:
-        return task_loss(exit_logits[-1], labels, config.problem_type)
-    weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
-    return weighted_loss(exit_logits, labels, weights, config.problem_type)
+    loss, logits = None, exit_logits[-1]
+    if labels is not None and config.truncated:
+        loss = task_loss(logits, labels, config.problem_type)
+    elif labels is not None:
+        weights = loss_weights(config.exit_loss_weights, config.exit_positions, config.num_blocks)
+        loss = weighted_loss(exit_logits, labels, weights, config.problem_type)
+    return HighwayOutput(
+        loss=loss,
+        logits=logits,
+        exit_layer=torch.full((len(logits),), depth, device=logits.device),
+        exit_index=torch.full((len(logits),), len(exit_logits) - 1, device=logits.device),
+        exit_logits=tuple(exit_logits),
+        **others,
+    )
 
 
 def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
@@ -78,7 +92,60 @@ def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = N
     return State({"hidden": layer(state["hidden"], *given)}, state.grid)
 
 
-class HighwayMixin(PretrainedHighway):
+class PolicyHolder:
+    """The exit policy of a highway, which its config stores where it can."""
+
+    config: Any
+    _policy: ExitPolicy | None = None
+    _policy_settings: dict[str, Any] | None = None
+
+    def _checked_policy(self, policy: Any) -> ExitPolicy:
+        return self.config.checked_policy(policy)
+
+    @property
+    def exit_policy(self) -> ExitPolicy:
+        """The policy in force: the object given to `set_exit_policy`, or what `config.exit_policy` says."""
+        if self._policy is None or self._policy_settings != self.config.exit_policy:
+            self._policy = self._checked_policy(self.config.exit_policy)
+            self._policy_settings = copy.deepcopy(self.config.exit_policy)
+        return self._policy
+
+    def set_exit_policy(self, policy: str | dict[str, Any] | ExitPolicy | Callable, **parameters: Any) -> None:
+        """Choose when samples exit; stored in the config where it can be.
+
+        Args:
+            policy (`str`, `dict`, `ExitPolicy` or callable):
+                A registered name with its `parameters`, a dict of both, or an object of the policy contract. An object
+                that is not registered stays with this model in memory and is not saved.
+
+        Raises:
+            ValueError: Unknown name or parameter, wrong number of thresholds.
+
+        Example:
+
+            >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
+            >>> model = ViTHighway(ViTHighwayConfig(num_hidden_layers=3, hidden_size=24, intermediate_size=24))
+            >>> model.set_exit_policy("patience", patience=2)
+            >>> model.config.exit_policy
+            {'name': 'patience', 'patience': 2}
+        """
+        if isinstance(policy, str):
+            policy = {"name": policy, **parameters}
+        elif parameters:
+            raise ValueError(
+                f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
+            )
+        built = self._checked_policy(policy)
+        if isinstance(policy, dict):
+            self.config.exit_policy = dict(policy)
+        elif built.name != "custom" and is_dataclass(built):
+            self.config.exit_policy = built.to_dict()
+        else:
+            logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
+        self._policy, self._policy_settings = built, copy.deepcopy(self.config.exit_policy)
+
+
+class HighwayMixin(PolicyHolder, PretrainedHighway):
     """Exits for one of transformers' image classifiers, which is the other base class.
 
     A backbone implements `stem`, `blocks`, `tokens` and `final`, says what heads must fit (`head_shape`) and which
@@ -97,8 +164,6 @@ class HighwayMixin(PretrainedHighway):
         if config.truncated:
             self._remove_final()
         self._set_feature_maps()
-        self._policy: ExitPolicy | None = None
-        self._policy_settings: dict[str, Any] | None = None
         self.post_init()
         # what stays on one device, and is a unit of FSDP: names of classes that are there
         self._no_split_modules = [*(type(self)._no_split_modules or []), *self._head_classes()]
@@ -173,48 +238,6 @@ class HighwayMixin(PretrainedHighway):
     def _final_with_features(self, state: State) -> tuple[Tensor, Tensor]:
         return self.final(state), self.tokens(state).patches
 
-    @property
-    def exit_policy(self) -> ExitPolicy:
-        """The policy in force: the object given to `set_exit_policy`, or what `config.exit_policy` says."""
-        if self._policy is None or self._policy_settings != self.config.exit_policy:
-            self._policy = self.config.checked_policy(self.config.exit_policy)
-            self._policy_settings = copy.deepcopy(self.config.exit_policy)
-        return self._policy
-
-    def set_exit_policy(self, policy: str | dict[str, Any] | ExitPolicy | Callable, **parameters: Any) -> None:
-        """Choose when samples exit; stored in the config where it can be.
-
-        Args:
-            policy (`str`, `dict`, `ExitPolicy` or callable):
-                A registered name with its `parameters`, a dict of both, or an object of the policy contract. An object
-                that is not registered stays with this model in memory and is not saved.
-
-        Raises:
-            ValueError: Unknown name or parameter, wrong number of thresholds.
-
-        Example:
-
-            >>> from lgvit_hf import ViTHighway, ViTHighwayConfig
-            >>> model = ViTHighway(ViTHighwayConfig(num_hidden_layers=3, hidden_size=24, intermediate_size=24))
-            >>> model.set_exit_policy("patience", patience=2)
-            >>> model.config.exit_policy
-            {'name': 'patience', 'patience': 2}
-        """
-        if isinstance(policy, str):
-            policy = {"name": policy, **parameters}
-        elif parameters:
-            raise ValueError(
-                f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
-            )
-        built = self.config.checked_policy(policy)
-        if isinstance(policy, dict):
-            self.config.exit_policy = dict(policy)
-        elif built.name != "custom" and is_dataclass(built):
-            self.config.exit_policy = built.to_dict()
-        else:
-            logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
-        self._policy, self._policy_settings = built, copy.deepcopy(self.config.exit_policy)
-
     def split(self, positions: Sequence[int], folder: str, format: str = "safetensors", **options: Any) -> list[Any]:
         """Cut this highway after exits into parts for machines in a row: see `lgvit_hf.serving.split.split`.
 
@@ -276,16 +299,9 @@ class HighwayMixin(PretrainedHighway):
         else:
             with recording(recorded, self.recorded_modules) as records:
                 exit_logits, exit_features = run_all_with_features(segments, state)
-            logits, last = exit_logits[-1], segments[-1]
-            output = HighwayOutput(
-                loss=None if labels is None else exits_loss(exit_logits, labels, config),
-                logits=logits,
-                exit_layer=torch.full((len(logits),), last.depth, device=logits.device),
-                exit_index=torch.full((len(logits),), len(segments) - 1, device=logits.device),
-                exit_logits=tuple(exit_logits),
-                exit_features=tuple(exit_features),
-                hidden_states=records.get("hidden_states"),
-                attentions=records.get("attentions"),
+            features = tuple(exit_features)
+            output = all_exits_output(
+                exit_logits, segments[-1].depth, labels, config, exit_features=features, **records
             )
         keep_dict = config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()

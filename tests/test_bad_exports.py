@@ -21,8 +21,9 @@ pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from lgvit_hf.runtimes.manifest import Manifest, file_digest  # noqa: E402
+from lgvit_hf.runtimes.manifest import Manifest  # noqa: E402
 from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
+from lgvit_hf.serving.device.info import file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 OUTPUTS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64}
@@ -186,7 +187,7 @@ def test_damaged_files(damage, tmp_path):
     content = DAMAGED[damage](one_file())
     assert content != one_file()
     folder = write_folder(tmp_path / "onnx", content)
-    with pytest.raises(ValueError, match="does not open in ONNX Runtime; export it again") as error:
+    with pytest.raises(ValueError, match="does not open in ONNX Runtime; export or split again") as error:
         ORTHighway.from_pretrained(folder)
     assert str(folder / "model.onnx") in str(error.value)
 
@@ -309,7 +310,7 @@ def test_manifests_that_are_none(text, tmp_path):
 def test_files_that_are_not_those_exported(tmp_path):
     folder = write_folder(tmp_path / "onnx", one_file())
     (folder / "model.onnx").write_bytes(one_file() + b"\x00")
-    with pytest.raises(ValueError, match=r"onnx/model\.onnx is not the file that was exported; export it again"):
+    with pytest.raises(ValueError, match=r"onnx/model\.onnx is not the file that was written; export it again"):
         Manifest.load(folder)
     (folder / "model.onnx").unlink()
     with pytest.raises(ValueError, match=r"onnx/model\.onnx is missing; export it again"):

@@ -35,9 +35,9 @@ from lgvit_hf.export.verification import trials, undecided_samples  # noqa: E402
 from lgvit_hf.runtimes.manifest import (  # noqa: E402
     Manifest,
     exits_that_run,  # noqa: E402
-    file_digest,
 )
 from lgvit_hf.runtimes.onnxruntime import ORTHighway, parameter_inputs  # noqa: E402
+from lgvit_hf.serving.device.info import file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 NUM_EXITS = 3
@@ -512,7 +512,7 @@ def test_folder_of_every_layout(layout, small, parts_of_small, tmp_path, capsys)
     if layout == "single":
         with pytest.raises(ValueError, match="decides by 'patience', not by 'confidence'"):
             ort.set_exit_policy("confidence", threshold=0.5)
-        with pytest.raises(ValueError, match="always leaves early"):
+        with pytest.raises(ValueError, match="always exits early"):
             ort(images, early_exit=False)
     else:
         ort.set_exit_policy("confidence", threshold=2.0)
@@ -677,7 +677,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(small, parts_of_small, tmp_pa
     assert not (tmp_path / "bad").exists()
     file = tmp_path / "good" / "model.onnx"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is not the file that was exported"):
+    with pytest.raises(ValueError, match="is not the file that was written"):
         ORTHighway.from_pretrained(tmp_path / "good")
     with pytest.raises(OSError, match="not an exported highway"):
         ORTHighway.from_pretrained(tmp_path)

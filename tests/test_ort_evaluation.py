@@ -33,7 +33,8 @@ pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
 from lgvit_hf.export.quantization import quantize  # noqa: E402
 from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
-from lgvit_hf.runtimes.manifest import Manifest, file_digest  # noqa: E402
+from lgvit_hf.runtimes.manifest import Manifest  # noqa: E402
+from lgvit_hf.serving.device.info import file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent
 LAYOUTS = ("single", "segments", "all_exits")
@@ -277,7 +278,7 @@ def test_what_is_no_batch(layout, folders, images):
         ort(images[:2], labels=torch.tensor([0, 10]))
     if layout == "single":
         for settings in ({"early_exit": False}, {"min_depth": 2}, {"max_depth": 2}):
-            with pytest.raises(ValueError, match="a single file always leaves early"):
+            with pytest.raises(ValueError, match="a single file always exits early"):
                 ort(images, **settings)
 
 
@@ -340,7 +341,7 @@ def test_what_a_single_file_does_not_hold(copies, saved):
     edit(copies["single"], exit_policy=saved)
     manifest = Manifest.load(copies["single"])
     replace(manifest, exits=[1, 2]).save(copies["single"])
-    with pytest.raises(ValueError, match=r"exit 0 was switched off .* its exits: \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"exit 0 was skipped .* its exits: \[1, 2\]"):
         ORTHighway.from_pretrained(copies["single"])
     edit(copies["single"], exit_policy={**saved, "threshold": [1.0, 0.25]})
     assert ORTHighway.from_pretrained(copies["single"]).exported.macs.heads[0] == 0.0

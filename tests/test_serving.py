@@ -86,7 +86,7 @@ def test_numbers_that_are_none_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden": np.zeros((4, 3, 2), np.float32)}, r"hidden: shape \[4, 3, 2\], but must be \[rows, 2, 3\]"),
+        ({"hidden": np.zeros((4, 3, 2), np.float32)}, r"hidden: shape \[4, 3, 2\], but must be \[samples, 2, 3\]"),
         ({"hidden": np.zeros((4, 2, 3), np.int64)}, "hidden: dtype 'int64', but must be float32"),
         ({"hidden": np.zeros((5, 2, 3), np.float32)}, "every array must have the same"),
         ({"more": np.zeros(4, np.float32)}, "but must hold hidden, memory.label"),
@@ -105,8 +105,8 @@ def test_messages_of_others_are_refused():
         unpack(body, WANTED, {"model": "b"})
     with pytest.raises(MessageError, match="says schema=None"):
         unpack(body, WANTED, {"schema": "1"})
-    with pytest.raises(MessageError, match="4 rows, but at most 3"):
-        unpack(body, WANTED, max_rows=3)
+    with pytest.raises(MessageError, match="4 samples, but at most 3"):
+        unpack(body, WANTED, max_samples=3)
     with pytest.raises(MessageError, match="at least one"):
         unpack(pack({name: array[:0] for name, array in arrays().items()}), WANTED)
 
@@ -141,7 +141,7 @@ def test_no_bytes_do_more_than_be_refused(data):
         text = json.dumps(header).encode()
         body = bytearray(len(text).to_bytes(8, "little") + text + body[8 + size :])
     try:
-        found = unpack(bytes(body), WANTED, {"part": "1"}, max_rows=100)
+        found = unpack(bytes(body), WANTED, {"part": "1"}, max_samples=100)
     except MessageError:
         return
     assert {name: array.shape[1:] for name, array in found.items()} == {"hidden": (2, 3), "memory.label": ()}
@@ -303,7 +303,7 @@ BAD = {
     "empty": ({"content": b""}, 400, "the body is empty"),
     "text": ({"content": b"hello"}, 400, "image 0: no readable image: "),
     "cut image": ({"content": as_png(random_image(50, 50))[:200]}, 400, "image 0: no readable image: "),
-    "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "not JSON"),
+    "no json": ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "Invalid JSON"),
     "no image": ({"json": {"picture": "aGk="}}, 400, '"image": BASE64'),
     "no images": ({"json": {"images": []}}, 400, '"image": BASE64'),
     "numbers": ({"json": {"images": [1]}}, 400, '"image": BASE64'),
@@ -313,7 +313,7 @@ BAD = {
     "shape": (
         {"content": pack({"pixel_values": PIXELS[..., 1:]}), "headers": TENSORS},
         400,
-        "must be [rows, 3, 16, 16]",
+        "must be [samples, 3, 16, 16]",
     ),
     "noise": ({"content": bytes(range(256)), "headers": TENSORS}, 400, "no safetensors message"),
     "too large": ({"content": bytes(2_000_001)}, 413, "more than 2000000 bytes"),
@@ -708,7 +708,7 @@ class Slow:
 @one_version
 def test_requests_share_batches_and_nobody_notices(home, behind):
     slow, expected = Slow(parts_of(home)[0]), expected_of(home)
-    batcher = Batcher(RemoteHighway(slow, behind.url, timeout=60), max_rows=16, max_wait=0)
+    batcher = Batcher(RemoteHighway(slow, behind.url, timeout=60), max_samples=16, max_wait=0)
     pixels = home[2].numpy()
     # the first runs alone, and all that come meanwhile wait for it
     sizes = [1, 3, 2, 20, 1, 5, 1, 1, 7, 1]
@@ -740,7 +740,7 @@ def test_who_is_in_a_hurry_shares_no_batch(home):
     slow = Slow(first)
     pixels = home[2].numpy()
     with Running(make_app(RemoteHighway(last))) as running:
-        batcher = Batcher(RemoteHighway(slow, running.url, timeout=60), max_rows=1024, max_wait=0)
+        batcher = Batcher(RemoteHighway(slow, running.url, timeout=60), max_samples=1024, max_wait=0)
         begun = batcher.submit({"pixel_values": pixels[:1]})
         assert slow.begun.wait(60)
         asked = [batcher.submit({"pixel_values": pixels}, timeout) for timeout in (None, 1e-6, 1000.0, 900.0)]
@@ -760,11 +760,11 @@ def test_what_waits_is_answered_before_the_end_and_more_is_refused(home):
     slow = Slow(parts_of(home)[1])
     _, _, state = parts_of(home)[0]({"pixel_values": home[2].numpy()})
     one = {name: array[:1] for name, array in state.items()}
-    batcher = Batcher(RemoteHighway(slow), max_rows=1, max_waiting=3)
+    batcher = Batcher(RemoteHighway(slow), max_samples=1, max_waiting=3)
     running = batcher.submit(one)
     assert slow.begun.wait(60)
     waiting = [batcher.submit(one) for _ in range(3)]
-    with pytest.raises(Busy, match="3 rows are waiting"):
+    with pytest.raises(Busy, match="3 samples are waiting"):
         batcher.submit(one)
     closing = threading.Thread(target=batcher.close)
     closing.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +36,7 @@ for file in sys.argv[1:]:
 '''
 
 
-def checked_pixel_settings(processor: BaseImageProcessor, num_channels: int) -> dict[str, Any]:
+def checked_pixel_settings(processor: BaseImageProcessor, num_channels: int) -> pixels.PixelSettings:
     """How numpy and pillow do what a processor does, tried on images of several shapes.
 
     Args:

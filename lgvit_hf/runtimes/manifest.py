@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-import reprlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.costs import current_names
 from ..files import leads_out, write_json
-from ..policies import ExitPolicy
-from ..serving.device.info import file_digest, is_digest
+from ..policies import ExitPolicy, FixedPolicy
+from ..serving.device.info import Description, are_counts, are_digests
 
 LAYOUTS = ("single", "segments", "all_exits")
 PRECISIONS = ("float32", "float16", "int8")
@@ -29,20 +27,20 @@ PARAMETERS = {
 
 
 def exits_that_run(policy: ExitPolicy, num_exits: int) -> list[int]:
-    """Indices of the exits that a policy asks, the one that answers what is left included.
+    """Indices of the exits that a policy evaluates, the one that answers all remaining samples included.
 
     Args:
         policy (`ExitPolicy`): A built-in one.
         num_exits (`int`): The final classifier counted.
     """
-    if policy.name == "fixed":
+    if isinstance(policy, FixedPolicy):
         return [policy.exit_index]
     return [index for index in range(num_exits - 1) if not policy.skips(index)] + [num_exits - 1]
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What `export_onnx` says of the folder it wrote.
+class Manifest(Description):
+    """What `export_onnx` says of the folder it wrote; nothing outside the folder is read.
 
     Args:
         layout (`str`): One of `LAYOUTS`.
@@ -55,6 +53,11 @@ class Manifest:
         versions (`dict[str, str]`): Of the packages that wrote it.
         checks (`dict`): What was run against PyTorch, and how close it came.
     """
+
+    FILE = MANIFEST
+    KIND = "an exported highway"
+    WRITER = "`lgvit export`"
+    AGAIN = "export it again"
 
     layout: str
     precision: str
@@ -71,70 +74,30 @@ class Manifest:
         write_json(folder / MANIFEST, {"what": "lgvit export", **asdict(self)})
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """Read the manifest of an exported folder, and check the folder's files by it.
+    def _check_link(cls, file: Path) -> None:
+        """A link that leads out of the folder is refused, but for those of the Hub's cache."""
+        if leads_out(file):
+            raise ValueError(f"{file} is a link out of its folder, which is not followed")
 
-        Nothing outside the folder is read: links that lead out of it are refused, but for those of the Hub's cache.
+    @classmethod
+    def _current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        macs = settings.get("macs")
+        return {**settings, "macs": current_names(macs)} if isinstance(macs, dict) else settings
 
-        Raises:
-            OSError: There is none.
-            ValueError: It is not what `export_onnx` writes, or a file is not the one that was exported.
-        """
-        folder = Path(folder)
-        file = folder / MANIFEST
-        if not file.is_file():
-            raise OSError(f"{folder}: no {MANIFEST} there, not an exported highway")
-        _check_link(file)
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            manifest = cls(**{name: value for name, value in settings.items() if name != "what"})
-            manifest = replace(manifest, macs=current_names(manifest.macs))
-            manifest._check()
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file} is not what `lgvit export` writes ({error})") from error
-        for name, digest in manifest.files.items():
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is missing; export it again")
-            _check_link(folder / name)
-            if file_digest(folder / name) != digest:
-                raise ValueError(f"{folder / name} is not the file that was exported; export it again")
-        return manifest
-
-    def _check(self) -> None:
-        """Raise `ValueError` for a field that does not hold what it should."""
-        num_exits, files = len(self.depths) if _are_counts(self.depths, 1) else 0, self.files
+    def _checks(self) -> dict[str, bool]:
+        num_exits = len(self.depths) if are_counts(self.depths, 1) else 0
         lengths = {"single": 1, "all_exits": 1, "segments": num_exits}
-        good = {
+        return {
             "layout": self.layout in LAYOUTS,
             "precision": self.precision in PRECISIONS,
             "depths": num_exits > 0,
-            "files": isinstance(files, dict)
-            and len(files) == lengths.get(str(self.layout))
-            and all(_FILE.fullmatch(name) and is_digest(digest) for name, digest in files.items()),
-            "exits": _are_counts(self.exits, 0) and self.exits[-1] < num_exits,
+            "files": are_digests(self.files, _FILE) and len(self.files) == lengths.get(str(self.layout)),
+            "exits": are_counts(self.exits) and self.exits[-1] < num_exits,
             "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
             "macs": isinstance(self.macs, dict)
             and set(self.macs) == {"backbone_costs", "heads"}
-            and all(_are_numbers(numbers, num_exits) for numbers in self.macs.values()),
+            and all(isinstance(numbers, list) and len(numbers) == num_exits for numbers in self.macs.values())
+            and {type(number) for numbers in self.macs.values() for number in numbers} <= {int, float},
             "versions": isinstance(self.versions, dict),
             "checks": isinstance(self.checks, dict),
         }
-        for name, is_good in good.items():
-            if not is_good:
-                raise ValueError(f"{name}={reprlib.repr(getattr(self, name))}")
-
-
-def _are_counts(values: Any, least: int) -> bool:
-    """Whether this is a list of ascending integers."""
-    if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
-        return False
-    return values[0] >= least and all(before < after for before, after in zip(values, values[1:], strict=False))
-
-
-def _are_numbers(values: Any, length: int) -> bool:
-    return isinstance(values, list) and len(values) == length and all(type(value) in (int, float) for value in values)
-
-
-def _check_link(file: Path) -> None:
-    if leads_out(file):
-        raise ValueError(f"{file} is a link out of its folder, which is not followed")

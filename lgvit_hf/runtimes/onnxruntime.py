@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,18 @@ from ..evaluation.costs import Costs, Exported
 from ..files import add_files
 from ..hub.loading import answer_depths
 from ..losses import check_labels, task_loss
-from ..modeling_highway import HighwayOutput, exits_loss
-from ..policies import ExitPolicy
+from ..modeling_highway import HighwayOutput, PolicyHolder, all_exits_output
+from ..policies import ExitPolicy, Numbers, number_at
 from ..segments import Segment, State
+from ..serving.device.loop import ANSWERS
+from ..serving.device.session import open_session, run_segment
 from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
 
-logger = logging.getLogger(__name__)
+OUTPUTS = {
+    "single": {*ANSWERS},
+    "segments": {"logits"},
+    "all_exits": {"logits", "exit_logits"},
+}
 
 
 def parameter_inputs(policy: ExitPolicy, num_exits: int) -> dict[str, np.ndarray]:
@@ -53,9 +58,8 @@ def parameter_inputs(policy: ExitPolicy, num_exits: int) -> dict[str, np.ndarray
     return inputs
 
 
-def _spread(value: float | Sequence[float], length: int, default: float) -> np.ndarray:
-    numbers = [value] * length if isinstance(value, (int, float)) else list(value)
-    return np.array([*numbers, *[default] * (length - len(numbers))], dtype=np.float32)
+def _spread(value: Numbers, length: int, default: float) -> np.ndarray:
+    return np.array([number_at(value, index, default) for index in range(length)], dtype=np.float32)
 
 
 def is_exported(folder: str | Path) -> bool:
@@ -63,12 +67,13 @@ def is_exported(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file() and any(Path(folder).glob("*.onnx"))
 
 
-class ORTHighway(nn.Module):
+class ORTHighway(PolicyHolder, nn.Module):
     """A folder that `export_onnx` wrote, of any layout; needs onnxruntime, no Optimum.
 
-    It is called and calibrated as the PyTorch model is, and takes its policy from `config.json` as that does. Of the
-    layout `segments` each session is a segment, so that the same loop lets rows go; a head is in one file with the
-    blocks before it and is run with them, whether its exit is asked or not.
+    It is called and calibrated as the PyTorch model is, and takes its policy from `config.json` as that does. A single
+    file keeps its kind of policy and its exits, and takes new numbers; the other layouts take any. Of the
+    layout `segments` each session is a segment, so that the same loop drops exited samples; a head is in one file with
+    the blocks before it and is run with them, whether its exit is evaluated or not.
 
     Args:
         folder (`Path`): What was exported.
@@ -79,6 +84,10 @@ class ORTHighway(nn.Module):
     """
 
     main_input_name = "pixel_values"
+    # where tensors are taken from and given back
+    device = torch.device("cpu")
+    # of the pixels that the files take, whatever their precision; those of another are converted
+    dtype = torch.float32
 
     def __init__(
         self, folder: Path, config: HighwayConfig, manifest: Manifest, sessions: list[Any], exported: Exported
@@ -87,7 +96,7 @@ class ORTHighway(nn.Module):
         self.folder, self.config, self.manifest = folder, config, manifest
         self.sessions, self.exported = sessions, exported
         self.layout, self.depths = manifest.layout, manifest.depths
-        self.exit_policy = self._checked(config.exit_policy)
+        self._checked_policy(config.exit_policy)  # refused when the files are opened, not at the first batch
         self.eval()
 
     @classmethod
@@ -107,25 +116,28 @@ class ORTHighway(nn.Module):
             ValueError: A file is not what the manifest says, or `config.json` is of another highway, or asks for a
                 policy that a single file does not hold.
         """
-        try:
-            import onnxruntime
-
-            from .sessions import open_sessions, session_options
-        except ImportError as error:
-            raise ImportError('exported models run in ONNX Runtime: pip install "lgvit-hf[onnx]"') from error
         folder = Path(folder)
         manifest = Manifest.load(folder)
         config = _config_of(folder, manifest)
-        options = session_options(torch.get_num_threads() if threads is None else threads)
-        sessions = open_sessions(folder, manifest, options, providers)
+        threads = torch.get_num_threads() if threads is None else threads
+        sessions = _open_sessions(folder, manifest, threads, providers)
+        import onnxruntime
+
+        heads = manifest.macs["heads"]
+        held = {*manifest.exits, len(heads) - 1}
         exported = Exported(
             layout=manifest.layout,
             precision=manifest.precision,
-            macs=_macs_of(manifest),
+            # heads that are in the files are run whether the policy evaluates their exits or not
+            macs=Costs(
+                manifest.macs["backbone_costs"],
+                [macs if index in held else 0.0 for index, macs in enumerate(heads)],
+                fused=True,
+            ),
             digest=hashlib.sha256(json.dumps(manifest.files).encode()).hexdigest(),
             file_bytes=sum((folder / name).stat().st_size for name in manifest.files),
             runtime=f"onnxruntime {onnxruntime.__version__}",
-            threads=options.intra_op_num_threads,
+            threads=threads,
         )
         return cls(folder, config, manifest, sessions, exported)
 
@@ -139,48 +151,12 @@ class ORTHighway(nn.Module):
                 shutil.copyfile(self.folder / name, new / name)
             self.config.save_pretrained(new)
 
-    @property
-    def device(self) -> torch.device:
-        """Where tensors are taken from and given back."""
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the pixels that the files take, whatever their precision; those of another are converted."""
-        return torch.float32
-
     def can_generate(self) -> bool:
         """What a pipeline asks."""
         return False
 
-    def set_exit_policy(
-        self, policy: str | dict[str, Any] | ExitPolicy | Callable[..., Any], **parameters: Any
-    ) -> None:
-        """Choose when rows leave, as of the PyTorch model; stored in the config where it can be.
-
-        A single file keeps its kind of policy and its exits, and takes new numbers; the other layouts take any.
-
-        Raises:
-            ValueError: Unknown name or parameter, wrong number of thresholds. Of a single file: another policy than
-                it holds, or an exit that was left out of it.
-        """
-        if isinstance(policy, str):
-            policy = {"name": policy, **parameters}
-        elif parameters:
-            raise ValueError(
-                f"exit_policy: parameters {sorted(parameters)} go with a policy name, not with {policy!r}"
-            )
-        built = self._checked(policy)
-        if isinstance(policy, dict):
-            self.config.exit_policy = dict(policy)
-        elif built.name != "custom" and is_dataclass(built):
-            self.config.exit_policy = built.to_dict()
-        else:
-            logger.warning("this exit policy is not a registered dataclass (`register_policy`): it will not be saved")
-        self.exit_policy = built
-
-    def _checked(self, policy: Any) -> ExitPolicy:
-        built = self.config.checked_policy(policy)
+    def _checked_policy(self, policy: Any) -> ExitPolicy:
+        built = super()._checked_policy(policy)
         if self.layout != "single":
             return built
         held = self.manifest.policy["name"]
@@ -192,7 +168,7 @@ class ORTHighway(nn.Module):
         missing = sorted(set(exits_that_run(built, len(self.depths))) - set(self.manifest.exits))
         if missing:
             raise ValueError(
-                f"exit_policy: exit {missing[0]} was switched off when this file was exported and is not in it; "
+                f"exit_policy: exit {missing[0]} was skipped when this file was exported and is not in it; "
                 f"its exits: {self.manifest.exits} ({self.folder})"
             )
         return built
@@ -213,12 +189,12 @@ class ORTHighway(nn.Module):
             )
         if self.layout == "segments":
             return [
-                Segment(depth, (partial(_advance, session),), _logits)
+                Segment(depth, (partial(_advance, session),), itemgetter("logits"))
                 for depth, session in zip(self.depths, self.sessions, strict=True)
             ]
         run = (partial(_run_all_exits, self.sessions[0]),)
         return [
-            Segment(depth, () if index else run, partial(_logits_at, index)) for index, depth in enumerate(self.depths)
+            Segment(depth, () if index else run, itemgetter(str(index))) for index, depth in enumerate(self.depths)
         ]
 
     def forward(
@@ -243,51 +219,35 @@ class ORTHighway(nn.Module):
         Raises:
             ValueError: No, an empty or a misshapen batch; a label out of range; something that the layout cannot do.
         """
-        self._check_batch(pixel_values, labels)
-        early, bounds = early_exit is None or early_exit, {"min_depth": min_depth, "max_depth": max_depth}
+        pixels = self._checked_batch(pixel_values, labels).detach().to(self.device, self.dtype)
+        state, early = State({"pixel_values": pixels.contiguous()}), early_exit is None or early_exit
         bounded = (min_depth, max_depth) != (None, None)
         if self.layout == "single" and (bounded or not early):
-            raise ValueError("a single file always leaves early, at any depth; export with layout='segments'")
+            raise ValueError("a single file always exits early, at any depth; export with layout='segments'")
         if bounded and not early:
             raise ValueError("min_depth and max_depth bound early exit; they mean nothing when all exits run")
-        state = State({"pixel_values": pixel_values.detach().to(self.device, self.dtype).contiguous()})
         labels = None if labels is None else labels.to(self.device)
-        if not early:
-            output = self._all_exits(run_all(self.segments(), state), labels)
-        else:
-            answers = self._run_single(state) if self.layout == "single" else self._run_early(state, **bounds)
+        if early:
+            if self.layout == "single":
+                answers = self._run_single(state)
+            else:
+                segments = self.segments()
+                answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
             loss = None if labels is None else task_loss(answers.logits, labels, self.config.problem_type)
             output = HighwayOutput(loss=loss, **vars(answers))
+        else:
+            output = all_exits_output(run_all(self.segments(), state), self.depths[-1], labels, self.config)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
 
-    def _run_early(self, state: State, **bounds: int | None) -> Answers:
-        return run_early(self.segments(), state, self.exit_policy, **bounds)
-
     def _run_single(self, state: State) -> Answers:
-        inputs = {
-            "pixel_values": state["pixel_values"].numpy(),
-            **parameter_inputs(self.exit_policy, len(self.depths)),
-        }
-        session = self.sessions[0]
+        session, inputs = self.sessions[0], parameter_inputs(self.exit_policy, len(self.depths))
         # what this kind of policy has no use for is no input
-        known = {"pixel_values", *(entry.name for entry in session.get_overridable_initializers())}
-        names = ["logits", "exit_index", "exit_layer", "exit_score"]
-        found = session.run(names, {name: value for name, value in inputs.items() if name in known})
-        return Answers(*map(torch.from_numpy, found))
+        known = [entry.name for entry in session.get_overridable_initializers() if entry.name in inputs]
+        feeds = {"pixel_values": state["pixel_values"].numpy(), **{name: inputs[name] for name in known}}
+        return Answers(*map(torch.from_numpy, session.run(ANSWERS, feeds)))
 
-    def _all_exits(self, exit_logits: list[Tensor], labels: Tensor | None) -> HighwayOutput:
-        logits = exit_logits[-1]
-        loss = None if labels is None else exits_loss(exit_logits, labels, self.config)
-        return HighwayOutput(
-            loss=loss,
-            logits=logits,
-            exit_layer=torch.full((len(logits),), self.depths[-1]),
-            exit_index=torch.full((len(logits),), len(self.depths) - 1),
-            exit_logits=tuple(exit_logits),
-        )
-
-    def _check_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> None:
+    def _checked_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> Tensor:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         wanted = self.sessions[0].get_inputs()[0].shape[1:]
@@ -298,6 +258,36 @@ class ORTHighway(nn.Module):
             )
         if labels is not None:
             check_labels(labels, self.config.num_labels)
+        return pixel_values
+
+
+def _open_sessions(folder: Path, manifest: Manifest, threads: int, providers: Sequence[Any]) -> list[Any]:
+    """Open the files of an exported folder, in the order in which they run, and check that they fit together.
+
+    Raises:
+        ValueError: A file does not open, or does not take what it is given or give what its layout promises.
+    """
+    sessions: list[Any] = []
+    given = {"pixel_values"}
+    for name in manifest.files:
+        file = folder / name
+        session = open_session(file, threads, providers)
+        needed = {entry.name for entry in session.get_inputs()}
+        found = {entry.name for entry in session.get_outputs()}
+        missing = sorted((needed - given) | (OUTPUTS[manifest.layout] - found))
+        if not needed or missing:
+            raise ValueError(f"{file} is no {manifest.layout!r} highway: {missing or 'an input'} is missing")
+        if not sessions and not _takes_images(session):
+            raise ValueError(f"{file}: pixel_values is not (batch, channels, height, width)")
+        sessions.append(session)
+        given = {entry.removesuffix("_out") for entry in found}
+    return sessions
+
+
+def _takes_images(session: Any) -> bool:
+    entry = session.get_inputs()[0]
+    sizes = list(entry.shape)[1:]
+    return entry.type.startswith("tensor(float") and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
 
 
 def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:
@@ -314,33 +304,13 @@ def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:
     return config
 
 
-def _macs_of(manifest: Manifest) -> Costs:
-    """What a row costs that leaves early: heads that are in the files are run whether their exits are asked or not."""
-    heads = manifest.macs["heads"]
-    held = {*manifest.exits, len(heads) - 1}
-    return Costs(
-        manifest.macs["backbone_costs"],
-        [macs if index in held else 0.0 for index, macs in enumerate(heads)],
-        fused=True,
-    )
-
-
 def _advance(session: Any, state: State) -> State:
-    """The state behind a segment, with the logits of its exit."""
-    feeds = {entry.name: state[entry.name].contiguous().numpy() for entry in session.get_inputs()}
-    found = session.run(None, feeds)
-    names = [entry.name.removesuffix("_out") for entry in session.get_outputs()]
-    return State(dict(zip(names, map(torch.from_numpy, found), strict=True)))
-
-
-def _logits(state: State) -> Tensor:
-    return state["logits"]
+    """The state after a segment, with the logits of its exit."""
+    feeds = {name: tensor.contiguous().numpy() for name, tensor in state.tensors.items()}
+    return State({name: torch.from_numpy(array) for name, array in run_segment(session, feeds).items()})
 
 
 def _run_all_exits(session: Any, state: State) -> State:
+    """The logits of each exit, by its index."""
     (stacked,) = session.run(["exit_logits"], {"pixel_values": state["pixel_values"].numpy()})
-    return State({"exit_logits": torch.from_numpy(stacked).transpose(0, 1)})
-
-
-def _logits_at(index: int, state: State) -> Tensor:
-    return state["exit_logits"][:, index]
+    return State({str(index): logits for index, logits in enumerate(torch.from_numpy(stacked))})

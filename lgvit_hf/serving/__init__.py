@@ -1,1 +1,1 @@
-"""Room: highways that answer for others, in batch engines and as services."""
+"""Highways that answer for others, in batch engines and as services."""

@@ -25,6 +25,7 @@ COLUMNS = {
     "error": "string",
 }
 ROWS_IN_MEMORY = 10_000
+Row = dict[str, object]  # by column
 
 
 def check_format(output: Path) -> None:
@@ -40,9 +41,7 @@ def check_format(output: Path) -> None:
         _require_pyarrow()
 
 
-def write_predictions(
-    file: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str], suffix: str = ".parquet"
-) -> None:
+def write_predictions(file: Path, rows: Iterable[Row], columns: Sequence[str], suffix: str = ".parquet") -> None:
     r"""Write rows as they come; a value that a row does not have is null, and nothing in CSV.
 
     Args:
@@ -87,7 +86,7 @@ class _Lines:
         self._stream.write(line.removesuffix("\r\n") + "\n")
 
 
-def _write_parquet(file: Path, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+def _write_parquet(file: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     pyarrow, parquet = _require_pyarrow()
     types = {"float32": pyarrow.float32(), "int32": pyarrow.int32(), "string": pyarrow.string()}
     types |= {f"list<{name}>": pyarrow.list_(kind) for name, kind in types.items()}
@@ -97,7 +96,7 @@ def _write_parquet(file: Path, rows: Iterable[dict[str, Any]], columns: Sequence
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
 
 

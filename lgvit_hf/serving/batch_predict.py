@@ -12,14 +12,15 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ from .answer_files import COLUMNS, check_format, write_predictions
 from .device.rgb import IMAGE_FORMATS
 from .predictor import Predictor
 
+if TYPE_CHECKING:
+    import datasets
+
+Row = dict[str, Any]  # of the output, by column
+Source = tuple[str, str | bytes | None]  # path, and the file or what it holds; `None` where a dataset has no image
 SHARD = 256  # about so many images are answered before they are kept
 _here: _Work  # of a process that answers for another
 
@@ -58,12 +64,12 @@ def run_predict(
     Args:
         checkpoint (`str`): See `Predictor`.
         paths (`Sequence[str]`):
-            Images, folders of them (searched through), or patterns such as `"photos/**/*.png"`; or one dataset, as of
+            Images, folders of them (searched through), or patterns such as `"photos/**/*.png"`; or one dataset, see
             `load_encoded`: `digits`, a Parquet file, a folder of those, a Hub id.
         output (`str`):
             A `.parquet`, `.csv` or `.jsonl` file with the columns `path`, `label`, `score` (the label's probability),
             `exit_layer`, `exit_index`, `exit_score` and `error`. An image inside a dataset has as path its split and
-            row, from 0.
+            number, from 0.
         policy (`dict`, *optional*): Instead of the saved one.
         split (`str`, *optional*): Of a dataset that has several.
         batch_size (`int`, *optional*, defaults to 64): Images that run at once.
@@ -90,46 +96,38 @@ def run_predict(
             raise ValueError(f"{output} is there already; choose another output, or delete it")
         images = _find_images(paths, split)
         predictor = Predictor(checkpoint, policy, max_batch_size=batch_size)
-        return _predict(predictor, images, target, workers, top_k, probabilities)
+        return _predict(_Work(predictor, predictor.label_names, top_k, probabilities), images, target, workers)
 
 
-def _predict(
-    predictor: Predictor, images: _Images, target: Path, workers: int, top_k: int | None, probabilities: bool
-) -> dict[str, Any]:
-    batch_size = predictor.max_batch_size
-    labels = predictor.label_names
+def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
+    predictor, labels, top_k = work.predictor, work.labels, work.top_k
     if top_k is not None and not 1 <= top_k <= len(labels):
         raise ValueError(f"top_k={top_k} must be from 1 to {len(labels)}, the labels of {predictor.path}")
-    columns = [
-        name
-        for name in COLUMNS
-        if (top_k is not None or not name.startswith("top_")) and (probabilities or name != "probabilities")
-    ]
+    left_out = {"top_labels": top_k is None, "top_scores": top_k is None, "probabilities": not work.probabilities}
+    columns = [name for name in COLUMNS if not left_out.get(name)]
     parts = target.with_name(f"{target.name}.parts")
-    size = batch_size * max(1, SHARD // batch_size)
-    _begin(
-        parts,
-        {
-            "model": weights_digest(predictor.model),
-            "policy": predictor.model.exit_policy.to_dict(),
-            "image processor": hashlib.sha256(predictor.processor.to_json_string().encode()).hexdigest(),
-            "class names": labels,
-            "images": images.digest(),
-            "batch_size": batch_size,
-            "images per part": size,
-            "top_k": top_k,
-            "probabilities": probabilities,
-        },
-    )
+    size = predictor.max_batch_size * max(1, SHARD // predictor.max_batch_size)
+    plan = {
+        "what": "lgvit predict",
+        "model": weights_digest(predictor.model),
+        "policy": predictor.model.exit_policy.to_dict(),
+        "image processor": hashlib.sha256(predictor.processor.to_json_string().encode()).hexdigest(),
+        "class names": labels,
+        "images": images.digest(),
+        "batch_size": predictor.max_batch_size,
+        "images per part": size,
+        "top_k": top_k,
+        "probabilities": work.probabilities,
+    }
+    _begin(parts, plan)
     shards = {
-        parts / f"{number:06}.jsonl": range(start, min(start + size, len(images)))
+        parts / f"{number:06}.jsonl": range(len(images))[start : start + size]
         for number, start in enumerate(range(0, len(images), size))
     }
-    waiting = {file: rows for file, rows in shards.items() if not file.exists()}
-    work, started = _Work(predictor, tuple(labels), top_k, probabilities), time.perf_counter()
+    waiting = {file: numbers for file, numbers in shards.items() if not file.exists()}
+    answered, started = sum(map(len, waiting.values())), time.perf_counter()
     _answer(work, images, waiting, columns, workers)
-    seconds, depths = time.perf_counter() - started, Counter()
-    answered = sum(map(len, waiting.values()))
+    seconds, depths = time.perf_counter() - started, Counter[int | None]()
     with replace_file(target) as file:
         write_predictions(file, _counted(shards, depths), columns, target.suffix)
     shutil.rmtree(parts)
@@ -137,7 +135,7 @@ def _predict(
     return {
         "images": len(images),
         "errors": errors,
-        "mean_depth": sum(depth * rows for depth, rows in depths.items()) / max(1, len(images) - errors),
+        "mean_depth": sum((depth or 0) * samples for depth, samples in depths.items()) / max(1, depths.total()),
         "num_blocks": predictor.model.config.num_blocks,
         "answered_now": answered,
         "images_per_second": answered / seconds,
@@ -146,33 +144,28 @@ def _predict(
 
 def _answer(work: _Work, images: _Images, waiting: dict[Path, range], columns: Sequence[str], workers: int) -> None:
     """Answer the images of each file and write it, all of it or nothing."""
-    if not waiting:
-        return
     kept = len(images) - sum(map(len, waiting.values()))
-    tasks = ((file, images.rows(numbers)) for file, numbers in waiting.items())
+    tasks = ((file, [images[number] for number in numbers]) for file, numbers in waiting.items())
     try:
-        with logging.tqdm(total=len(images), initial=kept, unit=" images", desc="predict", leave=False) as progress:
-            with closing(_answered(work, tasks, min(workers, len(waiting)))) as answered:
-                for file, rows in answered:
-                    with replace_file(file) as temporary:
-                        write_predictions(temporary, rows, columns, ".jsonl")
-                    kept += len(rows)
-                    progress.update(len(rows))
-    except KeyboardInterrupt as stopped:
-        raise KeyboardInterrupt(f"stopped; {_kept(kept, images, waiting)}") from stopped
-    except BrokenProcessPool as died:
+        with (
+            logging.tqdm(total=len(images), initial=kept, unit=" images", desc="predict", leave=False) as progress,
+            closing(_answered(work, tasks, min(workers, len(waiting)))) as answered,
+        ):
+            for file, rows in answered:
+                with replace_file(file) as temporary:
+                    write_predictions(temporary, rows, columns, ".jsonl")
+                kept += len(rows)
+                progress.update(len(rows))
+    except (KeyboardInterrupt, BrokenProcessPool) as error:
+        there = f"{kept} of {len(images)} images are kept in {next(iter(waiting)).parent}; the same command goes on"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped; {there}") from error
         raise OSError(
-            f"a worker process died, perhaps for want of memory; {_kept(kept, images, waiting)}, with fewer --workers "
-            "if need be"
-        ) from died
+            f"a worker process died, perhaps for want of memory; {there}, with fewer --workers if need be"
+        ) from error
 
 
-def _kept(kept: int, images: _Images, waiting: dict[Path, range]) -> str:
-    folder = next(iter(waiting)).parent
-    return f"{kept} of {len(images)} images are kept in {folder}; the same command goes on"
-
-
-def _counted(files: Iterable[Path], depths: Counter[int | None]) -> Iterator[dict[str, Any]]:
+def _counted(files: Iterable[Path], depths: Counter[int | None]) -> Iterator[Row]:
     """All rows; counts on the way how many have which depth, unreadable ones under `None`."""
     for file in files:
         with file.open(encoding="utf-8") as lines:
@@ -182,9 +175,9 @@ def _counted(files: Iterable[Path], depths: Counter[int | None]) -> Iterator[dic
                 yield row
 
 
-def _begin(parts: Path, plan: dict[str, Any]) -> None:
+def _begin(parts: Path, plan: Row) -> None:
     """Make the folder of parts, or go on with one that was made for the same."""
-    plan, file = {"what": "lgvit predict", **plan}, parts / "plan.json"
+    file = parts / "plan.json"
     if not file.exists():
         if parts.exists() and any(not entry.name.startswith(".") for entry in parts.iterdir()):
             raise ValueError(f"{parts} is there already, and not of lgvit predict; choose another output")
@@ -206,63 +199,52 @@ def _begin(parts: Path, plan: dict[str, Any]) -> None:
 # -- the images ------------------------------------------------------------------------------------------------
 
 
-class _Images(Protocol):
-    """Images by number, each with what its row calls it."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, numbers: range) -> list[tuple[str, str | bytes | None]]:
-        """Path and file, or path and content; `None` where the dataset has no image."""
-
-    def digest(self) -> str:
-        """By which other images are known."""
-
-
 @dataclass(frozen=True)
 class _Files:
+    """Image files, in order."""
+
     files: list[str]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def rows(self, numbers: range) -> list[tuple[str, str | bytes | None]]:
-        return [(self.files[number], self.files[number]) for number in numbers]
+    def __getitem__(self, number: int) -> Source:
+        return self.files[number], self.files[number]
 
     def digest(self) -> str:
-        return _stamped(self.files)
+        """By which other images are known: names, sizes and times of change."""
+        stamps = (os.fsencode(file) + b"\0" + file_stamp(file).encode() for file in self.files)
+        return hashlib.sha256(b"\0".join(stamps)).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Dataset:
+    """The images of one split of a dataset."""
+
     source: str
     split: str | None
-    dataset: Any
+    dataset: datasets.Dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def rows(self, numbers: range) -> list[tuple[str, str | bytes | None]]:
-        images = self.dataset[numbers.start : numbers.stop]["image"]
-        prefix = f"{self.split}/" if self.split else ""
-        return [self._row(f"{prefix}{number}", image or {}) for number, image in zip(numbers, images, strict=True)]
-
-    @staticmethod
-    def _row(name: str, image: dict[str, Any]) -> tuple[str, str | bytes | None]:
-        path, content = image.get("path"), image.get("bytes")
-        return (path, path) if content is None and path is not None else (name, content)
+    def __getitem__(self, number: int) -> Source:
+        image = self.dataset[number]["image"] or {}
+        path, encoded = image.get("path"), image.get("bytes")
+        if encoded is None and path is not None:
+            return path, path
+        return f"{self.split}/{number}" if self.split else str(number), encoded
 
     def digest(self) -> str:
+        """By which other images are known."""
         place = Path(self.source)
         files = sorted(map(str, place.rglob("*"))) if place.is_dir() else [self.source] if place.exists() else []
         # of what is not on this disk, `datasets` knows which version it holds
-        known = _stamped(files) if files else self.dataset._fingerprint
+        known = _Files(files).digest() if files else self.dataset._fingerprint
         return f"{len(self)} images of {self.source}, {self.split}: {known}"
 
 
-def _stamped(files: Sequence[str]) -> str:
-    """A digest of files by name, size and time of change."""
-    stamps = (os.fsencode(file) + b"\0" + file_stamp(file).encode() for file in files)
-    return hashlib.sha256(b"\0".join(stamps)).hexdigest()
+_Images = _Files | _Dataset
 
 
 def _find_images(paths: Sequence[str], split: str | None) -> _Images:
@@ -290,29 +272,25 @@ def _files_of(path: str, known: set[str]) -> list[str]:
     """The files that one argument stands for; an image of any suffix may be named itself."""
     place = Path(path)
     if place.is_dir():
-        files = sorted(_walk(path, known))
-        if not files:
-            raise ValueError(f"{path}: no images in this folder")
-        return files
-    if place.exists():
-        if place.suffix == ".parquet" or is_archive(path):
-            raise ValueError(f"{path} is a dataset; give it alone")
-        return [path]
-    if not glob.has_magic(path):
-        raise ValueError(f"{path}: no such file or folder")
-    found = sorted(glob.glob(path, recursive=True))
-    files = [file for file in found if os.path.isfile(file)]
+        files, problem = sorted(_walk(path, known)), ": no images in this folder"
+    elif place.exists():
+        dataset = place.suffix == ".parquet" or is_archive(path)
+        files, problem = [] if dataset else [path], " is a dataset; give it alone"
+    elif glob.has_magic(path):
+        files, problem = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))), ": no file matches"
+    else:
+        files, problem = [], ": no such file or folder"
     if not files:
-        raise ValueError(f"{path}: no file matches")
+        raise ValueError(f"{path}{problem}")
     return files
 
 
 def _walk(folder: str, known: set[str]) -> Iterator[str]:
-    """Images of a folder and all below it, links followed once; hidden files and pipes are no images.
+    """Images of a folder and all its subfolders, links followed once; hidden files and pipes are no images.
 
     A folder that cannot be read stands among them, and its row says why.
     """
-    seen, unreadable = set(), []
+    seen, unreadable = set[str](), list[OSError]()
     for place, folders, files in os.walk(folder, onerror=unreadable.append, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
@@ -320,16 +298,11 @@ def _walk(folder: str, known: set[str]) -> Iterator[str]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            file = os.path.join(place, name)
-            # a link to nothing is one that cannot be read; what exists and is no file would be waited for
-            if Path(name).suffix.lower() in known and not name.startswith(".") and not _is_pipe(file):
-                yield file
+        images = (name for name in files if Path(name).suffix.lower() in known and not name.startswith("."))
+        paths = (os.path.join(place, name) for name in images)
+        # a link to nothing is one that cannot be read; what exists and is no file would be waited for
+        yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
     yield from (str(error.filename) for error in unreadable)
-
-
-def _is_pipe(file: str) -> bool:
-    return os.path.exists(file) and not os.path.isfile(file)
 
 
 # -- the work --------------------------------------------------------------------------------------------------
@@ -340,14 +313,14 @@ class _Work:
     """What is done to a shard, in whichever process."""
 
     predictor: Predictor
-    labels: tuple[str, ...]
+    labels: list[str]
     top_k: int | None
     probabilities: bool
 
-    def __call__(self, shard: list[tuple[str, str | bytes | None]]) -> list[dict[str, Any]]:
-        rows, read, pixels = [], [], []
+    def __call__(self, shard: list[Source]) -> list[Row]:
+        rows, read, pixels = list[Row](), list[Row](), []
         for path, source in shard:
-            row = {"path": _text(path)}
+            row: Row = {"path": _text(path)}
             try:
                 if source is None:
                     raise ValueError("the dataset has no image here")
@@ -364,11 +337,11 @@ class _Work:
                 if np.isfinite(answer["logits"]).all():
                     row.update(self._row(answer, chances[number]))
                 else:
-                    row["error"] = "what the model makes of it are no numbers"
+                    row["error"] = "the model's logits for it are not finite"
         return rows
 
-    def _row(self, answer: dict[str, Any], chances: np.ndarray) -> dict[str, Any]:
-        row = {
+    def _row(self, answer: dict[str, Any], chances: np.ndarray) -> Row:
+        row: Row = {
             "label": self.labels[answer["label"]],
             "score": _number(chances[answer["label"]]),
             "exit_layer": int(answer["exit_layer"]),
@@ -395,36 +368,30 @@ def _text(text: str) -> str:
 
 
 def _answered(
-    work: _Work, tasks: Iterator[tuple[Path, list[tuple[str, str | bytes | None]]]], workers: int
-) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    work: _Work, tasks: Iterator[tuple[Path, list[Source]]], workers: int
+) -> Generator[tuple[Path, list[Row]], None, None]:
     """The rows of each shard with its file: in order here, or as they come from several processes."""
     if workers <= 1:
-        for file, shard in tasks:
-            yield file, work(shard)
+        yield from ((file, work(shard)) for file, shard in tasks)
         return
     context = multiprocessing.get_context("spawn")
     # what reads its end is told when this process stops, in whatever way
     reader, writer = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work, reader))
+    running = dict[Future[list[Row]], Path]()
     try:
-        running = {}
-        for file, shard in tasks:
-            running[pool.submit(_run_here, shard)] = file
-            # a few wait, so that nobody does; not all, for they hold images
-            if len(running) >= 2 * workers:
-                yield from _finished(running)
-        while running:
-            yield from _finished(running)
+        while True:
+            # a few wait, so that no process does; not all, for they hold images
+            for file, shard in islice(tasks, 2 * workers - len(running)):
+                running[pool.submit(_run_here, shard)] = file
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
         pool.shutdown()
     finally:
         writer.close()
         pool.shutdown(cancel_futures=True)
-
-
-def _finished(running: dict[Future, Path]) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        yield running.pop(future), future.result()
 
 
 def _start_worker(work: _Work, reader: Connection) -> None:
@@ -433,13 +400,13 @@ def _start_worker(work: _Work, reader: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with, args=(reader,), daemon=True).start()
     # what there is to say of opening the checkpoint, the first process has said
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     # several processes with several threads each would wait for one another
     torch.set_num_threads(1)
     _here = work
 
 
-def _run_here(shard: list[tuple[str, str | bytes | None]]) -> list[dict[str, Any]]:
+def _run_here(shard: list[Source]) -> list[Row]:
     return _here(shard)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
 from ..data.processing import ProcessedImages, open_processor
@@ -28,7 +28,7 @@ class Predictor:
     """Answers batches of images, wherever it is called: in a script, a service, Ray Data's or Spark's workers.
 
     It holds its arguments alone and can be pickled; the model is opened at the first batch, once in each process.
-    Batches larger than `max_batch_size` are run in parts. A row's answer does not depend on the rows beside it.
+    Batches larger than `max_batch_size` are run in parts. A sample's answer does not depend on those beside it.
 
     A batch is a dict of numpy arrays with one of these two:
 
@@ -44,17 +44,17 @@ class Predictor:
     - `label` `[B]` int64, the class with the largest,
     - `exit_index` `[B]` int64, which exit answered, from 0, the final classifier last,
     - `exit_layer` `[B]` int64, blocks run before the answer, from 1,
-    - `exit_score` `[B]` float32, the exit policy's score where the row left.
+    - `exit_score` `[B]` float32, the exit policy's score where the sample exited.
 
     Args:
         path (`str` or `Path`): Folder or Hub id of a highway, or a folder that `lgvit export` wrote.
         policy (`dict` or `str`, *optional*): Exit policy instead of the saved one.
-        max_batch_size (`int`, *optional*, defaults to 64): Rows that run at once.
+        max_batch_size (`int`, *optional*, defaults to 64): Samples that run at once.
 
     Raises:
         ValueError:
-            `max_batch_size` is below 1. At the first batch: this is no highway, or none that chooses one label; a
-            policy that it cannot have. At any batch: columns that are missing, or not as said above.
+            `max_batch_size` is less than 1. At the first batch: this is no highway, or none that chooses one label; a
+            policy that it cannot have. At any batch: columns that are missing, or not as described here.
         OSError: At the first batch: there is no saved model.
 
     Example:
@@ -76,7 +76,8 @@ class Predictor:
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size!r} must be an integer of at least 1")
         self.path, self.policy, self.max_batch_size = path, policy, max_batch_size
-        self._opened: _Opened | None = None
+        self._opened: tuple[Highway, ProcessedImages | None] | None = None
+        self._process: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_opened": None}
@@ -87,17 +88,17 @@ class Predictor:
     @property
     def model(self) -> Highway:
         """The highway, opened on first use."""
-        return self._here().model
+        return self._here()[0]
 
     @property
     def processor(self) -> BaseImageProcessor:
         """The checkpoint's image processor, opened on first use."""
-        return self._here().prepared().processor
+        return self._preparation().processor
 
     @property
     def takes_images(self) -> bool:
         """Whether the checkpoint has an image processor; without one it answers `pixel_values` alone."""
-        return self._here().images is not None
+        return self._here()[1] is not None
 
     @property
     def label_names(self) -> list[str]:
@@ -116,15 +117,15 @@ class Predictor:
         taken = sorted(set(ANSWERS) & set(batch))
         if taken:
             raise ValueError(f"{taken[0]!r} is a column of the answers; give that of the batch another name")
-        rows = batch[given[0]]
+        images = batch[given[0]]
         if given[0] == "pixel_values":
-            pixels = _checked_pixels(rows)
+            pixels = _checked_pixels(images)
             chunks: Iterator[np.ndarray] = (pixels[part] for part in self._parts(len(pixels)))
         else:
-            paths = [row for row in rows if isinstance(row, (str, Path))]
+            paths = [image for image in images if isinstance(image, (str, Path))]
             if paths:
                 raise ValueError(f"image: {str(paths[0])!r} is a path; Predictor.images takes those")
-            chunks = self._processed(rows)
+            chunks = self._processed(images)
         kept = {name: column for name, column in batch.items() if name != given[0]}
         return {**kept, **self._answers(chunks)}
 
@@ -146,7 +147,7 @@ class Predictor:
             OSError: The checkpoint has no image processor.
             ValueError: The image cannot be read.
         """
-        return self._here().prepared().pixels(open_image(source)).numpy()
+        return self._preparation().pixels(open_image(source)).numpy()
 
     def probabilities(self, answers: Mapping[str, np.ndarray]) -> np.ndarray:
         """Probability of each class, `[B, num_labels]` float32: the softmax, with the policy's temperature if any.
@@ -159,83 +160,73 @@ class Predictor:
         logits = torch.from_numpy(answers["logits"]) / torch.tensor(divisors, dtype=torch.float32)[:, None]
         return torch.softmax(logits, dim=-1).numpy()
 
-    def _here(self) -> _Opened:
-        """The opened model; a forked process opens its own, for threads and sessions do not survive a fork."""
-        if self._opened is None or self._opened.process != os.getpid():
-            self._opened = _Opened.of(self.path, self.policy)
+    def _here(self) -> tuple[Highway, ProcessedImages | None]:
+        """What this process opened: all of it at once, so that a folder that changes later changes no answer.
+
+        A forked process opens its own, for threads and sessions do not survive a fork.
+        """
+        if self._opened is None or self._process != os.getpid():
+            self._opened, self._process = _opened(str(self.path), self.policy), os.getpid()
         return self._opened
 
-    def _parts(self, num_rows: int) -> list[slice]:
-        return [slice(start, start + self.max_batch_size) for start in range(0, num_rows, self.max_batch_size)]
+    def _preparation(self) -> ProcessedImages:
+        images = self._here()[1]
+        if images is None:
+            raise OSError(
+                f"{self.path} has no image processor (preprocessor_config.json); it takes pixel_values alone"
+            )
+        return images
+
+    def _parts(self, num_samples: int) -> list[slice]:
+        return [slice(start, start + self.max_batch_size) for start in range(0, num_samples, self.max_batch_size)]
 
     def _processed(self, sources: Sequence[Any]) -> Iterator[np.ndarray]:
         for part in self._parts(len(sources)):
             pixels = []
-            for row, source in enumerate(sources[part], start=part.start):
+            for number, source in enumerate(sources[part], start=part.start):
                 try:
                     pixels.append(self.pixel_values(source))
                 except ValueError as error:
-                    raise ValueError(f"image {row}: {error}") from error
+                    raise ValueError(f"image {number}: {error}") from error
             yield np.stack(pixels)
 
     @torch.inference_mode()
     def _answers(self, chunks: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
-        model, parts = self.model, []
+        model, counts = self.model, np.zeros(0, np.int64)
+        empty = np.zeros((0, model.config.num_labels), np.float32)
+        parts = [(empty, counts, counts, counts, np.zeros(0, np.float32))]
         for pixels in chunks:
             # a copy, for others' arrays may be read-only
             found = model(pixel_values=torch.tensor(pixels, device=model.device, dtype=model.dtype))
-            logits = found.logits.float().cpu().numpy()
-            numbers = [getattr(found, name).cpu().numpy() for name in ("exit_index", "exit_layer", "exit_score")]
-            parts.append((logits, logits.argmax(-1), *numbers))
-        if not parts:
-            counts = np.zeros(0, dtype=np.int64)
-            empty = np.zeros((0, model.config.num_labels), dtype=np.float32)
-            parts.append((empty, counts, counts, counts, np.zeros(0, dtype=np.float32)))
+            tensors: tuple[Tensor, ...] = found.logits.float(), found.exit_index, found.exit_layer, found.exit_score
+            logits, index, layer, score = (tensor.cpu().numpy() for tensor in tensors)
+            parts.append((logits, logits.argmax(-1), index, layer, score))
         return dict(zip(ANSWERS, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """What a process has opened: all of it at once, so that a folder that changes later changes no answer."""
-
-    path: str
-    model: Highway
-    images: ProcessedImages | None
-    process: int
-
-    @classmethod
-    def of(cls, path: str | Path, policy: dict[str, Any] | str | None) -> _Opened:
-        path = str(path)
-        if is_exported(path):
-            model: Any = ORTHighway.from_pretrained(path)
-        else:
-            model = load_highway(path)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-        config = model.config
-        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"{path}: {config.num_labels} label(s), problem_type {config.problem_type!r}: it does not choose one "
-                "label of several; call the model itself"
-            )
-        for name in map(str, (config.id2label or {}).values()):
-            if not is_text(name):
-                raise ValueError(f"{path}: id2label in config.json: {name!r} is no text that UTF-8 can write")
-        if policy is not None:
-            model.set_exit_policy(policy)
-        try:
-            images = ProcessedImages([], open_processor(path))
-        except OSError:
-            images = None  # it answers `pixel_values` all the same
-        except ValueError as error:
-            raise ValueError(f"{path}: its image processor does not run ({error})") from error
-        return cls(path, model, images, os.getpid())
-
-    def prepared(self) -> ProcessedImages:
-        if self.images is None:
-            raise OSError(
-                f"{self.path} has no image processor (preprocessor_config.json); it takes pixel_values alone"
-            )
-        return self.images
+def _opened(path: str, policy: dict[str, Any] | str | None) -> tuple[Highway, ProcessedImages | None]:
+    """A highway, and its image processor if it has one."""
+    opened: nn.Module = ORTHighway.from_pretrained(path) if is_exported(path) else load_highway(path)
+    if not isinstance(opened, ORTHighway):
+        opened.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = cast(Highway, opened)
+    config = model.config
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"{path}: {config.num_labels} label(s), problem_type {config.problem_type!r}: it does not choose one "
+            "label of several; call the model itself"
+        )
+    for name in map(str, (config.id2label or {}).values()):
+        if not is_text(name):
+            raise ValueError(f"{path}: id2label in config.json: {name!r} is no text that UTF-8 can write")
+    if policy is not None:
+        model.set_exit_policy(policy)
+    try:
+        return model, ProcessedImages([], open_processor(path))
+    except OSError:
+        return model, None  # it answers `pixel_values` all the same
+    except ValueError as error:
+        raise ValueError(f"{path}: its image processor does not run ({error})") from error
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
@@ -284,5 +275,5 @@ def _checked_pixels(pixels: Any) -> np.ndarray:
         checked = np.asarray(pixels, dtype=np.float32)
     finite = np.isfinite(checked).all(axis=(1, 2, 3))
     if not finite.all():
-        raise ValueError(f"pixel_values: row {int(finite.argmin())} has values that are NaN or infinite")
+        raise ValueError(f"pixel_values: sample {int(finite.argmin())} has values that are NaN or infinite")
     return checked

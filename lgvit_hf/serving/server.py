@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import ctypes
-import json
 import logging
+import reprlib
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from pydantic import BaseModel, Field, StrictStr, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,26 +25,53 @@ from .batching import Batcher, Busy
 from .device.info import SCHEMA
 from .device.loop import Arrays, probabilities
 from .device.message import CONTENT_TYPE, MessageError, pack, unpack
-from .device.remote import MESSAGE_ROWS, TIMEOUT_HEADER, RemoteHighway
+from .device.remote import MESSAGE_SAMPLES, TIMEOUT_HEADER, RemoteHighway
 from .device.rgb import read_image
 
 logger = logging.getLogger(__name__)
-# a second series for each counter, which nobody asks for
-disable_created_metrics()
+# a second series for each counter, which nothing reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # has no types
 
 PATHS = ("/predict", "/continue", "/health", "/metrics")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 BODY_TIMEOUT = 30.0
-# of glibc, whose heap keeps what it has once held: gives free memory back to the system
+# of glibc, whose heap keeps what it once held: gives free memory back to the system
 _trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """A request that is not answered; says why."""
 
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status, self.reason = status, reason
+
+class Images(BaseModel):
+    """JSON at `/predict`: what image files hold, in base64; `{"image": ...}` stands for one."""
+
+    images: list[StrictStr] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, said: Any) -> Any:
+        return {"images": [said["image"]], **said} if isinstance(said, dict) and "image" in said else said
+
+    @classmethod
+    def decoded(cls, body: bytes, most: int) -> list[bytes]:
+        """The files in a body.
+
+        Raises:
+            Refused: It is not such JSON, or holds more than `most`.
+        """
+        try:
+            images = cls.model_validate_json(body).images
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            found = f"{'.'.join(map(str, first['loc'])) or 'the body'}={reprlib.repr(first['input'])}: {first['msg']}"
+            raise Refused(400, f'{found}; send {{"image": BASE64}} or {{"images": [BASE64, ...]}}') from None
+        if len(images) > most:
+            raise Refused(413, f"{len(images)} images, but at most {most} are taken at once")
+        try:
+            return [base64.b64decode(image, validate=True) for image in images]
+        except ValueError as error:
+            raise Refused(400, f"not base64: {error}") from error
 
 
 def make_app(
@@ -53,24 +80,24 @@ def make_app(
     max_batch_size: int = 32,
     max_wait: float = 0.002,
     max_body: int = 32 * 1024 * 1024,
-    max_request_rows: int = MESSAGE_ROWS,
+    max_request_samples: int = MESSAGE_SAMPLES,
 ) -> FastAPI:
     """The service around a highway.
 
     `POST /predict` takes, of a first part or a whole highway, an image file, JSON with base64 `image` or `images`, or
     a safetensors message with `pixel_values`; the answer is JSON, or a message where the request accepts one. `POST
-    /continue` takes and gives the messages of parts behind the first. A bad request gets a status of 400 to 499 and a
+    /continue` takes and gives the messages of parts after the first. A bad request gets a status of 400 to 499 and a
     reason.
 
     Args:
         highway (`RemoteHighway`): What answers.
         max_batch_size (`int`, *optional*, defaults to 32), max_wait (`float`, *optional*, defaults to 0.002):
-            Of the batches that requests share, rows and seconds.
+            Of the batches that requests share, samples and seconds.
         max_body (`int`, *optional*, defaults to 32 MiB): Bytes of a request.
-        max_request_rows (`int`, *optional*, defaults to 256): Rows of a request.
+        max_request_samples (`int`, *optional*, defaults to 256): Samples of a request.
     """
     metrics = Metrics()
-    batcher = Batcher(highway, max_rows=max_batch_size, max_wait=max_wait)
+    batcher = Batcher(highway, max_samples=max_batch_size, max_wait=max_wait)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,15 +107,20 @@ def make_app(
     app = FastAPI(title="lgvit serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     info = highway.info
 
-    @app.exception_handler(Refused)
-    async def refuse(request: Request, refused: Refused) -> JSONResponse:
-        headers = {"retry-after": "1"} if refused.status == 503 else {}
-        return JSONResponse({"error": refused.reason}, refused.status, headers=headers)
-
     @app.exception_handler(HTTPException)
-    async def refuse_address(request: Request, error: HTTPException) -> JSONResponse:
-        reason = f"{error.detail}: {request.method} {request.url.path[:100]}; there is {', '.join(PATHS)}"
-        return JSONResponse({"error": reason}, error.status_code)
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        reason = error.detail
+        if not isinstance(error, Refused):
+            reason += f": {request.method} {request.url.path[:100]}; there is {', '.join(PATHS)}"
+        return JSONResponse({"error": reason}, error.status_code, error.headers)
+
+    @app.exception_handler(MessageError)
+    async def refuse_message(request: Request, error: MessageError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 400)
+
+    @app.exception_handler(Busy)
+    async def refuse_now(request: Request, error: Busy) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 503, {"retry-after": "1"})
 
     @app.middleware("http")
     async def count(request: Request, call_next: Any) -> Response:
@@ -108,11 +140,11 @@ def make_app(
             raise Refused(400, f"this is part {info.index}, which takes states at /continue; images go to part 0")
         body = await _body(request, max_body)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        inputs = await asyncio.to_thread(_inputs, highway, body, kind, max_request_rows)
+        inputs = await asyncio.to_thread(_inputs, highway, body, kind, max_request_samples)
         answers = await _answers(batcher, inputs, _timeout(request), metrics)
         wrong = ~np.isfinite(answers["logits"]).all(-1)
         if wrong.any():
-            raise Refused(422, f"sample {int(wrong.argmax())}: what the model makes of it are no numbers")
+            raise Refused(422, f"sample {int(wrong.argmax())}: the model's logits for it are not finite")
         if CONTENT_TYPE in request.headers.get("accept", ""):
             return _message(highway, answers)
         return JSONResponse({"answers": _as_json(highway, answers)})
@@ -122,22 +154,17 @@ def make_app(
         if info.index == 0:
             raise Refused(400, "this is the first part: images go to /predict")
         body = await _body(request, max_body)
-        inputs = await asyncio.to_thread(_checked, body, info.takes, info.words, max_request_rows)
+        inputs = await asyncio.to_thread(unpack, body, info.takes, info.words, max_samples=max_request_samples)
         return _message(highway, await _answers(batcher, inputs, _timeout(request), metrics))
 
     @app.get("/health")
     async def health() -> JSONResponse:
         said = {
-            "status": "ok" if batcher.alive else "nobody computes any more: start the service again",
+            "status": "ok" if batcher.alive else "no thread computes any more: start the service again",
             "schema": SCHEMA,
-            "model": info.model,
             "part": info.index,
-            "parts": info.parts,
-            "format": info.format,
-            "takes": info.takes,
-            "labels": info.labels,
-            "policy": info.policy,
-            "next": None if highway.hop is None else highway.hop.url,
+            **{name: getattr(info, name) for name in ("model", "parts", "format", "takes", "labels", "policy")},
+            "next": highway.hop and highway.hop.url,
         }
         return JSONResponse(said, 200 if batcher.alive else 503)
 
@@ -166,7 +193,7 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 async def _received(request: Request, limit: int) -> tuple[bytes, int]:
-    # one large piece of memory goes back to the system when it is let go; thousands of small ones do not
+    # one large piece of memory goes back to the system when it is freed; thousands of small ones do not
     size, body = 0, bytearray()
     try:
         async for chunk in request.stream():
@@ -174,7 +201,7 @@ async def _received(request: Request, limit: int) -> tuple[bytes, int]:
             if size <= limit:
                 body += chunk
             else:
-                # read on without keeping anything, so that who is still sending can read the answer; but not forever
+                # read on, within bounds, without keeping anything: a client that is still sending can read the answer
                 body.clear()
                 if size > 4 * limit:
                     break
@@ -185,7 +212,7 @@ async def _received(request: Request, limit: int) -> tuple[bytes, int]:
 
 
 def _timeout(request: Request) -> float | None:
-    """Seconds that the sender leaves us for the next part."""
+    """Seconds that the sender allows for the next part."""
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
         return None
@@ -198,13 +225,13 @@ def _timeout(request: Request) -> float | None:
     return seconds
 
 
-def _inputs(highway: RemoteHighway, body: bytes, kind: str, max_rows: int) -> Arrays:
+def _inputs(highway: RemoteHighway, body: bytes, kind: str, max_samples: int) -> Arrays:
     """Pixels, from whatever a request to `/predict` holds."""
     if kind == CONTENT_TYPE:
-        return _checked(body, highway.info.takes, {}, max_rows)
+        return unpack(body, highway.info.takes, max_samples=max_samples)
     if kind.startswith("multipart/"):
         raise Refused(400, "no forms are taken: the image file is the body itself (curl --data-binary @FILE)")
-    images = _decoded(body, max_rows) if kind == "application/json" else [body]
+    images = Images.decoded(body, max_samples) if kind == "application/json" else [body]
     pixels = []
     for number, image in enumerate(images):
         try:
@@ -215,35 +242,8 @@ def _inputs(highway: RemoteHighway, body: bytes, kind: str, max_rows: int) -> Ar
     return {"pixel_values": np.stack(pixels)}
 
 
-def _decoded(body: bytes, max_rows: int) -> list[bytes]:
-    """The files in a JSON body."""
-    try:
-        said = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-    given = said.get("images", [said.get("image")]) if isinstance(said, dict) else None
-    if not isinstance(given, list) or not given or not all(isinstance(image, str) for image in given):
-        raise Refused(400, 'the body must be {"image": BASE64} or {"images": [BASE64, ...]}')
-    if len(given) > max_rows:
-        raise Refused(413, f"{len(given)} images, but at most {max_rows} are taken at once")
-    try:
-        return [base64.b64decode(image, validate=True) for image in given]
-    except (binascii.Error, ValueError) as error:
-        raise Refused(400, f"not base64: {error}") from error
-
-
-def _checked(body: bytes, takes: dict[str, Any], words: dict[str, str], max_rows: int) -> Arrays:
-    try:
-        return unpack(body, takes, words, max_rows=max_rows)
-    except MessageError as error:
-        raise Refused(400, str(error)) from error
-
-
 async def _answers(batcher: Batcher, inputs: Arrays, timeout: float | None, metrics: Metrics) -> Arrays:
-    try:
-        answers: Arrays = await asyncio.wrap_future(batcher.submit(inputs, timeout))
-    except Busy as error:
-        raise Refused(503, str(error)) from error
+    answers: Arrays = await asyncio.wrap_future(batcher.submit(inputs, timeout))
     metrics.answered(answers)
     return answers
 
@@ -253,13 +253,13 @@ def _as_json(highway: RemoteHighway, answers: Arrays) -> list[dict[str, Any]]:
     return [
         {
             "label": highway.info.labels[label],
-            "probability": round(float(probs[row, label]), 6),
-            "exit_index": int(answers["exit_index"][row]),
-            "exit_layer": int(answers["exit_layer"][row]),
-            "exit_score": float(answers["exit_score"][row]),
-            "degraded": bool(answers["degraded"][row]),
+            "probability": round(float(probs[number, label]), 6),
+            "exit_index": int(answers["exit_index"][number]),
+            "exit_layer": int(answers["exit_layer"][number]),
+            "exit_score": float(answers["exit_score"][number]),
+            "degraded": bool(answers["degraded"][number]),
         }
-        for row, label in enumerate(labels.tolist())
+        for number, label in enumerate(labels.tolist())
     ]
 
 

@@ -9,34 +9,35 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..engine import Answers, run_all
+from ..evaluation.costs import Highway
 from ..evaluation.exit_table import weights_digest
 from ..export.infer import checked_pixel_settings
-from ..export.segment_graphs import (
-    EXPORTABLE,
-    Read,
-    check_file_sizes,
-    export_decision,
-    export_parts,
-    weight_bytes,
-)
+from ..export.segment_graphs import EXPORTABLE, Read, check_file_sizes, export_decision, export_parts, weight_bytes
 from ..export.verification import verify_answers
 from ..files import replace_folder, write_json
 from ..hub.loading import HIGHWAYS, example_image
+from ..modeling_highway import HighwayMixin
 from ..policies import POLICIES, ExitPolicy
 from ..runtimes.manifest import exits_that_run
 from ..segments import Segment, State
-from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, PartInfo, file_digest
+from .device.info import MEMORY, PART_FILE, PART_FORMATS, WEIGHTS, Array, Exit, PartInfo, file_digest
+from .device.loop import ANSWERS, Arrays, Runs
+from .device.pixels import PixelSettings
 from .open_part import open_part
+from .torch_part import TorchPart, merged_segments
+
+if TYPE_CHECKING:
+    from .device.part import Part
 
 # the folder beside an ONNX part with what runs it
 RUNNER = "lgvit_part"
@@ -44,32 +45,34 @@ RUNNER = "lgvit_part"
 
 @dataclass(frozen=True)
 class _Cut:
-    """A part before it is written: its segments, and what comes in."""
+    """A part before it is written: its description, still without digests, its segments, and what comes in."""
 
-    index: int
-    start: int
-    exits: list[dict[str, Any]]
+    info: PartInfo
     segments: list[Segment]
     state: State
+
+    def folder(self, home: Path) -> Path:
+        """Where the part lies in the folder of all."""
+        return home / f"part{self.info.index}"
 
 
 @torch.no_grad()
 def split(
-    model: PreTrainedModel,
+    model: HighwayMixin,
     positions: Sequence[int],
     folder: str | Path,
     format: str = "safetensors",
     *,
     processor: BaseImageProcessor | None = None,
 ) -> list[PartInfo]:
-    """Cut a highway behind exits into parts that run on machines in a row, and keep them only if they answer alike.
+    """Cut a highway after exits into parts that run on machines in a row, and keep them only if they answer alike.
 
-    Every part answers the rows that are sure at its exits and gives the state of the rest, with the policy's memory.
-    Of each part the last exit is run even where the policy does not ask it: its answer stands in when nobody deeper
-    can be reached.
+    Every part answers the samples that exit early in it and gives the state of the others, with the policy's memory.
+    Of each part the last exit is run even where the policy skips it: its answer stands in when no deeper part can be
+    reached.
 
     Args:
-        model (`PreTrainedModel`): A highway, with its exit policy; split in `eval()` mode and float32, on the CPU.
+        model (`HighwayMixin`): A highway, with its exit policy; split in `eval()` mode and float32, on the CPU.
         positions (`Sequence[int]`): Blocks run before each cut, ascending; there must be exits.
         folder (`str` or `Path`): To be made, with `part0`, `part1`, ... in it.
         format (`str`, *optional*, defaults to `"safetensors"`):
@@ -98,33 +101,33 @@ def split(
         ([[0, 1], [2, 3]], [5, 24])
     """
     _check(model, positions, format)
-    model = copy.deepcopy(model).eval().cpu().float()
-    cuts = _cuts(model, positions)
-    infos = _described(model, cuts, list(positions), format, processor)
+    model = copy.deepcopy(model).train(False).cpu().float()
+    image = None if processor is None else _image_settings(processor, model.config.num_channels)
+    cuts = _cuts(model, list(positions), format, image)
     with replace_folder(folder) as new:
         write = _write_onnx if format == "onnx" else _write_safetensors
-        names = write(model, cuts, new)
-        for info, files in zip(infos, names, strict=True):
-            part = new / f"part{info.index}"
-            info = replace(info, files={name: file_digest(part / name) for name in files})
-            write_json(part / PART_FILE, info.as_json())
-        checks = _verify(model, new, infos)
-        infos = [replace(PartInfo.load(new / f"part{info.index}"), checks=checks) for info in infos]
-        for info in infos:
-            write_json(new / f"part{info.index}" / PART_FILE, info.as_json())
+        write(model, cuts, new)
+        infos = []
+        for cut in cuts:
+            files = {name: file_digest(cut.folder(new) / name) for name in cut.info.files}
+            infos.append(replace(cut.info, files=files))
+            write_json(cut.folder(new) / PART_FILE, infos[-1].as_json())
+        checks = _verify(model, [open_part(cut.folder(new), threads=torch.get_num_threads()) for cut in cuts])
+        infos = [replace(info, checks=checks) for info in infos]
+        for cut, info in zip(cuts, infos, strict=True):
+            write_json(cut.folder(new) / PART_FILE, info.as_json())
     return infos
 
 
-def _check(model: PreTrainedModel, positions: Sequence[int], format: str) -> None:
+def _check(model: HighwayMixin, positions: Sequence[int], format: str) -> None:
     if format not in PART_FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(PART_FORMATS)}")
     if model.config.model_type == "avit":
         raise ValueError("an AViT has no exits to be split at")
     choices = [segment.depth for segment in model.segments()[:-1]]
-    ascending = all(before < after for before, after in zip(positions, positions[1:], strict=False))
-    if not positions or not ascending or not set(positions) <= set(choices):
+    if not positions or sorted({*positions} & {*choices}) != list(positions):
         raise ValueError(
-            f"positions={list(positions)}: a highway is split behind exits, here at {choices or 'none'}; give some of "
+            f"positions={list(positions)}: a highway is split after exits, here at {choices or 'none'}; give some of "
             "them, ascending"
         )
     policy = model.exit_policy
@@ -137,78 +140,59 @@ def _check(model: PreTrainedModel, positions: Sequence[int], format: str) -> Non
         )
 
 
-def _cuts(model: PreTrainedModel, positions: Sequence[int]) -> list[_Cut]:
-    """The segments of each part, of which those whose exits nobody asks are run through to the next exit."""
+def _cuts(model: HighwayMixin, positions: list[int], format: str, image: PixelSettings | None) -> list[_Cut]:
+    """The parts; the blocks before a skipped exit join those after it."""
     segments, policy = model.segments(), model.exit_policy
-    asked, last = exits_that_run(policy, len(segments)), len(segments) - 1
-    cuts, state, start, passed = [], State({"pixel_values": example_image(model)}), 0, ()
-    for number, position in enumerate([*positions, segments[last].depth]):
-        exits, here, first, grid = [], [], state, state.grid
-        for index, segment in enumerate(segments[start:], start):
-            passed = (*passed, *segment.blocks)
+    depths, evaluated = [segment.depth for segment in segments], exits_that_run(policy, len(segments))
+    settings = json.dumps({"policy": policy.to_dict(), "positions": positions, "depths": depths})
+    memory = policy.start(1, "cpu")
+    described = partial(
+        PartInfo,
+        model=hashlib.sha256(f"{weights_digest(cast(Highway, model))}{settings}".encode()).hexdigest(),
+        parts=len(positions) + 1,
+        format=format,
+        memory={name: tensor.item() for name, tensor in memory.items()},
+        depths=depths,
+        policy=policy.to_dict(),
+        labels=[str(model.config.id2label[index]) for index in range(model.config.num_labels)],
+        versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers")},
+    )
+    cuts, start, state = list[_Cut](), 0, State({"pixel_values": example_image(model)})
+    takes = _arrays(state.tensors)
+    for number, end in enumerate(map(depths.index, [*positions, depths[-1]])):
+        indices = [index for index in range(start, end + 1) if index in evaluated or index == end]
+        exits, first, here = list[Exit](), state, merged_segments(segments, indices, start)
+        for index, segment in zip(indices, here, strict=True):
+            leave = "policy" if index in evaluated else "nobody"
+            if index == len(depths) - 1 or (leave == "policy" and policy.name == "fixed"):
+                leave = "everybody"
+            exits.append({"index": index, "leave": leave, "grid": list(state.grid) if state.grid else None})
             state = segment.advance(state)
-            if index in asked or segment.depth == position:
-                here.append(replace(segment, blocks=passed))
-                leave = _who_leaves(policy, index, index in asked, last)
-                exits.append({"index": index, "leave": leave, "grid": None if grid is None else list(grid)})
-                passed, grid = (), state.grid
-            if segment.depth == position:
-                break
-        cuts.append(_Cut(number, start, exits, here, first))
-        start = index + 1
+        carried = {f"{MEMORY}{name}": tensor for name, tensor in memory.items()}
+        gives = _arrays({**state.tensors, **carried}) if number < len(positions) else {}
+        files = [*(f"segment_{index:02}.onnx" for index in indices), "decision.onnx"]
+        info = described(
+            index=number,
+            takes=takes,
+            gives=gives,
+            start=start,
+            exits=exits,
+            image=image if number == 0 else None,
+            files=dict.fromkeys(files if format == "onnx" else ["config.json", WEIGHTS], ""),
+        )
+        cuts.append(_Cut(info, here, first))
+        takes, start = gives, end + 1
     return cuts
 
 
-def _who_leaves(policy: ExitPolicy, index: int, is_asked: bool, last: int) -> str:
-    if index == last:
-        return "everybody"
-    if not is_asked:
-        return "nobody"
-    return "everybody" if policy.name == "fixed" else "policy"
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
+    return {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
+        for name, tensor in tensors.items()
+    }
 
 
-def _described(
-    model: PreTrainedModel,
-    cuts: list[_Cut],
-    positions: list[int],
-    format: str,
-    processor: BaseImageProcessor | None,
-) -> list[PartInfo]:
-    policy, depths = model.exit_policy, [segment.depth for segment in model.segments()]
-    memory = policy.start(1, "cpu")
-    carried = {f"{MEMORY}{name}": tensor for name, tensor in memory.items()}
-    states = [cut.state.tensors if cut.index == 0 else {**cut.state.tensors, **carried} for cut in cuts]
-    arrays = [{name: _array(tensor) for name, tensor in state.items()} for state in states] + [{}]
-    settings = {"policy": policy.to_dict(), "positions": positions, "depths": depths}
-    digest = hashlib.sha256((weights_digest(model) + json.dumps(settings)).encode()).hexdigest()
-    image = None if processor is None else _image_settings(processor, model.config.num_channels)
-    return [
-        PartInfo(
-            model=digest,
-            index=cut.index,
-            parts=len(cuts),
-            format=format,
-            takes=arrays[cut.index],
-            gives=arrays[cut.index + 1],
-            memory={name: tensor.item() for name, tensor in memory.items()},
-            depths=depths,
-            start=cut.start,
-            exits=cut.exits,
-            policy=policy.to_dict(),
-            labels=[str(model.config.id2label[index]) for index in range(model.config.num_labels)],
-            image=image if cut.index == 0 else None,
-            files={},
-            versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers")},
-        )
-        for cut in cuts
-    ]
-
-
-def _array(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
-
-
-def _image_settings(processor: BaseImageProcessor, num_channels: int) -> dict[str, Any] | None:
+def _image_settings(processor: BaseImageProcessor, num_channels: int) -> PixelSettings | None:
     """How numpy and pillow do what the processor does; nothing, and a warning, where they cannot."""
     try:
         return checked_pixel_settings(processor, num_channels)
@@ -221,29 +205,26 @@ def _image_settings(processor: BaseImageProcessor, num_channels: int) -> dict[st
         return None
 
 
-def _write_onnx(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[list[str]]:
+def _write_onnx(model: HighwayMixin, cuts: list[_Cut], folder: Path) -> None:
     try:
         import onnx
     except ImportError as error:
         raise ImportError('parts in ONNX need onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
-    exits = [exit["index"] for cut in cuts for exit in cut.exits]
+    exits = [exit["index"] for cut in cuts for exit in cut.info.exits]
     sizes = zip(exits, weight_bytes(model, exits), strict=True)
     check_file_sizes({f"segment_{index:02}.onnx": size for index, size in sizes}, "use format='safetensors'")
     stretches = dict(zip(exits, export_parts(model, exits), strict=True))
     decision = export_decision(model.exit_policy, model.config.num_labels)
-    names = []
+    runner = Path(__file__).parent / "device"
     for cut in cuts:
-        part = folder / f"part{cut.index}"
-        part.mkdir()
-        names.append([*(f"segment_{exit['index']:02}.onnx" for exit in cut.exits), "decision.onnx"])
-        models = [*(stretches[exit["index"]].model for exit in cut.exits), decision.model]
-        for name, content in zip(names[-1], models, strict=True):
-            onnx.save(content, part / name)
-        shutil.copytree(Path(__file__).parent / "device", part / RUNNER, ignore=shutil.ignore_patterns("__pycache__"))
-    return names
+        part = cut.folder(folder)
+        shutil.copytree(runner, part / RUNNER, ignore=shutil.ignore_patterns("__pycache__"))
+        models = [*(stretches[exit["index"]].model for exit in cut.info.exits), decision.model]
+        for name, proto in zip(cut.info.files, models, strict=True):
+            onnx.save(proto, part / name)
 
 
-def _write_safetensors(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -> list[list[str]]:
+def _write_safetensors(model: HighwayMixin, cuts: list[_Cut], folder: Path) -> None:
     held = model.state_dict()
     for cut in cuts:
         with Read() as read:
@@ -254,14 +235,12 @@ def _write_safetensors(model: PreTrainedModel, cuts: list[_Cut], folder: Path) -
             if tensor.untyped_storage().data_ptr() in read.storages
         }
         # upstream's own writing: under the names that files have, whatever this version calls its modules
-        PreTrainedModel.save_pretrained(model, folder / f"part{cut.index}", state_dict=used)
-    return [["config.json", WEIGHTS] for _ in cuts]
+        PreTrainedModel.save_pretrained(model, cut.folder(folder), state_dict=used)
 
 
-def _verify(model: PreTrainedModel, folder: Path, infos: list[PartInfo]) -> dict[str, Any]:
+def _verify(model: HighwayMixin, parts: Sequence[Part | TorchPart]) -> dict[str, Any]:
     """Run the parts as a chain against the model."""
-    evaluated = [exit["index"] for info in infos for exit in info.exits if exit["leave"] != "nobody"]
-    parts = [open_part(folder / f"part{info.index}", threads=torch.get_num_threads()) for info in infos]
+    evaluated = [exit["index"] for part in parts for exit in part.info.exits if exit["leave"] != "nobody"]
 
     def answer(policy: ExitPolicy, images: Tensor) -> Answers:
         for part in parts:
@@ -271,20 +250,19 @@ def _verify(model: PreTrainedModel, folder: Path, infos: list[PartInfo]) -> dict
     return verify_answers(model, evaluated, answer, "the parts do not answer")
 
 
-def run_chain(parts: Sequence[Any], inputs: dict[str, np.ndarray]) -> Answers:
+def run_chain(parts: Sequence[Runs], inputs: Arrays) -> Answers:
     """The answers of parts in a row, in one process.
 
     Args:
         parts (`Sequence`): Opened, all of one split.
         inputs (`dict[str, np.ndarray]`): What the first takes.
     """
-    answers, rows, state = parts[0](inputs)
+    answers, samples, state = parts[0](inputs)
     for part in parts[1:]:
-        if not len(rows):
+        if not len(samples):
             break
         deeper, further, state = part(state)
         for name, array in deeper.items():
-            answers[name][rows] = array
-        rows = rows[further]
-    order = ("logits", "exit_index", "exit_layer", "exit_score")
-    return Answers(*(torch.from_numpy(answers[name]) for name in order))
+            answers[name][samples] = array
+        samples = samples[further]
+    return Answers(*(torch.from_numpy(answers[name]) for name in ANSWERS))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..hub.loading import HIGHWAYS, read_config
+from ..modeling_highway import HighwayMixin
 from ..policies import build_policy, probabilities
 from ..pretrained import RECOMPUTED
 from ..segments import Segment, State
@@ -42,8 +44,7 @@ class TorchPart:
         config = read_config(str(folder))
         if config.model_type not in HIGHWAYS:
             raise ValueError(f"{folder}: model type {config.model_type!r} must be one of {', '.join(HIGHWAYS)}")
-        make: Any = HIGHWAYS[config.model_type]
-        self.model = make(config).eval()
+        self.model: HighwayMixin = HIGHWAYS[config.model_type](config).train(False)
         try:
             missing, unexpected = self.model.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
         except (SafetensorError, RuntimeError) as error:
@@ -51,25 +52,30 @@ class TorchPart:
         strange = [name for name in unexpected if not name.endswith(RECOMPUTED)]
         if strange:
             raise ValueError(f"{self.folder / WEIGHTS}: unknown tensor {strange[0]!r}")
-        _let_go(self.model, set(missing))
+        for name in missing:  # another part's: their memory is freed
+            owner, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if isinstance(held := getattr(module, attribute), nn.Parameter):
+                setattr(module, attribute, nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False))
         self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self.policy = build_policy(self.info.policy, len(self.model.exits))
+        indices = [exit["index"] for exit in self.info.exits]
+        segments = merged_segments(self.model.segments(), indices, self.info.start)
         self._segments = [
-            partial(self._run, segment, exit["grid"])
-            for segment, exit in zip(self._cut(), self.info.exits, strict=True)
+            partial(self._run, segment, exit["grid"]) for segment, exit in zip(segments, self.info.exits, strict=True)
         ]
         try_part(self)
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer rows, as `run_part` says."""
+        """Answer samples, as `run_part` says."""
         # copies, for an array may be a piece of a message, which is read-only; the state stays where the model is
-        given: dict[str, Any] = {
+        given = {
             name: array if name.startswith(MEMORY) else torch.tensor(array, device=self.device)
             for name, array in inputs.items()
         }
-        answers, rows, state = run_part(self.info, self._segments, self._decide, given)
-        return answers, rows, {name: np.asarray(torch.as_tensor(array).cpu()) for name, array in state.items()}
+        answers, samples, state = run_part(self.info, self._segments, self._decide, cast(Arrays, given))
+        return answers, samples, {name: np.asarray(torch.as_tensor(array).cpu()) for name, array in state.items()}
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the part takes it, float32 `[C, H, W]`.
@@ -80,36 +86,32 @@ class TorchPart:
         return prepare(image, self.info.image)
 
     def set_policy(self, policy: dict[str, Any]) -> None:
-        """Give the policy other numbers; the exits that it asks stay."""
+        """Give the policy other numbers; the exits that it evaluates stay."""
         self.policy = build_policy(policy, len(self.model.exits))
         self.info = replace(self.info, policy=policy)
 
-    def _cut(self) -> list[Segment]:
-        """The highway's segments of this part, run through where nobody asks an exit."""
-        whole, indices = self.model.segments(), [exit["index"] for exit in self.info.exits]
-        segments, passed = [], ()
-        for index in range(self.info.start, indices[-1] + 1):
-            passed = (*passed, *whole[index].blocks)
-            if index in indices:
-                segments.append(replace(whole[index], blocks=passed))
-                passed = ()
-        return segments
-
-    def _run(self, segment: Segment, grid: list[int] | None, tensors: dict[str, Tensor]) -> tuple[Any, np.ndarray]:
+    def _run(self, segment: Segment, grid: list[int] | None, tensors: Any) -> tuple[Any, np.ndarray]:
         state = segment.advance(State(tensors, None if grid is None else (grid[0], grid[1])))
         return state.tensors, segment.answer(state).float().cpu().numpy()
 
     def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
         scores, before = torch.from_numpy(logits), {name: torch.tensor(array) for name, array in memory.items()}
-        leave, after = self.policy(scores, before, index)
+        exits, after = self.policy(scores, before, index)
         score = after["score"] if "score" in after else probabilities(scores).amax(-1)
-        return leave.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
+        return exits.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
 
 
-def _let_go(model: nn.Module, names: set[str]) -> None:
-    """Free the memory of parameters that are another part's."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if name in names:
-                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-                setattr(module, name.rpartition(".")[2], empty)
+def merged_segments(segments: Sequence[Segment], indices: Sequence[int], start: int = 0) -> list[Segment]:
+    """Segments that end at the exits `indices` alone; the blocks before a skipped exit join those after it.
+
+    Args:
+        segments (`Sequence[Segment]`): Of a whole highway.
+        indices (`Sequence[int]`): Of exits, ascending.
+        start (`int`, *optional*, defaults to 0): Index of the first segment that is kept.
+    """
+    merged = []
+    for index in indices:
+        blocks = [block for segment in segments[start : index + 1] for block in segment.blocks]
+        merged.append(replace(segments[index], blocks=tuple(blocks)))
+        start = index + 1
+    return merged

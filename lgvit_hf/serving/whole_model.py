@@ -3,50 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
+from ..configuration import HighwayConfig
 from ..evaluation.exit_table import weights_digest
 from ..hub.loading import answer_depths
 from ..segments import height_width
 from .device.info import PartInfo
-from .device.loop import Arrays, try_part
+from .device.loop import ANSWERS, Arrays, try_part
 from .predictor import Predictor
 
 
 class Whole:
-    """A checkpoint or an exported highway; called as a part is, with no row left over.
+    """A checkpoint or an exported highway; called as a part is, but all samples exit in it.
 
     Args:
         path (`str` or `Path`): See `Predictor`.
         policy (`dict`, *optional*): Instead of the saved one.
-        max_batch_size (`int`, *optional*, defaults to 32): Rows that run at once.
+        max_batch_size (`int`, *optional*, defaults to 32): Samples that run at once.
 
     Raises:
         OSError, ValueError: See `Predictor`; also where it does not run, or its image processor does not fit it.
     """
 
     def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):
-        self._predictor = Predictor(path, policy, max_batch_size=max_batch_size)
+        self.folder, self._predictor = Path(path), Predictor(path, policy, max_batch_size=max_batch_size)
         model, config = self._predictor.model, self._predictor.model.config
         height, width = height_width(config.image_size)
         self.info = PartInfo(
-            model=weights_digest(model),
-            index=0,
-            parts=1,
+            model=weights_digest(model) or "",
             format="whole",
             takes={"pixel_values": {"dtype": "float32", "shape": [config.num_channels, height, width]}},
-            gives={},
-            memory={},
-            depths=answer_depths(config),
-            start=0,
-            exits=[],
+            depths=answer_depths(cast(HighwayConfig, config)),
             policy=model.exit_policy.to_dict(),
             labels=self._predictor.label_names,
-            image=None,
-            files={},
         )
         try_part(self)
         if self._predictor.takes_images:
@@ -67,10 +60,9 @@ class Whole:
                 )
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer rows, all of them."""
+        """Answer samples, all of them."""
         found = self._predictor(inputs)
-        names = ("logits", "exit_index", "exit_layer", "exit_score")
-        return {name: found[name] for name in names}, np.zeros(0, np.int64), {}
+        return {name: found[name] for name in ANSWERS}, np.zeros(0, np.int64), {}
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""

@@ -1,4 +1,4 @@
-"""`python -m lgvit_part IMAGE... [--next URL]`, in the folder of a part: answer image files, with the parts behind."""
+"""`python -m lgvit_part IMAGE... [--next URL]`, in the folder of a part: answer image files, with the next parts."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ def main() -> int:
                 raise ValueError(f"{file}: {error}") from error
             answers = highway({"pixel_values": part.pixels(image)[None]})
             label, share = int(answers["logits"][0].argmax()), probabilities(part.info, answers)[0].max()
-            note = ", degraded: nobody deeper could be asked" if answers["degraded"][0] else ""
+            note = ", degraded: no deeper part could be reached" if answers["degraded"][0] else ""
             print(f"{file} {part.info.labels[label]} {share:.1%} after {answers['exit_layer'][0]} blocks{note}")
     except (OSError, ValueError) as error:
         print(f"lgvit_part: {error}", file=sys.stderr)

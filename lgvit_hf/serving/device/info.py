@@ -9,7 +9,9 @@ import re
 import reprlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
+
+from .pixels import PixelSettings
 
 PART_FILE = "part.json"
 SCHEMA = 1
@@ -17,15 +19,86 @@ PART_FORMATS = ("onnx", "safetensors")
 WEIGHTS = "model.safetensors"
 # names of a policy's memory in a state, beside the tensors of the highway
 MEMORY = "memory."
-# in one row of an array
+# in one sample of an array
 MAX_NUMBERS = 1 << 28
 LEAVES = ("policy", "nobody", "everybody")
 _NAME = re.compile(r"[\w.-]{1,100}")
+_Described = TypeVar("_Described", bound="Description")
 
 
-@dataclass(frozen=True)
-class PartInfo:
-    """What `split` says of a part. Arrays are given by `dtype` and `shape` of one row; the batch comes first.
+class Array(TypedDict):
+    """An array of a message: `shape` is that of one sample; the batch comes first."""
+
+    dtype: str
+    shape: list[int]
+
+
+class Exit(TypedDict):
+    """An exit of a part: see `PartInfo.exits`."""
+
+    index: int
+    leave: str
+    grid: list[int] | None
+
+
+class Description:
+    """A JSON file in a folder that says what the other files are, by their digests; checked when it is read.
+
+    A frozen dataclass derives from it; what the class attributes hold appears in errors.
+    """
+
+    FILE = KIND = WRITER = AGAIN = ""
+    files: dict[str, str]
+
+    @classmethod
+    def load(cls: type[_Described], folder: str | Path) -> _Described:
+        """Read a folder's description, and check the files beside it by it.
+
+        Raises:
+            OSError: There is none.
+            ValueError: It is not what its writer writes, or a file is another than was written.
+        """
+        folder = Path(folder)
+        file = folder / cls.FILE
+        if not file.is_file():
+            raise OSError(f"{folder}: no {cls.FILE} there, not {cls.KIND}")
+        cls._check_link(file)
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings.pop("what", None)
+            described = cls(**cls._current(settings))
+            for name, is_good in described._checks().items():
+                if not is_good:
+                    raise ValueError(f"{name}={reprlib.repr(getattr(described, name))}")
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{file} is not what {cls.WRITER} writes ({error})") from error
+        for name, digest in described.files.items():
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing; {cls.AGAIN}")
+            cls._check_link(folder / name)
+            if file_digest(folder / name) != digest:
+                raise ValueError(f"{folder / name} is not the file that was written; {cls.AGAIN}")
+        return described
+
+    @classmethod
+    def _check_link(cls, file: Path) -> None:
+        """Raise `ValueError` for a link that is not followed."""
+        if file.is_symlink():
+            raise ValueError(f"{file} is a link, which is not followed; {cls.AGAIN}")
+
+    @classmethod
+    def _current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The fields, as this version calls them."""
+        return settings
+
+    def _checks(self) -> dict[str, bool]:
+        """Whether each field holds what it should."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartInfo(Description):
+    """What `split` says of a part. Arrays are given by `dtype` and `shape` of one sample; the batch comes first.
 
     Args:
         model (`str`): SHA-256 of the whole model, its policy and its cuts: parts of one split have the same.
@@ -39,9 +112,9 @@ class PartInfo:
         depths (`list[int]`): Blocks run before each exit of the whole highway, the final classifier last.
         start (`int`): Of the segments of the whole highway, the first one here.
         exits (`list[dict]`):
-            Of this part, in order: `index`, in the whole highway, and who may `leave`: whom the `policy` lets go,
-            `nobody` (it only answers where nobody deeper can be asked) or `everybody`; and the `grid` of patches with
-            which the state comes to its segment, if it has one.
+            Of this part, in order: `index`, in the whole highway, and which samples exit (`leave`): those that the
+            `policy` lets exit, `nobody` (it only answers where no deeper part can be reached) or `everybody`; and the
+            `grid` of patches with which the state comes to its segment, if it has one.
         policy (`dict`): With its thresholds and temperatures, of all exits.
         labels (`list[str]`): Classes.
         image (`dict`, *optional*): How `prepare` makes pixels of an image, or nothing if that takes the processor.
@@ -49,26 +122,31 @@ class PartInfo:
         versions (`dict[str, str]`), checks (`dict`): Of the packages that wrote it; how close it came to the model.
     """
 
+    FILE = PART_FILE
+    KIND = "a part of a split highway"
+    WRITER = "`split`"
+    AGAIN = "split the model again"
+
     model: str
-    index: int
-    parts: int
+    index: int = 0
+    parts: int = 1
     format: str
-    takes: dict[str, dict[str, Any]]
-    gives: dict[str, dict[str, Any]]
-    memory: dict[str, float]
+    takes: dict[str, Array]
+    gives: dict[str, Array] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
     depths: list[int]
-    start: int
-    exits: list[dict[str, Any]]
+    start: int = 0
+    exits: list[Exit] = field(default_factory=list)
     policy: dict[str, Any]
     labels: list[str]
-    image: dict[str, Any] | None
-    files: dict[str, str]
+    image: PixelSettings | None = None
+    files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def answers(self) -> dict[str, dict[str, Any]]:
-        """Arrays of the answers to every row."""
+    def answers(self) -> dict[str, Array]:
+        """Arrays of the answers to every sample."""
         numbers = {"exit_index": "int64", "exit_layer": "int64", "exit_score": "float32", "degraded": "uint8"}
         return {
             "logits": {"dtype": "float32", "shape": [len(self.labels)]},
@@ -81,73 +159,42 @@ class PartInfo:
         return {"schema": str(SCHEMA), "model": self.model, "part": str(self.index)}
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `part.json`."""
+        """What `part.json` holds."""
         return {"what": "lgvit part", "schema": SCHEMA, **asdict(self)}
 
     @classmethod
-    def load(cls, folder: str | Path) -> PartInfo:
-        """Read a part's description, and check the files beside it by it.
+    def _current(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        schema = settings.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"schema={reprlib.repr(schema)}, but this version reads {SCHEMA}")
+        return settings
 
-        Raises:
-            OSError: There is none.
-            ValueError: It is not what `split` writes, or a file is another than was written.
-        """
-        folder = Path(folder)
-        file = folder / PART_FILE
-        if not file.is_file():
-            raise OSError(f"{folder}: no {PART_FILE} there, not a part of a split highway")
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            schema = settings.pop("schema", None)
-            if schema != SCHEMA:
-                raise ValueError(f"schema={reprlib.repr(schema)}, but this version reads {SCHEMA}")
-            info = cls(**{name: value for name, value in settings.items() if name != "what"})
-            info._check()
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{file} is not what `split` writes ({error})") from error
-        for name, digest in info.files.items():
-            if not (folder / name).is_file() or (folder / name).is_symlink():
-                raise ValueError(f"{folder / name} is missing; split the model again")
-            if file_digest(folder / name) != digest:
-                raise ValueError(f"{folder / name} is not the file that was written; split the model again")
-        return info
-
-    def _check(self) -> None:
-        """Raise `ValueError` for a field that does not hold what it should."""
-        counted = _is_count(self.index) and _is_count(self.parts) and self.index < self.parts
-        num_exits = len(self.depths) if isinstance(self.depths, list) else 0
-        good = {
+    def _checks(self) -> dict[str, bool]:
+        num_exits = len(self.depths) if are_counts(self.depths) else 0
+        return {
             "model": is_digest(self.model),
-            "index": counted,
+            "index": _is_count(self.index) and _is_count(self.parts) and self.index < self.parts,
             "format": self.format in PART_FORMATS,
             "takes": _are_arrays(self.takes) and bool(self.takes),
             "gives": _are_arrays(self.gives) and bool(self.gives) == (self.index < self.parts - 1),
-            "memory": isinstance(self.memory, dict) and all(_is_number(value) for value in self.memory.values()),
-            "depths": num_exits > 0 and all(_is_count(depth) for depth in self.depths),
+            "memory": isinstance(self.memory, dict)
+            and all(type(each) in (int, float) for each in self.memory.values()),
+            "depths": num_exits > 0,
             "exits": isinstance(self.exits, list)
-            and len(self.exits) > 0
+            and are_counts([each["index"] for each in self.exits])
+            and self.exits[-1]["index"] < num_exits
             and all(
                 set(each) == {"index", "leave", "grid"}
-                and _is_count(each["index"])
-                and each["index"] < num_exits
                 and each["leave"] in LEAVES
                 and (each["grid"] is None or all(map(_is_count, each["grid"])))
                 for each in self.exits
-            )
-            and all(one["index"] < other["index"] for one, other in zip(self.exits, self.exits[1:], strict=False)),
+            ),
             "start": _is_count(self.start) and all(self.start <= each["index"] for each in self.exits),
             "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
-            "labels": isinstance(self.labels, list)
-            and len(self.labels) > 0
-            and all(isinstance(label, str) and is_text(label) for label in self.labels),
+            "labels": isinstance(self.labels, list) and bool(self.labels) and all(map(is_text, self.labels)),
             "image": self.image is None or isinstance(self.image, dict),
-            "files": isinstance(self.files, dict)
-            and self._names_its_files()
-            and all(_NAME.fullmatch(name) and is_digest(digest) for name, digest in self.files.items()),
+            "files": are_digests(self.files, _NAME) and self._names_its_files(),
         }
-        for name, is_good in good.items():
-            if not is_good:
-                raise ValueError(f"{name}={reprlib.repr(getattr(self, name))}")
 
     def _names_its_files(self) -> bool:
         if self.format == "onnx":
@@ -168,18 +215,26 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
-def is_text(value: str) -> bool:
+def are_counts(values: Any, least: int = 0) -> bool:
+    """Whether this is a list of at least one integer, ascending from at least `least`."""
+    if not isinstance(values, list) or not values or not all(map(_is_count, values)):
+        return False
+    return values[0] >= least and values == sorted(set(values))
+
+
+def is_text(value: Any) -> bool:
     """Whether UTF-8 can write it: half a pair of surrogates is no text."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def is_digest(value: Any) -> bool:
     """Whether this is a SHA-256 as `file_digest` writes it."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def are_digests(files: Any, name: re.Pattern[str]) -> bool:
+    """Whether this is a dict of digests by names that match a pattern."""
+    return isinstance(files, dict) and all(name.fullmatch(file) and is_digest(files[file]) for file in files)
 
 
 def _are_arrays(value: Any) -> bool:

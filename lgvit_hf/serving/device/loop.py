@@ -1,26 +1,41 @@
-"""The loop over a part's segments: answers of the rows that are sure, and the state of the rest."""
+"""The loop over a part's segments: answers of all samples, and the state of those that have not exited."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from .info import MEMORY, PART_FILE, PartInfo
+from .info import MEMORY, PART_FILE, Exit, PartInfo
 
 Arrays = dict[str, np.ndarray]
+ANSWERS = ("logits", "exit_index", "exit_layer", "exit_score")
 # state in; state and logits out
 Segment = Callable[[Arrays], tuple[Arrays, np.ndarray]]
-# logits, memory and exit index in; who leaves, score and memory out
+# logits, memory and exit index in; which samples exit, score and memory out
 Decision = Callable[[np.ndarray, Arrays, int], tuple[np.ndarray, np.ndarray, Arrays]]
+
+
+class Runs(Protocol):
+    """What runs a part: `Part`, or its likes in PyTorch."""
+
+    folder: Path
+    info: PartInfo
+
+    def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
+        """Answers of all samples, which samples go on, and their state."""
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """One image as the part takes it."""
 
 
 def run_part(
     info: PartInfo, segments: Sequence[Segment], decide: Decision, inputs: Arrays
 ) -> tuple[Arrays, np.ndarray, Arrays]:
-    """Run a part; the remaining segments run on the rows that have not left.
+    """Run a part; the remaining segments run on the samples that have not exited.
 
     Args:
         info (`PartInfo`): Of the part.
@@ -30,77 +45,66 @@ def run_part(
 
     Returns:
         - `answers`: `logits` `[B, C]`, `exit_index` `[B]` (from 0, in the whole highway), `exit_layer` `[B]` (blocks
-          run, from 1) and `exit_score` `[B]` of every row,
-        - `rows` `[K]`: of the rows that are not sure yet; their answers are those of the deepest exit here,
-        - `state`: of these rows, what the next part takes.
+          run, from 1) and `exit_score` `[B]` of every sample,
+        - `samples` `[K]`: those that have not exited; their answers are those of the deepest exit here,
+        - `state`: of these samples, what the next part takes.
     """
     state = {name: array for name, array in inputs.items() if not name.startswith(MEMORY)}
-    rows = np.arange(len(next(iter(state.values()))))
+    samples = np.arange(len(next(iter(state.values()))))
+    # the last part alone gives no memory, and takes it
+    arrays = info.takes | info.gives
     memory = {
-        name: inputs[MEMORY + name]
-        if MEMORY + name in inputs
-        else np.full(len(rows), first, _memory_dtype(info, name))
-        for name, first in info.memory.items()
+        name: np.full(len(samples), first, arrays[MEMORY + name]["dtype"]) for name, first in info.memory.items()
     }
+    memory |= {name.removeprefix(MEMORY): array for name, array in inputs.items() if name.startswith(MEMORY)}
     answers: Arrays = {}
     for exit, segment in zip(info.exits, segments, strict=True):
         state, logits = segment(state)
-        leave, score, memory = _decided(exit, decide, logits, memory)
-        index = np.full(len(rows), exit["index"])
-        here = {
-            "logits": logits,
-            "exit_index": index,
-            "exit_layer": np.asarray(info.depths)[index],
-            "exit_score": score,
-        }
+        exits, score, memory = _decided(exit, decide, logits, memory)
+        index = np.full(len(samples), exit["index"])
+        layers = np.asarray(info.depths)[index]
+        here = {"logits": logits, "exit_index": index, "exit_layer": layers, "exit_score": score}
         if not answers:
             answers = {name: array.copy() for name, array in here.items()}
-        # of rows that stay, too: who goes on is overwritten later, or was not answered any deeper
+        # of samples that go on, too: a deeper exit replaces their answer, where one is reached
         for name, array in here.items():
-            answers[name][rows] = array
-        stay = np.flatnonzero(~leave)
-        if len(stay) == len(rows):
+            answers[name][samples] = array
+        further = np.flatnonzero(~exits)
+        if len(further) == len(samples):
             continue
-        rows = rows[stay]
-        if not len(rows):
-            break
-        state = {name: array[stay] for name, array in state.items()}
-        memory = {name: array[stay] for name, array in memory.items()}
-    if not len(rows):
-        return answers, rows, {}
-    return answers, rows, {**state, **{MEMORY + name: array for name, array in memory.items()}}
+        samples = samples[further]
+        if not len(samples):
+            return answers, samples, {}
+        state = {name: array[further] for name, array in state.items()}
+        memory = {name: array[further] for name, array in memory.items()}
+    return answers, samples, {**state, **{MEMORY + name: array for name, array in memory.items()}}
 
 
 def _decided(
-    exit: dict[str, Any], decide: Decision, logits: np.ndarray, memory: Arrays
+    exit: Exit, decide: Decision, logits: np.ndarray, memory: Arrays
 ) -> tuple[np.ndarray, np.ndarray, Arrays]:
     if exit["leave"] == "nobody":
         return np.zeros(len(logits), bool), softmax(logits).max(-1), memory
-    leave, score, memory = decide(logits, memory, exit["index"])
+    exits, score, memory = decide(logits, memory, exit["index"])
     if exit["leave"] == "everybody":
         return np.ones(len(logits), bool), score, memory
-    return leave & ~np.isnan(logits).any(-1), score, memory
+    return exits & ~np.isnan(logits).any(-1), score, memory
 
 
-def _memory_dtype(info: PartInfo, name: str) -> str:
-    # the last part alone gives no memory, and takes it
-    return str({**info.takes, **info.gives}[MEMORY + name]["dtype"])
-
-
-def try_part(part: Any) -> None:
-    """Run a part on a row of zeros, so that it says when it is opened, and not to who asks it, what does not fit.
+def try_part(part: Runs) -> None:
+    """Run a part on a sample of zeros, so that what does not fit is said when it is opened, not at a request.
 
     Raises:
         ValueError: It does not run, or its answers are not those that its description says.
     """
     info = part.info
     try:
-        answers, rows, state = part({name: np.zeros((1, *a["shape"]), a["dtype"]) for name, a in info.takes.items()})
-        shapes = {name: list(array.shape[1:]) for name, array in answers.items()}
-        wanted = {name: info.answers[name]["shape"] for name in shapes}
-        if len(rows):
-            shapes |= {name: list(array.shape[1:]) for name, array in state.items()}
-            wanted |= {name: array["shape"] for name, array in info.gives.items()}
+        answers, further, state = part(
+            {name: np.zeros((1, *a["shape"]), a["dtype"]) for name, a in info.takes.items()}
+        )
+        given, described = (answers | state, info.answers | info.gives) if len(further) else (answers, info.answers)
+        shapes = {name: list(array.shape[1:]) for name, array in given.items()}
+        wanted = {name: array["shape"] for name, array in described.items() if name != "degraded"}
         if shapes != wanted:
             raise ValueError(f"it gives {shapes}, not {wanted}")
         probabilities(info, answers)
@@ -114,7 +118,7 @@ def try_part(part: Any) -> None:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of each row of `logits` `[B, C]`, float32.
+    """Probabilities of each sample of `logits` `[B, C]`, float32.
 
     Example:
 

@@ -9,6 +9,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from .info import Array
+
 CONTENT_TYPE = "application/vnd.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "I64": "int64", "U8": "uint8"}
 _CODES = {name: code for code, name in DTYPES.items()}
@@ -38,11 +40,7 @@ def pack(arrays: Mapping[str, np.ndarray], words: Mapping[str, str] | None = Non
         data = np.ascontiguousarray(array)
         parts.append(data.astype(data.dtype.newbyteorder("<"), copy=False).tobytes())
         start, end = end, end + len(parts[-1])
-        header[name] = {
-            "dtype": _CODES[data.dtype.name],
-            "shape": list(np.shape(array)),
-            "data_offsets": [start, end],
-        }
+        header[name] = {"dtype": _CODES[data.dtype.name], "shape": list(np.shape(array)), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
@@ -50,10 +48,10 @@ def pack(arrays: Mapping[str, np.ndarray], words: Mapping[str, str] | None = Non
 
 def unpack(
     body: bytes | memoryview,
-    wanted: Mapping[str, Mapping[str, Any]],
+    wanted: Mapping[str, Array],
     words: Mapping[str, str] | None = None,
     *,
-    max_rows: int | None = None,
+    max_samples: int | None = None,
     finite: bool = True,
 ) -> dict[str, np.ndarray]:
     """The arrays of a message, all of it checked before any of them is made.
@@ -61,10 +59,10 @@ def unpack(
     Args:
         body (`bytes`): What was received.
         wanted (`dict[str, dict]`):
-            `dtype` and `shape` of one row of every array that must be there; no other may be. The batch comes first.
-            float32 may be sent as float16.
+            `dtype` and `shape` of one sample of every array that must be there; no other may be. The batch comes
+            first. float32 may be sent as float16.
         words (`dict[str, str]`, *optional*): What the message must say of itself; it may say more.
-        max_rows (`int`, *optional*): The largest batch that is taken.
+        max_samples (`int`, *optional*): The largest batch that is taken.
         finite (`bool`, *optional*, defaults to `True`): Whether NaN and infinity are refused.
 
     Returns:
@@ -82,26 +80,22 @@ def unpack(
     if set(header) != set(wanted):
         names = ", ".join(sorted(wanted))
         raise MessageError(f"the message holds {_short(sorted(header))}, but must hold {names}")
-    rows, end = None, 0
-    places: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    entries = {name: _entry(name, entry, wanted[name]) for name, entry in header.items()}
+    samples, end = next(iter(entries.values()))[1][0], 0
     # in the order in which they lie: without a hole, an overlap or a rest
-    for name in sorted(header, key=lambda name: _offsets(name, header[name])):
-        dtype, shape, (start, stop) = _entry(name, header[name], wanted[name])
-        if rows is None:
-            rows = shape[0]
-        if shape[0] != rows or rows < 1:
-            raise MessageError(f"{name}: {shape[0]} rows, but every array must have the same, and at least one")
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if start != end or stop - start != size:
+    for name, (dtype, shape, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if shape[0] != samples or samples < 1:
+            raise MessageError(f"{name}: {shape[0]} samples, but every array must have the same, and at least one")
+        if start != end or stop - start != math.prod(shape) * np.dtype(dtype).itemsize:
             raise MessageError(f"{name}: bytes {start} to {stop} do not hold shape {list(shape)} of {dtype}")
-        places[name], end = (dtype, shape, start), stop
+        end = stop
     if end != len(data):
         raise MessageError(f"{len(data)} bytes of data, but the header speaks of {end}")
-    if max_rows is not None and rows is not None and rows > max_rows:
-        raise MessageError(f"{rows} rows, but at most {max_rows} are taken at once")
+    if max_samples is not None and samples > max_samples:
+        raise MessageError(f"{samples} samples, but at most {max_samples} are taken at once")
     arrays = {}
     for name in wanted:
-        dtype, shape, start = places[name]
+        dtype, shape, start, _ = entries[name]
         array = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), math.prod(shape), start).reshape(shape)
         if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise MessageError(f"{name}: NaN or infinity in it")
@@ -123,24 +117,19 @@ def _header_of(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     return header, body[8 + length :]
 
 
-def _offsets(name: str, entry: Any) -> tuple[int, int]:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+def _entry(name: str, entry: object, wanted: Array) -> tuple[str, list[int], int, int]:
+    """The dtype, shape, start and end of an array, if they are those that are wanted."""
+    fields = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None or (dtype != wanted["dtype"] and (dtype, wanted["dtype"]) != ("float16", "float32")):
+        raise MessageError(f"{name}: dtype {_short(dtype or code)}, but must be {wanted['dtype']}")
+    if not _are_counts(shape) or not shape or shape[1:] != list(wanted["shape"]):
+        sizes = ", ".join(map(str, ("samples", *wanted["shape"])))
+        raise MessageError(f"{name}: shape {_short(shape)}, but must be [{sizes}]")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise MessageError(f"{name}: data_offsets={_short(offsets)} must be where it starts and ends")
-    return offsets[0], offsets[1]
-
-
-def _entry(
-    name: str, entry: dict[str, Any], wanted: Mapping[str, Any]
-) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype != wanted["dtype"] and (dtype, wanted["dtype"]) != ("float16", "float32"):
-        raise MessageError(f"{name}: dtype {_short(dtype)}, but must be {wanted['dtype']}")
-    if not _are_counts(shape) or not shape or shape[1:] != list(wanted["shape"]):
-        sizes = ", ".join(map(str, ("rows", *wanted["shape"])))
-        raise MessageError(f"{name}: shape {_short(shape)}, but must be [{sizes}]")
-    return str(dtype), tuple(shape), _offsets(name, entry)
+    return dtype, shape, offsets[0], offsets[1]
 
 
 def _are_counts(values: Any) -> TypeGuard[list[int]]:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 from .info import PartInfo
 from .loop import Arrays, run_part, try_part
 from .pixels import prepare
-
-NO_WEIGHTS = "session.model_external_initializers_file_folder_path"
+from .session import open_session, run_segment, run_session
 
 
 class Part:
-    """A part that `split(..., format="onnx")` wrote, in ONNX Runtime. A row's answer does not depend on the others'.
+    """A part that `split(..., format="onnx")` wrote. A sample's answer does not depend on those of the others.
 
-    It is called with arrays by name, batch first, as `info.takes` says, and gives `answers`, `rows` and `state` as
+    It is called with arrays by name, batch first, as `info.takes` says, and gives `answers`, `samples` and `state` as
     `run_part` does.
 
     Args:
@@ -38,12 +36,12 @@ class Part:
         if self.info.format != "onnx":
             raise ValueError(f"{folder}: a {self.info.format} part, which lgvit_hf.serving.open_part.open_part opens")
         *files, decision = self.info.files
-        self._segments = [_Segment(_session(self.folder / name, threads)) for name in files]
-        self._decision = _session(self.folder / decision, threads)
+        self._segments = [partial(_run, open_session(self.folder / name, threads)) for name in files]
+        self._decision = open_session(self.folder / decision, threads)
         try_part(self)
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer rows, as the class says."""
+        """Answer samples, as the class says."""
         return run_part(self.info, self._segments, self._decide, inputs)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
@@ -55,7 +53,7 @@ class Part:
         return prepare(image, self.info.image)
 
     def set_policy(self, policy: dict[str, Any]) -> None:
-        """Give the policy other numbers; its name and the exits that it asks stay.
+        """Give the policy other numbers; its name and the exits that it evaluates stay.
 
         Raises:
             ValueError: It is of another name.
@@ -66,49 +64,21 @@ class Part:
 
     def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
         feeds = {"logits": logits, **{f"{name}_in": array for name, array in memory.items()}}
-        for entry in self._decision.get_inputs():
-            if entry.name not in feeds:
-                feeds[entry.name] = np.array([self._number(entry.name, index)], np.float32)
-        # what a policy has no use for is no input of its graph
-        known = {entry.name for entry in self._decision.get_inputs()}
-        outputs = [entry.name for entry in self._decision.get_outputs()]
-        found = dict(zip(outputs, self._decision.run(None, {name: feeds[name] for name in known}), strict=True))
+        names = {entry.name for entry in self._decision.get_inputs()} - set(feeds)
+        numbers = {name: np.array([self._number(name, index)], np.float32) for name in names}
+        found = run_session(self._decision, {**feeds, **numbers})
         return found["leave"], found["score"], {name: found[f"{name}_out"] for name in memory}
 
     def _number(self, name: str, index: int) -> float:
         """A policy's number at an exit; past the end of a list a temperature is 1, and a threshold the last one."""
         value = self.info.policy.get(name, 1.0)
-        if not isinstance(value, list):
-            return float(value)
-        if index < len(value):
-            return float(value[index])
-        return 1.0 if name == "temperature" else float(value[-1])
+        if isinstance(value, list):
+            past_end = 1.0 if name == "temperature" else value[-1]
+            value = [*value, past_end][min(index, len(value))]
+        return float(value)
 
 
-class _Segment:
-    """A session as a segment: the state's tensors in; those and logits out."""
-
-    def __init__(self, session: onnxruntime.InferenceSession):
-        self.session = session
-        self.takes = [entry.name for entry in session.get_inputs()]
-        self.gives = [entry.name.removesuffix("_out") for entry in session.get_outputs()]
-
-    def __call__(self, state: Arrays) -> tuple[Arrays, np.ndarray]:
-        # behind the last exit there is no state
-        found = dict(zip(self.gives, self.session.run(None, {name: state[name] for name in self.takes}), strict=True))
-        logits = found.pop("logits")
-        return found, logits
-
-
-def _session(file: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # weights in other files are looked for behind a file, as if it were a folder, where nothing can be
-    options.add_session_config_entry(NO_WEIGHTS, os.path.join(os.devnull, "none"))
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no base class of their own
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{file} does not open in ONNX Runtime; split the model again ({reason})") from error
+def _run(session: Any, state: Arrays) -> tuple[Arrays, np.ndarray]:
+    found = run_segment(session, state)
+    logits = found.pop("logits")
+    return found, logits

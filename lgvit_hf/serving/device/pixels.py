@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,19 @@ from PIL import Image
 from .rgb import as_rgb
 
 
-def pixel_settings(processor: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
+class PixelSettings(TypedDict):
+    """How `prepare` makes pixels of an image; sizes are height and width."""
+
+    channels: int
+    size: list[int]
+    resample: int
+    crop: list[int] | None
+    rescale: float
+    mean: list[float]
+    std: list[float]
+
+
+def pixel_settings(processor: Mapping[str, Any], num_channels: int) -> PixelSettings:
     """What `prepare` needs to know, from the fields of `preprocessor_config.json`.
 
     Args:
@@ -44,7 +56,7 @@ def pixel_settings(processor: Mapping[str, Any], num_channels: int) -> dict[str,
     }
 
 
-def prepare(image: Image.Image, settings: Mapping[str, Any] | None) -> np.ndarray:
+def prepare(image: Image.Image, settings: PixelSettings | None) -> np.ndarray:
     """One image as the model takes it, float32 `[C, H, W]`.
 
     Args:
@@ -66,5 +78,5 @@ def prepare(image: Image.Image, settings: Mapping[str, Any] | None) -> np.ndarra
         top, left = (height - rows) // 2, (width - columns) // 2
         pixels = pixels[top : top + rows, left : left + columns]
     mean, std = np.array(settings["mean"], np.float32), np.array(settings["std"], np.float32)
-    normalised: np.ndarray = (pixels * np.float32(settings["rescale"]) - mean) / std
-    return normalised.transpose(2, 0, 1)
+    normalised: np.ndarray = ((pixels * np.float32(settings["rescale"]) - mean) / std).transpose(2, 0, 1)
+    return normalised

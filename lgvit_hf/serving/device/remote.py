@@ -1,4 +1,4 @@
-"""`RemoteHighway`: a part here, the rest behind a URL; what is not answered there is answered here, and marked."""
+"""`RemoteHighway`: a part here, the next at a URL; samples that get no answer there are answered here, and marked."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from .info import MEMORY, SCHEMA, PartInfo
-from .loop import Arrays
+from .info import MEMORY, SCHEMA
+from .loop import Arrays, Runs
 from .message import CONTENT_TYPE, MessageError, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -32,24 +33,12 @@ HALF_MAX = 65504.0
 # of the time that is left: what the next hop is given, so that its own fallback is back in time
 SHARE = 0.8
 # what one message to the next part holds at most, well within what a service takes
-MESSAGE_ROWS = 256
+MESSAGE_SAMPLES = 256
 MESSAGE_BYTES = 1 << 24
 
 
 class NextPartGone(ConnectionError):
     """The next part did not answer."""
-
-
-class Runs(Protocol):
-    """What runs a part: `Part`, or its likes in PyTorch."""
-
-    info: PartInfo
-
-    def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answers of all rows, which rows go on, and their state."""
-
-    def pixels(self, image: Any) -> np.ndarray:
-        """One image as the part takes it."""
 
 
 class Hop:
@@ -77,12 +66,13 @@ class Hop:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"next: {url!r} must be a URL such as http://edge:8000")
-        if not 0 < timeout <= 3600 or retries < 0 or not backoff >= 0 or not cooldown >= 0:
+        if not 0 < timeout <= 3600 or not all(number >= 0 for number in (retries, backoff, cooldown)):
             raise ValueError(
-                f"{timeout=}, {retries=}, {backoff=}, {cooldown=}: numbers of at least 0; timeout above it, up to 3600"
+                f"{timeout=}, {retries=}, {backoff=}, {cooldown=}: numbers of at least 0; timeout more, up to 3600"
             )
         self.url, self.timeout, self.retries, self.backoff, self.cooldown = url, timeout, retries, backoff, cooldown
-        self._parts, self._path = parts, parts.path.rstrip("/")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection, self._path = partial(kind, parts.hostname, parts.port), parts.path.rstrip("/")
         self._idle: queue.LifoQueue[http.client.HTTPConnection] = queue.LifoQueue()
         self._lock, self._gone, self._rest_until = threading.Lock(), False, 0.0
 
@@ -109,20 +99,18 @@ class Hop:
             except (OSError, http.client.HTTPException) as error:
                 reason, gone = str(error) or type(error).__name__, True
             else:
-                gone = status >= 500
+                reason, gone = f"status {status}: {reply[:300].decode(errors='replace')}", status >= 500
                 if not gone:
                     self._end(gone=False)
-                if status == 200:
-                    return reply
-                reason = f"status {status}: {reply[:300].decode(errors='replace')}"
-                if not gone:
+                    if status == 200:
+                        return reply
                     break
             pause = self.backoff * 2**attempt * random.uniform(0.5, 1.5)
             if attempt < self.retries:
                 time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
         if gone:
             self._end(gone=True)
-        logger.warning("rows are answered here, for the next part does not: %s: %s", self.url, reason)
+        logger.warning("samples are answered here, for the next part does not: %s: %s", self.url, reason)
         raise NextPartGone(f"{self.url}: {reason}")
 
     def _begin(self, limit: float, patient: bool) -> float:
@@ -174,21 +162,13 @@ class Hop:
                 status, reply = response.status, response.read(REPLY_LIMIT)
                 if response.read(1):
                     raise http.client.HTTPException(f"an answer of more than {REPLY_LIMIT} bytes")
-            except TimeoutError:
+            except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                raise
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                if fresh:
+                if fresh or isinstance(error, TimeoutError):
                     raise
-                continue
-            self._idle.put(connection)
-            return status, reply
-
-    def _connection(self) -> http.client.HTTPConnection:
-        secure = self._parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        return kind(str(self._parts.hostname), self._parts.port)
+            else:
+                self._idle.put(connection)
+                return status, reply
 
 
 class _Until(io.RawIOBase):
@@ -218,7 +198,7 @@ def _response(deadline: float, sock: socket.socket, **options: Any) -> http.clie
 
 
 def _left(deadline: float) -> float:
-    """Seconds until a deadline; `TimeoutError` behind it."""
+    """Seconds until a deadline; `TimeoutError` after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -226,18 +206,18 @@ def _left(deadline: float) -> float:
 
 
 class RemoteHighway:
-    """A split highway as one: the part that is here answers what it can, the rest is asked of the next.
+    """A split highway as one: samples that do not exit in the part here are sent to the next.
 
     Called with a batch as the part takes it, it gives `logits`, `exit_index`, `exit_layer`, `exit_score` and
-    `degraded` of every row. A row is degraded when it should have gone deeper but nobody there could be asked: its
-    answer is then that of the deepest exit that was. As soon as the next part is back, it is asked again.
+    `degraded` of every sample. A sample is degraded when it should have gone deeper but no part there answered: its
+    answer is then that of the deepest exit that was evaluated. As soon as the next part is back, it is used again.
 
     Args:
         part (`Part` or another that runs one): What runs here.
         next_url (`str`, *optional*): Of the service that runs the next part.
         state_dtype (`str`, *optional*, defaults to `"float32"`):
             `"float16"` halves what is sent. A state whose numbers are too large for it is sent as float32.
-        hop (`dict`, *optional*): `timeout`, `retries`, `backoff`, `cooldown` as of `Hop`.
+        hop (`dict`, *optional*): `timeout`, `retries`, `backoff`, `cooldown`: see `Hop`.
 
     Raises:
         ValueError: `state_dtype` is none of the two; the part is the last and has no next.
@@ -247,10 +227,10 @@ class RemoteHighway:
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype={state_dtype!r} is none of {', '.join(STATE_DTYPES)}")
         if next_url is not None and not part.info.gives:
-            raise ValueError(f"next={next_url!r}: this is the last part; nothing comes behind it")
+            raise ValueError(f"next={next_url!r}: this is the last part; no part comes after it")
         self.part, self.info, self.state_dtype = part, part.info, state_dtype
         self.hop = None if next_url is None else Hop(next_url, **hop)
-        self.counts = dict.fromkeys(("sent_rows", "sent_bytes", "next_failures", "degraded_rows"), 0)
+        self.counts = Counter(sent_rows=0, sent_bytes=0, next_failures=0, degraded_rows=0)
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Arrays, timeout: float | None = None) -> Arrays:
@@ -275,60 +255,56 @@ class RemoteHighway:
                 raise ValueError(f"{self.hop.url} serves {name}={said.get(name)!r}, but {name}={value!r} comes next")
         return None
 
-    def finish(self, answers: Arrays, rows: np.ndarray, state: Arrays, timeout: float | None = None) -> Arrays:
-        """The answers of a part, those of `rows` replaced by the next part's where it gives any."""
+    def finish(self, answers: Arrays, samples: np.ndarray, state: Arrays, timeout: float | None = None) -> Arrays:
+        """The answers of a part, those of `samples` replaced by the next part's where it gives any."""
         answers = {**answers, "degraded": np.zeros(len(answers["logits"]), np.uint8)}
-        until = None if timeout is None else time.monotonic() + timeout
-        if not len(rows):
+        if not len(samples):
             return answers
-        # which samples share a message must not decide how one of them is answered: those whose state is no number
+        until = None if timeout is None else time.monotonic() + timeout
+        # which samples share a message must not decide how one of them is answered: those whose state is not finite
         # are not sent, and end as in the whole model; those that float16 cannot hold travel apart
         finite = _each_sample(state, lambda name, array: np.isfinite(array))
         answers["logits"] = answers["logits"].copy()
-        answers["logits"][rows[~finite]] = np.nan
+        answers["logits"][samples[~finite]] = np.nan
         halves = _each_sample(state, _fits_half)
-        step = self._rows_of_a_message(len(rows), state)
+        size = sum(array.nbytes for array in state.values())
+        step = max(1, min(MESSAGE_SAMPLES, MESSAGE_BYTES * len(samples) // max(1, size)))
         for group in (np.flatnonzero(finite & halves), np.flatnonzero(finite & ~halves)):
-            for start in range(0, len(group), step):
-                some = group[start : start + step]
+            for some in (group[start : start + step] for start in range(0, len(group), step)):
                 left = None if until is None else until - time.monotonic()
-                self._continue(answers, rows[some], {name: array[some] for name, array in state.items()}, left)
+                self._continue(answers, samples[some], {name: array[some] for name, array in state.items()}, left)
         return answers
 
-    def _continue(self, answers: Arrays, rows: np.ndarray, state: Arrays, timeout: float | None) -> None:
-        """Replace the answers of `rows` by the next part's, or mark them as degraded."""
+    def _continue(self, answers: Arrays, samples: np.ndarray, state: Arrays, timeout: float | None) -> None:
+        """Replace the answers of `samples` by the next part's, or mark them as degraded."""
         try:
-            deeper = self._ask(rows, state, timeout)
+            deeper = self._ask(state, timeout)
         except NextPartGone:
-            answers["degraded"][rows] = 1
-            self._count(degraded_rows=len(rows), next_failures=int(self.hop is not None))
+            answers["degraded"][samples] = 1
+            self._count(degraded_rows=len(samples), next_failures=int(self.hop is not None))
             return
         for name, array in deeper.items():
-            answers[name][rows] = array
+            answers[name][samples] = array
 
-    def _rows_of_a_message(self, rows: int, state: Arrays) -> int:
-        size = sum(array.nbytes for array in state.values())
-        return max(1, min(MESSAGE_ROWS, MESSAGE_BYTES * rows // max(1, size)))
-
-    def _ask(self, rows: np.ndarray, state: Arrays, timeout: float | None) -> Arrays:
+    def _ask(self, state: Arrays, timeout: float | None) -> Arrays:
         if self.hop is None:
             raise NextPartGone("there is no next part")
-        body = self.message(state)
+        body, samples = self.message(state), len(next(iter(state.values())))
         reply = self.hop.post("/continue", body, timeout)
         try:
             words = {"schema": str(SCHEMA), "model": self.info.model}
             deeper = unpack(reply, self.info.answers, words, finite=False)
-            if len(deeper["logits"]) != len(rows):
-                raise MessageError(f"{len(deeper['logits'])} answers to {len(rows)} samples")
+            if len(deeper["logits"]) != samples:
+                raise MessageError(f"{len(deeper['logits'])} answers to {samples} samples")
             self._check_answers(deeper)
         except MessageError as error:
             logger.warning("the answer of %s is not taken: %s", self.hop.url, error)
             raise NextPartGone(f"{self.hop.url}: {error}") from error
-        self._count(sent_rows=len(rows), sent_bytes=len(body))
+        self._count(sent_rows=samples, sent_bytes=len(body))
         return deeper
 
     def _check_answers(self, deeper: Arrays) -> None:
-        """Raise `MessageError` for answers that no part behind this one gives."""
+        """Raise `MessageError` for answers that no part after this one gives."""
         index, first = deeper["exit_index"], self.info.exits[-1]["index"] + 1
         if not np.isin(index, np.arange(first, len(self.info.depths))).all():
             raise MessageError(f"an exit_index that is not from {first} to {len(self.info.depths) - 1}")
@@ -347,8 +323,7 @@ class RemoteHighway:
 
     def _count(self, **numbers: int) -> None:
         with self._lock:
-            for name, number in numbers.items():
-                self.counts[name] += number
+            self.counts.update(numbers)
 
 
 def _halves(name: str, array: np.ndarray) -> bool:
