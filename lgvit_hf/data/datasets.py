@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..serving.device.rgb import IMAGE_FORMATS
-from .folders import SPLITS, is_archive, read_path, require_datasets, split_named
+from .folders import SPLITS, is_archive, name_of_split, read_path, require_datasets, split_named
 
 if TYPE_CHECKING:
     import datasets
@@ -211,14 +211,7 @@ def _split_names(source: str, raw: Any) -> dict[str, str]:
     """What the training, validation and test splits are called there; one split alone is for training."""
     if len(raw) == 1 and split_named(next(iter(raw))) is None:
         return {"train": next(iter(raw))}
-    found: dict[str, str] = {}
-    for name in raw:
-        split = split_named(name)
-        if split in found:
-            raise ValueError(f"{source}: {found[split]} and {name} are the same split, {split}; make one of them")
-        if split is not None:
-            found[split] = name
-    return found
+    return name_of_split(source, raw, "make one of them")
 
 
 def _load_digits(seed: int) -> dict[str, Any]:
