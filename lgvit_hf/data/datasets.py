@@ -91,15 +91,13 @@ def load_images(
         raise ValueError(f"{source}: {len(label_names)} class(es) found ({label_names}); at least two are needed")
     found = {split: _with_labels(dataset, label_names, f"{source} ({split})") for split, dataset in found.items()}
 
-    # the split that others report on is the test; whatever is missing is taken from the training rows
-    test = found.get("test", found.get("validation"))
-    validation = found.get("validation") if "test" in found else None
-    train = found["train"]
-    if test is None:
-        train, test = _hold_out(train, validation_share, seed)
-    if validation is None:
-        train, validation = _hold_out(train, validation_share, seed)
-    return ImageSplits(train, validation, test, label_names)
+    # the split that others report on is the test; whatever is missing is taken from the training samples
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")
+    for split in ("test", "validation"):
+        if split not in found:
+            found["train"], found[split] = _hold_out(found["train"], validation_share, seed)
+    return ImageSplits(**found, label_names=label_names)
 
 
 def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> datasets.Dataset:
@@ -229,11 +227,10 @@ def _load_digits(seed: int) -> dict[str, Any]:
 
 
 def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
-    rows_of = Counter(dataset["label"][:])
-    # every class on both sides, where there are enough rows for that
-    enough = len(dataset) * min(share, 1 - share) >= len(rows_of) and min(rows_of.values()) >= 2
-    stratify = "label" if enough else None
-    parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=stratify)
+    per_class = Counter(dataset["label"][:])
+    # every class on both sides, where there are enough samples for that
+    enough = len(dataset) * min(share, 1 - share) >= len(per_class) and min(per_class.values()) >= 2
+    parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column="label" if enough else None)
     return parts["train"], parts["test"]
 
 
@@ -279,8 +276,7 @@ def find_columns(
     named = [name for name in LABEL_NAMES if isinstance(features.get(name), (datasets.ClassLabel, datasets.Value))]
     likely = images or [name for name in stored if name in IMAGE_NAMES or len(stored) == 1]
     image = _choose(image_column, [*images, *stored], [*(name for name in IMAGE_NAMES if name in likely), *likely])
-    possible = features.keys() - {*images, *stored}
-    return image, _choose(label_column, possible, [name for name in [*named, *classes] if name in possible])
+    return image, _choose(label_column, features.keys() - {*images, *stored}, [*named, *classes])
 
 
 def _holds_files(feature: Any) -> bool:
@@ -308,8 +304,7 @@ def first_missing(dataset: Any, column: str) -> int | None:
     feature = dataset.features[column]
     values = dataset.data.column(column)
     if isinstance(feature, datasets.Image):
-        nulls = [compute.is_null(compute.struct_field(values, part)) for part in ("bytes", "path")]
-        missing = compute.and_(*nulls)
+        missing = compute.and_(*(compute.is_null(compute.struct_field(values, part)) for part in ("bytes", "path")))
     else:
         missing = compute.is_null(values, nan_is_null=True)
     if isinstance(feature, datasets.ClassLabel):
@@ -317,8 +312,8 @@ def first_missing(dataset: Any, column: str) -> int | None:
     if dataset._indices is not None:
         # the rows of a selection, without copying their images
         missing = missing.take(dataset._indices.column(0))
-    row = compute.index(missing, True).as_py()
-    return None if row < 0 else row
+    index = compute.index(missing, True).as_py()
+    return None if index < 0 else index
 
 
 def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", "label")) -> None:
@@ -330,15 +325,13 @@ def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", 
         columns (`Sequence[str]`, *optional*, defaults to both): Which must be there.
     """
     for column in columns:
-        row = first_missing(dataset, column) if column in dataset.features else None
-        if row is not None:
-            raise ValueError(f"{where}: row {row} (from 0) has no {column}; leave it out, as dataset.filter does")
+        index = first_missing(dataset, column) if column in dataset.features else None
+        if index is not None:
+            raise ValueError(f"{where}: row {index} (from 0) has no {column}; leave it out, as dataset.filter does")
 
 
 def _choose(asked: str | None, possible: Iterable[str], likely: list[str]) -> str | None:
-    if asked is not None:
-        return asked if asked in possible else None
-    return likely[0] if likely else None
+    return next((name for name in (likely if asked is None else [asked]) if name in possible), None)
 
 
 def has_labels(dataset: Any) -> bool:
@@ -347,37 +340,30 @@ def has_labels(dataset: Any) -> bool:
 
 
 def _names_of(dataset: Any) -> list[str]:
-    names = class_names(dataset) if hasattr(dataset.features["label"], "names") else None
-    return names or [str(label) for label in sorted(set(dataset["label"][:]))]
+    return class_names(dataset) or [str(label) for label in sorted(set(dataset["label"][:]))]
 
 
 def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
     """The dataset with its classes numbered as in `names`, those of the training split."""
-    datasets = require_datasets()
-    own = dataset.features["label"]
-    if isinstance(own, datasets.ClassLabel) and own.names == names:
+    own = class_names(dataset)
+    if own == names:
         return dataset
-    labels = dataset["label"][:]
-    labels = [own.int2str(label) if isinstance(own, datasets.ClassLabel) else str(label) for label in labels]
+    labels = [str(label) if own is None else own[label] for label in dataset["label"][:]]
     unknown = sorted(set(labels) - set(names))
     if unknown:
-        raise ValueError(
-            f"{where}: class {unknown[0]!r} is not among the training rows'; those are: {', '.join(names)}"
-        )
-    numbers = {name: number for number, name in enumerate(names)}
-    dataset = dataset.remove_columns("label").add_column("label", [numbers[label] for label in labels])
-    return dataset.cast_column("label", datasets.ClassLabel(names=names))
+        raise ValueError(f"{where}: class {unknown[0]!r} is not one of the training split's: {', '.join(names)}")
+    classes = require_datasets().ClassLabel(names=names)
+    return dataset.remove_columns("label").add_column("label", classes.str2int(labels)).cast_column("label", classes)
 
 
 def _refuse_broken(dataset: Any) -> None:
     """Raise for the first image that cannot be read, by its header and checksums."""
-    datasets = require_datasets()
-    undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    for row, image in enumerate(undecoded["image"]):
+    undecoded = dataset.select_columns("image").cast_column("image", require_datasets().Image(decode=False))
+    for index, image in enumerate(undecoded["image"]):
         path, content = image["path"], image["bytes"]
         try:
             with Image.open(path if content is None else BytesIO(content), formats=IMAGE_FORMATS) as opened:
                 opened.verify()
         # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... for what it cannot read
         except Exception as error:
-            raise ValueError(f"{path or f'row {row}'} is no readable image: {error}") from error
+            raise ValueError(f"{path or f'sample {index}'} is no readable image: {error}") from error

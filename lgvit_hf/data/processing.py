@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..segments import height_width
 from ..serving.device.rgb import as_rgb, check_resized, read_image
 from .augmentation import Augmentation
+from .folders import require_datasets
 
 if TYPE_CHECKING:
     import datasets
@@ -98,7 +99,7 @@ class ProcessedImages(TorchDataset):
 
     def picture(self, index: int) -> Image.Image:
         """One image of the dataset as people see it, upright RGB, before it is resized."""
-        return as_rgb(_decoded(self.images[index]["image"], index))
+        return as_rgb(decoded(self.images[index]["image"], f"image {index} of the dataset"))
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
@@ -106,20 +107,17 @@ class ProcessedImages(TorchDataset):
 
     def _prepared(self, indices: list[int]) -> list[tuple[Any, dict[str, int]]]:
         """Images as far as they are the same in every epoch, which is what is kept, with `{"labels": int}` or `{}`."""
-        kept = {} if self._kept is None else self._kept
-        missing = [index for index in indices if index not in kept]
-        prepared = {}
+        prepared = {} if self._kept is None else self._kept
+        missing = [index for index in indices if index not in prepared]
         if missing:
-            for index, row in zip(missing, self.images.__getitems__(missing), strict=True):
-                label = {"labels": row["label"]} if "label" in row else {}
-                image = _decoded(row["image"], index)
+            for index, sample in zip(missing, self.images.__getitems__(missing), strict=True):
+                label = {"labels": sample["label"]} if "label" in sample else {}
+                image = decoded(sample["image"], f"image {index} of the dataset")
                 try:
                     prepared[index] = self._prepare(image), label
                 except ValueError as error:
                     raise ValueError(f"image {index} of the dataset: {error}") from error
-            if self._kept is not None:
-                self._kept.update(prepared)
-        return [kept[index] if index in kept else prepared[index] for index in indices]
+        return [prepared[index] for index in indices]
 
     def _prepare(self, image: Image.Image) -> np.ndarray | torch.Tensor:
         image = as_rgb(image, self._channels)
@@ -135,7 +133,6 @@ class ProcessedImages(TorchDataset):
             images = [self._augmented(image, index) for image, index in zip(images, indices, strict=True)]
             if self._table is None:
                 return [_normalised(image, self.processor) for image in images]
-            images = [np.asarray(image) for image in images]
         elif self._table is None or not self._resize_is_plain:
             return images
         return look_up(np.stack(images), self._table)
@@ -151,19 +148,29 @@ def _as_stored(images: Any) -> Any:
     column = getattr(images, "features", {}).get("image")
     if getattr(column, "decode", None) is not True or images.format["type"] is not None:
         return images
-    import datasets
-
-    return images.cast_column("image", datasets.Image(decode=False))
+    return images.cast_column("image", require_datasets().Image(decode=False))
 
 
-def _decoded(image: Any, index: int) -> Image.Image:
+def decoded(image: Any, name: str) -> Image.Image:
+    """An image of a dataset, also where it is still as its file holds it.
+
+    Args:
+        image (`Image.Image` or `dict`): Or its `bytes` and `path`, one of which may be `None`.
+        name (`str`): What an error calls it where it has no path.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     if not isinstance(image, dict):
         return image
     path, content = image["path"], image["bytes"]
+    if content is None and "://" in path:
+        # inside an archive, or elsewhere: only `datasets` can open it
+        return require_datasets().Image().decode_example(image)
     try:
         return read_image(path if content is None else content)
     except ValueError as error:
-        raise ValueError(f"{path or f'image {index} of the dataset'} is {error}") from error
+        raise ValueError(f"{path or name} is {error}") from error
 
 
 def channels_of(processor: BaseImageProcessor) -> int:
@@ -252,11 +259,11 @@ def _processed(image: Image.Image, processor: BaseImageProcessor, **settings: An
     edge = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
     if edge and settings.get("do_resize", getattr(processor, "do_resize", False)):
         check_resized(image, edge)
+    pixels: Any = image
     if image.mode == "L":
         # processors cannot tell a grey image's channel from its rows
-        settings["input_data_format"] = "channels_last"
-        return processor(np.asarray(image)[..., None], return_tensors="pt", **settings)["pixel_values"][0]
-    return processor(image, return_tensors="pt", **settings)["pixel_values"][0]
+        pixels, settings["input_data_format"] = np.asarray(image)[..., None], "channels_last"
+    return processor(pixels, return_tensors="pt", **settings)["pixel_values"][0]
 
 
 def _resized(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
