@@ -56,11 +56,7 @@ class StreamedImages(IterableDataset):
     """
 
     def __init__(
-        self,
-        images: Any,
-        processor: BaseImageProcessor,
-        columns: tuple[str, str | None],
-        label_names: list[str],
+        self, images: Any, processor: BaseImageProcessor, columns: tuple[str, str | None], label_names: list[str]
     ):
         self.columns, self.label_names = columns, label_names
         images = images.with_format(None)
@@ -162,11 +158,7 @@ def _columns_of(name: str, dataset: Any) -> tuple[str, str | None] | None:
 
 
 def _pixels(
-    name: str,
-    dataset: Any,
-    columns: tuple[str, str | None],
-    processor: BaseImageProcessor,
-    config: PretrainedConfig,
+    name: str, dataset: Any, columns: tuple[str, str | None], processor: BaseImageProcessor, config: PretrainedConfig
 ) -> Any:
     image, label = columns
     known = [str((config.id2label or {}).get(number)) for number in range(config.num_labels)]

@@ -8,14 +8,7 @@ from torch import Tensor
 
 from ..configuration import HighwayConfig
 from ..heads import head_kind
-from ..losses import (
-    check_labels,
-    distillation_loss,
-    lgvit_feature_losses,
-    loss_weights,
-    task_loss,
-    weighted_loss,
-)
+from ..losses import check_labels, distillation_loss, lgvit_feature_losses, loss_weights, task_loss, weighted_loss
 from .arguments import HighwayTrainingArguments
 
 

@@ -61,13 +61,7 @@ class CardTrainer(Trainer):
         datasets, wanted = ([value] if isinstance(value, str) else value or [] for value in (dataset_tags, tags))
         reports: list[Any] = [*map(str, reports_beside(self._folder)), *self._last_evaluation()]
         made = card(
-            model,
-            reports,
-            name=name,
-            datasets=datasets,
-            base_model=finetuned_from,
-            license=license,
-            tags=wanted,
+            model, reports, name=name, datasets=datasets, base_model=finetuned_from, license=license, tags=wanted
         )
         write_card(made, readme)
 
