@@ -57,10 +57,10 @@ def load_images(
         label_column (`str`, *optional*):
             Where the labels are; by default `label`, `labels`, `fine_label` or any column of classes.
         validation_share (`float`, *optional*, defaults to 0.15):
-            Share of the training rows that becomes the validation split where the source has no split to spare, and of
-            the remaining rows that becomes the test split where it has neither. A split whose labels are hidden (all
-            of them -1, or none at all) counts as missing.
-        seed (`int`, *optional*, defaults to 0): Decides which rows.
+            Share of the training samples that becomes the validation split where the source has no split to spare, and
+            of the remaining ones that becomes the test split where it has neither. A split whose labels are hidden
+            (all of them -1, or none at all) counts as missing.
+        seed (`int`, *optional*, defaults to 0): Decides which samples.
 
     Raises:
         ImportError: The extra `train` is not installed.
@@ -78,7 +78,7 @@ def load_images(
     for split, name in _split_names(source, raw).items():
         where = f"{source} ({name})"
         needed = split == "train" or label_column is not None
-        dataset = _with_plain_columns(raw[name], where, image_column, label_column, labelled=needed)
+        dataset = _with_plain_columns(raw[name], where, needed, image_column, label_column)
         if has_labels(dataset):
             refuse_missing(dataset, where)
             found[split] = dataset
@@ -107,8 +107,8 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
         source (`str`):
             As for [`load_images`]; a folder of images need not have a folder per class, and its images may lie at any
             depth. Of several splits the training split is taken.
-        limit (`int`, *optional*): Take at most this many rows, drawn at random, in the order of the source.
-        seed (`int`, *optional*, defaults to 0): Decides which rows.
+        limit (`int`, *optional*): Take at most this many samples, drawn at random, in the order of the source.
+        seed (`int`, *optional*, defaults to 0): Decides which samples.
 
     Returns:
         `datasets.Dataset`: With a column `image` and, where the source has labels, a column `label`.
@@ -126,11 +126,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
     raw = _load_raw(source, seed, labelled=False)
-    names = list(raw) if len(raw) == 1 else [name for name in SPLITS["train"] if name in raw]
-    if not names:
-        raise ValueError(f"{source}: no split called 'train'; splits there: {', '.join(raw)}")
-    where = f"{source} ({names[0]})"
-    dataset = _with_plain_columns(raw[names[0]], where, labelled=False)
+    dataset, where = _one_split(source, raw, None if len(raw) == 1 else "train")
     refuse_missing(dataset, where, ["image"])
     if has_labels(dataset) and first_missing(dataset, "label") is None:
         dataset = _with_labels(dataset, _names_of(dataset), where)
@@ -147,7 +143,7 @@ def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
     """Images of one split of a dataset, in its order, as they are stored: nothing is decoded, labels are not needed.
 
     Args:
-        source (`str`): See [`load_images`]; no rows are held out.
+        source (`str`): See [`load_images`]; no samples are held out.
         split (`str`, *optional*): By its name in the source; may be left out where there is only one.
 
     Returns:
@@ -162,13 +158,23 @@ def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
         >>> len(load_encoded("digits", "test"))
         360
     """
-    datasets, raw = require_datasets(), _load_raw(source, seed=0, labelled=False)
+    images, _ = _one_split(source, _load_raw(source, seed=0, labelled=False), split)
+    return _undecoded(images)
+
+
+def _one_split(source: str, raw: Any, split: str | None) -> tuple[Any, str]:
+    """The images of a split, by any of its names, or of the only one, and what errors call it."""
     names = list(raw) if split is None else [name for name in SPLITS.get(split, (split,)) if name in raw][:1]
     if len(names) != 1:
         which = "one of its splits must be named" if split is None else f"no split called {split!r}"
         raise ValueError(f"{source}: {which}; splits there: {', '.join(raw)}")
-    images = _with_plain_columns(raw[names[0]], f"{source} ({names[0]})", labelled=False)
-    return images.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    where = f"{source} ({names[0]})"
+    return _with_plain_columns(raw[names[0]], where, labelled=False), where
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The images alone, as they are stored."""
+    return dataset.select_columns("image").cast_column("image", require_datasets().Image(decode=False))
 
 
 def class_names(dataset: datasets.Dataset) -> list[str] | None:
@@ -218,9 +224,8 @@ def _load_digits(seed: int) -> dict[str, Any]:
 
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
-    )
+    classes = datasets.ClassLabel(names=list(map(str, digits.target_names)))
+    features = datasets.Features({"image": datasets.Image(), "label": classes})
     whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
     train, test = _hold_out(whole, 0.2, seed)
     return {"train": train, "test": test}
@@ -235,12 +240,7 @@ def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
 
 
 def _with_plain_columns(
-    dataset: Any,
-    where: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    *,
-    labelled: bool = True,
+    dataset: Any, where: str, labelled: bool, image_column: str | None = None, label_column: str | None = None
 ) -> Any:
     """The dataset with its image and label columns alone, called `image` and `label`."""
     features = dataset.features
@@ -358,8 +358,7 @@ def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
 
 def _refuse_broken(dataset: Any) -> None:
     """Raise for the first image that cannot be read, by its header and checksums."""
-    undecoded = dataset.select_columns("image").cast_column("image", require_datasets().Image(decode=False))
-    for index, image in enumerate(undecoded["image"]):
+    for index, image in enumerate(_undecoded(dataset)["image"]):
         path, content = image["path"], image["bytes"]
         try:
             with Image.open(path if content is None else BytesIO(content), formats=IMAGE_FORMATS) as opened:

@@ -128,8 +128,7 @@ def read_path(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
     if is_archive(path.name):
         return _read_archive(path, labelled)
     raise ValueError(
-        f"{path}: a file, but neither Parquet nor an archive ({', '.join(ARCHIVES)}); give the folder that holds the "
-        "images"
+        f"{path}: a file, but neither Parquet nor an archive ({', '.join(ARCHIVES)}); give the folder of images"
     )
 
 
@@ -212,11 +211,9 @@ def _read_images(root: Path, where: str, files: list[str], labelled: bool) -> di
                 "does; move it, and others like it, or give the folder that holds the classes"
             )
     in_classes = [split for split, found in depths.items() if found == {1}]
-    one_class = len({name.split("/")[0] for split in in_classes for name in splits[split][1]}) < 2
-    return {
-        split: _dataset(folder, names, split in in_classes and not one_class)
-        for split, (folder, names) in splits.items()
-    }
+    if len({name.split("/")[0] for split in in_classes for name in splits[split][1]}) < 2:
+        in_classes = []
+    return {split: _dataset(folder, names, split in in_classes) for split, (folder, names) in splits.items()}
 
 
 def _unwrapped(root: Path, files: list[str]) -> tuple[Path, list[str]]:
@@ -264,10 +261,7 @@ def _read_metadata(root: Path, where: str, files: list[str], metadata: list[str]
         return {"train": whole}
     split_of = {os.path.realpath(folder / name): split for split, (folder, names) in groups.items() for name in names}
     splits = [split_of[os.path.realpath(path)] for path in _paths(whole)]
-    return {
-        split: whole.select([index for index, other in enumerate(splits) if other == split]).flatten_indices()
-        for split in groups
-    }
+    return {split: whole.select([i for i, s in enumerate(splits) if s == split]).flatten_indices() for split in groups}
 
 
 def _described(folder: Path, where: str, files: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,8 @@ class ProcessedImages(TorchDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The items of a batch, which PyTorch's `DataLoader` asks for at once."""
-        rows = range(len(self))
-        indices = [rows[int(index)] for index in indices]
+        own = range(len(self))
+        indices = [own[int(index)] for index in indices]
         images, labels = zip(*self._prepared(indices), strict=True)
         finished = zip(self._finished(images, indices), labels, strict=True)
         return [{"pixel_values": pixels, **label} for pixels, label in finished]
@@ -102,7 +103,7 @@ class ProcessedImages(TorchDataset):
         return as_rgb(decoded(self.images[index]["image"], f"image {index} of the dataset"))
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
+        """What the model takes of one image that is not of the dataset, `[C, H, W]` float32."""
         return next(iter(self._finished([self._prepare(image)], [0])))
 
     def _prepared(self, indices: list[int]) -> list[tuple[Any, dict[str, int]]]:
@@ -164,7 +165,7 @@ def decoded(image: Any, name: str) -> Image.Image:
     if not isinstance(image, dict):
         return image
     path, content = image["path"], image["bytes"]
-    if content is None and "://" in path:
+    if content is None and "://" in (path or ""):
         # inside an archive, or elsewhere: only `datasets` can open it
         return require_datasets().Image().decode_example(image)
     try:
@@ -286,7 +287,7 @@ def _noise(height: int, width: int, channels: int) -> Image.Image:
     return as_rgb(Image.fromarray(values), channels)
 
 
-def open_processor(checkpoint: str | Path) -> BaseImageProcessor:
+def open_processor(checkpoint: str | os.PathLike[str]) -> BaseImageProcessor:
     """The image processor of a folder or Hub id; code that lies there is not run.
 
     Raises:
@@ -310,13 +311,8 @@ def make_processor(image_size: int | Sequence[int], num_channels: int = 3) -> Ba
     """
     from transformers import ViTImageProcessor
 
-    height, width = height_width(image_size)
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=[0.5] * num_channels,
-        image_std=[0.5] * num_channels,
-        do_convert_rgb=num_channels == 3,
-    )
+    size, half = dict(zip(("height", "width"), height_width(image_size), strict=True)), [0.5] * num_channels
+    return ViTImageProcessor(size=size, image_mean=half, image_std=half, do_convert_rgb=num_channels == 3)
 
 
 def stack(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -27,9 +27,8 @@ def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[Any], int]:
         ...
         argparse.ArgumentTypeError: 99999 must be a whole number from 0 to 65535
     """
-    if most >= 2**31 - 1:
-        return _reader(int, least, most, f"a whole number of at least {least}")
-    return _reader(int, least, most, f"a whole number from {least} to {most}")
+    bounds = f"of at least {least}" if most >= 2**31 - 1 else f"from {least} to {most}"
+    return _reader(int, least, most, f"a whole number {bounds}")
 
 
 def real(least: float = -math.inf, most: float = math.inf) -> Callable[[Any], float]:

@@ -14,6 +14,9 @@ from ..data.datasets import IMAGE_NAMES, LABEL_NAMES, find_columns, has_labels, 
 from ..data.folders import require_datasets
 from ..data.processing import ProcessedImages, decoded, make_processor, open_processor
 
+# of images, and of labels if there are any
+Columns = tuple[str, str | None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ class TakesImages(Trainer):
 
 
 class StreamedImages(IterableDataset):
-    """A streaming dataset of images as a model takes them: items are as of `ProcessedImages`.
+    """A streaming dataset of images as a model takes them: items are those of `ProcessedImages`.
 
     Nothing is skipped or counted here: a resumed run reads, and drops, what it has seen, as `Trainer` has it.
 
@@ -55,9 +58,7 @@ class StreamedImages(IterableDataset):
         torch.Size([3, 16, 16])
     """
 
-    def __init__(
-        self, images: Any, processor: BaseImageProcessor, columns: tuple[str, str | None], label_names: list[str]
-    ):
+    def __init__(self, images: Any, processor: BaseImageProcessor, columns: Columns, label_names: list[str]):
         self.columns, self.label_names = columns, label_names
         images = images.with_format(None)
         if images.features is not None:
@@ -79,7 +80,7 @@ class StreamedImages(IterableDataset):
             name = f"image {number} of the stream"
             image = decoded(sample[image_column], name)
             try:
-                item = {"pixel_values": self._one.pixels(image)}
+                item: dict[str, Any] = {"pixel_values": self._one.pixels(image)}
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             if label_column is not None:
@@ -125,12 +126,12 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
             found["processing_class"] = arguments.get("processing_class") or _processor_of(model)
         return _pixels(name, dataset, columns, found["processing_class"], model.config)
 
-    given = [name for name in ("train_dataset", "eval_dataset", "test_dataset") if name in arguments]
+    given: list[str] = [name for name in ("train_dataset", "eval_dataset", "test_dataset") if name in arguments]
     made = {name: converted(name, arguments[name]) for name in given}
     return {**arguments, **made, **found} if found else arguments
 
 
-def _columns_of(name: str, dataset: Any) -> tuple[str, str | None] | None:
+def _columns_of(name: str, dataset: Any) -> Columns | None:
     """The columns of images and labels; `None` for what is no dataset of images, or gives pixel values already."""
     if not hasattr(dataset, "column_names") or (hasattr(dataset, "__len__") and len(dataset) == 0):
         return None
@@ -157,9 +158,7 @@ def _columns_of(name: str, dataset: Any) -> tuple[str, str | None] | None:
     return image, label
 
 
-def _pixels(
-    name: str, dataset: Any, columns: tuple[str, str | None], processor: BaseImageProcessor, config: PretrainedConfig
-) -> Any:
+def _pixels(name: str, dataset: Any, columns: Columns, processor: BaseImageProcessor, config: PretrainedConfig) -> Any:
     image, label = columns
     known = [str((config.id2label or {}).get(number)) for number in range(config.num_labels)]
     classes = getattr((dataset.features or {}).get(label), "names", None)
@@ -189,17 +188,17 @@ def _number_of(label: str, known: list[str]) -> int:
 
 
 class _Renamed:
-    """Rows of a dataset with a transform of its own, which must see the columns that it knows."""
+    """Samples of a dataset with a transform of its own, which must see the columns that it knows."""
 
-    def __init__(self, dataset: Any, columns: tuple[str, str | None]):
+    def __init__(self, dataset: Any, columns: Columns):
         self.dataset, self.columns = dataset, dict(zip(columns, ("image", "label"), strict=True))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index]
-        return {new: row[old] for old, new in self.columns.items() if old is not None}
+        sample = self.dataset[index]
+        return {new: sample[old] for old, new in self.columns.items() if old is not None}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
