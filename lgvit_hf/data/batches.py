@@ -39,7 +39,7 @@ def in_batches(
     """
     found = accelerator()
     if num_workers is None:
-        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # a Dataset with a length, as torch cannot say
+        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # it has a length
         num_workers = 0 if found is None else min(MOST_WORKERS, os.cpu_count() or 1, num_batches // 4)
     # memory of its own kind, from which an accelerator reads by itself; MPS shares the processor's
     pinned = found is not None and found.type != "mps"

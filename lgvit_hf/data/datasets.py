@@ -66,7 +66,7 @@ def load_images(
         ImportError: The extra `train` is not installed.
         ValueError:
             No images, no labels, no training split or no such column there; images that would be left out, such as
-            one that lies beside the folders of classes; a row without an image or a label.
+            one that lies beside the folders of classes; a sample without an image or a label.
 
     Example:
 
@@ -115,7 +115,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
 
     Raises:
         ImportError: The extra `train` is not installed.
-        ValueError: No images there, several splits and none for training, a file that is no image, or a row without.
+        ValueError: No images there, several splits and none for training, a file that is no image, a missing image.
 
     Example:
 
@@ -124,7 +124,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
         (20, ['0', '1', '2'])
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
+        raise ValueError(f"limit is {limit}; it must be at least 1, or None for all samples")
     raw = _load_raw(source, seed, labelled=False)
     dataset, where = _one_split(source, raw, None if len(raw) == 1 else "train")
     refuse_missing(dataset, where, ["image"])
@@ -297,7 +297,7 @@ def with_columns(dataset: Any, image: str, label: str | None) -> Any:
 
 
 def first_missing(dataset: Any, column: str) -> int | None:
-    """The first row without an image or a label, by what Arrow knows of it: no image is read."""
+    """The first sample without an image or a label, as Arrow stores it: no image is read."""
     import pyarrow.compute as compute
 
     datasets = require_datasets()
@@ -310,14 +310,14 @@ def first_missing(dataset: Any, column: str) -> int | None:
     if isinstance(feature, datasets.ClassLabel):
         missing = compute.or_(missing, compute.fill_null(compute.equal(values, -1), True))
     if dataset._indices is not None:
-        # the rows of a selection, without copying their images
+        # the samples of a selection, without copying their images
         missing = missing.take(dataset._indices.column(0))
     index = compute.index(missing, True).as_py()
     return None if index < 0 else index
 
 
 def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", "label")) -> None:
-    """Raise `ValueError` for the first row without an image or a label.
+    """Raise `ValueError` for the first sample without an image or a label.
 
     Args:
         dataset (`datasets.Dataset`): With a column `image`, and perhaps `label`.
@@ -327,7 +327,7 @@ def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", 
     for column in columns:
         index = first_missing(dataset, column) if column in dataset.features else None
         if index is not None:
-            raise ValueError(f"{where}: row {index} (from 0) has no {column}; leave it out, as dataset.filter does")
+            raise ValueError(f"{where}: sample {index} (from 0) has no {column}; leave it out, as dataset.filter does")
 
 
 def _choose(asked: str | None, possible: Iterable[str], likely: list[str]) -> str | None:

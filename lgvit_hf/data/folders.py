@@ -101,13 +101,13 @@ def read_path(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
     """The splits in a folder, a Parquet file or an archive, with whatever columns they have.
 
     Args:
-        path (`str` or `Path`): As `docs/data.md` lists them.
+        path (`str` or `Path`): See `docs/data.md`.
         labelled (`bool`, *optional*, defaults to `True`):
             Whether labels are needed; without, images may lie at any depth, and those of mixed depth have none.
 
     Raises:
         ImportError: The extra `train` is not installed.
-        ValueError: There is nothing that can be read, or more than one thing; says what was found and what would do.
+        ValueError: Nothing there can be read, or more than one thing; names what was found and what would do.
 
     Example:
 
@@ -167,17 +167,17 @@ def _read_folder(root: Path, where: str, labelled: bool, archives: bool = True) 
     )
 
 
-def _files_in(root: str | Path, above: tuple[str, ...] = ()) -> list[str]:
+def _files_in(root: str | Path, parents: tuple[str, ...] = ()) -> list[str]:
     """Files below a folder, sorted, by their path from there; without hidden ones and links in circles."""
     real, found = os.path.realpath(root), []
-    if real in above:
+    if real in parents:
         return []
     with os.scandir(root) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             if entry.is_dir():
-                found += [f"{entry.name}/{below}" for below in _files_in(entry.path, (*above, real))]
+                found += [f"{entry.name}/{file}" for file in _files_in(entry.path, (*parents, real))]
             else:
                 found.append(entry.name)
     return sorted(found)
@@ -325,7 +325,7 @@ def grouped(files: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         *folders, name = file.split("/")
         rest, split = _ending(_stem(name))
         if split is None and folders and _ending(folders[-1])[1]:
-            # of shards in a folder per split the names say nothing
+            # names of shards in a folder per split do not name it
             rest, split = _ending(folders.pop())
         if split is None:
             rest, split = "", _stem(name) or "train"
@@ -347,7 +347,7 @@ def _ending(name: str) -> tuple[str, str | None]:
 
 
 def _load(builder: str, files: list[Any], escape: bool = True) -> Any:
-    """All rows of some files; what `datasets` would make of the names of splits does not matter here."""
+    """All samples of some files; what `datasets` would make of the names of splits does not matter here."""
     datasets = require_datasets()
     names = [glob.escape(str(file)) if escape else file for file in files]
     try:

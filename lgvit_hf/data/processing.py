@@ -81,7 +81,7 @@ class ProcessedImages(TorchDataset):
         self._kept: dict[int, tuple[Any, dict[str, int]]] | None = {} if keep else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew for this epoch; call it before the epoch's first batch is asked for."""
+        """Draw anew for this epoch; call it before the epoch's first batch is read."""
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:

@@ -109,8 +109,8 @@ def _num_nodes(node: Any, known: dict[int, int]) -> int:
 
 def names_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """What may stand in a file: the options of a command, but for those about files and help."""
-    actions = {action.dest: action for action in command._actions if action.option_strings}
-    return {name: action for name, action in actions.items() if name not in ("help", "config")}
+    options = [action for action in command._actions if action.option_strings]
+    return {option.dest: option for option in options if option.dest not in ("help", "config")}
 
 
 def apply_settings(

@@ -1,4 +1,4 @@
-"""AViTTrainer: transformers' Trainer that says how deep the tokens go, in training and in evaluation."""
+"""AViTTrainer: transformers' Trainer that logs how deep the tokens go, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGGED = ("mean_token_depth", "ponder_loss", "distribution_loss")
 
 
 class AViTTrainer(TakesImages, ResumableTrainer):
-    """Trains an `AViT` by the loss it gives, as the plain `Trainer` does, and says what becomes of the tokens.
+    """Trains an `AViT` by the loss it gives, as the plain `Trainer` does, and logs the depth of the tokens.
 
     Each log holds the means of `mean_token_depth` (blocks), `ponder_loss` and `distribution_loss` over the batches
     since the last. Evaluation gives the figures of `AViTMetrics`, unless there is a `compute_metrics` of one's own.
@@ -62,12 +62,12 @@ class AViTTrainer(TakesImages, ResumableTrainer):
             self.compute_metrics = AViTMetrics(model.config) if self._own_metrics else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; what it says of its tokens is kept for the next log."""
+        """The model's loss; its figures of the tokens are kept for the next log."""
         outputs = model(**inputs)
         if model.training:
-            said = {name: outputs[name].detach() for name in LOGGED[1:]}
-            said["mean_token_depth"] = outputs["token_depth"].float().mean()
-            self._sums = {name: self._sums[name] + value for name, value in said.items()}
+            figures = {name: outputs[name].detach() for name in LOGGED[1:]}
+            figures["mean_token_depth"] = outputs["token_depth"].float().mean()
+            self._sums = {name: self._sums[name] + value for name, value in figures.items()}
             self._batches += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 

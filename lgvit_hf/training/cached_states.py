@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import get_cosine_schedule_with_warmup
@@ -159,7 +159,7 @@ def open_cache(
 
     Raises:
         ValueError: What is there was made from something else.
-        OSError: The disk has too little room.
+        OSError: Too little is free on the disk.
     """
     folder, cache_file = Path(folder), Path(folder) / "made_from.json"
     made_from = {**made_from, "rows": num_samples, "shapes": list(map(asdict, shapes))}
@@ -301,24 +301,21 @@ def train_exits(
     made_with = {"training": json.dumps({**asdict(how), "rows": num_samples, "seed": seed})}
     for index, head in enumerate(progress(model.exits)):
         file = cache.folder / f"head-{index}.safetensors"
-        weights = _read_head(file, made_with)
-        if weights is None:
+        if not file.exists() or _trained_with(file) != made_with:
             torch.manual_seed(seed)
             head.float()
             train_head(head, cache.states(index)[:num_samples], cache.logits[:num_samples], cache.shapes[index], how)
             weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
             with replace_file(file) as new:
                 save_file(weights, new, metadata=made_with)
-        head.load_state_dict(weights)
+        head.load_state_dict(load_file(file))
         head.to(model.dtype).eval()
 
 
-def _read_head(file: Path, made_with: dict[str, str]) -> dict[str, Tensor] | None:
-    """The weights of a head that was trained in the same way, if there is one."""
-    if not file.exists():
-        return None
+def _trained_with(file: Path) -> dict[str, str]:
+    """How a stored head was trained."""
     with safe_open(file, "pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()} if stored.metadata() == made_with else None
+        return stored.metadata()
 
 
 def train_head(head: ExitHead, states: Tensor, teacher: Tensor, shape: TokenShape, how: HeadTraining) -> None:

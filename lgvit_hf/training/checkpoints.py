@@ -349,7 +349,7 @@ def _checkpoints(output: str | Path) -> list[Path]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Make room for a checkpoint of the same step; a complete one is kept until then."""
+    """Move a checkpoint of the same step aside; a complete one is kept until its successor is."""
     earlier = folder.with_name(folder.name + EARLIER)
     if earlier.exists():
         # what was to replace it was never completed

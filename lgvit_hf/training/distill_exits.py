@@ -41,7 +41,7 @@ from .grow_report import candidate_rows, grow_as_text
 
 logger = logging.getLogger(__name__)
 
-# fewer say nothing about a drop of one point
+# fewer do not show a drop of one point
 FEWEST_IMAGES = 50
 TIMED_BATCH = 32
 
@@ -83,7 +83,7 @@ def grow(
         checkpoint (`str`, path or `PreTrainedModel`):
             A plain ViT, DeiT or Swin, or a highway without exits: folder, Hub id, or in memory.
         dataset (`str` or `Dataset`):
-            Images as of `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
+            Images for `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
             column `image`, or items `{"pixel_values": [C, H, W], "labels": int}`. Labels are not needed: where they
             are, the accuracy drop is counted with them, otherwise it is what the full model's own probabilities expect
             it to be (`answer_worth`). Exits are never trained on labels.

@@ -1,4 +1,4 @@
-"""What `lgvit grow` says of its candidates."""
+"""The report of `lgvit grow` on its candidates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..modeling_highway import HighwayMixin
 def candidate_rows(
     model: HighwayMixin, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
 ) -> list[dict[str, Any]]:
-    """Every candidate exit: its answers on the held-out images, its cost, and whether it stays."""
+    """Every candidate exit: its answers on the held-out images, its cost, and whether it is kept."""
     answers = logits.argmax(-1)
     right = (answers == (answers[-1] if labels is None else labels)).float().mean(-1)
     return [

@@ -76,7 +76,7 @@ class StreamedImages(IterableDataset):
         for number, sample in enumerate(self.images):
             for column in self.columns:
                 if column is not None and sample[column] is None:
-                    raise ValueError(f"row {number} of the stream has no {column}; leave it out, as filter does")
+                    raise ValueError(f"sample {number} of the stream has no {column}; leave it out, as filter does")
             name = f"image {number} of the stream"
             image = decoded(sample[image_column], name)
             try:
@@ -99,7 +99,7 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
             them; all others stay what they are. Columns are found as `load_images` finds them.
 
     Raises:
-        ValueError: Training images without labels; a row without image or label; the model's classes in another order.
+        ValueError: Training images without labels; a sample without image or label; classes in another order.
 
     Example:
 
@@ -140,7 +140,7 @@ def _columns_of(name: str, dataset: Any) -> Columns | None:
         # what a transform of one's own gives may be pixel values already
         there, is_sample = dataset[0], True
     elif there is None:
-        # of a stream that does not say, its first sample does
+        # of a stream without features, its first sample shows them
         there, is_sample = next(iter(dataset), {}), True
     if "pixel_values" in there:
         return None
@@ -205,12 +205,11 @@ class _Renamed:
 
 
 def _processor_of(model: PreTrainedModel) -> BaseImageProcessor:
-    for source in (model.name_or_path, getattr(model, "grown_from", "")):
-        if source:
-            try:
-                return open_processor(source)
-            except OSError:
-                pass  # saved without one
+    for source in filter(None, (model.name_or_path, getattr(model, "grown_from", ""))):
+        try:
+            return open_processor(source)
+        except OSError:
+            pass  # saved without one
     size = model.config.image_size
     logger.warning(
         "no image processor is known for this model: images are resized to %s pixels, with values in [-1, 1]; give "

@@ -1,4 +1,4 @@
-"""What evaluation during training says: accuracy of every exit, and accuracy and depth under the exit policy."""
+"""The figures of evaluation during training: accuracy of every exit, and accuracy and depth under the exit policy."""
 
 from __future__ import annotations
 

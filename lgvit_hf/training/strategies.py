@@ -79,7 +79,7 @@ def stage_two_loss(
 
     `distillation`: `(1 - c) * sum p_i L_i / sum p_i + c * mean KD_i`. `distillation_lgvit`:
     `(1 - c) * sum L_i + c * sum KD_i + heterogeneous_weight * L_hete + homogeneous_weight * L_homo`, the last two as
-    `lgvit_feature_losses` says, for any number and kinds of exits. Arguments: see `stage_one_loss`.
+    `lgvit_feature_losses` gives them, for any number and kinds of exits. Arguments: see `stage_one_loss`.
     """
     check_labels(labels, config.num_labels)
     out = model(pixel_values, early_exit=False, **inputs)

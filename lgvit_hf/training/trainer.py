@@ -72,7 +72,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
             )
         truncated = getattr(model.config, "truncated", True)
         if truncated or (num_exits == 0 and args.strategy != "backbone"):
-            raise ValueError(f"{type(self).__name__} trains early exits; the model has none; use transformers.Trainer")
+            raise ValueError(f"{type(self).__name__} trains exits, and this model has none; use transformers.Trainer")
         if args.strategy == "single_exit" and (args.train_exit or 0) >= num_exits:
             raise ValueError(f"train_exit: {args.train_exit} is outside 0..{num_exits - 1} ({num_exits} exits)")
         if isinstance(model, HighwayWrapper):

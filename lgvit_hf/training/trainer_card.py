@@ -34,9 +34,8 @@ class CardTrainer(Trainer):
         """Write `README.md` into `args.output_dir`, with the figures of the last evaluation; one's own README stays.
 
         Args:
-            args, kwargs: See `transformers.Trainer.create_model_card`. `license`, `tags`, `finetuned_from` (the base
-                model's Hub id) and `dataset_tags` (Hub ids) are used; `model_name` (by default `args.hub_model_id` or
-                the folder's name) too.
+            args, kwargs: See `transformers.Trainer.create_model_card`. Such a card uses `license`, `tags`, `model_name`
+                (after `args.hub_model_id`; by default the folder's name), `finetuned_from` and `dataset_tags`.
         """
         model, readme = self.accelerator.unwrap_model(self.model), self._folder / "README.md"
         if not has_card(model.config):
@@ -52,7 +51,7 @@ class CardTrainer(Trainer):
         write_card(card(model, reports, name=name, datasets=datasets, tags=tags, **about), readme)
 
     def _last_evaluation(self) -> list[dict[str, Any]]:
-        """The figures of the newest log of an evaluation, without what only says how long it took."""
+        """The figures of the newest log of an evaluation, without its duration."""
         logs = [log for log in self.state.log_history if "eval_loss" in log]
         if not logs:
             return []
