@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 
 from lgvit_hf import DistillationTrainer, HighwayTrainer, HighwayTrainingArguments
 from lgvit_hf.evaluation.exit_table import collect
-from lgvit_hf.training.metrics import ExitMetrics, row_answers
+from lgvit_hf.training.metrics import ExitMetrics, sample_answers
 from tests.processes import in_two_processes
 from tests.test_evaluation import in_a_gap
 from tests.tiny import NUM_BLOCKS, NUM_LABELS, tiny_dataset, tiny_model
@@ -134,12 +134,12 @@ def test_hidden_labels_are_left_out():
     }
 
 
-def test_row_answers_replay_the_policy():
+def test_sample_answers_replay_the_policy():
     model = tiny_model("vit", exit_positions=POSITIONS)
     model.set_exit_policy("patience", patience=2)
     table = collect(model, tiny_dataset(30))
     replayed = table.replay(model.exit_policy)
-    answers = row_answers(list(table.logits), replayed)
+    answers = sample_answers(list(table.logits), replayed)
     assert torch.equal(answers[:, -1], replayed.exit_index)
     assert torch.equal(answers[:, :-1].T, table.logits.argmax(-1))
 

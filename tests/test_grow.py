@@ -155,12 +155,12 @@ def test_labels_are_matched_by_name(plain, photos):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["c3", "c0"])}
     pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 200)]
     rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]}, datasets.Features(features))
-    items = growth._items(rows, model, make_processor(IMAGE_SIZE), None, 0, False)
+    items = growth._items(rows, model, make_processor(IMAGE_SIZE), False)
     assert [item["labels"] for item in (items[0], items[1])] == [3, 0]
-    assert "labels" not in growth._items(rows, model, make_processor(IMAGE_SIZE), None, 0, True)[0]
+    assert "labels" not in growth._items(rows, model, make_processor(IMAGE_SIZE), True)[0]
     strange = rows.cast_column("label", datasets.ClassLabel(names=["c3", "cat"]))
     with pytest.raises(ValueError, match="class 'cat' is none of the model's"):
-        growth._items(strange, model, make_processor(IMAGE_SIZE), None, 0, False)
+        growth._items(strange, model, make_processor(IMAGE_SIZE), False)
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_ctrl_c_in_the_command(plain, photos, tmp_path, monkeypatch, capsys):
 
 
 def test_the_cache_stays_within_its_limit(plain, images, tmp_path, monkeypatch):
-    sizes, train_exits, said = [], growth.train_exits, []
+    sizes, train_exits, said = [], cached.train_exits, []
 
     class Measured(Exception):
         pass
@@ -295,7 +295,7 @@ def test_the_cache_stays_within_its_limit(plain, images, tmp_path, monkeypatch):
             raise Measured
         return train_exits(model, cache, *arguments, **options)
 
-    monkeypatch.setattr(growth, "train_exits", measuring)
+    monkeypatch.setattr(cached, "train_exits", measuring)
     with pytest.raises(Measured):
         grow(plain, images, tmp_path / "out", **SMALL)
     limit = sizes[0] * 0.6 / 1e9
@@ -332,10 +332,10 @@ def test_only_what_a_head_reads_is_kept(kind):
     # Swin has no prefix token: its linear head averages the patches
     assert first.keeps_patches == (kind == "swin") and second.keeps_patches
     prefix = {"vit": 1, "deit": 2, "deit_plain": 1, "swin": 0}[kind]
-    assert first.of_row[0] == (64 if kind == "swin" else prefix)
+    assert first.of_sample[0] == (64 if kind == "swin" else prefix)
     assert (
         bytes_per_image([first, second], NUM_LABELS)
-        == 2 * sum(np.prod(shape.of_row) for shape in (first, second)) + 28
+        == 2 * sum(np.prod(shape.of_sample) for shape in (first, second)) + 28
     )
 
 
@@ -513,7 +513,7 @@ def test_states_do_not_outlive_a_run_that_fails(where, error, plain, images, tmp
     def fail(*_, **__):
         raise error("no exit pays")
 
-    monkeypatch.setattr(growth, where, fail)
+    monkeypatch.setattr(cached if hasattr(cached, where) else growth, where, fail)
     monkeypatch.setattr(growth.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     for output in (None, tmp_path / "out"):

@@ -21,8 +21,7 @@ from lgvit_hf.token_halting import (
     halting_target,
     token_macs,
 )
-from lgvit_hf.training.avit_trainer import macro_f1
-from tests.seeds import examples, generator, rng
+from tests.seeds import examples, generator
 
 pytestmark = pytest.mark.version_independent
 
@@ -163,11 +162,3 @@ def test_macs_by_hand():
 def test_deit_tiny_costs_what_is_published():
     config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
     assert token_macs(config, torch.full((1, 197), 12)).item() == pytest.approx(1.25e9, rel=0.01)
-
-
-def test_macro_f1_is_that_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    numbers = rng()
-    for classes in (2, 5, 9):
-        said, there = numbers.integers(0, classes, 40), numbers.integers(0, classes - 1, 40)
-        assert macro_f1(said, there) == pytest.approx(metrics.f1_score(there, said, average="macro"))

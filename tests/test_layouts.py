@@ -436,13 +436,13 @@ def test_a_row_without_image_or_label_is_named(tmp_path, split, column, value, k
         complete = lacking("label", 1, 1, kind)
         (lacking(column, number, value, kind) if name == split else complete).to_parquet(tmp_path / f"{name}.parquet")
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was read"))
-    with pytest.raises(ValueError, match=rf"{tmp_path} \({split}\): row {number} \(from 0\) has no {column}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} \({split}\): sample {number} \(from 0\) has no {column}"):
         load_images(str(tmp_path))
 
 
 def test_unlabelled_images_must_be_there(tmp_path):
     lacking("image", 5).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"row 5 \(from 0\) has no image"):
+    with pytest.raises(ValueError, match=r"sample 5 \(from 0\) has no image"):
         load_unlabelled(str(tmp_path / "train.parquet"))
     assert load_encoded(str(tmp_path))[5]["image"] is None, "lgvit predict says so in its row"
     lacking("label", 5).to_parquet(tmp_path / "train.parquet")

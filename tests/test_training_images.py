@@ -159,10 +159,10 @@ def test_a_row_that_lacks_something_is_named(photos):
         rows = photos.to_dict()
         rows[column][row] = None
         rows = datasets.Dataset.from_dict(rows, features=photos.features)
-        with pytest.raises(ValueError, match=rf"{name}: row {row} \(from 0\) has no {column}"):
+        with pytest.raises(ValueError, match=rf"{name}: sample {row} \(from 0\) has no {column}"):
             with_pixels(tiny_model("vit"), {name: rows})
         stream = with_pixels(tiny_model("vit"), {name: rows.to_iterable_dataset()})[name]
-        with pytest.raises(ValueError, match=f"row {row} of the stream has no {column}"):
+        with pytest.raises(ValueError, match=f"sample {row} of the stream has no {column}"):
             list(stream)
 
 
@@ -173,7 +173,7 @@ def test_rows_that_are_left_out_may_lack_anything(photos):
     chosen = rows.select([7, 6, 4, 1])
     items = with_pixels(tiny_model("vit"), {"train_dataset": chosen})["train_dataset"]
     assert [item["labels"] for item in items] == [2, 1, 4, 1]
-    with pytest.raises(ValueError, match=r"train_dataset: row 1 \(from 0\) has no image"):
+    with pytest.raises(ValueError, match=r"train_dataset: sample 1 \(from 0\) has no image"):
         with_pixels(tiny_model("vit"), {"train_dataset": rows.select([7, 5])})
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 CROPS = ("random_resized", "pad", "none")
 WHOLE_RANGE = (0.08, 1.0)
 NARROWEST, WIDEST = 3 / 4, 4 / 3
+Rng = np.random.Generator | random.Random
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Augmentation:
     Args:
         crop (`str`, *optional*, defaults to `"random_resized"`):
             `"random_resized"`: a random part of the image (https://arxiv.org/abs/1409.4842), resized; `"pad"`: the
-            whole image, resized and shifted at random by up to an eighth of its size, with black behind it, as is
+            whole image, resized and shifted at random by up to an eighth of its size, with black around it, as is
             usual for CIFAR; `"none"`: the whole image, resized.
         scale (`tuple[float, float]`, *optional*, defaults to `(0.08, 1.0)`):
             The smallest and the largest share of the image's area that `"random_resized"` takes.
@@ -50,9 +51,7 @@ class Augmentation:
         if self.crop != "random_resized" and tuple(self.scale) != WHOLE_RANGE:
             raise ValueError(f"scale is {self.scale}, but crop {self.crop!r} does not use it; random_resized does")
 
-    def __call__(
-        self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator | random.Random
-    ) -> Image.Image:
+    def __call__(self, image: Image.Image, size: tuple[int, int], rng: Rng) -> Image.Image:
         """The augmented image.
 
         Args:
@@ -74,9 +73,7 @@ class Augmentation:
         return image
 
 
-def random_box(
-    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator | random.Random
-) -> tuple[int, int, int, int]:
+def random_box(width: int, height: int, scale: tuple[float, float], rng: Rng) -> tuple[int, int, int, int]:
     """Where to cut, as torchvision's `RandomResizedCrop` decides it: `(left, top, right, bottom)`.
 
     The share of the area is uniform in `scale`, the aspect ratio log-uniform between 3:4 and 4:3. After ten boxes that
@@ -99,7 +96,7 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def random_integer(low: int, high: int, rng: np.random.Generator | random.Random) -> int:
+def random_integer(low: int, high: int, rng: Rng) -> int:
     """One of `low`, ..., `high`; unlike their own methods, the same call for NumPy's and Python's generators.
 
     Example:

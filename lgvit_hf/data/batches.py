@@ -21,11 +21,11 @@ MOST_WORKERS = 4
 def in_batches(
     dataset: Dataset, batch_size: int, *, num_workers: int | None = None, collate: Callable[[list], Any] = stack
 ) -> DataLoader:
-    """Every row of a dataset once, in order.
+    """Every sample of a dataset once, in order.
 
     Args:
         dataset (`Dataset`): Items `{"pixel_values": [C, H, W], "labels": int}`.
-        batch_size (`int`): Rows at a time.
+        batch_size (`int`): Samples at a time.
         num_workers (`int`, *optional*):
             Processes that read and prepare images. By default none on a CPU, which the model itself keeps busy, and a
             few beside an accelerator, where there are several batches for each.
@@ -33,13 +33,13 @@ def in_batches(
 
     Example:
 
-        >>> rows = [{"pixel_values": torch.full((3, 2, 2), float(row))} for row in range(3)]
-        >>> [batch["pixel_values"].shape[0] for batch in in_batches(rows, 2)]
+        >>> samples = [{"pixel_values": torch.full((3, 2, 2), float(number))} for number in range(3)]
+        >>> [batch["pixel_values"].shape[0] for batch in in_batches(samples, 2)]
         [2, 1]
     """
     found = accelerator()
     if num_workers is None:
-        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # of numbered rows, as torch cannot say
+        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # it has a length
         num_workers = 0 if found is None else min(MOST_WORKERS, os.cpu_count() or 1, num_batches // 4)
     # memory of its own kind, from which an accelerator reads by itself; MPS shares the processor's
     pinned = found is not None and found.type != "mps"

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..serving.device.rgb import IMAGE_FORMATS
-from .folders import SPLITS, is_archive, read_path, require_datasets, split_named
+from .folders import SPLITS, is_archive, name_of_split, read_path, require_datasets, split_named
 
 if TYPE_CHECKING:
     import datasets
@@ -57,16 +57,16 @@ def load_images(
         label_column (`str`, *optional*):
             Where the labels are; by default `label`, `labels`, `fine_label` or any column of classes.
         validation_share (`float`, *optional*, defaults to 0.15):
-            Share of the training rows that becomes the validation split where the source has no split to spare, and of
-            the remaining rows that becomes the test split where it has neither. A split whose labels are hidden (all
-            of them -1, or none at all) counts as missing.
-        seed (`int`, *optional*, defaults to 0): Decides which rows.
+            Share of the training samples that becomes the validation split where the source has no split to spare, and
+            of the remaining ones that becomes the test split where it has neither. A split whose labels are hidden
+            (all of them -1, or none at all) counts as missing.
+        seed (`int`, *optional*, defaults to 0): Decides which samples.
 
     Raises:
         ImportError: The extra `train` is not installed.
         ValueError:
             No images, no labels, no training split or no such column there; images that would be left out, such as
-            one that lies beside the folders of classes; a row without an image or a label.
+            one that lies beside the folders of classes; a sample without an image or a label.
 
     Example:
 
@@ -78,7 +78,7 @@ def load_images(
     for split, name in _split_names(source, raw).items():
         where = f"{source} ({name})"
         needed = split == "train" or label_column is not None
-        dataset = _with_plain_columns(raw[name], where, image_column, label_column, labelled=needed)
+        dataset = _with_plain_columns(raw[name], where, needed, image_column, label_column)
         if has_labels(dataset):
             refuse_missing(dataset, where)
             found[split] = dataset
@@ -91,15 +91,13 @@ def load_images(
         raise ValueError(f"{source}: {len(label_names)} class(es) found ({label_names}); at least two are needed")
     found = {split: _with_labels(dataset, label_names, f"{source} ({split})") for split, dataset in found.items()}
 
-    # the split that others report on is the test; whatever is missing is taken from the training rows
-    test = found.get("test", found.get("validation"))
-    validation = found.get("validation") if "test" in found else None
-    train = found["train"]
-    if test is None:
-        train, test = _hold_out(train, validation_share, seed)
-    if validation is None:
-        train, validation = _hold_out(train, validation_share, seed)
-    return ImageSplits(train, validation, test, label_names)
+    # the split that others report on is the test; whatever is missing is taken from the training samples
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")
+    for split in ("test", "validation"):
+        if split not in found:
+            found["train"], found[split] = _hold_out(found["train"], validation_share, seed)
+    return ImageSplits(**found, label_names=label_names)
 
 
 def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> datasets.Dataset:
@@ -109,15 +107,15 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
         source (`str`):
             As for [`load_images`]; a folder of images need not have a folder per class, and its images may lie at any
             depth. Of several splits the training split is taken.
-        limit (`int`, *optional*): Take at most this many rows, drawn at random, in the order of the source.
-        seed (`int`, *optional*, defaults to 0): Decides which rows.
+        limit (`int`, *optional*): Take at most this many samples, drawn at random, in the order of the source.
+        seed (`int`, *optional*, defaults to 0): Decides which samples.
 
     Returns:
         `datasets.Dataset`: With a column `image` and, where the source has labels, a column `label`.
 
     Raises:
         ImportError: The extra `train` is not installed.
-        ValueError: No images there, several splits and none for training, a file that is no image, or a row without.
+        ValueError: No images there, several splits and none for training, a file that is no image, a missing image.
 
     Example:
 
@@ -126,13 +124,9 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
         (20, ['0', '1', '2'])
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
+        raise ValueError(f"limit is {limit}; it must be at least 1, or None for all samples")
     raw = _load_raw(source, seed, labelled=False)
-    names = list(raw) if len(raw) == 1 else [name for name in SPLITS["train"] if name in raw]
-    if not names:
-        raise ValueError(f"{source}: no split called 'train'; splits there: {', '.join(raw)}")
-    where = f"{source} ({names[0]})"
-    dataset = _with_plain_columns(raw[names[0]], where, labelled=False)
+    dataset, where = _one_split(source, raw, None if len(raw) == 1 else "train")
     refuse_missing(dataset, where, ["image"])
     if has_labels(dataset) and first_missing(dataset, "label") is None:
         dataset = _with_labels(dataset, _names_of(dataset), where)
@@ -149,7 +143,7 @@ def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
     """Images of one split of a dataset, in its order, as they are stored: nothing is decoded, labels are not needed.
 
     Args:
-        source (`str`): See [`load_images`]; no rows are held out.
+        source (`str`): See [`load_images`]; no samples are held out.
         split (`str`, *optional*): By its name in the source; may be left out where there is only one.
 
     Returns:
@@ -164,13 +158,23 @@ def load_encoded(source: str, split: str | None = None) -> datasets.Dataset:
         >>> len(load_encoded("digits", "test"))
         360
     """
-    datasets, raw = require_datasets(), _load_raw(source, seed=0, labelled=False)
+    images, _ = _one_split(source, _load_raw(source, seed=0, labelled=False), split)
+    return _undecoded(images)
+
+
+def _one_split(source: str, raw: Any, split: str | None) -> tuple[Any, str]:
+    """The images of a split, by any of its names, or of the only one, and what errors call it."""
     names = list(raw) if split is None else [name for name in SPLITS.get(split, (split,)) if name in raw][:1]
     if len(names) != 1:
         which = "one of its splits must be named" if split is None else f"no split called {split!r}"
         raise ValueError(f"{source}: {which}; splits there: {', '.join(raw)}")
-    images = _with_plain_columns(raw[names[0]], f"{source} ({names[0]})", labelled=False)
-    return images.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    where = f"{source} ({names[0]})"
+    return _with_plain_columns(raw[names[0]], where, labelled=False), where
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The images alone, as they are stored."""
+    return dataset.select_columns("image").cast_column("image", require_datasets().Image(decode=False))
 
 
 def class_names(dataset: datasets.Dataset) -> list[str] | None:
@@ -211,14 +215,7 @@ def _split_names(source: str, raw: Any) -> dict[str, str]:
     """What the training, validation and test splits are called there; one split alone is for training."""
     if len(raw) == 1 and split_named(next(iter(raw))) is None:
         return {"train": next(iter(raw))}
-    found: dict[str, str] = {}
-    for name in raw:
-        split = split_named(name)
-        if split in found:
-            raise ValueError(f"{source}: {found[split]} and {name} are the same split, {split}; make one of them")
-        if split is not None:
-            found[split] = name
-    return found
+    return name_of_split(source, raw, "make one of them")
 
 
 def _load_digits(seed: int) -> dict[str, Any]:
@@ -227,30 +224,23 @@ def _load_digits(seed: int) -> dict[str, Any]:
 
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
-    )
+    classes = datasets.ClassLabel(names=list(map(str, digits.target_names)))
+    features = datasets.Features({"image": datasets.Image(), "label": classes})
     whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
     train, test = _hold_out(whole, 0.2, seed)
     return {"train": train, "test": test}
 
 
 def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
-    rows_of = Counter(dataset["label"][:])
-    # every class on both sides, where there are enough rows for that
-    enough = len(dataset) * min(share, 1 - share) >= len(rows_of) and min(rows_of.values()) >= 2
-    stratify = "label" if enough else None
-    parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column=stratify)
+    per_class = Counter(dataset["label"][:])
+    # every class on both sides, where there are enough samples for that
+    enough = len(dataset) * min(share, 1 - share) >= len(per_class) and min(per_class.values()) >= 2
+    parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column="label" if enough else None)
     return parts["train"], parts["test"]
 
 
 def _with_plain_columns(
-    dataset: Any,
-    where: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    *,
-    labelled: bool = True,
+    dataset: Any, where: str, labelled: bool, image_column: str | None = None, label_column: str | None = None
 ) -> Any:
     """The dataset with its image and label columns alone, called `image` and `label`."""
     features = dataset.features
@@ -286,8 +276,7 @@ def find_columns(
     named = [name for name in LABEL_NAMES if isinstance(features.get(name), (datasets.ClassLabel, datasets.Value))]
     likely = images or [name for name in stored if name in IMAGE_NAMES or len(stored) == 1]
     image = _choose(image_column, [*images, *stored], [*(name for name in IMAGE_NAMES if name in likely), *likely])
-    possible = features.keys() - {*images, *stored}
-    return image, _choose(label_column, possible, [name for name in [*named, *classes] if name in possible])
+    return image, _choose(label_column, features.keys() - {*images, *stored}, [*named, *classes])
 
 
 def _holds_files(feature: Any) -> bool:
@@ -308,28 +297,27 @@ def with_columns(dataset: Any, image: str, label: str | None) -> Any:
 
 
 def first_missing(dataset: Any, column: str) -> int | None:
-    """The first row without an image or a label, by what Arrow knows of it: no image is read."""
+    """The first sample without an image or a label, as Arrow stores it: no image is read."""
     import pyarrow.compute as compute
 
     datasets = require_datasets()
     feature = dataset.features[column]
     values = dataset.data.column(column)
     if isinstance(feature, datasets.Image):
-        nulls = [compute.is_null(compute.struct_field(values, part)) for part in ("bytes", "path")]
-        missing = compute.and_(*nulls)
+        missing = compute.and_(*(compute.is_null(compute.struct_field(values, part)) for part in ("bytes", "path")))
     else:
         missing = compute.is_null(values, nan_is_null=True)
     if isinstance(feature, datasets.ClassLabel):
         missing = compute.or_(missing, compute.fill_null(compute.equal(values, -1), True))
     if dataset._indices is not None:
-        # the rows of a selection, without copying their images
+        # the samples of a selection, without copying their images
         missing = missing.take(dataset._indices.column(0))
-    row = compute.index(missing, True).as_py()
-    return None if row < 0 else row
+    index = compute.index(missing, True).as_py()
+    return None if index < 0 else index
 
 
 def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", "label")) -> None:
-    """Raise `ValueError` for the first row without an image or a label.
+    """Raise `ValueError` for the first sample without an image or a label.
 
     Args:
         dataset (`datasets.Dataset`): With a column `image`, and perhaps `label`.
@@ -337,15 +325,13 @@ def refuse_missing(dataset: Any, where: str, columns: Sequence[str] = ("image", 
         columns (`Sequence[str]`, *optional*, defaults to both): Which must be there.
     """
     for column in columns:
-        row = first_missing(dataset, column) if column in dataset.features else None
-        if row is not None:
-            raise ValueError(f"{where}: row {row} (from 0) has no {column}; leave it out, as dataset.filter does")
+        index = first_missing(dataset, column) if column in dataset.features else None
+        if index is not None:
+            raise ValueError(f"{where}: sample {index} (from 0) has no {column}; leave it out, as dataset.filter does")
 
 
 def _choose(asked: str | None, possible: Iterable[str], likely: list[str]) -> str | None:
-    if asked is not None:
-        return asked if asked in possible else None
-    return likely[0] if likely else None
+    return next((name for name in (likely if asked is None else [asked]) if name in possible), None)
 
 
 def has_labels(dataset: Any) -> bool:
@@ -354,37 +340,29 @@ def has_labels(dataset: Any) -> bool:
 
 
 def _names_of(dataset: Any) -> list[str]:
-    names = class_names(dataset) if hasattr(dataset.features["label"], "names") else None
-    return names or [str(label) for label in sorted(set(dataset["label"][:]))]
+    return class_names(dataset) or [str(label) for label in sorted(set(dataset["label"][:]))]
 
 
 def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
     """The dataset with its classes numbered as in `names`, those of the training split."""
-    datasets = require_datasets()
-    own = dataset.features["label"]
-    if isinstance(own, datasets.ClassLabel) and own.names == names:
+    own = class_names(dataset)
+    if own == names:
         return dataset
-    labels = dataset["label"][:]
-    labels = [own.int2str(label) if isinstance(own, datasets.ClassLabel) else str(label) for label in labels]
+    labels = [str(label) if own is None else own[label] for label in dataset["label"][:]]
     unknown = sorted(set(labels) - set(names))
     if unknown:
-        raise ValueError(
-            f"{where}: class {unknown[0]!r} is not among the training rows'; those are: {', '.join(names)}"
-        )
-    numbers = {name: number for number, name in enumerate(names)}
-    dataset = dataset.remove_columns("label").add_column("label", [numbers[label] for label in labels])
-    return dataset.cast_column("label", datasets.ClassLabel(names=names))
+        raise ValueError(f"{where}: class {unknown[0]!r} is not one of the training split's: {', '.join(names)}")
+    classes = require_datasets().ClassLabel(names=names)
+    return dataset.remove_columns("label").add_column("label", classes.str2int(labels)).cast_column("label", classes)
 
 
 def _refuse_broken(dataset: Any) -> None:
     """Raise for the first image that cannot be read, by its header and checksums."""
-    datasets = require_datasets()
-    undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    for row, image in enumerate(undecoded["image"]):
+    for index, image in enumerate(_undecoded(dataset)["image"]):
         path, content = image["path"], image["bytes"]
         try:
             with Image.open(path if content is None else BytesIO(content), formats=IMAGE_FORMATS) as opened:
                 opened.verify()
         # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... for what it cannot read
         except Exception as error:
-            raise ValueError(f"{path or f'row {row}'} is no readable image: {error}") from error
+            raise ValueError(f"{path or f'sample {index}'} is no readable image: {error}") from error

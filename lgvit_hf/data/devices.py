@@ -1,4 +1,4 @@
-"""Accelerators of whatever type: which one there is, its name, and waiting for it."""
+"""Accelerators of whatever type: which one there is, its name, and synchronisation with it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def accelerator() -> torch.device | None:
 
 
 def wait_for_accelerators() -> None:
-    """Wait until the accelerators have done what they were asked to, so that a clock tells how long that took."""
+    """Synchronise with the accelerators of whatever type, so that a clock measures what they ran."""
     found = accelerator()
     if found is None:
         return
     backend = getattr(torch, found.type)
     synchronize = getattr(torch, "accelerator", backend).synchronize
     for index in range(backend.device_count()):
-        # one that holds nothing was asked for nothing, and waking it up takes memory
+        # one without memory in use runs nothing, and starting it takes memory
         if not hasattr(backend, "memory_allocated") or backend.memory_allocated(index):
             synchronize(index)
 

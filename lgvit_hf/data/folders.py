@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 import tarfile
@@ -59,6 +60,27 @@ def split_named(name: str) -> str | None:
     return _SPLIT_OF.get(name.lower())
 
 
+def name_of_split(where: str, names: Iterable[str], fix: str) -> dict[str, str]:
+    """Which of some names names which split.
+
+    Raises:
+        ValueError: Two name the same split; `fix` ends its message.
+
+    Example:
+
+        >>> name_of_split("photos", ["val", "Train", "test_tube"], "rename one")
+        {'validation': 'val', 'train': 'Train'}
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        split = split_named(name)
+        if split in found:
+            raise ValueError(f"{where}: {found[split]} and {name} are the same split, {split}; {fix}")
+        if split is not None:
+            found[split] = name
+    return found
+
+
 def is_archive(name: str) -> bool:
     """Whether a file name is that of a ZIP or tar archive.
 
@@ -79,13 +101,13 @@ def read_path(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
     """The splits in a folder, a Parquet file or an archive, with whatever columns they have.
 
     Args:
-        path (`str` or `Path`): As `docs/data.md` lists them.
+        path (`str` or `Path`): See `docs/data.md`.
         labelled (`bool`, *optional*, defaults to `True`):
             Whether labels are needed; without, images may lie at any depth, and those of mixed depth have none.
 
     Raises:
         ImportError: The extra `train` is not installed.
-        ValueError: There is nothing that can be read, or more than one thing; says what was found and what would do.
+        ValueError: Nothing there can be read, or more than one thing; names what was found and what would do.
 
     Example:
 
@@ -106,8 +128,7 @@ def read_path(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
     if is_archive(path.name):
         return _read_archive(path, labelled)
     raise ValueError(
-        f"{path}: a file, but neither Parquet nor an archive ({', '.join(ARCHIVES)}); give the folder that holds the "
-        "images"
+        f"{path}: a file, but neither Parquet nor an archive ({', '.join(ARCHIVES)}); give the folder of images"
     )
 
 
@@ -146,17 +167,17 @@ def _read_folder(root: Path, where: str, labelled: bool, archives: bool = True) 
     )
 
 
-def _files_in(root: str | Path, above: tuple[str, ...] = ()) -> list[str]:
+def _files_in(root: str | Path, parents: tuple[str, ...] = ()) -> list[str]:
     """Files below a folder, sorted, by their path from there; without hidden ones and links in circles."""
     real, found = os.path.realpath(root), []
-    if real in above:
+    if real in parents:
         return []
     with os.scandir(root) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             if entry.is_dir():
-                found += [f"{entry.name}/{below}" for below in _files_in(entry.path, (*above, real))]
+                found += [f"{entry.name}/{file}" for file in _files_in(entry.path, (*parents, real))]
             else:
                 found.append(entry.name)
     return sorted(found)
@@ -179,19 +200,20 @@ def _kind(file: str) -> str | None:
 
 def _read_images(root: Path, where: str, files: list[str], labelled: bool) -> dict[str, Any]:
     root, files = _unwrapped(root, files)
-    groups = _by_split_folder(where, files) or {"train": {file: file for file in files}}
-    depths = {split: {name.count("/") for name in group.values()} for split, group in groups.items()}
-    if labelled:
-        for split, group in groups.items():
-            _check_depth(where, group, depths[split])
-    in_classes = {split for split, found in depths.items() if found == {1}}
-    names = {name.split("/")[0] for split in in_classes for name in groups[split].values()}
-    if len(names) < 2:
-        in_classes = set()
-    return {
-        split: _dataset(root, group, sorted({name.split("/")[0] for name in group.values()}), split in in_classes)
-        for split, group in groups.items()
-    }
+    splits = _by_split_folder(root, where, files) or {"train": (root, files)}
+    depths = {split: {name.count("/") for name in names} for split, (_, names) in splits.items()}
+    for split, (folder, names) in splits.items():
+        # each image in the folder of its class, or all in one
+        if labelled and depths[split] not in ({0}, {1}):
+            odd = (folder / next(name for name in names if name.count("/") != 1)).relative_to(root).as_posix()
+            raise ValueError(
+                f"{where}: {odd} does not lie in the folder of a class, as CLASS/image.png or train/CLASS/image.png "
+                "does; move it, and others like it, or give the folder that holds the classes"
+            )
+    in_classes = [split for split, found in depths.items() if found == {1}]
+    if len({name.split("/")[0] for split in in_classes for name in splits[split][1]}) < 2:
+        in_classes = []
+    return {split: _dataset(folder, names, split in in_classes) for split, (folder, names) in splits.items()}
 
 
 def _unwrapped(root: Path, files: list[str]) -> tuple[Path, list[str]]:
@@ -204,41 +226,26 @@ def _unwrapped(root: Path, files: list[str]) -> tuple[Path, list[str]]:
         root, files = root / first, [file.split("/", 1)[1] for file in files]
 
 
-def _by_split_folder(where: str, files: Iterable[str]) -> dict[str, dict[str, str]] | None:
-    """Files by split, each with its path inside it, where every folder of the first level is named as a split is."""
-    firsts = {file.split("/", 1)[0]: split_named(file.split("/", 1)[0]) or "" for file in files if "/" in file}
-    if not firsts or not all(firsts.values()) or not all("/" in file for file in files):
-        return None
-    for split in SPLITS:
-        same = sorted(first for first, named in firsts.items() if named == split)
-        if len(same) > 1:
-            raise ValueError(f"{where}: {' and '.join(same)} are the same split, {split}; put them in one folder")
-    groups: dict[str, dict[str, str]] = {}
+def _by_split_folder(root: Path, where: str, files: Iterable[str]) -> dict[str, tuple[Path, list[str]]] | None:
+    """Each split's folder and the files in it, where every folder of the first level is named as a split is."""
+    inside: dict[str, list[str]] = {}
     for file in files:
-        first, rest = file.split("/", 1)
-        groups.setdefault(firsts[first], {})[file] = rest
-    return groups
+        first, _, rest = file.partition("/")
+        inside.setdefault(first if rest else "", []).append(rest)
+    if not all(map(split_named, inside)):
+        return None
+    splits = name_of_split(where, inside, "put them in one folder")
+    return {split: (root / first, inside[first]) for split, first in splits.items()}
 
 
-def _check_depth(where: str, group: dict[str, str], depths: set[int]) -> None:
-    """Each image in its class's folder, or all in one."""
-    if depths in ({0}, {1}):
-        return
-    odd = next(file for file, name in group.items() if name.count("/") != 1)
-    raise ValueError(
-        f"{where}: {odd} does not lie in the folder of a class, as CLASS/image.png or train/CLASS/image.png does; "
-        "move it, and others like it, or give the folder that holds the classes"
-    )
-
-
-def _dataset(root: Path, group: dict[str, str], names: list[str], has_labels: bool) -> Any:
+def _dataset(folder: Path, names: list[str], has_labels: bool) -> Any:
     datasets = require_datasets()
-    columns: dict[str, list[Any]] = {"image": [str(root / file) for file in group]}
+    columns: dict[str, list[Any]] = {"image": [str(folder / name) for name in names]}
     features = {"image": datasets.Image()}
     if has_labels:
-        numbers = {name: number for number, name in enumerate(names)}
-        columns["label"] = [numbers[name.split("/")[0]] for name in group.values()]
-        features["label"] = datasets.ClassLabel(names=names)
+        labels = [name.split("/")[0] for name in names]
+        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
+        columns["label"] = features["label"].str2int(labels)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -246,21 +253,15 @@ def _read_metadata(root: Path, where: str, files: list[str], metadata: list[str]
     """Images with a `metadata.csv` or so, which `datasets` reads; each image must be in it."""
     root, inner = _unwrapped(root, [*files, *metadata])
     files, metadata = inner[: len(files)], inner[len(files) :]
-    groups = _by_split_folder(where, files)
-    if groups is None or any("/" not in file for file in metadata):
-        whole = _described(root, where, files)
-        if groups is None:
-            return {"train": whole}
-        place = {os.path.realpath(root / file): split for split, group in groups.items() for file in group}
-        splits = [place[os.path.realpath(path)] for path in _paths(whole)]
-        return {
-            split: whole.select([row for row, other in enumerate(splits) if other == split]).flatten_indices()
-            for split in groups
-        }
-    return {
-        split: _described(root / next(iter(group)).split("/", 1)[0], where, list(group.values()))
-        for split, group in groups.items()
-    }
+    groups = _by_split_folder(root, where, files)
+    if groups is not None and all("/" in file for file in metadata):
+        return {split: _described(folder, where, names) for split, (folder, names) in groups.items()}
+    whole = _described(root, where, files)
+    if groups is None:
+        return {"train": whole}
+    split_of = {os.path.realpath(folder / name): split for split, (folder, names) in groups.items() for name in names}
+    splits = [split_of[os.path.realpath(path)] for path in _paths(whole)]
+    return {split: whole.select([i for i, s in enumerate(splits) if s == split]).flatten_indices() for split in groups}
 
 
 def _described(folder: Path, where: str, files: list[str]) -> Any:
@@ -286,9 +287,8 @@ def _paths(dataset: Any) -> list[str]:
 
 
 def _read_saved(root: Path) -> dict[str, Any]:
-    datasets = require_datasets()
     try:
-        loaded = datasets.load_from_disk(str(root))
+        loaded = require_datasets().load_from_disk(str(root))
     # a damaged one raises errors of many kinds, of Arrow and of JSON
     except Exception as error:
         raise ValueError(f"{root}: no dataset that save_to_disk wrote can be read there: {error}") from error
@@ -300,7 +300,7 @@ def _read_saved(root: Path) -> dict[str, Any]:
 def _read_parquet(root: Path, where: str, files: list[str]) -> dict[str, Any]:
     configurations = grouped(files)
     if len(configurations) > 1:
-        found = ", ".join(f"{name or 'in the folder itself'}" for name in configurations)
+        found = ", ".join(name or "in the folder itself" for name in configurations)
         folder = next((name for name in configurations if name and (root / name).is_dir()), None)
         fix = f"give one of them, as {root / folder}" if folder else "put each in a folder of its own"
         raise ValueError(f"{where}: several configurations lie there: {found}; {fix}")
@@ -325,7 +325,7 @@ def grouped(files: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         *folders, name = file.split("/")
         rest, split = _ending(_stem(name))
         if split is None and folders and _ending(folders[-1])[1]:
-            # of shards in a folder per split the names say nothing
+            # names of shards in a folder per split do not name it
             rest, split = _ending(folders.pop())
         if split is None:
             rest, split = "", _stem(name) or "train"
@@ -347,7 +347,7 @@ def _ending(name: str) -> tuple[str, str | None]:
 
 
 def _load(builder: str, files: list[Any], escape: bool = True) -> Any:
-    """All rows of some files; what `datasets` would make of the names of splits does not matter here."""
+    """All samples of some files; what `datasets` would make of the names of splits does not matter here."""
     datasets = require_datasets()
     names = [glob.escape(str(file)) if escape else file for file in files]
     try:
@@ -396,20 +396,15 @@ def _is_webdataset(archive: Path) -> bool:
     """Whether an image and what is known of it stand side by side in a tar, as `0.jpg` and `0.cls`."""
     if archive.suffix.lower() == ".zip":
         return False
-    before: tuple[str, str | None] = ("", None)
     try:
         with tarfile.open(archive) as tar:
-            for _, member in zip(range(1000), tar, strict=False):
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
-                    continue
-                here = (f"{folder}/{name.split('.')[0]}", _kind(name))
-                if here[0] == before[0] and {here[1], before[1]} != {"image"} and "image" in (here[1], before[1]):
-                    return True
-                before = here
+            names = (member.name for member in itertools.islice(tar, 1000) if member.isfile())
+            shown = (name for name in names if not os.path.basename(name).startswith("."))
+            # a file's name up to its first dot is that of its sample
+            files = ((re.sub(r"\.[^/]*$", "", name), _kind(name) == "image") for name in shown)
+            return any(one[0] == two[0] and one[1] != two[1] for one, two in itertools.pairwise(files))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{archive} is no archive that can be read: {error}") from error
-    return False
 
 
 def _unpacked(archive: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..segments import height_width
 from ..serving.device.rgb import as_rgb, check_resized, read_image
 from .augmentation import Augmentation
+from .folders import require_datasets
 
 if TYPE_CHECKING:
     import datasets
@@ -79,7 +81,7 @@ class ProcessedImages(TorchDataset):
         self._kept: dict[int, tuple[Any, dict[str, int]]] | None = {} if keep else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew for this epoch; call it before the epoch's first batch is asked for."""
+        """Draw anew for this epoch; call it before the epoch's first batch is read."""
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:
@@ -90,36 +92,33 @@ class ProcessedImages(TorchDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The items of a batch, which PyTorch's `DataLoader` asks for at once."""
-        rows = range(len(self))
-        indices = [rows[int(index)] for index in indices]
+        own = range(len(self))
+        indices = [own[int(index)] for index in indices]
         images, labels = zip(*self._prepared(indices), strict=True)
         finished = zip(self._finished(images, indices), labels, strict=True)
         return [{"pixel_values": pixels, **label} for pixels, label in finished]
 
     def picture(self, index: int) -> Image.Image:
         """One image of the dataset as people see it, upright RGB, before it is resized."""
-        return as_rgb(_decoded(self.images[index]["image"], index))
+        return as_rgb(decoded(self.images[index]["image"], f"image {index} of the dataset"))
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """What the model takes of one image that is no row of the dataset, `[C, H, W]` float32."""
+        """What the model takes of one image that is not of the dataset, `[C, H, W]` float32."""
         return next(iter(self._finished([self._prepare(image)], [0])))
 
     def _prepared(self, indices: list[int]) -> list[tuple[Any, dict[str, int]]]:
         """Images as far as they are the same in every epoch, which is what is kept, with `{"labels": int}` or `{}`."""
-        kept = {} if self._kept is None else self._kept
-        missing = [index for index in indices if index not in kept]
-        prepared = {}
+        prepared = {} if self._kept is None else self._kept
+        missing = [index for index in indices if index not in prepared]
         if missing:
-            for index, row in zip(missing, self.images.__getitems__(missing), strict=True):
-                label = {"labels": row["label"]} if "label" in row else {}
-                image = _decoded(row["image"], index)
+            for index, sample in zip(missing, self.images.__getitems__(missing), strict=True):
+                label = {"labels": sample["label"]} if "label" in sample else {}
+                image = decoded(sample["image"], f"image {index} of the dataset")
                 try:
                     prepared[index] = self._prepare(image), label
                 except ValueError as error:
                     raise ValueError(f"image {index} of the dataset: {error}") from error
-            if self._kept is not None:
-                self._kept.update(prepared)
-        return [kept[index] if index in kept else prepared[index] for index in indices]
+        return [prepared[index] for index in indices]
 
     def _prepare(self, image: Image.Image) -> np.ndarray | torch.Tensor:
         image = as_rgb(image, self._channels)
@@ -135,7 +134,6 @@ class ProcessedImages(TorchDataset):
             images = [self._augmented(image, index) for image, index in zip(images, indices, strict=True)]
             if self._table is None:
                 return [_normalised(image, self.processor) for image in images]
-            images = [np.asarray(image) for image in images]
         elif self._table is None or not self._resize_is_plain:
             return images
         return look_up(np.stack(images), self._table)
@@ -151,19 +149,29 @@ def _as_stored(images: Any) -> Any:
     column = getattr(images, "features", {}).get("image")
     if getattr(column, "decode", None) is not True or images.format["type"] is not None:
         return images
-    import datasets
-
-    return images.cast_column("image", datasets.Image(decode=False))
+    return images.cast_column("image", require_datasets().Image(decode=False))
 
 
-def _decoded(image: Any, index: int) -> Image.Image:
+def decoded(image: Any, name: str) -> Image.Image:
+    """An image of a dataset, also where it is still as its file holds it.
+
+    Args:
+        image (`Image.Image` or `dict`): Or its `bytes` and `path`, one of which may be `None`.
+        name (`str`): What an error calls it where it has no path.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     if not isinstance(image, dict):
         return image
     path, content = image["path"], image["bytes"]
+    if content is None and "://" in (path or ""):
+        # inside an archive, or elsewhere: only `datasets` can open it
+        return require_datasets().Image().decode_example(image)
     try:
         return read_image(path if content is None else content)
     except ValueError as error:
-        raise ValueError(f"{path or f'image {index} of the dataset'} is {error}") from error
+        raise ValueError(f"{path or name} is {error}") from error
 
 
 def channels_of(processor: BaseImageProcessor) -> int:
@@ -252,11 +260,11 @@ def _processed(image: Image.Image, processor: BaseImageProcessor, **settings: An
     edge = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
     if edge and settings.get("do_resize", getattr(processor, "do_resize", False)):
         check_resized(image, edge)
+    pixels: Any = image
     if image.mode == "L":
         # processors cannot tell a grey image's channel from its rows
-        settings["input_data_format"] = "channels_last"
-        return processor(np.asarray(image)[..., None], return_tensors="pt", **settings)["pixel_values"][0]
-    return processor(image, return_tensors="pt", **settings)["pixel_values"][0]
+        pixels, settings["input_data_format"] = np.asarray(image)[..., None], "channels_last"
+    return processor(pixels, return_tensors="pt", **settings)["pixel_values"][0]
 
 
 def _resized(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
@@ -279,7 +287,7 @@ def _noise(height: int, width: int, channels: int) -> Image.Image:
     return as_rgb(Image.fromarray(values), channels)
 
 
-def open_processor(checkpoint: str | Path) -> BaseImageProcessor:
+def open_processor(checkpoint: str | os.PathLike[str]) -> BaseImageProcessor:
     """The image processor of a folder or Hub id; code that lies there is not run.
 
     Raises:
@@ -303,13 +311,8 @@ def make_processor(image_size: int | Sequence[int], num_channels: int = 3) -> Ba
     """
     from transformers import ViTImageProcessor
 
-    height, width = height_width(image_size)
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=[0.5] * num_channels,
-        image_std=[0.5] * num_channels,
-        do_convert_rgb=num_channels == 3,
-    )
+    size, half = dict(zip(("height", "width"), height_width(image_size), strict=True)), [0.5] * num_channels
+    return ViTImageProcessor(size=size, image_mean=half, image_std=half, do_convert_rgb=num_channels == 3)
 
 
 def stack(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -7,10 +7,12 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # of a YAML document, with everything that its aliases stand for
 MAX_NODES = 100_000
+
+Number = TypeVar("Number", int, float)
 
 
 def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[Any], int]:
@@ -25,20 +27,8 @@ def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[[Any], int]:
         ...
         argparse.ArgumentTypeError: 99999 must be a whole number from 0 to 65535
     """
-
-    def read(value: Any) -> int:
-        try:
-            number = int(str(value))
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{value!r} must be {read.__name__}")
-        return number
-
-    read.__name__ = (
-        f"a whole number of at least {least}" if most >= 2**31 - 1 else f"a whole number from {least} to {most}"
-    )
-    return read
+    bounds = f"of at least {least}" if most >= 2**31 - 1 else f"from {least} to {most}"
+    return _reader(int, least, most, f"a whole number {bounds}")
 
 
 def real(least: float = -math.inf, most: float = math.inf) -> Callable[[Any], float]:
@@ -51,18 +41,21 @@ def real(least: float = -math.inf, most: float = math.inf) -> Callable[[Any], fl
         ...
         argparse.ArgumentTypeError: '1e400' must be a finite number of at least 0
     """
-
-    def read(value: Any) -> float:
-        try:
-            number = float(str(value))
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and least <= number <= most):
-            raise argparse.ArgumentTypeError(f"{value!r} must be {read.__name__}")
-        return number
-
     bounds = [f"of at least {least:g}"] * (least > -math.inf) + [f"of at most {most:g}"] * (most < math.inf)
-    read.__name__ = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    return _reader(float, least, most, " ".join(["a finite number", " and ".join(bounds)]).strip())
+
+
+def _reader(number_type: type[Number], least: float, most: float, name: str) -> Callable[[Any], Number]:
+    def read(value: Any) -> Number:
+        try:
+            number = number_type(str(value))
+            if least <= number <= most and math.isfinite(number):
+                return number
+        except ValueError:
+            pass  # not a number at all
+        raise argparse.ArgumentTypeError(f"{value!r} must be {name}")
+
+    read.__name__ = name
     return read
 
 

@@ -1,12 +1,10 @@
-"""AViTTrainer: transformers' Trainer that says how deep the tokens go, in training and in evaluation."""
+"""AViTTrainer: transformers' Trainer that logs how deep the tokens go, in training and in evaluation."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..configuration_avit import AViTConfig
@@ -19,7 +17,7 @@ LOGGED = ("mean_token_depth", "ponder_loss", "distribution_loss")
 
 
 class AViTTrainer(TakesImages, ResumableTrainer):
-    """Trains an `AViT` by the loss it gives, as the plain `Trainer` does, and says what becomes of the tokens.
+    """Trains an `AViT` by the loss it gives, as the plain `Trainer` does, and logs the depth of the tokens.
 
     Each log holds the means of `mean_token_depth` (blocks), `ponder_loss` and `distribution_loss` over the batches
     since the last. Evaluation gives the figures of `AViTMetrics`, unless there is a `compute_metrics` of one's own.
@@ -27,7 +25,7 @@ class AViTTrainer(TakesImages, ResumableTrainer):
     Args:
         model (`AViT`): Trained in place; `None` where `model_init` makes one for each run.
         args (`TrainingArguments`): Any.
-        kwargs: See `transformers.Trainer`; datasets of images as of `HighwayTrainer`.
+        kwargs: See `transformers.Trainer`; datasets of images: see `HighwayTrainer`.
 
     Example:
 
@@ -64,12 +62,12 @@ class AViTTrainer(TakesImages, ResumableTrainer):
             self.compute_metrics = AViTMetrics(model.config) if self._own_metrics else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; what it says of its tokens is kept for the next log."""
+        """The model's loss; its figures of the tokens are kept for the next log."""
         outputs = model(**inputs)
         if model.training:
-            said = {name: outputs[name].detach() for name in LOGGED[1:]}
-            said["mean_token_depth"] = outputs["token_depth"].float().mean()
-            self._sums = {name: self._sums[name] + value for name, value in said.items()}
+            figures = {name: outputs[name].detach() for name in LOGGED[1:]}
+            figures["mean_token_depth"] = outputs["token_depth"].float().mean()
+            self._sums = {name: self._sums[name] + value for name, value in figures.items()}
             self._batches += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -93,7 +91,7 @@ class AViTTrainer(TakesImages, ResumableTrainer):
         """As upstream's; depths are gathered in one byte a token."""
         loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._own_metrics and isinstance(outputs, tuple):
-            outputs = tuple(_small(tensor) for tensor in outputs)
+            outputs = tuple(each if each.is_floating_point() else each.to(torch.uint8) for each in outputs)
         return loss, outputs, labels
 
 
@@ -109,6 +107,7 @@ class AViTMetrics:
 
     Example:
 
+        >>> import numpy as np
         >>> from lgvit_hf import AViTConfig
         >>> metrics = AViTMetrics(AViTConfig(num_labels=2))
         >>> logits, depths = np.array([[2.0, 0.0], [1.0, 0.0]]), np.array([[12, 6], [9, 9]])
@@ -121,36 +120,16 @@ class AViTMetrics:
         self.config = config
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Of all rows at once."""
+        """Of all samples at once."""
+        from sklearn.metrics import f1_score
+
         predicted: Any = prediction.predictions
         logits, depths = predicted if isinstance(predicted, tuple) else (predicted, None)
         labels: Any = prediction.label_ids
         classes = logits.argmax(-1)
-        figures = {"accuracy": float((classes == labels).mean()), "macro_f1": macro_f1(classes, labels)}
+        figures = {"accuracy": float((classes == labels).mean())}
+        figures["macro_f1"] = float(f1_score(labels, classes, average="macro"))
         if depths is not None:
-            figures["mean_token_depth"] = float(depths.mean())
-            figures["mean_exit_layer"] = float(depths.max(1).mean())
+            figures |= {"mean_token_depth": float(depths.mean()), "mean_exit_layer": float(depths.max(1).mean())}
             figures["macs"] = token_macs(self.config, torch.from_numpy(depths)).mean().item()
         return figures
-
-
-def macro_f1(classes: np.ndarray, labels: np.ndarray) -> float:
-    """The mean F1 score of the classes that are there or were said to be.
-
-    Args:
-        classes (`np.ndarray`): `[B]`, what was said.
-        labels (`np.ndarray`): `[B]`, what is.
-
-    Example:
-
-        >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]))
-        0.666...
-    """
-    known = np.union1d(classes, labels)
-    right = np.array([((classes == known_class) & (labels == known_class)).sum() for known_class in known])
-    said, there = ((values == known[:, None]).sum(1) for values in (classes, labels))
-    return float((2 * right / (said + there)).mean())
-
-
-def _small(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_floating_point() else tensor.to(torch.uint8)

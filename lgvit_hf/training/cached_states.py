@@ -12,29 +12,40 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from ..data.batches import in_batches, to_model
-from ..files import write_json
+from ..files import replace_file, write_json
 from ..heads import ExitHead
 from ..losses import distillation_loss
+from ..modeling_highway import HighwayMixin
 from ..segments import State, Tokens
 
-# rows that pass through the backbone together, and that a stopped run loses at most
-ROWS_AT_ONCE = 64
+# samples that pass through the backbone together, and that a stopped run loses at most
+SAMPLES_AT_ONCE = 64
 NO_LABEL = -100
 # of an exit's training; on 5,100 images of CIFAR-10, 20 passes instead of these 11 made exits 0.3 points better
 STEPS = 900
+
+
+class Samples(Protocol):
+    """Items `pixel_values` and, if known, `labels`: a list, or a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+Progress = Callable[[Iterable], Iterable]
 
 
 class OtherStates(ValueError):
@@ -45,7 +56,7 @@ class OtherStates(ValueError):
 class TokenShape:
     """What is kept of the tokens at one exit: `prefix` tokens, then the patches of `grid`, each of `width` channels.
 
-    Patches that the head does not read are not kept.
+    Patches that the head does not use are not kept.
     """
 
     prefix: int
@@ -54,39 +65,35 @@ class TokenShape:
     keeps_patches: bool
 
     @property
-    def of_row(self) -> tuple[int, int]:
+    def of_sample(self) -> tuple[int, int]:
         """`(tokens, width)`."""
         patches = self.grid[0] * self.grid[1] if self.keeps_patches else 0
         return self.prefix + patches, self.width
 
     def pack(self, tokens: Tokens) -> Tensor:
-        """`[B, tokens, width]` of what an exit reads, in half precision."""
+        """`[B, tokens, width]` of the features of an exit, in half precision."""
         kept = torch.cat([tokens.prefix, tokens.patches], dim=1) if self.keeps_patches else tokens.prefix
         # beyond the range of half precision lie only a few huge activations of large models
         return kept.clamp(-65504, 65504).half()
 
-    def unpack(self, packed: Tensor) -> Tokens:
-        """What `pack` kept, in single precision."""
-        packed = packed.float()
+    def unpack(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tokens:
+        """What `pack` kept, by default in single precision."""
+        packed = packed.to(dtype)
         return Tokens(packed[:, self.prefix :], self.grid, packed[:, : self.prefix])
 
 
 @torch.no_grad()
-def token_shapes(model: PreTrainedModel, pixels: Tensor) -> list[TokenShape]:
+def token_shapes(model: HighwayMixin, pixels: Tensor) -> list[TokenShape]:
     """What is to be kept for each exit of a highway, seen on one batch of images `[B, C, H, W]`."""
     state, shapes = State({"pixel_values": to_model(pixels, model)}), []
-    for segment, head in zip(model.segments(), model.exits, strict=False):
+    for segment, head in zip(model.segments(), cast(Iterable[ExitHead], model.exits), strict=False):
         state = segment.advance(state)
         tokens = model.tokens(state)
         prefix, width = tokens.prefix.shape[1:]
-        shapes.append(TokenShape(prefix, tokens.grid, width, _reads_patches(head, tokens)))
+        # a head that uses the patches answers NaN where they are
+        unknown = Tokens(torch.full_like(tokens.patches, torch.nan), tokens.grid, tokens.prefix)
+        shapes.append(TokenShape(prefix, tokens.grid, width, bool(head.answer(unknown).isnan().any())))
     return shapes
-
-
-def _reads_patches(head: ExitHead, tokens: Tokens) -> bool:
-    """Whether unknown patches make an unknown answer."""
-    unknown = Tokens(torch.full_like(tokens.patches, torch.nan), tokens.grid, tokens.prefix)
-    return bool(head.answer(unknown).isnan().any())
 
 
 def bytes_per_image(shapes: Sequence[TokenShape], num_labels: int) -> int:
@@ -97,7 +104,7 @@ def bytes_per_image(shapes: Sequence[TokenShape], num_labels: int) -> int:
         >>> bytes_per_image([TokenShape(prefix=1, grid=(2, 2), width=8, keeps_patches=True)], num_labels=3)
         100
     """
-    return 2 * sum(tokens * width for tokens, width in (shape.of_row for shape in shapes)) + 4 * num_labels + 8
+    return 2 * sum(tokens * width for tokens, width in (shape.of_sample for shape in shapes)) + 4 * num_labels + 8
 
 
 @dataclass(frozen=True)
@@ -108,23 +115,21 @@ class StateCache:
         folder (`Path`): Holds `states-{exit}.npy` `[N, tokens, width]` float16, `logits.npy` `[N, C]` float32,
             `labels.npy` `[N]` int64 (-100: unknown), `progress.json`, and the trained heads.
         shapes (`list[TokenShape]`): Of each exit.
-        num_rows (`int`): `N`.
+        num_samples (`int`): `N`.
         num_labels (`int`): `C`.
     """
 
     folder: Path
     shapes: list[TokenShape]
-    num_rows: int
+    num_samples: int
     num_labels: int
 
     def open(self, name: str) -> np.memmap:
         """One of the arrays; made when it is not there."""
         file, (dtype, shape) = self.folder / f"{name}.npy", self._arrays()[name]
         if not file.exists():
-            # a name of its own until the header is written
-            new = file.with_suffix(".new")
-            np.lib.format.open_memmap(new, "w+", dtype, (self.num_rows, *shape)).flush()
-            new.replace(file)
+            with replace_file(file) as new:
+                np.lib.format.open_memmap(new, "w+", dtype, (self.num_samples, *shape)).flush()
         return np.load(file, mmap_mode="r+")
 
     def states(self, exit_index: int) -> Tensor:
@@ -143,21 +148,22 @@ class StateCache:
         return None if (labels == NO_LABEL).any() else labels
 
     def _arrays(self) -> dict[str, tuple[type, tuple[int, ...]]]:
-        states = {f"states-{index}": (np.float16, shape.of_row) for index, shape in enumerate(self.shapes)}
+        states = {f"states-{index}": (np.float16, shape.of_sample) for index, shape in enumerate(self.shapes)}
         return {**states, "logits": (np.float32, (self.num_labels,)), "labels": (np.int64, ())}
 
 
 def open_cache(
-    folder: str | Path, shapes: list[TokenShape], num_rows: int, num_labels: int, made_from: dict[str, Any]
+    folder: str | Path, shapes: list[TokenShape], num_samples: int, num_labels: int, made_from: dict[str, Any]
 ) -> StateCache:
     """A cache in `folder`: a new one, or the one that a stopped run with the same `made_from` left there.
 
     Raises:
         ValueError: What is there was made from something else.
-        OSError: The disk has too little room.
+        OSError: Too little is free on the disk.
     """
     folder, cache_file = Path(folder), Path(folder) / "made_from.json"
-    made_from = json.loads(json.dumps({**made_from, "rows": num_rows, "shapes": [asdict(shape) for shape in shapes]}))
+    made_from = {**made_from, "rows": num_samples, "shapes": list(map(asdict, shapes))}
+    made_from = json.loads(json.dumps(made_from))  # lists for tuples, as it is read back
     if cache_file.exists():
         earlier = json.loads(cache_file.read_text(encoding="utf-8"))
         differing = [name for name in {**made_from, **earlier} if made_from.get(name) != earlier.get(name)]
@@ -170,33 +176,28 @@ def open_cache(
         if folder.exists() and any(folder.iterdir()):
             raise OtherStates(f"{folder} is to hold cached states, but other files are there; move them away")
         folder.mkdir(parents=True, exist_ok=True)
-        needed, free = num_rows * bytes_per_image(shapes, num_labels), shutil.disk_usage(folder).free
+        needed, free = num_samples * bytes_per_image(shapes, num_labels), shutil.disk_usage(folder).free
         if needed > free:
             folder.rmdir()
             raise OSError(
-                f"{folder}: the states of {num_rows} images take {needed / 1e9:.1f} GB, the disk has "
+                f"{folder}: the states of {num_samples} images take {needed / 1e9:.1f} GB, the disk has "
                 f"{free / 1e9:.1f} GB left; take fewer images or fewer exits"
             )
         write_json(cache_file, made_from)
-    return StateCache(folder, shapes, num_rows, num_labels)
+    return StateCache(folder, shapes, num_samples, num_labels)
 
 
 @torch.no_grad()
 def fill_cache(
-    cache: StateCache,
-    model: PreTrainedModel,
-    dataset: Dataset,
-    rows: Sequence[int],
-    *,
-    progress: Callable[[Iterable], Iterable] = iter,
+    cache: StateCache, model: HighwayMixin, dataset: Samples, indices: Sequence[int], *, progress: Progress = iter
 ) -> None:
-    """Run the frozen backbone once on some rows of a dataset and keep what exits read, or go on where a run stopped.
+    """Run the frozen backbone once on some samples and keep the features for its exits, or go on where a run stopped.
 
     Args:
         cache (`StateCache`): To fill.
-        model (`PreTrainedModel`): A highway, in `eval()` mode; its exits are not run.
-        dataset (`Dataset`): Items `pixel_values` and, if known, `labels`.
-        rows (`Sequence[int]`): Which rows, in the order of the cache.
+        model (`HighwayMixin`): A highway, in `eval()` mode; its exits are not run.
+        dataset (`Samples`): Items `pixel_values` and, if known, `labels`.
+        indices (`Sequence[int]`): Which samples, in the order of the cache.
         progress (callable, *optional*): Wraps the batches, to show progress.
 
     Raises:
@@ -206,9 +207,9 @@ def fill_cache(
     digests = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     arrays = {name: cache.open(name) for name in cache._arrays()}
     segments = model.segments()
-    batches = in_batches(Subset(dataset, rows), ROWS_AT_ONCE, collate=_stack)
+    batches = in_batches(Subset(cast(Dataset, dataset), indices), SAMPLES_AT_ONCE, collate=_stack)
     for number, (pixels, labels) in enumerate(progress(batches)):
-        start = number * ROWS_AT_ONCE
+        start = number * SAMPLES_AT_ONCE
         stop = start + len(pixels)
         digest = hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
         if number < len(digests):
@@ -248,7 +249,7 @@ class HeadTraining:
         batch_size (`int`, *optional*, defaults to 64): Images at a time.
         weight_decay (`float`, *optional*, defaults to 0.05): Of AdamW.
         temperature (`float`, *optional*, defaults to 1.0):
-            Softens the predictions; at 1 the exit learns to be as sure as the full model is, as its threshold assumes.
+            Softens the predictions; at 1 the exit learns the full model's confidence, as its threshold assumes.
     """
 
     epochs: int | None = None
@@ -268,57 +269,53 @@ class HeadTraining:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: {self.weight_decay!r} must be at least 0, and finite")
 
-    def epochs_for(self, num_rows: int) -> int:
-        """Passes over `num_rows` images.
+    def epochs_for(self, num_samples: int) -> int:
+        """Passes over `num_samples` images.
 
         Example:
 
-            >>> [HeadTraining().epochs_for(rows) for rows in (500, 5000, 50000)]
+            >>> [HeadTraining().epochs_for(images) for images in (500, 5000, 50000)]
             [20, 12, 5]
         """
-        return self.epochs or min(20, max(5, round(STEPS * self.batch_size / num_rows)))
+        return self.epochs or min(20, max(5, round(STEPS * self.batch_size / num_samples)))
 
 
 def train_exits(
-    model: PreTrainedModel,
+    model: HighwayMixin,
     cache: StateCache,
-    num_rows: int,
+    num_samples: int,
     how: HeadTraining,
-    *,
     seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = iter,
 ) -> None:
-    """Train every exit of a highway on the first `num_rows` rows of a full cache; finished ones are read from there.
+    """Train every exit of a highway on the first samples of a full cache; finished ones are read from there.
 
     Args:
-        model (`PreTrainedModel`): The highway whose exits are trained, in place; left in `eval()` mode.
+        model (`HighwayMixin`): The highway whose exits are trained, in place; left in `eval()` mode.
         cache (`StateCache`): Filled by `fill_cache`.
-        num_rows (`int`): The rows behind these are not looked at.
+        num_samples (`int`): How many; those after them are not used.
         how (`HeadTraining`): Epochs, learning rate and so on.
         seed (`int`, *optional*, defaults to 0): Of batches and dropout, the same for each exit.
         progress (callable, *optional*): Wraps the exits, to show progress.
     """
-    made_with = {"training": json.dumps({**asdict(how), "rows": num_rows, "seed": seed})}
+    made_with = {"training": json.dumps({**asdict(how), "rows": num_samples, "seed": seed})}
     for index, head in enumerate(progress(model.exits)):
         file = cache.folder / f"head-{index}.safetensors"
-        weights = _read_head(file, made_with)
-        if weights is None:
+        if not file.exists() or _trained_with(file) != made_with:
             torch.manual_seed(seed)
             head.float()
-            train_head(head, cache.states(index)[:num_rows], cache.logits[:num_rows], cache.shapes[index], how)
+            train_head(head, cache.states(index)[:num_samples], cache.logits[:num_samples], cache.shapes[index], how)
             weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
-            save_file(weights, file.with_suffix(".new"), metadata=made_with)
-            file.with_suffix(".new").replace(file)
-        head.load_state_dict(weights)
+            with replace_file(file) as new:
+                save_file(weights, new, metadata=made_with)
+        head.load_state_dict(load_file(file))
         head.to(model.dtype).eval()
 
 
-def _read_head(file: Path, made_with: dict[str, str]) -> dict[str, Tensor] | None:
-    """The weights of a head that was trained in the same way, if there is one."""
-    if not file.exists():
-        return None
+def _trained_with(file: Path) -> dict[str, str]:
+    """How a stored head was trained."""
     with safe_open(file, "pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()} if stored.metadata() == made_with else None
+        return stored.metadata()
 
 
 def train_head(head: ExitHead, states: Tensor, teacher: Tensor, shape: TokenShape, how: HeadTraining) -> None:
@@ -326,7 +323,7 @@ def train_head(head: ExitHead, states: Tensor, teacher: Tensor, shape: TokenShap
 
     Args:
         head (`ExitHead`): In single precision; trained in place, on its own device.
-        states (`Tensor`): `[N, tokens, width]`, what the exit reads, in random order.
+        states (`Tensor`): `[N, tokens, width]`, the exit's features, in random order.
         teacher (`Tensor`): `[N, C]`, the full model's logits.
         shape (`TokenShape`): Of the states.
         how (`HeadTraining`): Epochs, learning rate and so on.
@@ -360,51 +357,42 @@ def run_epoch(
     """One pass over the states; `step` is called with the gradients of each batch. Other arguments as `train_head`."""
     device = next(head.parameters()).device
     # one buffer for all batches: fresh memory for each would cost more than the copy
-    batch = torch.empty(batch_size, *shape.of_row, device=device)
-    for rows in shuffled_slices(len(states), batch_size):
-        logits, _ = head(shape.unpack(batch.copy_(states[rows])))
-        distillation_loss(logits, teacher[rows].to(device), temperature).backward()
+    batch = torch.empty(batch_size, *shape.of_sample, device=device)
+    for part in shuffled_slices(len(states), batch_size):
+        logits, _ = head(shape.unpack(batch.copy_(states[part])))
+        distillation_loss(logits, teacher[part].to(device), temperature).backward()
         step()
 
 
-def batches_per_epoch(num_rows: int, batch_size: int) -> int:
+def batches_per_epoch(num_samples: int, batch_size: int) -> int:
     """How many slices `shuffled_slices` gives."""
-    return max(1, num_rows // batch_size - 1)
+    return max(1, num_samples // batch_size - 1)
 
 
-def shuffled_slices(num_rows: int, batch_size: int) -> Iterator[slice]:
-    """The rows once, in stretches that begin at another row each time and come in random order.
+def shuffled_slices(num_samples: int, batch_size: int) -> Iterator[slice]:
+    """The samples once, in stretches that begin at another sample each time and come in random order.
 
-    A stretch of a memory map is read in one go and not copied. Up to two batches of rows at the ends are left out.
+    A stretch of a memory map is read in one go and not copied. Up to two batches at the ends are left out.
 
     Example:
 
         >>> [stretch.stop - stretch.start for stretch in shuffled_slices(10, 3)]
         [3, 3]
     """
-    count = batches_per_epoch(num_rows, batch_size)
-    first = int(torch.randint(num_rows - count * batch_size + 1, ()))
+    count = batches_per_epoch(num_samples, batch_size)
+    first = int(torch.randint(num_samples - count * batch_size + 1, ()))
     for number in torch.randperm(count).tolist():
         start = first + number * batch_size
         yield slice(start, start + batch_size)
 
 
 @torch.no_grad()
-def exit_logits(model: PreTrainedModel, cache: StateCache, rows: slice) -> Tensor:
-    """What every exit of a highway, and the full model, say of cached rows: `[E + 1, N, C]` float32."""
+def exit_logits(model: HighwayMixin, cache: StateCache, part: slice) -> Tensor:
+    """What every exit of a highway, and the full model, answer to cached samples: `[E + 1, N, C]` float32."""
     answers = []
-    for index, head in enumerate(model.exits):
-        head.eval()
-        dtype, device = head.classifiers[0].weight.dtype, head.classifiers[0].weight.device
-        read = partial(_as_tokens, cache.shapes[index], dtype=dtype, device=device)
-        answers.append(
-            torch.cat(
-                [head.answer(read(part)).float().cpu() for part in cache.states(index)[rows].split(ROWS_AT_ONCE)]
-            )
-        )
-    return torch.stack([*answers, cache.logits[rows].clone()])
-
-
-def _as_tokens(shape: TokenShape, packed: Tensor, *, dtype: torch.dtype, device: torch.device) -> Tokens:
-    tokens = shape.unpack(packed.to(device))
-    return Tokens(tokens.patches.to(dtype), tokens.grid, tokens.prefix.to(dtype))
+    for index, head in enumerate(cast(Iterable[ExitHead], model.exits)):
+        like, shape = next(head.parameters()), cache.shapes[index]
+        batches = cache.states(index)[part].split(SAMPLES_AT_ONCE)
+        tokens = (shape.unpack(batch.to(like.device), like.dtype) for batch in batches)
+        answers.append(torch.cat([head.answer(each).float().cpu() for each in tokens]))
+    return torch.stack([*answers, cache.logits[part].clone()])

@@ -31,21 +31,9 @@ EARLIER = "-earlier"
 
 # beside our own training arguments, what changes the result of a run
 SETTINGS = (
-    "seed",
-    "data_seed",
-    "world_size",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "optim",
-    "bf16",
-    "fp16",
-    "max_steps",
-    "num_train_epochs",
+    *("seed", "data_seed", "world_size", "train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "lr_scheduler_type", "optim"),
+    *("bf16", "fp16", "max_steps", "num_train_epochs"),
 )
 # of the model's config, where it has them
 MODEL = ("model_type", "exit_positions", "exit_types", "exit_loss_weights", *HALTING_FIELDS)
@@ -127,7 +115,7 @@ def last_complete_checkpoint(output: str | Path) -> tuple[str | None, list[str]]
         why = damage(folder)
         if why is None:
             return str(folder), skipped
-        hint = "" if (folder / MANIFEST).exists() else f"; to go on from it all the same, name it: {folder}"
+        hint = "" if (folder / MANIFEST).exists() else f"; to go on from it anyway, name it: {folder}"
         skipped.append(f"{folder.name} skipped: {why}{hint}")
     return None, skipped
 
@@ -172,15 +160,12 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     endless = then.get("lr_scheduler_type") in ENDLESS_SCHEDULES and not then.get("backbone_share")
     free = ("max_steps", "num_train_epochs") if endless else ()
-    return [
-        f"{name}: {then[name]} then, {now[name]} now"
-        for name in then
-        if name in now and name not in free and then[name] != now[name]
-    ]
+    changed = [name for name in then if name in now and name not in free and then[name] != now[name]]
+    return [f"{name}: {then[name]} then, {now[name]} now" for name in changed]
 
 
 class ResumableTrainer(FreshModelTrainer):
-    """A `Trainer` whose checkpoints are complete or skipped, and which Ctrl-C stops behind a checkpoint.
+    """A `Trainer` whose checkpoints are complete or skipped, and which Ctrl-C stops after a checkpoint.
 
     A run that goes on from one gives the losses and weights of a run that was never stopped. Augmentation must follow
     from seed, epoch and index alone, as that of `ProcessedImages` does: one that draws from a global generator is
@@ -196,7 +181,7 @@ class ResumableTrainer(FreshModelTrainer):
         self._carried_loss = None
 
     def train(self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any):
-        """Train; as of `transformers.Trainer`, but only complete checkpoints are resumed.
+        """Train; as `transformers.Trainer` does, but only complete checkpoints are resumed.
 
         Args:
             resume_from_checkpoint (`bool` or `str`, *optional*):
@@ -216,9 +201,7 @@ class ResumableTrainer(FreshModelTrainer):
             self._carried_loss, self._saving.stopped_early = manifest["loss"], manifest["stopped_early"]
             changed = differences(manifest["run"], self._run())
             if changed and resume_from_checkpoint in (True, "auto"):
-                raise ValueError(
-                    f"{checkpoint} is of another run ({'; '.join(changed)}); name it to go on all the same"
-                )
+                raise ValueError(f"{checkpoint} is of another run ({'; '.join(changed)}); name it to go on anyway")
             remarks += [f"{checkpoint} is of another run: {line}" for line in changed]
         if self.is_world_process_zero():
             for remark in remarks:
@@ -232,22 +215,18 @@ class ResumableTrainer(FreshModelTrainer):
     def _run(self) -> dict[str, Any]:
         """The settings that a resumed run must share, as they are read back from JSON."""
         dataset: Any = self.train_dataset
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
-        run = {"trainer": type(self).__name__, "rows": rows}
-        upstreams = {field.name for field in fields(TrainingArguments)}
-        ours = [field.name for field in fields(self.args) if field.name not in upstreams]
-        run |= {name: getattr(self.args, name) for name in (*SETTINGS, *ours)}
         model: Any = self.model
-        config = model.config.to_dict()
+        config, upstreams = model.config.to_dict(), TrainingArguments.__dataclass_fields__
+        ours = [field.name for field in fields(self.args) if field.name not in upstreams]
+        run = {"trainer": type(self).__name__, "rows": len(dataset) if hasattr(dataset, "__len__") else None}
+        run |= {name: getattr(self.args, name) for name in (*SETTINGS, *ours)}
         run |= {name: config[name] for name in MODEL if name in config}
         return json.loads(json.dumps(run))
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        loss = {
-            "since_step": self._globalstep_last_logged,
-            "sum": self.accelerator.gather(self._loss_since_log).mean().item(),
-        }
+        since_log = self.accelerator.gather(self._loss_since_log).mean().item()
+        loss = {"since_step": self._globalstep_last_logged, "sum": since_log}
         # older checkpoints go when this one is complete, not before
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -288,32 +267,30 @@ class ResumableTrainer(FreshModelTrainer):
 
 
 class Saving(TrainerCallback):
-    """When to save: with the log of an epoch that ends, and before leaving on Ctrl-C."""
+    """When to save: with the log of an epoch that ends, and before Ctrl-C stops the run."""
 
     def __init__(self):
-        self.asked_to_leave = self.leaving = self.save_at_epoch_end = self.has_trained = self.stopped_early = False
+        self.asked_to_stop = self.stopping = self.save_at_epoch_end = self.has_trained = self.stopped_early = False
 
     @contextmanager
     def before_exiting(self, args: Any) -> Iterator[None]:
         """Ctrl-C waits for a checkpoint inside this block, where there are checkpoints; the second one does not."""
-        self.asked_to_leave = self.leaving = self.save_at_epoch_end = self.has_trained = False
-        ours = (
-            args.save_strategy != "no"
-            and threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )
+        self.asked_to_stop = self.stopping = self.save_at_epoch_end = self.has_trained = False
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ours = args.save_strategy != "no" and in_main_thread and is_default
         if ours:
-            signal.signal(signal.SIGINT, self._ask_to_leave)
+            signal.signal(signal.SIGINT, self._ask_to_stop)
         try:
             yield
         finally:
             if ours:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.asked_to_leave:
+        if self.asked_to_stop:
             raise KeyboardInterrupt("stopped at the end of training")
 
-    def _ask_to_leave(self, *_: Any) -> None:
-        self.asked_to_leave = True
+    def _ask_to_stop(self, *_: Any) -> None:
+        self.asked_to_stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
@@ -323,8 +300,8 @@ class Saving(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """The last step of an epoch is saved at the epoch's end, with what is logged there."""
-        self.has_trained, self.leaving = True, self._everyone_leaves(args)
-        save = control.should_save or self.leaving
+        self.has_trained, self.stopping = True, self._everyone_stops(args)
+        save = control.should_save or self.stopping
         epoch_ends = control.should_training_stop or control.should_epoch_stop or state.epoch % 1 == 0
         self.save_at_epoch_end = save and epoch_ends
         control.should_save = save and not epoch_ends
@@ -336,19 +313,19 @@ class Saving(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Leave, behind the checkpoint."""
+        """Stop, after the checkpoint."""
         self.save_at_epoch_end = False
-        if self.leaving:
+        if self.stopping:
             raise KeyboardInterrupt(f"stopped; saved in {args.output_dir}/checkpoint-{state.global_step}")
 
-    def _everyone_leaves(self, args: Any) -> bool:
+    def _everyone_stops(self, args: Any) -> bool:
         """Whether any process was asked to: all must save at the same step."""
         if args.world_size > 1 and args.save_strategy != "no":
             from accelerate.utils import reduce
 
-            asked = torch.tensor(float(self.asked_to_leave), device=args.device)
+            asked = torch.tensor(float(self.asked_to_stop), device=args.device)
             return reduce(asked, "sum").item() > 0
-        return self.asked_to_leave
+        return self.asked_to_stop
 
 
 class _TellEpoch(TrainerCallback):
@@ -372,7 +349,7 @@ def _checkpoints(output: str | Path) -> list[Path]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Make room for a checkpoint of the same step; a complete one is kept until then."""
+    """Move a checkpoint of the same step aside; a complete one is kept until its successor is."""
     earlier = folder.with_name(folder.name + EARLIER)
     if earlier.exists():
         # what was to replace it was never completed

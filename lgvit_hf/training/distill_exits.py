@@ -26,7 +26,7 @@ from transformers.utils.logging import tqdm
 from ..data.datasets import class_names, find_columns, load_unlabelled, with_columns
 from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
-from ..evaluation.costs import Costs, model_macs
+from ..evaluation.costs import model_macs
 from ..evaluation.exit_table import ExitTable
 from ..evaluation.plots import plot_report
 from ..evaluation.report import judge
@@ -34,36 +34,30 @@ from ..evaluation.sweep import threshold_curve
 from ..files import locked, replace_folder, write_json
 from ..hub.loading import BY_BACKBONE, read_config, with_exits
 from ..losses import check_labels
-from .cached_states import (
-    HeadTraining,
-    OtherStates,
-    StateCache,
-    bytes_per_image,
-    exit_logits,
-    fill_cache,
-    open_cache,
-    token_shapes,
-    train_exits,
-)
+from ..modeling_highway import HighwayMixin
+from . import cached_states
+from .cached_states import HeadTraining, OtherStates, Samples, StateCache
 from .grow_report import candidate_rows, grow_as_text
 
 logger = logging.getLogger(__name__)
 
-# fewer say nothing about a drop of one point
+# fewer do not show a drop of one point
 FEWEST_IMAGES = 50
 TIMED_BATCH = 32
+
+Say = Callable[[str], None]
 
 
 class Grown(NamedTuple):
     """What `grow` gives: the early-exit model, and what `grow.json` holds."""
 
-    model: PreTrainedModel
+    model: HighwayMixin
     report: dict[str, Any]
 
 
 def grow(
     checkpoint: str | os.PathLike | PreTrainedModel,
-    dataset: str | Dataset | Sequence[dict[str, Any]],
+    dataset: str | Samples,
     output: str | Path | None = None,
     *,
     processor: BaseImageProcessor | None = None,
@@ -77,11 +71,11 @@ def grow(
     cost: str = "time",
     cache_limit: float = 20.0,
     seed: int = 0,
-    say: Callable[[str], None] = logger.info,
+    say: Say = logger.info,
 ) -> Grown:
     """Make an early-exit model of a plain fine-tuned one; its final answers stay what they are, bit by bit.
 
-    The frozen backbone runs once on the images. What the exits read of it is kept on disk, and each exit is trained
+    The frozen backbone runs once on the images. The features for the exits are kept on disk, and each exit is trained
     from there to answer as the full model does. On images that were not trained on, the exits worth their cost and one
     confidence threshold are chosen. A stopped run goes on when it is started again with the same arguments.
 
@@ -89,7 +83,7 @@ def grow(
         checkpoint (`str`, path or `PreTrainedModel`):
             A plain ViT, DeiT or Swin, or a highway without exits: folder, Hub id, or in memory.
         dataset (`str` or `Dataset`):
-            Images as of `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
+            Images for `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
             column `image`, or items `{"pixel_values": [C, H, W], "labels": int}`. Labels are not needed: where they
             are, the accuracy drop is counted with them, otherwise it is what the full model's own probabilities expect
             it to be (`answer_worth`). Exits are never trained on labels.
@@ -147,29 +141,30 @@ def grow(
         model = _candidates(checkpoint, exit_positions, exit_types)
         if processor is None and not isinstance(checkpoint, PreTrainedModel):
             processor = open_processor(checkpoint)
-        items = _items(dataset, model, processor, limit, seed, ignore_labels)
-        settings = {
-            "checkpoint": _digest(model),
-            "images": len(items),
-            "exit_positions": model.config.exit_positions,
-            "exit_types": model.config.exit_types,
-            "seed": seed,
-        }
-        cache, rows = _cache_for(model, items, folder, limit, cache_limit, settings, say)
+        images = load_unlabelled(dataset, limit=limit, seed=seed) if isinstance(dataset, str) else dataset
+        items = _items(images, model, processor, ignore_labels)
+        settings: dict[str, Any] = {"checkpoint": _digest(model), "images": len(items), "seed": seed}
+        settings |= {name: getattr(model.config, name) for name in ("exit_positions", "exit_types")}
+        wanted = min(len(items), limit or len(items))
+        cache, indices = _cache_for(model, items, folder, wanted, cache_limit, settings, say)
         stack.enter_context(_gone_if_it_fails(folder))
-        num_held_out = max(1, round(len(rows) * validation_share))
-        num_trained = len(rows) - num_held_out
+        num_held_out = max(1, round(len(indices) * validation_share))
+        num_trained = len(indices) - num_held_out
         say(f"{num_trained} images to train {len(model.exits)} exits on, {num_held_out} to choose on")
-        fill_cache(cache, model, items, rows, progress=partial(tqdm, desc="backbone"))
+        cached_states.fill_cache(cache, model, items, indices, progress=partial(tqdm, desc="backbone"))
         if cache.labels is not None:
             check_labels(cache.labels, model.config.num_labels)
-        train_exits(model, cache, num_trained, training, seed=seed, progress=partial(tqdm, desc="exits"))
+        cached_states.train_exits(model, cache, num_trained, training, seed=seed, progress=partial(tqdm, desc="exits"))
 
-        logits, labels = exit_logits(model, cache, slice(num_trained, len(rows))), cache.labels
+        logits, labels = cached_states.exit_logits(model, cache, slice(num_trained, None)), cache.labels
         labels = None if labels is None else labels[num_trained:]
-        costs = _costs(model, items, rows) if cost == "time" else relative(model_macs(model))
+        if cost == "time":
+            timed = [torch.as_tensor(items[index]["pixel_values"]) for index in indices[:TIMED_BATCH]]
+            costs = measured_costs(model, torch.stack(timed))
+        else:
+            costs = relative(model_macs(model))
         choice = choose_exits(logits, answer_worth(logits, labels), costs, max_accuracy_drop)
-        report = {
+        report: dict[str, Any] = {
             "what": "lgvit grow",
             "settings": {**settings, "max_accuracy_drop": max_accuracy_drop, "cost": cost},
             "training": asdict(training),
@@ -178,10 +173,10 @@ def grow(
             "candidates": candidate_rows(model, logits, labels, costs, choice),
         }
         keep_exits(model, choice)
-        report |= _report(model, items, rows[num_trained:], logits[[*choice.exits, -1]], labels)
+        report |= _report(model, items, indices[num_trained:], logits[[*choice.exits, -1]], labels)
         report["seconds"] = time.perf_counter() - started
         if output is not None:
-            _save(model, processor, report, output)
+            _save(model, processor, report, Path(output))
     say(grow_as_text(report))
     return Grown(model, report)
 
@@ -190,7 +185,7 @@ def grow(
 
 
 def early_positions(num_blocks: int) -> list[int]:
-    """Candidates for exits: behind every block of the first third, where an exit saves most, then every second one.
+    """Candidates for exits: after every block of the first third, where an exit saves most, then every second one.
 
     Example:
 
@@ -203,33 +198,28 @@ def early_positions(num_blocks: int) -> list[int]:
 
 def _candidates(
     checkpoint: str | os.PathLike | PreTrainedModel, exit_positions: list[int] | None, exit_types: list[str] | str
-) -> PreTrainedModel:
+) -> HighwayMixin:
     """A highway with every candidate exit, from a plain checkpoint."""
     if isinstance(checkpoint, PreTrainedModel):
         name, config = type(checkpoint).__name__, checkpoint.config
     else:
-        name = str(checkpoint)
-        config = read_config(name)
+        name, config = str(checkpoint), read_config(str(checkpoint))
     kind, is_highway = config.model_type.removesuffix("_highway"), config.model_type.endswith("_highway")
     if kind not in BY_BACKBONE or (is_highway and config.exit_positions):
         has_exits = " that has exits already; `lgvit train` trains those" if is_highway else ""
-        raise ValueError(
-            f"{name} is a {config.model_type!r}{has_exits}; "
-            f"exits grow on a plain checkpoint of {', '.join(BY_BACKBONE)}"
-        )
+        plain = f"exits grow on a plain checkpoint of {', '.join(BY_BACKBONE)}"
+        raise ValueError(f"{name} is a {config.model_type!r}{has_exits}; {plain}")
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"{name}: exits learn from class probabilities, and this model answers with other numbers")
     depth = sum(config.depths) if kind == "swin" else config.num_hidden_layers
-    exits = {
-        "exit_positions": early_positions(depth) if exit_positions is None else exit_positions,
-        "exit_types": exit_types,
-        "exit_policy": "never",
-    }
-    highway_class = BY_BACKBONE[kind]
+    positions = early_positions(depth) if exit_positions is None else exit_positions
+    exits: dict[str, Any] = {"exit_positions": positions, "exit_types": exit_types, "exit_policy": "never"}
+    highway_class: type[HighwayMixin] = BY_BACKBONE[kind]
     if is_highway:
         # what `lgvit train --stage backbone` saves
         bare = checkpoint if isinstance(checkpoint, PreTrainedModel) else highway_class.from_pretrained(name)
-        model = with_exits(name, bare, exits).to(bare.device, bare.dtype).eval()
+        model: Any = with_exits(name, bare, exits)
+        model.to(bare.device, bare.dtype).eval()
     else:
         model = highway_class.from_backbone(checkpoint, **exits)
     if not model.exits:
@@ -239,67 +229,43 @@ def _candidates(
     return model
 
 
-def _items(
-    dataset: str | Dataset | Sequence[dict[str, Any]],
-    model: PreTrainedModel,
-    processor: BaseImageProcessor | None,
-    limit: int | None,
-    seed: int,
-    ignore_labels: bool,
-) -> Dataset | Sequence[dict[str, Any]]:
-    """Rows `pixel_values` and, where they are known and wanted, `labels` numbered as the model's."""
-    images = load_unlabelled(dataset, limit=limit, seed=seed) if isinstance(dataset, str) else dataset
+def _items(images: Samples, model: HighwayMixin, processor: BaseImageProcessor | None, ignore_labels: bool) -> Samples:
+    """Items `pixel_values` and, where they are known and wanted, `labels` numbered as the model's."""
     image, label = find_columns(images.features) if hasattr(images, "features") else (None, None)
     if image is None:
-        return _Unlabelled(images) if ignore_labels else images
-    images = with_columns(images, image, label)
+        return _Relabelled(images, range(len(images)), None) if ignore_labels else images
+    pictures = with_columns(images, image, None if ignore_labels else label)
     if processor is None:
         raise ValueError("processor: images are not pixel_values yet; give the image processor of the model")
-    if ignore_labels or label is None:
-        images = images.select_columns("image")
-    names, config = class_names(images), model.config
-    known = [config.id2label[index] for index in range(config.num_labels)]
-    if names is not None and names != known:
-        strange = [name for name in names if name not in known]
-        generic = known == [f"LABEL_{index}" for index in range(config.num_labels)] and len(names) == len(known)
-        if strange and not generic:
+    names, labels = class_names(pictures), model.config.id2label or {}
+    known = [labels[index] for index in range(model.config.num_labels)]
+    if names is not None and names != known and known != [f"LABEL_{index}" for index in range(len(names))]:
+        strange = next((name for name in names if name not in known), None)
+        if strange is not None:
             raise ValueError(
-                f"the images' class {strange[0]!r} is none of the model's ({', '.join(known[:5])}, ...); "
+                f"the images' class {strange!r} is none of the model's ({', '.join(known[:5])}, ...); "
                 "--ignore-labels does without labels"
             )
-        if not generic:
-            numbers = [known.index(names[label]) for label in images["label"][:]]
-            images = images.remove_columns("label").add_column("label", numbers)
-    return ProcessedImages(images, processor)
+        numbers = [known.index(names[label]) for label in pictures["label"][:]]
+        pictures = pictures.remove_columns("label").add_column("label", numbers)
+    return ProcessedImages(pictures, processor)
 
 
-class _Unlabelled(Dataset):
-    """Items without their labels."""
+class _Relabelled(Dataset):
+    """Some items with labels of our own, or with none."""
 
-    def __init__(self, items: Dataset | Sequence[dict[str, Any]]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.items[index]["pixel_values"]}
-
-
-class _Labelled(Dataset):
-    """Some rows of a dataset with labels of our own."""
-
-    def __init__(self, items: Dataset | Sequence[dict[str, Any]], rows: Sequence[int], labels: Tensor):
-        self.items, self.rows, self.labels = items, rows, labels
+    def __init__(self, items: Samples, indices: Sequence[int], labels: Tensor | None):
+        self.items, self.indices, self.labels = items, indices, labels
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.items[self.rows[index]]["pixel_values"], "labels": int(self.labels[index])}
+        item = {"pixel_values": self.items[self.indices[index]]["pixel_values"]}
+        return item if self.labels is None else {**item, "labels": int(self.labels[index])}
 
 
-def _digest(model: PreTrainedModel) -> str:
+def _digest(model: HighwayMixin) -> str:
     """What the weights of a backbone are, its exits left out."""
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, tensor in model.state_dict().items():
@@ -312,7 +278,7 @@ def _digest(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _cache_folder(output: str | Path | None, say: Callable[[str], None]) -> Iterator[Path]:
+def _cache_folder(output: str | Path | None, say: Say) -> Iterator[Path]:
     """A folder for the states: beside `output`, and left there when a run stops; a temporary one without output."""
     if output is None:
         with tempfile.TemporaryDirectory(prefix="lgvit-states-") as temporary:
@@ -345,48 +311,37 @@ def _gone_if_it_fails(folder: Path) -> Iterator[None]:
 
 
 def _cache_for(
-    model: PreTrainedModel,
-    items: Dataset | Sequence[dict[str, Any]],
-    folder: Path,
-    limit: int | None,
-    cache_limit: float,
-    settings: dict[str, Any],
-    say: Callable[[str], None],
+    model: HighwayMixin, items: Samples, folder: Path, wanted: int, max_gb: float, settings: dict[str, Any], say: Say
 ) -> tuple[StateCache, list[int]]:
-    """An open cache for as many random rows as it may hold, and these rows."""
+    """An open cache for as many random samples as it may hold, and their indices."""
     if len(items) < FEWEST_IMAGES:
         raise ValueError(f"{len(items)} images are too few to train and choose exits with; give {FEWEST_IMAGES}")
     pixels = torch.as_tensor(items[0]["pixel_values"])[None]
     with torch.no_grad():
         # raises where the model does not take such images
         model(pixels.to(model.device, model.dtype))
-    shapes = token_shapes(model, pixels)
-    size = bytes_per_image(shapes, model.config.num_labels)
-    wanted = min(len(items), limit or len(items))
-    fitting = min(wanted, int(cache_limit * 1e9) // size)
+    shapes = cached_states.token_shapes(model, pixels)
+    size = cached_states.bytes_per_image(shapes, model.config.num_labels)
+    fitting = min(wanted, int(max_gb * 1e9) // size)
     if fitting < FEWEST_IMAGES:
         raise ValueError(
-            f"cache_limit: {cache_limit:g} GB hold the states of {fitting} images at {len(shapes)} exits "
+            f"cache_limit: {max_gb:g} GB hold the states of {fitting} images at {len(shapes)} exits "
             f"({size / 1e6:.1f} MB each), {FEWEST_IMAGES} are needed; raise it, or take fewer exits"
         )
     if fitting < wanted:
         say(
             f"the states of {wanted} images take {wanted * size / 1e9:.1f} GB: {fitting} of them, drawn at random, "
-            f"fit into the cache limit of {cache_limit:g} GB"
+            f"fit into the cache limit of {max_gb:g} GB"
         )
-    rows = torch.randperm(len(items), generator=torch.Generator().manual_seed(settings["seed"]))[:fitting].tolist()
-    return open_cache(folder, shapes, fitting, model.config.num_labels, settings), rows
+    cache = cached_states.open_cache(folder, shapes, fitting, model.config.num_labels, settings)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(settings["seed"]))
+    return cache, order[:fitting].tolist()
 
 
 # -- the highway and its report -------------------------------------------------------------------------------
 
 
-def _costs(model: PreTrainedModel, items: Dataset | Sequence[dict[str, Any]], rows: Sequence[int]) -> Costs:
-    batch = [torch.as_tensor(items[row]["pixel_values"]) for row in rows[:TIMED_BATCH]]
-    return measured_costs(model, torch.stack(batch))
-
-
-def keep_exits(model: PreTrainedModel, choice: Choice) -> None:
+def keep_exits(model: HighwayMixin, choice: Choice) -> None:
     """Leave only the chosen exits in a highway, with the confidence policy at the chosen threshold."""
     config = model.config
     config.exit_policy = {"name": "never"}
@@ -398,23 +353,17 @@ def keep_exits(model: PreTrainedModel, choice: Choice) -> None:
 
 
 def _report(
-    model: PreTrainedModel,
-    items: Dataset | Sequence[dict[str, Any]],
-    rows: Sequence[int],
-    logits: Tensor,
-    labels: Tensor | None,
+    model: HighwayMixin, items: Samples, indices: Sequence[int], logits: Tensor, labels: Tensor | None
 ) -> dict[str, Any]:
-    """What `lgvit evaluate` measures, on the held-out rows, against the full model's answers where labels are not."""
+    """What `lgvit evaluate` measures, on held-out samples, against the full model's answers if there are no labels."""
     target = logits[-1].argmax(-1) if labels is None else labels
     table = ExitTable(logits, target, [*model.config.exit_positions, model.config.num_blocks], model_macs(model))
-    answers, images = table.replay(model.exit_policy), _Labelled(items, rows, target)
+    answers, images = table.replay(model.exit_policy), _Relabelled(items, indices, target)
     report = judge(model, images, table, answers, progress=partial(tqdm, desc="timing", leave=False))
     return {**report, "curve": threshold_curve(table)}
 
 
-def _save(
-    model: PreTrainedModel, processor: BaseImageProcessor | None, report: dict[str, Any], output: str | Path
-) -> None:
+def _save(model: HighwayMixin, processor: BaseImageProcessor | None, report: dict[str, Any], output: Path) -> None:
     with replace_folder(output) as folder:
         model.save_pretrained(folder)
         if processor is not None:

@@ -1,35 +1,33 @@
-"""What `lgvit grow` says of its candidates."""
+"""The report of `lgvit grow` on its candidates."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..evaluation.choice import Choice
 from ..evaluation.costs import Costs
 from ..evaluation.report import evaluate_as_text
+from ..modeling_highway import HighwayMixin
 
 
 def candidate_rows(
-    model: PreTrainedModel, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
+    model: HighwayMixin, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
 ) -> list[dict[str, Any]]:
-    """Every candidate exit: its answers on the held-out images, its cost, and whether it stays."""
-    target = logits[-1].argmax(-1) if labels is None else labels
+    """Every candidate exit: its answers on the held-out images, its cost, and whether it is kept."""
+    answers = logits.argmax(-1)
+    right = (answers == (answers[-1] if labels is None else labels)).float().mean(-1)
     return [
         {
             "position": exit.after,
             "head": exit.head,
-            "accuracy" if labels is not None else "agreement": (logits[index].argmax(-1) == target)
-            .float()
-            .mean()
-            .item(),
+            "agreement" if labels is None else "accuracy": share,
             "cost": costs.of_exit(index, ()),
             "head_cost": costs.heads[index],
             "kept": index in choice.exits,
         }
-        for index, exit in enumerate(model.config.exits)
+        for index, (exit, share) in enumerate(zip(model.config.exits, right.tolist(), strict=False))
     ]
 
 

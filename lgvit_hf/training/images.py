@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.datasets import LABEL_NAMES, find_columns, has_labels, refuse_missing, with_columns
+from ..data.datasets import IMAGE_NAMES, LABEL_NAMES, find_columns, has_labels, refuse_missing, with_columns
 from ..data.folders import require_datasets
-from ..data.processing import ProcessedImages, make_processor, open_processor
-from ..serving.device.rgb import read_image
+from ..data.processing import ProcessedImages, decoded, make_processor, open_processor
+
+# of images, and of labels if there are any
+Columns = tuple[str, str | None]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class TakesImages(Trainer):
 
 
 class StreamedImages(IterableDataset):
-    """A streaming dataset of images as a model takes them: items are as of `ProcessedImages`.
+    """A streaming dataset of images as a model takes them: items are those of `ProcessedImages`.
 
     Nothing is skipped or counted here: a resumed run reads, and drops, what it has seen, as `Trainer` has it.
 
@@ -57,15 +58,13 @@ class StreamedImages(IterableDataset):
         torch.Size([3, 16, 16])
     """
 
-    def __init__(
-        self,
-        images: Any,
-        processor: BaseImageProcessor,
-        columns: tuple[str, str | None],
-        label_names: list[str],
-    ):
+    def __init__(self, images: Any, processor: BaseImageProcessor, columns: Columns, label_names: list[str]):
         self.columns, self.label_names = columns, label_names
-        self.images = _as_stored(images, columns[0])
+        images = images.with_format(None)
+        if images.features is not None:
+            # with its images as their files hold them: as everywhere, `read_image` is to decode them
+            images = images.cast_column(columns[0], require_datasets().Image(decode=False))
+        self.images = images
         self._one = ProcessedImages([], processor)
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,20 +73,20 @@ class StreamedImages(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         image_column, label_column = self.columns
-        for number, row in enumerate(self.images):
-            if row[image_column] is None:
-                raise ValueError(f"row {number} of the stream has no {image_column}; leave it out, as filter does")
-            label = {} if label_column is None else {"labels": self._label(row[label_column], number)}
+        for number, sample in enumerate(self.images):
+            for column in self.columns:
+                if column is not None and sample[column] is None:
+                    raise ValueError(f"sample {number} of the stream has no {column}; leave it out, as filter does")
+            name = f"image {number} of the stream"
+            image = decoded(sample[image_column], name)
             try:
-                pixels = self._one.pixels(_decoded(row[image_column]))
+                item: dict[str, Any] = {"pixel_values": self._one.pixels(image)}
             except ValueError as error:
-                raise ValueError(f"image {number} of the stream: {error}") from error
-            yield {"pixel_values": pixels, **label}
-
-    def _label(self, label: Any, number: int) -> Any:
-        if label is None:
-            raise ValueError(f"row {number} of the stream has no {self.columns[1]}; leave it out, as filter does")
-        return _number_of(label, self.label_names) if isinstance(label, str) else label
+                raise ValueError(f"{name}: {error}") from error
+            if label_column is not None:
+                label = sample[label_column]
+                item["labels"] = _number_of(label, self.label_names) if isinstance(label, str) else label
+            yield item
 
 
 def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
             them; all others stay what they are. Columns are found as `load_images` finds them.
 
     Raises:
-        ValueError: Training images without labels; a row without image or label; the model's classes in another order.
+        ValueError: Training images without labels; a sample without image or label; classes in another order.
 
     Example:
 
@@ -113,63 +112,53 @@ def with_pixels(model: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, 
         >>> arguments["processing_class"].size["height"]
         16
     """
-    given = {name: arguments[name] for name in ("train_dataset", "eval_dataset", "test_dataset") if name in arguments}
-    several = {name: dataset if isinstance(dataset, dict) else {"": dataset} for name, dataset in given.items()}
-    found = {
-        (name, key): _columns_of(name, each) for name, datasets in several.items() for key, each in datasets.items()
-    }
-    if not any(found.values()):
-        return arguments
-    if isinstance(given.get("train_dataset"), dict):
-        raise ValueError(f"train_dataset: a dict of {', '.join(given['train_dataset'])}; give one of them")
-    processor = arguments.get("processing_class") or _processor_of(model)
-    changed: dict[str, Any] = {"processing_class": processor}
-    for name, datasets in several.items():
-        made = {}
-        for key, each in datasets.items():
-            columns = found[name, key]
-            made[key] = each if columns is None else _pixels(name, each, columns, processor, model.config)
-        changed[name] = made if isinstance(given[name], dict) else made[""]
-    return {**arguments, **changed}
+    found: dict[str, Any] = {}
+
+    def converted(name: str, dataset: Any) -> Any:
+        if isinstance(dataset, dict):
+            if name == "train_dataset" and any(_columns_of(name, each) for each in dataset.values()):
+                raise ValueError(f"train_dataset: a dict of {', '.join(dataset)}; give one of them")
+            return {key: converted(name, each) for key, each in dataset.items()}
+        columns = _columns_of(name, dataset)
+        if columns is None:
+            return dataset
+        if not found:
+            found["processing_class"] = arguments.get("processing_class") or _processor_of(model)
+        return _pixels(name, dataset, columns, found["processing_class"], model.config)
+
+    given: list[str] = [name for name in ("train_dataset", "eval_dataset", "test_dataset") if name in arguments]
+    made = {name: converted(name, arguments[name]) for name in given}
+    return {**arguments, **made, **found} if found else arguments
 
 
-def _columns_of(name: str, dataset: Any) -> tuple[str, str | None] | None:
+def _columns_of(name: str, dataset: Any) -> Columns | None:
     """The columns of images and labels; `None` for what is no dataset of images, or gives pixel values already."""
     if not hasattr(dataset, "column_names") or (hasattr(dataset, "__len__") and len(dataset) == 0):
         return None
+    there, label, is_sample = dataset.features, None, False
     if hasattr(dataset, "__len__") and dataset.format["type"] == "custom":
         # what a transform of one's own gives may be pixel values already
-        row = dataset[0]
-    elif dataset.features is None:
-        # of a stream that does not say, its first row does
-        row = next(iter(dataset), {})
+        there, is_sample = dataset[0], True
+    elif there is None:
+        # of a stream without features, its first sample shows them
+        there, is_sample = next(iter(dataset), {}), True
+    if "pixel_values" in there:
+        return None
+    if is_sample:
+        images = [column for column, value in there.items() if hasattr(value, "convert")]
+        image = next((column for column in (*IMAGE_NAMES, *images) if column in images), None)
     else:
-        return _checked(name, find_columns(dataset.features), dataset.features)
-    if "pixel_values" in row:
+        image, label = find_columns(there)
+    if image is None:
         return None
-    images = [column for column, value in row.items() if hasattr(value, "convert")]
-    image = next((column for column in ("image", "img") if column in images), next(iter(images), None))
-    return _checked(name, (image, None), row)
-
-
-def _checked(name: str, columns: tuple[str | None, str | None], there: Any) -> tuple[str, str | None] | None:
-    image, label = columns
-    if image is None or "pixel_values" in there:
-        return None
-    # of several labels a row, or numbers to come near to, the column has another type than that of classes
+    # of several labels a sample, or numbers to come near to, the column has another type than that of classes
     label = label or next((column for column in LABEL_NAMES if column in there), None)
     if label is None and name == "train_dataset":
         raise ValueError(f"{name}: no column of labels; columns: {', '.join(there)}; call it 'label'")
     return image, label
 
 
-def _pixels(
-    name: str,
-    dataset: Any,
-    columns: tuple[str, str | None],
-    processor: BaseImageProcessor,
-    config: PretrainedConfig,
-) -> Any:
+def _pixels(name: str, dataset: Any, columns: Columns, processor: BaseImageProcessor, config: PretrainedConfig) -> Any:
     image, label = columns
     known = [str((config.id2label or {}).get(number)) for number in range(config.num_labels)]
     classes = getattr((dataset.features or {}).get(label), "names", None)
@@ -198,47 +187,29 @@ def _number_of(label: str, known: list[str]) -> int:
     return known.index(label)
 
 
-def _as_stored(images: Any, column: str) -> Any:
-    """The stream with its images as their files hold them: as everywhere, `read_image` is to decode them."""
-    datasets = require_datasets()
-    images = images.with_format(None)
-    return images if images.features is None else images.cast_column(column, datasets.Image(decode=False))
-
-
-def _decoded(image: Any) -> Image.Image:
-    if not isinstance(image, dict):
-        return image
-    path, content = image["path"], image["bytes"]
-    if content is None and "://" in path:
-        # inside an archive, or elsewhere: only `datasets` can open it
-        return require_datasets().Image().decode_example(image)
-    return read_image(path if content is None else content)
-
-
 class _Renamed:
-    """Rows of a dataset with a transform of its own, which must see the columns that it knows."""
+    """Samples of a dataset with a transform of its own, which must see the columns that it knows."""
 
-    def __init__(self, dataset: Any, columns: tuple[str, str | None]):
+    def __init__(self, dataset: Any, columns: Columns):
         self.dataset, self.columns = dataset, dict(zip(columns, ("image", "label"), strict=True))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index]
-        return {new: row[old] for old, new in self.columns.items() if old is not None}
+        sample = self.dataset[index]
+        return {new: sample[old] for old, new in self.columns.items() if old is not None}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
 
 
 def _processor_of(model: PreTrainedModel) -> BaseImageProcessor:
-    for source in (model.name_or_path, getattr(model, "grown_from", "")):
-        if source:
-            try:
-                return open_processor(source)
-            except OSError:
-                pass  # saved without one
+    for source in filter(None, (model.name_or_path, getattr(model, "grown_from", ""))):
+        try:
+            return open_processor(source)
+        except OSError:
+            pass  # saved without one
     size = model.config.image_size
     logger.warning(
         "no image processor is known for this model: images are resized to %s pixels, with values in [-1, 1]; give "

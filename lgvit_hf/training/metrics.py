@@ -1,4 +1,4 @@
-"""What evaluation during training says: accuracy of every exit, and accuracy and depth under the exit policy."""
+"""The figures of evaluation during training: accuracy of every exit, and accuracy and depth under the exit policy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import EvalPrediction
 from ..engine import Answers
 
 
-def row_answers(exit_logits: Sequence[Tensor], answers: Answers) -> Tensor:
-    """What the metrics need of each row, instead of its logits: the class every exit names, and where the row leaves.
+def sample_answers(exit_logits: Sequence[Tensor], answers: Answers) -> Tensor:
+    """What the metrics need of each sample, instead of its logits: the class of every exit, and where it exits.
 
     Args:
         exit_logits (`Sequence[Tensor]`): `[B, C]` of each of the `E` exits, the final classifier last.
-        answers (`Answers`): Of the same rows, under the exit policy.
+        answers (`Answers`): Of the same samples, under the exit policy.
 
     Returns:
         `[B, E + 1]` int64, the exit's index last.
@@ -26,10 +26,10 @@ def row_answers(exit_logits: Sequence[Tensor], answers: Answers) -> Tensor:
 
 
 class ExitMetrics:
-    """`compute_metrics` for `Trainer`, from `row_answers`.
+    """`compute_metrics` for `Trainer`, from `sample_answers`.
 
     Takes predictions in one piece, as a list of batches (`eval_do_concat_batches=False`) or batch by batch
-    (`batch_eval_metrics=True`). Only counts are kept, and every row counts once, however many processes there are.
+    (`batch_eval_metrics=True`). Only counts are kept, and every sample counts once, however many processes there are.
 
     Args:
         depths (`Sequence[int]`): Blocks run before each exit that is evaluated.
@@ -37,7 +37,7 @@ class ExitMetrics:
 
     Returns:
         `accuracy` and `mean_depth` under the policy, `layer_speed_up` (`num_blocks / mean_depth`), and
-        `exit_{depth}_accuracy` of all rows for each exit. Of logits (`Trainer.predict`), the accuracy alone;
+        `exit_{depth}_accuracy` of all samples for each exit. Of logits (`Trainer.predict`), the accuracy alone;
         of labels that are no class numbers, nothing.
 
     Example:
@@ -55,23 +55,22 @@ class ExitMetrics:
         self._counts: np.ndarray | float = 0.0
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Count these rows; the figures of all rows so far when `compute_result`, after which counting starts anew."""
+        """Count these samples; the figures of all so far when `compute_result`, after which counting starts anew."""
         pairs = list(zip(_batches(prediction.predictions), _batches(prediction.label_ids), strict=True))
         if any(np.issubdtype(labels.dtype, np.floating) for _, labels in pairs):
             return {}
         self._counts = self._counts + sum(_count(answers, labels, self.depths) for answers, labels in pairs)
         if not compute_result:
             return {}
-        rows, right, depth, *exits_right = np.asarray(self._counts).tolist()
-        rows, self._counts = max(rows, 1.0), 0.0
-        if not exits_right:
-            return {"accuracy": right / rows}
-        return {
-            "accuracy": right / rows,
-            "mean_depth": depth / rows,
-            "layer_speed_up": self.num_blocks * rows / depth if depth else 1.0,
-            **{f"exit_{d}_accuracy": count / rows for d, count in zip(self.depths, exits_right, strict=True)},
-        }
+        samples, right, depth, *exits_right = np.asarray(self._counts).tolist()
+        samples, self._counts = max(samples, 1.0), 0.0
+        figures = {"accuracy": right / samples}
+        if exits_right:
+            figures["mean_depth"] = depth / samples
+            figures["layer_speed_up"] = self.num_blocks * samples / depth if depth else 1.0
+            per_exit = zip(self.depths, exits_right, strict=True)
+            figures |= {f"exit_{exit_depth}_accuracy": count / samples for exit_depth, count in per_exit}
+        return figures
 
 
 def _batches(values: np.ndarray | Tensor | Sequence) -> list[np.ndarray]:
@@ -79,7 +78,7 @@ def _batches(values: np.ndarray | Tensor | Sequence) -> list[np.ndarray]:
 
 
 def _count(answers: np.ndarray, labels: np.ndarray, depths: np.ndarray) -> np.ndarray:
-    """Rows; right answers and summed depth under the policy; right answers of each exit, where they are known."""
+    """Samples; right answers and summed depth under the policy; right answers of each exit, where they are known."""
     known = labels != -100
     answers, labels = answers[known], labels[known]
     if np.issubdtype(answers.dtype, np.floating):

@@ -8,14 +8,7 @@ from torch import Tensor
 
 from ..configuration import HighwayConfig
 from ..heads import head_kind
-from ..losses import (
-    check_labels,
-    distillation_loss,
-    lgvit_feature_losses,
-    loss_weights,
-    task_loss,
-    weighted_loss,
-)
+from ..losses import check_labels, distillation_loss, lgvit_feature_losses, loss_weights, task_loss, weighted_loss
 from .arguments import HighwayTrainingArguments
 
 
@@ -31,7 +24,7 @@ def stage_one_loss(
 ) -> Tensor:
     """The loss of `HighwayTrainer` at optimizer step `step`.
 
-    With cross-entropies `L_i` of exits behind block `p_i` and `L` of the final classifier behind the last, number `D`:
+    With cross-entropies `L_i` of exits after block `p_i` and `L` of the final classifier after the last, number `D`:
     `uniform` is their mean; `weighted` is `(sum p_i L_i + D L) / (sum p_i + D)`, or weighted by the list in the
     config's `exit_loss_weights` where there is one; the alternating ones are `L` at even steps and the former at odd
     ones; `distillation` is `(1 - c) * uniform + c * mean KD_i`; `backbone` is `L`;
@@ -71,7 +64,7 @@ def only_depth(args: HighwayTrainingArguments, config: HighwayConfig) -> int | N
     """Where the one classifier stands that a strategy trains; `None` where it trains several."""
     if args.strategy == "backbone":
         return config.num_blocks
-    return config.exit_positions[args.train_exit] if args.strategy == "single_exit" else None
+    return config.exit_positions[args.train_exit or 0] if args.strategy == "single_exit" else None
 
 
 def stage_two_loss(
@@ -86,7 +79,7 @@ def stage_two_loss(
 
     `distillation`: `(1 - c) * sum p_i L_i / sum p_i + c * mean KD_i`. `distillation_lgvit`:
     `(1 - c) * sum L_i + c * sum KD_i + heterogeneous_weight * L_hete + homogeneous_weight * L_homo`, the last two as
-    `lgvit_feature_losses` says, for any number and kinds of exits. Arguments as of `stage_one_loss`.
+    `lgvit_feature_losses` gives them, for any number and kinds of exits. Arguments: see `stage_one_loss`.
     """
     check_labels(labels, config.num_labels)
     out = model(pixel_values, early_exit=False, **inputs)
@@ -96,14 +89,11 @@ def stage_two_loss(
         hard = weighted_loss(exit_logits, labels, config.exit_positions, config.problem_type)
         return (1 - share) * hard + share * kd / len(exit_logits)
 
-    hard = sum(task_loss(logits, labels, config.problem_type) for logits in exit_logits)
+    losses = sum(task_loss(logits, labels, config.problem_type) for logits in exit_logits)
     size = pixel_values.shape[-2:]
-    heterogeneous, homogeneous = lgvit_feature_losses(
-        out.exit_features[:-1],
-        [config.patch_grid(position, *size) for position in config.exit_positions],
-        [head_kind(head) for head in config.exit_types],
-        out.exit_features[-1],
-        config.patch_grid(config.num_blocks, *size),
-    )
+    *maps, last_map = out.exit_features
+    *grids, last_grid = (config.patch_grid(depth, *size) for depth in (*config.exit_positions, config.num_blocks))
+    kinds = [head_kind(head) for head in config.exit_types]
+    heterogeneous, homogeneous = lgvit_feature_losses(maps, grids, kinds, last_map, last_grid)
     features = args.heterogeneous_weight * heterogeneous + args.homogeneous_weight * homogeneous
-    return (1 - share) * hard + share * kd + features
+    return (1 - share) * losses + share * kd + features

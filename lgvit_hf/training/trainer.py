@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..configuration import HighwayConfig
 from ..engine import replay
 from ..losses import task_loss
 from ..wrapper import NO_DATA_PARALLEL, HighwayWrapper
 from .arguments import STAGE_ONE, STAGE_TWO, HighwayTrainingArguments
 from .checkpoints import ResumableTrainer
 from .images import TakesImages, with_pixels
-from .metrics import ExitMetrics, row_answers
+from .metrics import ExitMetrics, sample_answers
 from .strategies import only_depth, stage_one_loss, stage_two_loss
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         if not isinstance(args, HighwayTrainingArguments):
             raise ValueError(f"args: {type(args).__name__} must be HighwayTrainingArguments")
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "compute_loss_func: the strategy is the loss; use transformers.Trainer for one of your own"
-            )
+            raise ValueError("compute_loss_func: the strategy is the loss; use transformers.Trainer for your own")
         model, model_init = self._first_model(model, args, kwargs)
         super().__init__(model, args, **with_pixels(model, kwargs))
         self.model_init = model_init or self.model_init
@@ -73,16 +72,14 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
             )
         truncated = getattr(model.config, "truncated", True)
         if truncated or (num_exits == 0 and args.strategy != "backbone"):
-            raise ValueError(
-                f"{type(self).__name__} trains early exits, and this model has none; use transformers.Trainer"
-            )
-        if args.strategy == "single_exit" and args.train_exit >= num_exits:
+            raise ValueError(f"{type(self).__name__} trains exits, and this model has none; use transformers.Trainer")
+        if args.strategy == "single_exit" and (args.train_exit or 0) >= num_exits:
             raise ValueError(f"train_exit: {args.train_exit} is outside 0..{num_exits - 1} ({num_exits} exits)")
         if isinstance(model, HighwayWrapper):
             if args.n_gpu > 1:
                 raise ValueError(NO_DATA_PARALLEL)
-            # what a module of any kind leaves out is not known
-            args.ddp_find_unused_parameters |= args.finds_unused_by_strategy
+            # which parameters a module of any kind does not use is not known
+            args.ddp_find_unused_parameters = args.ddp_find_unused_parameters or args.finds_unused_by_strategy
         trained = self._trained(model, args)
         if trained is not None:
             model.requires_grad_(False)
@@ -91,12 +88,14 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         elif not any(parameter.requires_grad for parameter in model.base_model.parameters()):
             logger.warning("the backbone is frozen, only exits are trained; model.requires_grad_(True) thaws it")
 
-    def _measure(self, model: PreTrainedModel) -> None:
+    def _measure(self, model: Any) -> None:
         if self.compute_metrics is not None and not isinstance(self.compute_metrics, ExitMetrics):
             return
-        depth = only_depth(self.args, model.config)
-        depths = [*model.config.exit_positions, model.config.num_blocks] if depth is None else [depth]
-        self.compute_metrics = ExitMetrics(depths, model.config.num_blocks) if _names_one_class(model.config) else None
+        config: HighwayConfig = model.config
+        depth = only_depth(self.args, config)
+        depths = [*config.exit_positions, config.num_blocks] if depth is None else [depth]
+        names_one_class = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+        self.compute_metrics = ExitMetrics(depths, config.num_blocks) if names_one_class else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As upstream's; without a `compute_metrics` of one's own, the figures of `ExitMetrics` for every exit."""
@@ -121,7 +120,11 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
             raise ValueError("return_outputs: a training step has no single output")
         trained = self._trained(highway, self.args)
         if trained is not None:
-            _eval_all_but(highway, trained)
+            # frozen modules answer as they will in use: no dropout, no new batch statistics
+            for module in highway.children():
+                module.eval()
+            for module in trained:
+                module.train()
         return self._training_loss(model, highway.config, **inputs)
 
     def _evaluated(self, model: nn.Module, highway: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -129,19 +132,19 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         # what a strategy trains is what its evaluation answers with
         depth = only_depth(self.args, highway.config)
         bounds = {} if depth is None else {"early_exit": True, "min_depth": depth, "max_depth": depth}
-        if not self._counting or inputs["labels"].is_floating_point():
+        metrics = self.compute_metrics if self._counting else None
+        if not isinstance(metrics, ExitMetrics) or inputs["labels"].is_floating_point():
             return model(**inputs, **bounds)
         outputs = model(**inputs, **(bounds or {"early_exit": False}))
         exit_logits = outputs.exit_logits or (outputs.logits,)
-        answers = replay(exit_logits, self.compute_metrics.depths.tolist(), highway.exit_policy)
+        answers = replay(exit_logits, metrics.depths.tolist(), highway.exit_policy)
         loss = task_loss(answers.logits, inputs["labels"], highway.config.problem_type)
-        return {"loss": loss, "answers": row_answers(exit_logits, answers)}
+        return {"loss": loss, "answers": sample_answers(exit_logits, answers)}
 
     def _training_loss(self, model, config, pixel_values, labels, **inputs):
         step = self.state.global_step
-        if step < round(self.args.backbone_share * self.state.max_steps):
-            return stage_one_loss(model, config, pixel_values, labels, self.args, backbone_only=True, **inputs)
-        return stage_one_loss(model, config, pixel_values, labels, self.args, step, **inputs)
+        backbone_only = step < round(self.args.backbone_share * self.state.max_steps)
+        return stage_one_loss(model, config, pixel_values, labels, self.args, step, backbone_only, **inputs)
 
 
 class DistillationTrainer(HighwayTrainer):
@@ -159,15 +162,3 @@ class DistillationTrainer(HighwayTrainer):
 
     def _training_loss(self, model, config, pixel_values, labels, **inputs):
         return stage_two_loss(model, config, pixel_values, labels, self.args, **inputs)
-
-
-def _names_one_class(config: PretrainedConfig) -> bool:
-    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
-
-
-def _eval_all_but(model: nn.Module, trained: Iterable[nn.Module]) -> None:
-    """Frozen modules answer as they will in use: no dropout, no new batch statistics."""
-    for module in model.children():
-        module.eval()
-    for module in trained:
-        module.train()

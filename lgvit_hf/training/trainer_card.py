@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..hub.card import TRAINING, card, has_card, is_own, reports_beside, write_card
 
 # of an evaluation's log, not worth a line
-UNTOLD = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+OMITTED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 class CardTrainer(Trainer):
@@ -29,53 +30,31 @@ class CardTrainer(Trainer):
         if output_dir is None or Path(output_dir) == self._folder:
             (self._folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` into `args.output_dir`, with the figures of the last evaluation; one's own README stays.
 
         Args:
-            license (`str`, *optional*), tags (`str` or `list[str]`, *optional*): As on the Hub.
-            model_name (`str`, *optional*): Of the repository, by default `args.hub_model_id` or the folder's name.
-            finetuned_from (`str`, *optional*): Hub id of the base model.
-            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the data sets.
-            language, tasks, dataset, dataset_args: See `transformers.Trainer`; such a card has no use for them.
+            args, kwargs: See `transformers.Trainer.create_model_card`. Such a card uses `license`, `tags`, `model_name`
+                (after `args.hub_model_id`; by default the folder's name), `finetuned_from` and `dataset_tags`.
         """
-        model = self.accelerator.unwrap_model(self.model)
+        model, readme = self.accelerator.unwrap_model(self.model), self._folder / "README.md"
         if not has_card(model.config):
-            given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
-            return super().create_model_card(*given)
-        readme = self._folder / "README.md"
+            return super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or is_own(readme):
             return
-        name = getattr(self, "hub_model_id", None) or model_name or self._folder.resolve().name
-        datasets, wanted = ([value] if isinstance(value, str) else value or [] for value in (dataset_tags, tags))
+        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+        name = getattr(self, "hub_model_id", None) or given.get("model_name") or self._folder.resolve().name
+        wanted = map(given.get, ("dataset_tags", "tags"))
+        datasets, tags = ([value] if isinstance(value, str) else value or [] for value in wanted)
         reports: list[Any] = [*map(str, reports_beside(self._folder)), *self._last_evaluation()]
-        made = card(
-            model,
-            reports,
-            name=name,
-            datasets=datasets,
-            base_model=finetuned_from,
-            license=license,
-            tags=wanted,
-        )
-        write_card(made, readme)
+        about = {"base_model": given.get("finetuned_from"), "license": given.get("license")}
+        write_card(card(model, reports, name=name, datasets=datasets, tags=tags, **about), readme)
 
     def _last_evaluation(self) -> list[dict[str, Any]]:
-        """The figures of the newest log of an evaluation, without what only says how long it took."""
+        """The figures of the newest log of an evaluation, without its duration."""
         logs = [log for log in self.state.log_history if "eval_loss" in log]
         if not logs:
             return []
-        figures = {name.removeprefix("eval_"): value for name, value in logs[-1].items() if name.startswith("eval_")}
-        figures = {name: value for name, value in figures.items() if name not in UNTOLD}
+        names = [name for name in logs[-1] if name.startswith("eval_") and name not in OMITTED]
+        figures = {name.removeprefix("eval_"): logs[-1][name] for name in names}
         return [{"what": TRAINING, "step": logs[-1]["step"], "figures": figures}]
