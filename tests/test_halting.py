@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
+from lgvit_hf.evaluation.metrics import macro_f1
 from lgvit_hf.token_halting import (
     Halting,
     _attend_padded,
@@ -21,7 +22,6 @@ from lgvit_hf.token_halting import (
     halting_target,
     token_macs,
 )
-from lgvit_hf.training.avit_trainer import macro_f1
 from tests.seeds import examples, generator, rng
 
 pytestmark = pytest.mark.version_independent

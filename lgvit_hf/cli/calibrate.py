@@ -121,7 +121,7 @@ def run_calibrate(
     if plot is not None:
         labels = wanted.get("labels", True)
         plot_calibration(plot, table, report, labels=labels, asked_drop=asked["max_accuracy_drop"])
-    content = {"what": "lgvit calibrate", "data": data, "split": which, "rows": len(table), **report.to_dict()}
+    content = {"what": "lgvit calibrate", "data": data, "split": which, "samples": len(table), **report.to_dict()}
     if output is not None:
         model.set_exit_policy(report.policy)
         with replace_folder(output) as new:

@@ -143,7 +143,7 @@ def run_sweep(
         "weights": table.weights,
         "data": data,
         "split": which,
-        "rows": len(table),
+        "samples": len(table),
         "timed_batch_sizes": list(timed_batch_sizes),
     }
     progress = partial(logging.tqdm, desc="sweep", leave=False)

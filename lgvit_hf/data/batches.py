@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
 from .devices import accelerator
 from .processing import stack
@@ -46,7 +45,19 @@ def in_batches(
     return DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=pinned, collate_fn=collate)
 
 
-def to_model(pixels: Tensor, model: PreTrainedModel) -> Tensor:
+class HasDevice(Protocol):
+    """A model, or what stands for one, such as an exported highway."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its images."""
+
+
+def to_model(pixels: Tensor, model: HasDevice) -> Tensor:
     """Pixels in a model's dtype, on its device; where its weights are brought to it by hooks, on the CPU."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return pixels.to(device, model.dtype, non_blocking=pixels.is_pinned())

@@ -18,19 +18,19 @@ def verdict(report: dict[str, Any]) -> list[str]:
     if report["exported"] is not None:
         lines.append(
             "an exported segment always runs its head: the times of the backbone, of an exit alone and of exits that "
-            "are not asked include the heads"
+            "are skipped include the heads"
         )
     return [_verdict_on_accuracy(report), *lines]
 
 
 def _verdict_on_accuracy(report: dict[str, Any]) -> str:
-    accuracy = report["accuracy"]
+    accuracy = report["accuracies"]
     if accuracy["against"] == "labels":
         return (
-            f"of {accuracy['rows']} images early exit answers {accuracy['early_exit']:.1%} rightly, the full model "
-            f"{accuracy['full_model']:.1%}"
+            f"of {accuracy['samples']} images early exit answers {accuracy['accuracy']:.1%} rightly, the full model "
+            f"{accuracy['accuracy_full_model']:.1%}"
         )
-    return f"early exit agrees with the full model on {accuracy['early_exit']:.1%} of {accuracy['rows']} images"
+    return f"early exit agrees with the full model on {accuracy['accuracy']:.1%} of {accuracy['samples']} images"
 
 
 def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
@@ -43,11 +43,11 @@ def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
             f"run), {entry['realised_over_ideal']:.0%} of the ideal"
         ]
     if entry["static"] is not None and entry["static_speed_up"] > speed_up:
-        index = report["accuracy"]["static_exit"]
-        depth, accuracy = report["exits"][index]["depth"], report["accuracy"]["exits"][index]
+        index = report["accuracies"]["static_exit"]
+        exit = report["exits"][index]
         lines.append(
-            f"{where} the static model that ends at exit {index}, depth {depth}, is faster and no less accurate: "
-            f"{entry['static_speed_up']:.2f}x, accuracy {accuracy:.1%}"
+            f"{where} the static model that ends at exit {index}, depth {exit['exit_layer']}, is faster and no less "
+            f"accurate: {entry['static_speed_up']:.2f}x, accuracy {exit['accuracy_all']:.1%}"
         )
     if entry["noise"] > _NOISY:
         lines.append(
@@ -65,10 +65,10 @@ def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
 def _reason(entry: dict[str, Any]) -> str:
     saved, heads = entry["saved_share"], entry["heads_share"]
     if heads >= saved:
-        return f"asking the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
+        return f"evaluating the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
     return (
-        f"fewer rows do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
-        "row cost its share of the whole batch"
+        f"fewer samples do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
+        "sample cost its share of the whole batch"
     )
 
 
@@ -89,7 +89,7 @@ def _environment_text(report: dict[str, Any]) -> str:
 
 def _batches_text(report: dict[str, Any]) -> str:
     lines = ["batch size  run             p50 ms    p95 ms    p99 ms   mean ms  images/s  wall-clock  by blocks run"]
-    depths, static = [exit["depth"] for exit in report["exits"]], report["accuracy"]["static_exit"]
+    depths, static = [exit["exit_layer"] for exit in report["exits"]], report["accuracies"]["static_exit"]
     for entry in report["batches"]:
         rows = [
             ("early exit", entry["early_exit"], entry["wall_clock_speed_up"], f"{entry['layer_speed_up']:.2f}x"),
@@ -110,10 +110,10 @@ def _batches_text(report: dict[str, Any]) -> str:
 
 
 def _exits_text(report: dict[str, Any]) -> str:
-    lines = ["exit  depth  head            rows    p50 ms    p95 ms    p99 ms   (images one at a time)"]
+    lines = ["exit  layer  head         samples    p50 ms    p95 ms    p99 ms   (images one at a time)"]
     for exit in report["exits"]:
         numbers = "".join(_cell(exit[key], 10) for key in ("p50_ms", "p95_ms", "p99_ms"))
-        lines.append(f"{exit['exit_index']:4}  {exit['depth']:5}  {exit['head']:14}{exit['rows']:6}{numbers}")
+        lines.append(f"{exit['exit_index']:4}  {exit['exit_layer']:5}  {exit['head']:14}{exit['samples']:6}{numbers}")
     return "\n".join(lines)
 
 

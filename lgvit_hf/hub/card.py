@@ -14,6 +14,7 @@ from ..files import replace_file
 from ..policies import build_policy
 from ..segments import height_width
 from .loading import HIGHWAYS, answer_depths, read_config
+from .report_keys import current_names
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # a README that has this line is ours to write again
@@ -138,7 +139,7 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or content.get("what") not in known:
         what = content.get("what") if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{report if content is not report else 'report'}: what={what!r} must be one of {known}")
-    return content
+    return current_names(dict(content))
 
 
 def reports_beside(folder: str | Path) -> list[Path]:
@@ -214,10 +215,10 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
         return
     if config.model_type == "avit":
         raise ValueError(f"{where}: {report['what']} is of a highway, and the model is an avit")
-    key = {"lgvit evaluate": "position", "lgvit benchmark": "depth"}.get(report["what"])
-    depths, ours = [exit[key] for exit in report["exits"]] if key else None, answer_depths(config)
-    if key and depths != ours:
-        raise ValueError(f"{where} is of a model that answers at depths {depths}, this one at {ours}")
+    if report["what"] != "lgvit calibrate":
+        depths, ours = [exit["exit_layer"] for exit in report["exits"]], answer_depths(config)
+        if depths != ours:
+            raise ValueError(f"{where} is of a model that answers at depths {depths}, this one at {ours}")
     policy = report["environment"]["policy"] if report["what"] == "lgvit benchmark" else report["policy"]
     now = build_policy(config.exit_policy, len(config.exits)).to_dict()
     if build_policy(dict(policy), len(config.exits)).to_dict() != now:
@@ -246,8 +247,8 @@ def _what_it_does(report: Mapping[str, Any]) -> str:
     overall = report["overall"]
     full = "" if overall["accuracy_full_model"] is None else f" (the full model {overall['accuracy_full_model']:.1%})"
     return (
-        f"Of {overall['rows']:,} {report['split']} images of {data_name(report)} it answers {overall['accuracy']:.1%} "
-        f"rightly{full}, after {overall['mean_depth']:.2f} blocks on average."
+        f"Of {overall['samples']:,} {report['split']} images of {data_name(report)} it answers "
+        f"{overall['accuracy']:.1%} rightly{full}, after {overall['mean_depth']:.2f} blocks on average."
     )
 
 
@@ -262,7 +263,7 @@ def _exits_table(config: PretrainedConfig) -> str:
 def _evaluation(report: Mapping[str, Any]) -> dict[str, str]:
     overall, machine = report["overall"], report["environment"]
     exits = [
-        [index, exit["position"], exit["head"], f"{exit['rows']:,} ({exit['share']:.0%})"]
+        [index, exit["exit_layer"], exit["head"], f"{exit['samples']:,} ({exit['share']:.0%})"]
         + [_percent(exit["accuracy_exited"]), _percent(exit["accuracy_all"]), f"{exit['macs'] / 1e6:.1f}"]
         for index, exit in enumerate(report["exits"])
     ]
@@ -278,13 +279,13 @@ def _evaluation(report: Mapping[str, Any]) -> dict[str, str]:
         "title": f"Accuracy and cost on {data_name(report)}",
         "exits": _table(columns, exits),
         "overall": (
-            f"{overall['rows']:,} {report['split']} images: accuracy {overall['accuracy']:.2%}"
+            f"{overall['samples']:,} {report['split']} images: accuracy {overall['accuracy']:.2%}"
             + _against(overall["accuracy_full_model"])
             + f". Mean depth {overall['mean_depth']:.2f} blocks. {overall['mean_macs'] / 1e6:.1f} million "
             f"multiply-accumulates (MACs) an image, exits counted, where the backbone takes "
             f"{overall['backbone_macs'] / 1e6:.1f} million: {overall['macs_speed_up']:.2f}x."
         ),
-        "times": f"{timed}\n\n{_on(machine)}, for {min(256, overall['rows'])} images." if times else "",
+        "times": f"{timed}\n\n{_on(machine)}, for {min(256, overall['samples'])} images." if times else "",
     }
 
 
@@ -293,7 +294,7 @@ def _calibration(report: Mapping[str, Any]) -> dict[str, str]:
         "drop": "accuracy drop against the full model",
         "harm": "share of images that only the full model has right",
     }
-    rows, n = f"{report['rows']:,} {report['split']} images of {data_name(report)}", f"{report['n']:,}"
+    rows, n = f"{report['samples']:,} {report['split']} images of {data_name(report)}", f"{report['samples_tested']:,}"
     if report["bound"] == "none":
         promise = (
             f"Nothing is guaranteed: the figures are estimates on {n} of these images, which the search has not seen."
@@ -339,7 +340,7 @@ def _benchmark(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _against_static(report: Mapping[str, Any]) -> str:
     """The model that early exit must beat: the first exit that is no less accurate, alone."""
-    index = report["accuracy"]["static_exit"]
+    index = report["accuracies"]["static_exit"]
     if index is None:
         return ""
     faster = ", ".join(f"{entry['static_speed_up']:.2f}x" for entry in report["batches"])

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.costs import current_names
 from ..files import leads_out, write_json
+from ..hub.report_keys import current_names
 from ..policies import ExitPolicy
 from ..serving.device.info import file_digest, is_digest
 

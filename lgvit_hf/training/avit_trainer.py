@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from ..configuration_avit import AViTConfig
+from ..evaluation.metrics import macro_f1
 from ..token_halting import token_macs
 from .checkpoints import ResumableTrainer
 from .images import TakesImages, with_pixels
@@ -132,24 +132,6 @@ class AViTMetrics:
             figures["mean_exit_layer"] = float(depths.max(1).mean())
             figures["macs"] = token_macs(self.config, torch.from_numpy(depths)).mean().item()
         return figures
-
-
-def macro_f1(classes: np.ndarray, labels: np.ndarray) -> float:
-    """The mean F1 score of the classes that are there or were said to be.
-
-    Args:
-        classes (`np.ndarray`): `[B]`, what was said.
-        labels (`np.ndarray`): `[B]`, what is.
-
-    Example:
-
-        >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]))
-        0.666...
-    """
-    known = np.union1d(classes, labels)
-    right = np.array([((classes == known_class) & (labels == known_class)).sum() for known_class in known])
-    said, there = ((values == known[:, None]).sum(1) for values in (classes, labels))
-    return float((2 * right / (said + there)).mean())
 
 
 def _small(tensor: Tensor) -> Tensor:

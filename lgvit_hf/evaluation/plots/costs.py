@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .style import (
     BLUE,
@@ -80,14 +80,7 @@ def plot_pareto(
     if not points and not any(curves.values()):
         raise ValueError("there is nothing to draw: curves and points are both empty; give one point at least")
     figure = new_figure(8, 5 + 0.2 * (len(curves) + len(points)))
-    draw_costs(
-        figure,
-        curves,
-        points,
-        unit=unit,
-        measure=measure,
-        asked_accuracy=asked_accuracy,
-    )
+    draw_costs(figure, curves, points, unit=unit, measure=measure, asked_accuracy=asked_accuracy)
     save(figure, file)
 
 
@@ -113,9 +106,10 @@ def draw_costs(
     for name, point in points.items():
         color, marker, size = FULL_MODEL_STYLE if name == FULL_MODEL else next(styles)
         line = "--" if name == FULL_MODEL else ""
-        style = {"color": color, "marker": marker, "markersize": size, "markeredgecolor": "black", "linestyle": line}
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": size, "markeredgecolor": "black"}
         values = f"{point['accuracy']:.1%} at {point['cost']:,.4g} {unit.split(' per ')[0]}"
-        axes.plot(point["cost"], percent(point["accuracy"]), **style, zorder=3, label=f"{short(name, 40)}: {values}")
+        told = f"{short(name, 40)}: {values}"
+        axes.plot(point["cost"], percent(point["accuracy"]), **style, linestyle=line, zorder=3, label=told)
         if name == FULL_MODEL:
             axes.axhline(percent(point["accuracy"]), color=color, linestyle="--", linewidth=1)
     axes.set(title=f"{measure.capitalize()} against cost", xlabel=unit, ylabel=f"{measure}, %")
