@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,18 @@ from .processing import stack
 MOST_WORKERS = 4
 
 
+class Samples(Protocol):
+    """A dataset of numbered items, such as a list."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them."""
+
+
 def in_batches(
-    dataset: Dataset, batch_size: int, *, num_workers: int | None = None, collate: Callable[[list], Any] = stack
+    dataset: Samples, batch_size: int, *, num_workers: int | None = None, collate: Callable[[list], Any] = stack
 ) -> DataLoader:
     """Every row of a dataset once, in order.
 
@@ -38,11 +48,12 @@ def in_batches(
     """
     found = accelerator()
     if num_workers is None:
-        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # of numbered rows, as torch cannot say
+        num_batches = -(-len(dataset) // batch_size)
         num_workers = 0 if found is None else min(MOST_WORKERS, os.cpu_count() or 1, num_batches // 4)
     # memory of its own kind, from which an accelerator reads by itself; MPS shares the processor's
     pinned = found is not None and found.type != "mps"
-    return DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=pinned, collate_fn=collate)
+    images = cast("Dataset[Any]", dataset)
+    return DataLoader(images, batch_size, num_workers=num_workers, pin_memory=pinned, collate_fn=collate)
 
 
 class HasDevice(Protocol):

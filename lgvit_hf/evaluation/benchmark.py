@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..data.batches import to_model
+from ..data.batches import Samples, to_model
 from ..data.processing import stack
 from ..engine import run_early
 from ..modes import evaluating
@@ -26,7 +25,7 @@ from .exit_table import ExitTable, collect
 from .profiling import export_facts, head_names, parameters_by_part, peak_memory, profile
 from .timing import PartTimes, time_interleaved, time_parts
 
-_PERCENTILES = (50, 95, 99)
+_PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
 
 
 @torch.no_grad()
@@ -60,11 +59,8 @@ def wall_clock_speed_up(
             for name, seconds in time_interleaved(runs, repeats=repeats, warm_up=1).items():
                 total[name] = total.get(name, 0.0) + statistics.median(seconds)
     early, backbone = total["early_exit"], total.get("backbone")
-    return {
-        "early_exit_seconds": early,
-        "backbone_seconds": backbone,
-        "wall_clock_speed_up": None if backbone is None else backbone / early,
-    }
+    speed_up = None if backbone is None else backbone / early
+    return {"early_exit_seconds": early, "backbone_seconds": backbone, "wall_clock_speed_up": speed_up}
 
 
 def _runs_to_compare(model: Highway, pixels: Tensor) -> dict[str, Callable[[], Any]]:
@@ -78,7 +74,7 @@ def _runs_to_compare(model: Highway, pixels: Tensor) -> dict[str, Callable[[], A
 @torch.no_grad()
 def benchmark(
     model: Highway,
-    images: Dataset[Any] | Tensor,
+    images: Samples | Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 8, 32),
     repeats: int = 3,
@@ -165,9 +161,11 @@ def benchmark(
         }
 
 
-def _random_items(images: Dataset[Any] | Tensor, limit: int) -> list[dict[str, Any]]:
+def _random_items(images: Samples | Tensor, limit: int) -> list[dict[str, Any]]:
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
-    return [{"pixel_values": images[index]} if isinstance(images, Tensor) else images[index] for index in chosen]
+    if isinstance(images, Tensor):
+        return [{"pixel_values": images[index]} for index in chosen]
+    return [images[index] for index in chosen]
 
 
 def _accuracy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
@@ -177,13 +175,8 @@ def _accuracy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
     static = next((index for index, accuracy in enumerate(exits[:-1]) if accuracy >= highway), None)
     # where the full model is never wrong, its answers stand for the labels, or might as well
     against = "full model" if torch.equal(table.labels, table.logits[-1].argmax(-1)) else "labels"
-    return {
-        "against": against,
-        "samples": len(table),
-        "accuracy": highway,
-        "accuracy_full_model": exits[-1],
-        "static_exit": static,
-    }
+    accuracies = {"accuracy": highway, "accuracy_full_model": exits[-1]}
+    return {"against": against, "samples": len(table), **accuracies, "static_exit": static}
 
 
 # -- timing ----------------------------------------------------------------------------------------------------
@@ -234,17 +227,19 @@ def _time_all(
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[int, _Timing]:
     """Time the parts and the backbone on batches of all `sizes`, and every policy where it is one of `run_sizes`."""
-    jobs = [(size, batch) for size in sizes for batch in pixels.split(size) if len(batch) == size]
+    jobs = [(size, pixels[start : start + size]) for size in sizes for start in range(0, len(pixels) - size + 1, size)]
     random.Random(0).shuffle(jobs)
     timings = {size: _Timing(size) for size in sizes}
     for size, batch in progress(jobs):
-        timing, state, walks = timings[size], State({"pixel_values": batch}), []
+        timing, state = timings[size], State({"pixel_values": batch})
+        walks: list[PartTimes] = []
+
+        def walk(state: State = state, walks: list[PartTimes] = walks) -> None:
+            walks.append(time_parts(segments, state, policies["early_exit"]))
+
         names = policies if size in run_sizes else ["backbone"]
         runs = {name: partial(run_early, segments, state, policies[name]) for name in names}
-        walk = partial(time_parts, segments, state, policies["early_exit"])
-        seconds = time_interleaved(
-            {**runs, "parts": lambda walk=walk, walks=walks: walks.append(walk())}, repeats=repeats, warm_up=1
-        )
+        seconds = time_interleaved({**runs, "parts": walk}, repeats=repeats, warm_up=1)
         for name in names:
             timing.seconds.setdefault(name, []).append(seconds[name])
         timing.walks.append(walks[1:])
@@ -282,25 +277,21 @@ def _of_batches(
     }
 
 
-def _latency(timing: _Timing, name: str) -> dict[str, float | None]:
+def _latency(timing: _Timing, name: str) -> dict[str, float]:
     mean = 1e3 * statistics.mean(timing.of_batches(name))
     return {**_percentiles(timing.seconds[name]), "mean_ms": mean, "images_per_second": 1e3 * timing.size / mean}
 
 
-def _percentiles(seconds: list[list[float]]) -> dict[str, float | None]:
-    return {
-        f"p{percent}_ms": 1e3 * float(np.percentile(seconds, percent)) if seconds else None for percent in _PERCENTILES
-    }
+def _percentiles(seconds: list[list[float]]) -> dict[str, float]:
+    return {name: 1e3 * float(np.percentile(seconds, percent)) for name, percent in _PERCENTILES.items()}
 
 
 def _where_time_goes(costs: Costs, shares: list[float], evaluated: list[int]) -> dict[str, float]:
     """Of the backbone's time: what is saved in blocks and the final classifier, and what evaluating the heads adds."""
     run = sum(share * sum(costs.backbone_costs[: index + 1]) for index, share in enumerate(shares))
     run += shares[-1] * costs.heads[-1]
-    return {
-        "saved_share": 1 - run / costs.backbone,
-        "heads_share": (costs.mean(shares, evaluated) - run) / costs.backbone,
-    }
+    heads = costs.mean(shares, evaluated) - run
+    return {"saved_share": 1 - run / costs.backbone, "heads_share": heads / costs.backbone}
 
 
 def _of_exits(depths: list[int], heads: list[str], accuracies: list[float], timing: _Timing) -> list[dict[str, Any]]:
@@ -308,17 +299,13 @@ def _of_exits(depths: list[int], heads: list[str], accuracies: list[float], timi
     left = torch.cat(timing.left).tolist()
     # where single images are timed
     single = timing.seconds["early_exit"] if timing.size == 1 else []
-    return [
-        {
-            "exit_index": index,
-            "exit_layer": depth,
-            "head": head,
-            "samples": left.count(index),
-            "accuracy_all": accuracy,
-        }
-        | _percentiles([seconds for seconds, exit in zip(single, left, strict=False) if exit == index])
-        for index, (depth, head, accuracy) in enumerate(zip(depths, heads, accuracies, strict=True))
-    ]
+    exits: list[dict[str, Any]] = []
+    for index, (depth, head, accuracy) in enumerate(zip(depths, heads, accuracies, strict=True)):
+        seconds = [seconds for seconds, exit in zip(single, left, strict=False) if exit == index]
+        about = {"exit_index": index, "exit_layer": depth, "head": head, "samples": left.count(index)}
+        latency = _percentiles(seconds) if seconds else dict.fromkeys(_PERCENTILES)
+        exits.append({**about, "accuracy_all": accuracy, **latency})
+    return exits
 
 
 def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels: Tensor) -> dict[str, Any]:

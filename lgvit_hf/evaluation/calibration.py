@@ -218,7 +218,7 @@ def calibrate(
     if labels == "expected":
         searched, tested = searched.expected(), tested.expected()
     check_rows(len(tested), max_accuracy_drop, delta, bound)
-    costs = table.costs
+    costs = table.known_costs
     if cost_table is not None:
         cost_table.check(len(table.depths))
         costs = cost_table.at(batch_size)
@@ -235,7 +235,7 @@ def calibrate(
         mean_depth=torch.tensor(table.depths, dtype=torch.float64, device="cpu")[chosen.exit_index.cpu()]
         .mean()
         .item(),
-        full_macs=table.costs.backbone,
+        full_macs=table.known_costs.backbone,
         **chosen.figures(full_accuracy),
         full_latency=results[0].latency,
         bound="none" if delta is None else bound,
@@ -261,7 +261,11 @@ def _errors(
 
 def check_rows(num_tested: int, max_accuracy_drop: float | None, delta: float | None, bound: str) -> None:
     """Raise `ValueError` where so few samples to test on can prove nothing; it says how many can."""
-    if delta is not None and num_tested < (needed := samples_needed(bound, max_accuracy_drop, delta)):
+    if (
+        delta is not None
+        and max_accuracy_drop is not None
+        and num_tested < (needed := samples_needed(bound, max_accuracy_drop, delta))
+    ):
         raise ValueError(
             f"{num_tested} samples to test on are too few to prove a {bound} of {max_accuracy_drop:g} at "
             f"delta={delta:g}: at least {needed} are needed (a table of {2 * needed}, half of which is searched on), "
@@ -282,9 +286,7 @@ def _check_table(table: ExitTable) -> None:
         raise ValueError(f"{len(table)} samples are too few: at least 2 are needed, one to search and one to test on")
     if len(table.depths) < 2:
         raise ValueError("the table has the final classifier only: there is no exit to calibrate")
-    if table.costs is None:
-        raise ValueError("the table has no costs; `collect` counts them, or give `ExitTable(..., costs=Costs(...))`")
-    segments, heads = len(table.costs.backbone_costs), len(table.costs.heads)
+    segments, heads = len(table.known_costs.backbone_costs), len(table.known_costs.heads)
     if {segments, heads} != {len(table.depths)}:
         raise ValueError(f"costs are of {segments} segments and {heads} heads, the table of {len(table.depths)}")
 
@@ -355,7 +357,7 @@ class _Result:
 
 def _result(table: ExitTable, settings: Settings, cost_table: CostTable | None, batch_size: int) -> _Result:
     exits, evaluated = leaving(table, settings)
-    macs, drops = consequences(table, exits, evaluated, table.costs)
+    macs, drops = consequences(table, exits, evaluated, table.known_costs)
     exiting_at = shares(exits, len(table.depths))
     latency = None if cost_table is None else cost_table.mean_latency(exiting_at, evaluated, batch_size)
     return _Result(settings, exits, evaluated, drops, macs, latency)
@@ -370,7 +372,7 @@ def _choose(
 ) -> _Result:
     """The candidate to return; the first is the full model, the others go from safest to fastest."""
     allowed = results
-    if delta is not None:
+    if delta is not None and max_accuracy_drop is not None:
         p_values = [_p_value(result.drops.numpy(), max_accuracy_drop, delta, bound) for result in results[1:]]
         allowed = results[: 1 + passed_in_order(p_values, delta)]
     elif max_accuracy_drop is not None:

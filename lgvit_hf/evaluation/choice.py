@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..data.batches import to_model
 from ..policies import ConfidencePolicy, probabilities
 from .cost_table import cost_table, time_walks
-from .costs import Costs
+from .costs import Costs, Highway
 from .exit_table import is_right
 from .search import without_one
 
@@ -97,7 +96,7 @@ def _best_threshold(exits: tuple[int, ...], scores: Tensor, worth: Tensor, costs
     """The threshold of least cost within `max_drop` for some exits; of infinite cost if there is none."""
     # a sample exits at the first exit whose score, and so the highest score so far, is above the threshold
     highest = scores[list(exits)].cummax(0).values.T.contiguous()
-    candidates = highest.flatten().unique()
+    candidates: Tensor = torch.unique(highest)
     candidates = ((candidates[1:] + candidates[:-1]) / 2)[:: max(1, len(candidates) // 300)]
     candidates = torch.cat([candidates, candidates.new_ones(1)])
     left = torch.searchsorted(highest, candidates.expand(len(highest), -1).contiguous(), right=True)
@@ -108,7 +107,7 @@ def _best_threshold(exits: tuple[int, ...], scores: Tensor, worth: Tensor, costs
     return Choice(exits, candidates[best].item(), drop[best].item(), cost[best].item())
 
 
-def measured_costs(model: PreTrainedModel, pixels: Tensor, *, repeats: int = 15) -> Costs:
+def measured_costs(model: Highway, pixels: Tensor, *, repeats: int = 15) -> Costs:
     """Wall-clock of each segment's blocks, and of evaluating its head and the policy, the full model's being 1.
 
     The mean of two batch sizes: one image, where each operation of a head costs about as much as one of a block, and
@@ -117,11 +116,11 @@ def measured_costs(model: PreTrainedModel, pixels: Tensor, *, repeats: int = 15)
     sizes, policy = sorted({1, len(pixels)}), ConfidencePolicy(threshold=1.0)
     table = cost_table(model, time_walks(model.segments(), policy, to_model(pixels, model), sizes, repeats))
     both = [relative(table.at(size)) for size in sizes]
-    return Costs(
-        *(np.mean([getattr(costs, part) for costs in both], 0).tolist() for part in ("backbone_costs", "heads"))
-    )
+    backbone_costs = np.mean([costs.backbone_costs for costs in both], axis=0).tolist()
+    return Costs(backbone_costs, np.mean([costs.heads for costs in both], axis=0).tolist())
 
 
 def relative(costs: Costs) -> Costs:
     """The same costs, the full model's being 1."""
-    return Costs(*([part / costs.backbone for part in parts] for parts in (costs.backbone_costs, costs.heads)))
+    full = costs.backbone
+    return Costs([cost / full for cost in costs.backbone_costs], [cost / full for cost in costs.heads])

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from scipy.stats import binom
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..data.batches import to_model
 from ..data.devices import device_name
@@ -300,14 +301,9 @@ def threads_of(model: Highway) -> int:
 
 def machine(model: Highway) -> dict[str, Any]:
     """On what, and with what, a highway is timed: `dtype`, `device`, `processor`, `threads` and versions."""
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "processor": processor_name(),
-        "threads": threads_of(model),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    runs_on = {"device": device_name(model.device), "processor": processor_name(), "threads": threads_of(model)}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"dtype": str(model.dtype).removeprefix("torch."), **runs_on, **versions}
 
 
 def architecture(model: Highway) -> str:
@@ -316,7 +312,8 @@ def architecture(model: Highway) -> str:
     height, width = height_width(config.image_size)
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
     if exported is None:
-        extent, numbers = f"{model.num_parameters()} parameters", str(model.dtype).removeprefix("torch.")
+        extent = f"{cast(PreTrainedModel, model).num_parameters()} parameters"
+        numbers = str(model.dtype).removeprefix("torch.")
     else:
         extent = f"{exported.file_bytes / 1e6:.1f} MB of ONNX, layout {exported.layout}"
         numbers = exported.precision

@@ -51,7 +51,7 @@ class Costs:
             >>> Costs(backbone_costs=[4.0, 8.0], heads=[1.0, 0.5]).of_exit(1)
             13.5
         """
-        passed = range(exit_index)
+        passed: Sequence[int] = range(exit_index)
         if evaluated is not None and not self.fused:
             passed = [index for index in evaluated if index < exit_index]
         heads = sum(self.heads[index] for index in passed) + self.heads[exit_index]

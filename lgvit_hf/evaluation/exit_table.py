@@ -7,16 +7,15 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..data.batches import in_batches, to_model
+from ..data.batches import Samples, in_batches, to_model
 from ..engine import Answers, replay, run_all
 from ..files import add_files
 from ..hub.report_keys import current_names
@@ -53,6 +52,19 @@ class ExitTable:
     costs: Costs | None = None
     weights: str | None = None
 
+    @property
+    def known_costs(self) -> Costs:
+        """The costs.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.costs is None:
+            raise ValueError(
+                "the table has no costs; `collect` counts them, or give `ExitTable(..., costs=Costs(...))`"
+            )
+        return self.costs
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -61,7 +73,7 @@ class ExitTable:
     ) -> Answers:
         """What the model would answer under `policy`: the same loop as the model's, on the stored logits."""
         policy = build_policy(policy, len(self.depths) - 1)
-        return replay(self.logits, self.depths, policy, min_depth=min_depth, max_depth=max_depth)
+        return replay(self.logits.unbind(), self.depths, policy, min_depth=min_depth, max_depth=max_depth)
 
     @cached_property
     def right(self) -> Tensor:
@@ -152,9 +164,7 @@ def is_right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(
-    model: Highway, dataset: Dataset[Any], *, batch_size: int = 64, num_workers: int | None = None
-) -> ExitTable:
+def collect(model: Highway, dataset: Samples, *, batch_size: int = 64, num_workers: int | None = None) -> ExitTable:
     """Run every exit of a highway on every sample of a dataset, in `eval()` mode, and count the MACs of one sample.
 
     Args:
@@ -173,11 +183,12 @@ def collect(
         raise ValueError("there is no image to collect exits for: the dataset is empty")
     with evaluating(model):
         batches = in_batches(dataset, batch_size, num_workers=num_workers)
-        segments, logits, labels, costs, start = model.segments(), None, [], None, 0
+        segments, logits, costs, start = model.segments(), torch.empty(0), None, 0
+        labels: list[Tensor] = []
         for batch in logging.tqdm(batches, desc="exits", leave=False):
             pixels = to_model(batch["pixel_values"], model)
             exit_logits = run_all(segments, State({"pixel_values": pixels}))
-            if logits is None:  # all of the table at once: it may be too large to be there twice
+            if not labels:  # all of the table at once: it may be too large to be there twice
                 logits = torch.empty(len(segments), len(dataset), exit_logits[-1].shape[-1], dtype=torch.float32)
             here = logits[:, start : start + len(pixels)]
             for samples, answered in zip(here, exit_logits, strict=True):
@@ -196,7 +207,7 @@ def weights_digest(model: Highway) -> str | None:
     exported = export_of(model)
     if exported is not None:
         return exported.digest
-    digest, state = hashlib.sha256(), model.state_dict()
+    digest, state = hashlib.sha256(), cast("nn.Module", model).state_dict()
     if any(tensor.is_meta for tensor in state.values()):
         return None
     for name, tensor in sorted(state.items()):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PretrainedConfig
 from transformers.utils import logging
 
-from ..data.batches import in_batches, to_model
+from ..data.batches import Samples, in_batches, to_model
 from ..engine import run_all
 from ..modeling_avit import AViT
 from ..policies import ExitPolicy, number_at, probabilities
@@ -32,7 +30,7 @@ SCORES = {
 
 
 @torch.no_grad()
-def token_depths(model: AViT, dataset: Dataset[Any], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def token_depths(model: AViT, dataset: Samples, *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """How deep the tokens of every image of a dataset go, and what is answered.
 
     Args:
@@ -151,7 +149,8 @@ def as_seen(pixel_values: Tensor, processor: BaseImageProcessor) -> np.ndarray:
         >>> as_seen(torch.tensor([-1.0, 0.2, 1.0]).view(1, 3, 1, 1), make_processor(1)).tolist()
         [[[[0, 153, 255]]]]
     """
-    pixels, settings = pixel_values.float().cpu(), processor.to_dict()
+    pixels = pixel_values.float().cpu()
+    settings = processor.to_dict()  # type: ignore[no-untyped-call]  # transformers declares no types here
     if settings.get("do_normalize"):
         mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
         pixels = pixels * std + mean

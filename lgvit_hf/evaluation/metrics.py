@@ -52,7 +52,8 @@ def summarise(
         (1.0, 7.5)
     """
     right = answers.logits.argmax(-1) == table.labels
-    exits, total = [], len(table)
+    exits: list[dict[str, Any]] = []
+    total = len(table)
     evaluated = [index for index in range(len(table.depths)) if policy is None or not policy.skips(index)]
     diagrams = reliability_by_exit(table, answers, policy)
     for index, (depth, accuracy, head) in enumerate(zip(table.depths, table.accuracies(), head_names, strict=True)):

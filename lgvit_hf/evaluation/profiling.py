@@ -6,12 +6,13 @@ import statistics
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from ..segments import Segment, State
 from .costs import Highway, count_macs, export_of
@@ -43,7 +44,8 @@ def profile(
     Of an exported highway, of each segment with its head, since they are one file; its parameters are `None`.
     """
     exported = export_of(model)
-    state, rows = State({"pixel_values": image}), []
+    state = State({"pixel_values": image})
+    rows: list[dict[str, Any]] = []
 
     def add(part: str, depth: int, macs: float, parameters: int | None, blocks: slice, head: bool) -> None:
         """A part of the segment at hand: some of its blocks, and perhaps its head."""
@@ -92,7 +94,7 @@ def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[st
 
     heads = [row["parameters"] for row in profile if row["part"].startswith("exit")]
     parts = {"stem": of("stem"), "blocks": of("block"), "final": of("final")}
-    return {**parts, "heads": heads, "total": model.num_parameters()}
+    return {**parts, "heads": heads, "total": cast("PreTrainedModel", model).num_parameters()}
 
 
 class _Parameters(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch declares no types here
@@ -149,7 +151,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return int(torch.cuda.max_memory_allocated(device)) - before
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with _LiveTensors() as live:
         run()
     return live.peak

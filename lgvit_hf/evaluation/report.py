@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..data.batches import in_batches, to_model
+from ..data.batches import Samples, in_batches, to_model
 from ..engine import Answers
 from ..hub.loading import answer_depths
 from ..modes import evaluating
@@ -18,7 +17,7 @@ from .costs import Highway, decides_inside, model_macs
 from .exit_table import ExitTable, collect
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
 from .profiling import export_facts, head_names
-from .report_text import policy_in_words
+from .report_text import export_in_words, policy_in_words
 
 TIMED_ROWS = 256
 
@@ -26,7 +25,7 @@ TIMED_ROWS = 256
 @torch.no_grad()
 def evaluate(
     model: Highway,
-    dataset: Dataset[Any],
+    dataset: Samples,
     *,
     batch_size: int = 64,
     timed_batch_sizes: Sequence[int] = (1, 32),
@@ -53,7 +52,7 @@ def evaluate(
     return judge(model, dataset, table, answers, timed_batch_sizes=timed_batch_sizes, progress=progress)
 
 
-def look(model: Highway, dataset: Dataset[Any], *, batch_size: int = 64) -> tuple[ExitTable, Answers]:
+def look(model: Highway, dataset: Samples, *, batch_size: int = 64) -> tuple[ExitTable, Answers]:
     """What every exit of a highway says of a dataset, and what the highway answers, run by itself.
 
     Of one exported file, which does not say what exits answer where a sample does not exit, the table holds the
@@ -68,7 +67,7 @@ def look(model: Highway, dataset: Dataset[Any], *, batch_size: int = 64) -> tupl
 
 
 @torch.no_grad()
-def answer_all(model: Highway, dataset: Dataset[Any], *, batch_size: int = 64) -> Answers:
+def answer_all(model: Highway, dataset: Samples, *, batch_size: int = 64) -> Answers:
     """The answers of a highway to every sample of a dataset, each sample exiting by the model's policy; on the CPU."""
     with evaluating(model):
         outs = [model(to_model(batch["pixel_values"], model)) for batch in in_batches(dataset, batch_size)]
@@ -78,7 +77,7 @@ def answer_all(model: Highway, dataset: Dataset[Any], *, batch_size: int = 64) -
 
 def judge(
     model: Highway,
-    dataset: Dataset[Any],
+    dataset: Samples,
     table: ExitTable,
     answers: Answers,
     *,
@@ -93,14 +92,14 @@ def judge(
         table (`ExitTable`), answers (`Answers`): Of these samples, as of `look`.
         timed_batch_sizes (`Sequence[int]`, *optional*), progress (callable, *optional*): See `evaluate`.
     """
-    report = summarise(table, answers, table.costs, head_names(model), model.exit_policy)
+    report = summarise(table, answers, table.known_costs, head_names(model), model.exit_policy)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     report["classes"] = per_class(answers, table.labels, table.depths[-1], names)
     report["confusion"] = confusion_matrix(answers, table.labels, len(names))
     report["reliability"] = reliability_by_exit(table, answers, model.exit_policy)
     pixels = timed_pixels(dataset)
     report["wall_clock"] = {
-        str(size): wall_clock_speed_up(model, pixels.split(size), repeats=3, progress=progress)
+        str(size): wall_clock_speed_up(model, torch.split(pixels, size), repeats=3, progress=progress)
         for size in timed_batch_sizes
     }
     report["policy"], report["exported"] = model.exit_policy.to_dict(), export_facts(model)
@@ -111,7 +110,7 @@ def judge(
     return report
 
 
-def timed_pixels(dataset: Dataset[Any]) -> Tensor:
+def timed_pixels(dataset: Samples) -> Tensor:
     """The images on which wall-clock is measured, up to 256 of them, `[N, C, H, W]`."""
     return torch.stack([dataset[index]["pixel_values"] for index in range(min(TIMED_ROWS, len(dataset)))])
 
@@ -146,14 +145,10 @@ def evaluate_as_text(report: dict[str, Any]) -> str:
         lines.append(f"wall-clock, batch {size:>3} {told}")
     lines.append(f"policy                {policy_in_words(report['policy'])}")
     if exported is not None:
-        lines.append(
-            f"files                 {exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}, "
-            f"{exported['precision']}, in {exported['runtime']}"
-        )
-    if exported is not None and exported["layout"] == "all_exits":
-        lines.append(
-            "                      this layout runs every exit of every sample: the MACs are those of the others"
-        )
+        lines.append(f"files                 {export_in_words(exported)}")
+        if exported["layout"] == "all_exits":
+            indent = 22 * " "
+            lines.append(f"{indent}this layout runs every exit of every sample: the MACs are those of the others")
     return "\n".join(lines)
 
 

@@ -24,13 +24,11 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 
 def _verdict_on_accuracy(report: dict[str, Any]) -> str:
-    accuracy = report["accuracies"]
-    if accuracy["against"] == "labels":
-        return (
-            f"of {accuracy['samples']} images early exit answers {accuracy['accuracy']:.1%} rightly, the full model "
-            f"{accuracy['accuracy_full_model']:.1%}"
-        )
-    return f"early exit agrees with the full model on {accuracy['accuracy']:.1%} of {accuracy['samples']} images"
+    accuracy, samples = report["accuracies"], report["accuracies"]["samples"]
+    if accuracy["against"] != "labels":
+        return f"early exit agrees with the full model on {accuracy['accuracy']:.1%} of {samples} images"
+    right = f"{accuracy['accuracy']:.1%} rightly, the full model {accuracy['accuracy_full_model']:.1%}"
+    return f"of {samples} images early exit answers {right}"
 
 
 def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
@@ -129,16 +127,19 @@ def _profile_text(report: dict[str, Any]) -> str:
 def _sizes_text(report: dict[str, Any]) -> str:
     memory, parameters, exported = report["memory"], report["parameters"], report["exported"]
     if exported is not None:
-        return (
-            f"files       {exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}, "
-            f"{exported['precision']}, in {exported['runtime']}; parameters and memory are not known"
-        )
+        return f"files       {export_in_words(exported)}; parameters and memory are not known"
     return (
         f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
         f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
         f"memory      early exit {memory['early_exit_bytes'] / 1e6:.1f} MB, backbone "
         f"{memory['backbone_bytes'] / 1e6:.1f} MB at batch size {memory['batch_size']} ({memory['what']})"
     )
+
+
+def export_in_words(exported: dict[str, Any]) -> str:
+    """The facts of an exported highway."""
+    what = f"{exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}"
+    return f"{what}, {exported['precision']}, in {exported['runtime']}"
 
 
 def _count(number: int | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import POLICIES, build_policy
+from ..policies import build_policy
 from .costs import Costs
 from .exit_table import ExitTable
 
@@ -140,7 +140,7 @@ def _thresholds(
 def confidence_scores(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> Tensor:
     """The confidence of each early exit in each sample, `[E - 1, N]`: the policy's score, minus it for the entropy."""
     # the policy's own arithmetic, so that no sample is on the other side of a threshold when the model runs
-    judge = POLICIES[policy](threshold=0.0, temperature=list(temperatures))
+    judge = build_policy({"name": policy, "threshold": 0.0, "temperature": list(temperatures)}, len(temperatures) - 1)
     scores = [judge(logits, {}, index)[1]["score"] for index, logits in enumerate(table.logits[:-1])]
     return (-1 if policy == "entropy" else 1) * torch.stack(scores)
 
@@ -243,7 +243,7 @@ def _best_cut(scores: np.ndarray, change: np.ndarray, head: float, limits: tuple
         return ceiling
     if cut == len(scores) - 1:
         return floor
-    return _between(scores[cut + 1], scores[cut]).item()
+    return float(_between(scores[cut + 1], scores[cut]))
 
 
 # -- a few parameters, all of them tried -----------------------------------------------------------------------

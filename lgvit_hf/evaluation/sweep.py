@@ -105,7 +105,7 @@ def threshold_curve(table: ExitTable, policy: str = "confidence", points: int = 
 
 def _row(table: ExitTable, policy: Settings) -> dict[str, Any]:
     rule = build_policy(policy, len(table.depths) - 1)
-    summary = summarise(table, table.replay(rule), table.costs, [""] * len(table.depths), rule)
+    summary = summarise(table, table.replay(rule), table.known_costs, [""] * len(table.depths), rule)
     names = ("accuracy", "mean_depth", "layer_speed_up", "mean_macs", "macs_speed_up")
     figures = {name: summary["overall"][name] for name in names}
     return {"policy": policy, **figures, "shares": [exit["share"] for exit in summary["exits"]]}

@@ -43,8 +43,7 @@ def plot_gallery(file: str | Path, images: Sequence[Any], answers: Sequence[Mapp
         >>> with TemporaryDirectory() as folder:
         ...     plot_gallery(f"{folder}/gallery.png", images, answers)
     """
-    check_answers(images, answers)
-    order = sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
+    order = _by_depth(images, answers)
     shown = min(IMAGES_PER_LINE, math.ceil(len(order) / 2))
     lines = [("Exited first (below: depth and score, answer)", order[:shown]), ("Exited last", order[shown:][-shown:])]
     lines = [(title, indices) for title, indices in lines if indices]
@@ -91,8 +90,7 @@ def plot_scores(
         >>> with TemporaryDirectory() as folder:
         ...     plot_scores(f"{folder}/scores.png", np.zeros((1, 8, 8, 3), dtype=np.uint8), answers, depths=[4, 12])
     """
-    check_answers(images, answers)
-    order = sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
+    order = _by_depth(images, answers)
     half = math.ceil(len(order) / 2)
     halves = [("Exited first", order[:half]), ("Exited last", order[: half - 1 : -1])]
     halves = [(title, indices) for title, indices in halves if indices]
@@ -121,6 +119,11 @@ def check_answers(images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -
     if len(images) != len(answers):
         raise ValueError(f"there are {len(images)} images but {len(answers)} answers; give one answer per image")
     need(answers, "images", "image")
+
+
+def _by_depth(images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -> list[int]:
+    check_answers(images, answers)
+    return sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
 
 
 def _draw_scores(

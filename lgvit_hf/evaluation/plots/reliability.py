@@ -65,13 +65,13 @@ def _draw_reliability(panel: Axes, strip: Axes, exit: Mapping[str, Any]) -> None
     everyone, exited = exit["all"], exit["exited"] or []
     width = 100 / len(everyone)
     middles = [width * (place + 0.5) for place in range(len(everyone))]
-    style = {"width": width, "color": LIGHT_BLUE, "edgecolor": BLUE}
+    style: dict[str, Any] = {"width": width, "color": LIGHT_BLUE, "edgecolor": BLUE}
     panel.bar(middles, [percent(bin["accuracy"]) for bin in everyone], **style, label="all samples")
     panel.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="as right as confident")
     confidences = [percent(bin["confidence"]) for bin in exited]
     accuracies = [percent(bin["accuracy"]) for bin in exited]
-    style_exited = {"color": RED, "markeredgecolor": "white"}
-    panel.plot(confidences, accuracies, "D", **style_exited, label="samples that exit there (narrow bars)")
+    label = "samples that exit there (narrow bars)"
+    panel.plot(confidences, accuracies, "D", color=RED, markeredgecolor="white", label=label)
     panel.set_title(f"{short(exit['name'], 28)}\nECE {_error(everyone)}, exited {_error(exited)}", fontsize=9)
     panel.tick_params(labelbottom=False)
     panel.set_ylim(-4, 104)
