@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from .cost_table import CostTable
@@ -95,8 +94,8 @@ class Calibration:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature of least negative log-likelihood (Guo et al., https://arxiv.org/abs/1706.04599).
 
-    The loss is convex in one over the temperature, so it has one valley. Searched in float64 on its logarithm, between
-    1/50 and 50, where it ends if the samples are all answered rightly or are worse than chance.
+    Golden-section search on its logarithm, in float64: the loss is convex in one over the temperature, so it has one
+    valley. Between 1/50 and 50, where it ends if the samples are all answered rightly or are worse than chance.
 
     Args:
         logits (`Tensor`): `[N, C]`.
@@ -114,8 +113,20 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits / np.exp(log_temperature), labels).item()
 
-    bounds = (-np.log(50), np.log(50))
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    ratio = (5**0.5 - 1) / 2
+    low, high = -np.log(50), np.log(50)
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    loss_left, loss_right = loss(left), loss(right)
+    while high - low > 1e-5:
+        if loss_left <= loss_right:
+            high, right, loss_right = right, left, loss_left
+            left = high - ratio * (high - low)
+            loss_left = loss(left)
+        else:
+            low, left, loss_left = left, right, loss_right
+            right = low + ratio * (high - low)
+            loss_right = loss(right)
+    return float(np.exp((low + high) / 2))
 
 
 def split_table(table: ExitTable, seed: int = 0) -> tuple[ExitTable, ExitTable]:
