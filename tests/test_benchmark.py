@@ -34,7 +34,7 @@ def timing():
         size=2,
         seconds={"early_exit": [[0.3, 0.2, 0.1], [0.8, 0.8, 0.8]], "backbone": [[0.4, 0.4, 0.5], [0.8, 0.9, 0.8]]},
         walks=[[PartTimes([[0.4], [0.4]], [0.0, 0.0], [0.0, 0.0])], [PartTimes([[1.0], [1.0]], [0.0] * 2, [0.0] * 2)]],
-        left=[torch.tensor([0, 0]), torch.tensor([0, 1])],
+        exits_taken=[torch.tensor([0, 0]), torch.tensor([0, 1])],
     )
 
 

@@ -26,7 +26,7 @@ from lgvit_hf.evaluation.search import (
     candidates,
     confidence_scores,
     consequences,
-    leaving,
+    replayed_exits,
     search,
     uniform_thresholds,
 )
@@ -261,7 +261,7 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
 
     def consequences_of(settings, rows):
         some = table.select(torch.from_numpy(rows))
-        cost, drops = consequences(some, *leaving(some, settings), COSTS)
+        cost, drops = consequences(some, *replayed_exits(some, settings), COSTS)
         return cost, drops.double().mean().item()
 
     def settings_of(thresholds):
@@ -286,7 +286,7 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         assert all(number == limits[1] for number in signed[first + 1 :]), settings
         assert not any(str(number) == "-0.0" for number in settings["threshold"])
     for index, (_, _, settings) in enumerate(found[17:20]):
-        left, on = leaving(table, settings)
+        left, on = replayed_exits(table, settings)
         assert on == [index] and (left == index).all()
         assert settings == settings_of(np.where(np.arange(3) == index, *np.float32(limits)))
     assert found[20][2] == found[17][2], "below the least score all leave at the first exit"
@@ -322,7 +322,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
     assert len(found) == tried + (0 if policy == "fixed" else 6)
     assert len(list(SEARCHES[policy](table, COSTS, policy, (1.0,) * 4, False))) == tried
     for cost, drop, settings in found:
-        again, drops = consequences(table, *leaving(table, settings), COSTS)
+        again, drops = consequences(table, *replayed_exits(table, settings), COSTS)
         assert (cost, drop) == pytest.approx((again, drops.double().mean().item()))
     settings = [settings for _, _, settings in found[:tried]]
     if policy == "fixed":
@@ -346,7 +346,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
             ).tolist()
             assert [(scores["entropy"] <= -one["entropy_threshold"]).sum() for one in settings] == 8 * below["entropy"]
             fewer = [number for _, _, one in found[tried:] for number in one["threshold"] if number == 1.0]
-            assert len(fewer) == sum(3 - len(leaving(table, one)[1]) for _, _, one in found[tried:])
+            assert len(fewer) == sum(3 - len(replayed_exits(table, one)[1]) for _, _, one in found[tried:])
 
 
 @version_independent
@@ -397,7 +397,7 @@ def test_temperature_undoes_the_scale_of_an_exit():
         # powers of two are exact
         assert [one["threshold"] for one in plain] == [one["threshold"] for one in found] and len(plain) > 8
         for one, other in zip(plain, found, strict=True):
-            assert torch.equal(leaving(table, one)[0], leaving(scaled, other)[0])
+            assert torch.equal(replayed_exits(table, one)[0], replayed_exits(scaled, other)[0])
 
 
 @version_independent
@@ -411,7 +411,7 @@ def test_no_model_that_is_cut_off_is_cheaper_and_as_right(policy, telling):
         scale = 1 + 3 * torch.rand(4, 600, 1, generator=generator(2))
         table = replace(table, logits=torch.nn.functional.one_hot(answers, 5) * scale)
     found = [{"name": "never"}, *candidates(table, COSTS, policy, (1.0,) * 4)]
-    reached = [consequences(table, *leaving(table, settings), COSTS) for settings in found]
+    reached = [consequences(table, *replayed_exits(table, settings), COSTS) for settings in found]
     for exit_index in range(4):
         static = torch.full((600,), exit_index)
         cost, drops = consequences(table, static, [exit_index] if exit_index < 3 else [], COSTS)
@@ -453,7 +453,7 @@ def test_every_built_in_policy_can_be_calibrated():
 def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
     table = synthetic(500)
     found = candidates(table, COSTS, policy, (1.0,) * 4)
-    results = [consequences(table, *leaving(table, settings), COSTS) for settings in found]
+    results = [consequences(table, *replayed_exits(table, settings), COSTS) for settings in found]
     costs = [cost for cost, _ in results]
     drops = [drop.double().mean().item() for _, drop in results]
     if policy not in ("confidence", "margin", "entropy"):  # these are judged by cross-fitting too
@@ -471,7 +471,7 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
         more = {"threshold": found[0]["threshold"]} if policy == "patience_confidence" else {}
         curve = [{"name": policy, "patience": patience, **more} for patience in (1, 2, 3)]
     for settings in curve:
-        cost, drop = consequences(table, *leaving(table, settings), COSTS)
+        cost, drop = consequences(table, *replayed_exits(table, settings), COSTS)
         within = [one for one, other in zip(costs, drops, strict=True) if other <= drop.double().mean()]
         assert min(within) <= cost
 
@@ -599,7 +599,7 @@ def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
     found = candidates(table, table.costs, policy, (1.0,) * 4, choose_exits=False)
     deepest = 0
     for settings in found:
-        left, evaluated = leaving(table, settings)
+        left, evaluated = replayed_exits(table, settings)
         reached = [index for index in range(3) if (left >= index).any()]
         assert set(reached) <= set(evaluated), settings
         deepest = max(deepest, len(reached))
@@ -609,7 +609,7 @@ def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
 @version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience"])
 def test_exits_behind_one_where_all_leave_are_off(policy):
-    left, evaluated = leaving(synthetic(400), candidates(synthetic(400), COSTS, policy, (1.0,) * 4)[-1])
+    left, evaluated = replayed_exits(synthetic(400), candidates(synthetic(400), COSTS, policy, (1.0,) * 4)[-1])
     assert evaluated == [0] and not left.any()
 
 

@@ -165,7 +165,8 @@ def _random_items(images: Samples | Tensor, limit: int) -> list[dict[str, Any]]:
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     if isinstance(images, Tensor):
         return [{"pixel_values": images[index]} for index in chosen]
-    return [images[index] for index in chosen]
+    items: Samples = images
+    return [items[index] for index in chosen]
 
 
 def _accuracy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
@@ -193,7 +194,7 @@ class _Timing:
     size: int
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     walks: list[list[PartTimes]] = field(default_factory=list)
-    left: list[Tensor] = field(default_factory=list)
+    exits_taken: list[Tensor] = field(default_factory=list)
 
     @property
     def paces(self) -> list[float]:
@@ -244,7 +245,7 @@ def _time_all(
             timing.seconds.setdefault(name, []).append(seconds[name])
         timing.walks.append(walks[1:])
         if size in run_sizes:
-            timing.left.append(runs["early_exit"]().exit_index.cpu())
+            timing.exits_taken.append(runs["early_exit"]().exit_index.cpu())
     return timings
 
 
@@ -255,18 +256,18 @@ def _of_batches(
     runs = {name: _latency(timing, name) for name in timing.seconds}
     early, backbone = runs["early_exit"]["mean_ms"], runs["backbone"]["mean_ms"]
     static = runs.get("static")
-    left = torch.cat(timing.left)
-    shares = (torch.bincount(left, minlength=len(depths)).double() / len(left)).tolist()
+    exits_taken = torch.cat(timing.exits_taken)
+    shares = (torch.bincount(exits_taken, minlength=len(depths)).double() / len(exits_taken)).tolist()
     costs = table.at(size)
     ideal, predicted = size * costs.mean(shares, evaluated), size * table.mean_latency(shares, evaluated, size)
     return {
         "batch_size": size,
-        "num_batches": len(timing.left),
+        "num_batches": len(timing.exits_taken),
         **runs,
         "static": static,
         "ideal_ms": ideal,
         "predicted_ms": predicted,
-        "layer_speed_up": depths[-1] * len(left) / sum(depths[index] for index in left.tolist()),
+        "layer_speed_up": depths[-1] * len(exits_taken) / sum(depths[index] for index in exits_taken.tolist()),
         "wall_clock_speed_up": backbone / early,
         "static_speed_up": static and backbone / static["mean_ms"],
         "ideal_speed_up": backbone / ideal,
@@ -296,13 +297,13 @@ def _where_time_goes(costs: Costs, shares: list[float], evaluated: list[int]) ->
 
 def _of_exits(depths: list[int], heads: list[str], accuracies: list[float], timing: _Timing) -> list[dict[str, Any]]:
     """Samples that exit at each exit, and its accuracy on all of them; of single images, the latency too."""
-    left = torch.cat(timing.left).tolist()
+    exits_taken = torch.cat(timing.exits_taken).tolist()
     # where single images are timed
     single = timing.seconds["early_exit"] if timing.size == 1 else []
     exits: list[dict[str, Any]] = []
     for index, (depth, head, accuracy) in enumerate(zip(depths, heads, accuracies, strict=True)):
-        seconds = [seconds for seconds, exit in zip(single, left, strict=False) if exit == index]
-        about = {"exit_index": index, "exit_layer": depth, "head": head, "samples": left.count(index)}
+        seconds = [seconds for seconds, exit in zip(single, exits_taken, strict=False) if exit == index]
+        about = {"exit_index": index, "exit_layer": depth, "head": head, "samples": exits_taken.count(index)}
         latency = _percentiles(seconds) if seconds else dict.fromkeys(_PERCENTILES)
         exits.append({**about, "accuracy_all": accuracy, **latency})
     return exits

@@ -17,7 +17,7 @@ from .exit_table import ExitTable
 from .metrics import expected_calibration_error
 from .report_text import policy_in_words
 from .risk_control import drop_p_value, harm_p_value, passed_in_order, samples_needed
-from .search import SEARCHES, Settings, candidates, consequences, leaving, shares
+from .search import SEARCHES, Settings, candidates, consequences, replayed_exits, shares
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ class _Result:
 
 
 def _result(table: ExitTable, settings: Settings, cost_table: CostTable | None, batch_size: int) -> _Result:
-    exits, evaluated = leaving(table, settings)
+    exits, evaluated = replayed_exits(table, settings)
     macs, drops = consequences(table, exits, evaluated, table.known_costs)
     exiting_at = shares(exits, len(table.depths))
     latency = None if cost_table is None else cost_table.mean_latency(exiting_at, evaluated, batch_size)

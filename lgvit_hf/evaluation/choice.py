@@ -99,9 +99,9 @@ def _best_threshold(exits: tuple[int, ...], scores: Tensor, worth: Tensor, costs
     candidates: Tensor = torch.unique(highest)
     candidates = ((candidates[1:] + candidates[:-1]) / 2)[:: max(1, len(candidates) // 300)]
     candidates = torch.cat([candidates, candidates.new_ones(1)])
-    left = torch.searchsorted(highest, candidates.expand(len(highest), -1).contiguous(), right=True)
-    cost = torch.tensor([costs.of_exit(index, exits) for index in (*exits, len(scores))])[left].mean(0)
-    drop = worth[-1].mean() - worth[[*exits, -1]].T.gather(1, left).mean(0)
+    exit_index = torch.searchsorted(highest, candidates.expand(len(highest), -1).contiguous(), right=True)
+    cost = torch.tensor([costs.of_exit(index, exits) for index in (*exits, len(scores))])[exit_index].mean(0)
+    drop = worth[-1].mean() - worth[[*exits, -1]].T.gather(1, exit_index).mean(0)
     cost = cost.masked_fill(drop > max_drop, torch.inf)
     best = int(cost.argmin())
     return Choice(exits, candidates[best].item(), drop[best].item(), cost[best].item())

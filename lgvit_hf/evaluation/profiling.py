@@ -151,7 +151,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        peak: int = torch.cuda.max_memory_allocated(device) - before
+        return peak
     with _LiveTensors() as live:
         run()
     return live.peak

@@ -63,26 +63,26 @@ def candidates(
     return path[::-1]
 
 
-def leaving(table: ExitTable, settings: Settings) -> tuple[Tensor, list[int]]:
+def replayed_exits(table: ExitTable, settings: Settings) -> tuple[Tensor, list[int]]:
     """At which exit each sample of a table exits, `[N]`, and the early exits whose heads are run for it."""
     early = len(table.depths) - 1
     policy = build_policy(settings, early)
     return table.replay(policy).exit_index, [index for index in range(early) if not policy.skips(index)]
 
 
-def consequences(table: ExitTable, left: Tensor, evaluated: list[int], costs: Costs) -> tuple[float, Tensor]:
+def consequences(table: ExitTable, exit_index: Tensor, evaluated: list[int], costs: Costs) -> tuple[float, Tensor]:
     """The mean cost, and the drop of each sample `[N]`: 1 if only the full model is right, -1 if only we are, else 0.
 
     Of an `expected` table, the expected drop, in [-1, 1].
     """
     right = table.right if table.right.is_floating_point() else table.right.long()
-    drops = right[-1] - right.gather(0, left[None])[0]
-    return costs.mean(shares(left, len(table.depths)), evaluated), drops
+    drops = right[-1] - right.gather(0, exit_index[None])[0]
+    return costs.mean(shares(exit_index, len(table.depths)), evaluated), drops
 
 
-def shares(left: Tensor, num_exits: int) -> list[float]:
+def shares(exit_index: Tensor, num_exits: int) -> list[float]:
     """Share of the samples that exit at each exit."""
-    return (torch.bincount(left, minlength=num_exits).cpu().double() / len(left)).tolist()
+    return (torch.bincount(exit_index, minlength=num_exits).cpu().double() / len(exit_index)).tolist()
 
 
 # -- one threshold per exit ------------------------------------------------------------------------------------
@@ -96,22 +96,22 @@ def _thresholds(
     fold_of, every = np.arange(len(table)) % _FOLDS, np.full(len(table), True)
     folds = [fold_of == fold for fold in range(_FOLDS)] if len(table) >= _FOLDS else [every]
 
-    def found(rows: np.ndarray, price: float) -> np.ndarray:
-        return search(scores[:, rows], right[:, rows], costs, price, limits, choose_exits)
+    def found(samples: np.ndarray, price: float) -> np.ndarray:
+        return search(scores[:, samples], right[:, samples], costs, price, limits, choose_exits)
 
-    def measured(rows: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
-        leaves = scores[:, rows] > thresholds[:, None]
-        left = np.concatenate([leaves, np.full_like(leaves[:1], True)]).argmax(0)
+    def measured(samples: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
+        exits_here = scores[:, samples] > thresholds[:, None]
+        exit_index = np.concatenate([exits_here, np.full_like(exits_here[:1], True)]).argmax(0)
         evaluated = np.flatnonzero(thresholds < limits[1]).tolist()
-        exiting_at = np.bincount(left, minlength=len(right)) / len(left)
-        answered = np.take_along_axis(right[:, rows], left[None], 0)
-        return costs.mean(exiting_at.tolist(), evaluated), right[-1, rows].mean() - answered.mean()
+        exiting_at = np.bincount(exit_index, minlength=len(right)) / len(exit_index)
+        answered = np.take_along_axis(right[:, samples], exit_index[None], 0)
+        return costs.mean(exiting_at.tolist(), evaluated), right[-1, samples].mean() - answered.mean()
 
     def settings(thresholds: np.ndarray) -> Settings:
-        all_leave = np.flatnonzero(thresholds <= limits[0])
-        if len(all_leave):
+        all_exit = np.flatnonzero(thresholds <= limits[0])
+        if len(all_exit):
             # no sample reaches the deeper exits
-            thresholds = np.where(np.arange(len(thresholds)) > all_leave[0], limits[1], thresholds)
+            thresholds = np.where(np.arange(len(thresholds)) > all_exit[0], limits[1], thresholds)
         numbers = [sign * number + 0.0 for number in thresholds.tolist()]  # no negative zero
         return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
 
@@ -211,16 +211,16 @@ def search(
     best, least = thresholds, np.inf
     for _ in range(_MAX_SWEEPS):
         thresholds = thresholds.copy()
-        leaves = scores > thresholds[:, None]
+        exits_here = scores > thresholds[:, None]
         to_go = costs.backbone_costs[-1] + costs.heads[-1] + lost[-1]
         for index in reversed(range(len(scores))):
-            order = orders[index][~leaves[:index].any(0)[orders[index]]]
+            order = orders[index][~exits_here[:index].any(0)[orders[index]]]
             head, change = costs.heads[index], (lost[index] - to_go)[order]
             spared = head if choose_exits else 0.0
             thresholds[index] = _best_cut(scores[index][order], change, spared, (floor, ceiling))
-            leaves[index] = scores[index] > thresholds[index]
+            exits_here[index] = scores[index] > thresholds[index]
             paid = head if thresholds[index] < limits[1] else 0.0
-            to_go = costs.backbone_costs[index] + paid + np.where(leaves[index], lost[index], to_go)
+            to_go = costs.backbone_costs[index] + paid + np.where(exits_here[index], lost[index], to_go)
         if to_go.mean() >= least * (1 - 1e-9):
             break
         best, least = thresholds, to_go.mean()
@@ -257,7 +257,7 @@ def _grid(
     @cache
     def judged(number: int, exits: tuple[int, ...]) -> tuple[float, float]:
         settings = _with_exits(combinations[number], exits, num_exits)
-        cost, drops = consequences(table, *leaving(table, settings), costs)
+        cost, drops = consequences(table, *replayed_exits(table, settings), costs)
         return cost, drops.cpu().double().mean().item()
 
     choose_exits = choose_exits and policy != "fixed"

@@ -7,7 +7,7 @@ import torch
 
 from lgvit_hf import CostTable, ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
-from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, leaving, shares, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, replayed_exits, shares, uniform_thresholds
 
 Settings = dict[str, Any]
 Offer = tuple[float, float, Settings]  # how often it is right, what it costs
@@ -15,7 +15,7 @@ Offer = tuple[float, float, Settings]  # how often it is right, what it costs
 
 def replayed(table: ExitTable, settings: Settings) -> dict[str, Any]:
     """Which rows of a table are right under a policy, where they leave, and what they cost."""
-    left, evaluated = leaving(table, settings)
+    left, evaluated = replayed_exits(table, settings)
     exiting_at = shares(left, len(table.depths))
     return {
         "right": table.right.gather(0, left[None])[0],

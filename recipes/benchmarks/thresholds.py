@@ -25,7 +25,7 @@ from lgvit_hf.cli.inputs import open_highway
 from lgvit_hf.data.processing import stack
 from lgvit_hf.engine import run_early
 from lgvit_hf.evaluation.cost_table import CostTable
-from lgvit_hf.evaluation.search import RANGES, confidence_scores, leaving, shares, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, confidence_scores, replayed_exits, shares, uniform_thresholds
 from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
@@ -35,7 +35,7 @@ DROPS = (0.0, 0.005, 0.01, 0.02)
 
 def cost_and_drop(table, settings, mean_cost):
     """Of a policy on a table."""
-    left, evaluated = leaving(table, settings)
+    left, evaluated = replayed_exits(table, settings)
     right = table.right.gather(0, left[None])[0].double().mean()
     return mean_cost(shares(left, len(table.depths)), evaluated), (table.right[-1].double().mean() - right).item()
 
