@@ -6,15 +6,27 @@ import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 
+class HasModes(Protocol):
+    """A module, or what stands for one, such as an exported highway."""
+
+    training: bool
+
+    def modules(self) -> Iterator[Any]:
+        """Itself and what is inside."""
+
+    def eval(self) -> Any:
+        """Make it ready to answer."""
+
+
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: HasModes) -> Iterator[None]:
     """A module in `eval()` mode, each of its submodules as before afterwards; also where what runs inside fails."""
     before = [(each, each.training) for each in module.modules()]
     module.eval()

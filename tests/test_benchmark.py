@@ -34,7 +34,7 @@ def timing():
         size=2,
         seconds={"early_exit": [[0.3, 0.2, 0.1], [0.8, 0.8, 0.8]], "backbone": [[0.4, 0.4, 0.5], [0.8, 0.9, 0.8]]},
         walks=[[PartTimes([[0.4], [0.4]], [0.0, 0.0], [0.0, 0.0])], [PartTimes([[1.0], [1.0]], [0.0] * 2, [0.0] * 2)]],
-        left=[torch.tensor([0, 0]), torch.tensor([0, 1])],
+        exits_taken=[torch.tensor([0, 0]), torch.tensor([0, 1])],
     )
 
 
@@ -84,11 +84,11 @@ def test_figures_of_a_batch_size():
 @version_independent
 def test_latency_of_each_exit_is_of_single_images():
     one = _Timing(1, {"early_exit": [[0.1, 0.3], [0.2, 0.2], [0.7, 0.9]]}, [], list(torch.tensor([[0], [0], [2]])))
-    exits = _of_exits([1, 2, 3], ["linear", "mlp", "final"], one)
-    assert [exit["rows"] for exit in exits] == [2, 0, 1]
+    exits = _of_exits([1, 2, 3], ["linear", "mlp", "final"], [0.5, 0.6, 0.7], one)
+    assert [exit["samples"] for exit in exits] == [2, 0, 1]
     assert [exit["p50_ms"] for exit in exits] == [pytest.approx(200.0), None, pytest.approx(800.0)]
     assert exits[0]["p95_ms"] == pytest.approx(285.0)  # of 100, 200, 200 and 300
-    assert [exit["p50_ms"] for exit in _of_exits([1, 3], ["linear", "final"], timing())] == [None, None]
+    assert [exit["p50_ms"] for exit in _of_exits([1, 3], ["linear", "final"], [0.5, 0.6], timing())] == [None, None]
 
 
 @version_independent
@@ -107,7 +107,7 @@ def test_static_model_is_the_shallowest_that_is_as_accurate():
     none = ExitTable(logits[[0, 2, 1]], labels=torch.tensor([0, 0, 0]), depths=[1, 2, 3])
     accuracy = _accuracy(none, build_policy("never", 2))
     assert accuracy["static_exit"] is None and accuracy["against"] == "full model"
-    assert accuracy["exits"] == pytest.approx([2 / 3, 2 / 3, 1.0]) and accuracy["early_exit"] == 1.0
+    assert none.accuracies() == pytest.approx([2 / 3, 2 / 3, 1.0]) and accuracy["accuracy"] == 1.0
 
 
 def test_peak_of_live_tensors():
@@ -166,9 +166,11 @@ def test_report_is_json_and_complete(report, looked_at):
         assert entry["wall_clock_speed_up"] == 1 and entry["noise"] == 0
         # the stem and the blocks, and every head on the way
         passed = [3 + 1, 4 + 2, 6 + 3, 7 + 4]
-        ideal = 1e3 * sum(exit["rows"] * seconds for exit, seconds in zip(report["exits"], passed, strict=True)) / 20
+        ideal = (
+            1e3 * sum(exit["samples"] * seconds for exit, seconds in zip(report["exits"], passed, strict=True)) / 20
+        )
         assert entry["ideal_ms"] == pytest.approx(ideal) and entry["realised_over_ideal"] == pytest.approx(ideal / 1e3)
-    shares = [exit["rows"] / 20 for exit in report["exits"]]
+    shares = [exit["samples"] / 20 for exit in report["exits"]]
     # one image is let go whole or not at all
     assert report["batches"][0]["predicted_ms"] == pytest.approx(report["batches"][0]["ideal_ms"])
     table = CostTable(**report["cost_table"])
@@ -182,13 +184,13 @@ def test_report_says_where_rows_leave(report, looked_at):
     model, table = looked_at
     counts = torch.bincount(table.replay(model.exit_policy).exit_index, minlength=4).tolist()
     assert 5 <= counts[0] <= 15
-    assert [exit["rows"] for exit in report["exits"]] == counts
-    assert [exit["depth"] for exit in report["exits"]] == [*POSITIONS, NUM_BLOCKS]
+    assert [exit["samples"] for exit in report["exits"]] == counts
+    assert [exit["exit_layer"] for exit in report["exits"]] == [*POSITIONS, NUM_BLOCKS]
     assert [exit["p50_ms"] for exit in report["exits"]] == [1e3 if rows else None for rows in counts]
     layers = NUM_BLOCKS * 20 / sum(rows * depth for rows, depth in zip(counts, [*POSITIONS, NUM_BLOCKS], strict=True))
     assert [entry["layer_speed_up"] for entry in report["batches"]] == [pytest.approx(layers)] * 2
-    assert report["accuracy"]["against"] == "labels" and report["accuracy"]["rows"] == 20
-    assert report["accuracy"]["exits"] == pytest.approx(table.accuracies())
+    assert report["accuracies"]["against"] == "labels" and report["accuracies"]["samples"] == 20
+    assert [exit["accuracy_all"] for exit in report["exits"]] == pytest.approx(table.accuracies())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,7 +219,7 @@ def test_profile_adds_up_to_the_model(kind, monkeypatch):
     with torch.no_grad():
         memory = peak_memory(lambda: run_early(model.eval().segments(), state, NeverPolicy()), torch.device("cpu"))
     assert report["memory"]["batch_size"] == 2 and report["memory"]["backbone_bytes"] == memory
-    assert report["accuracy"]["against"] == "full model" and report["accuracy"]["full_model"] == 1.0
+    assert report["accuracies"]["against"] == "full model" and report["accuracies"]["accuracy_full_model"] == 1.0
     assert report["exits"][0]["p50_ms"] is None, "single images were not timed"
 
 
@@ -237,7 +239,7 @@ def test_accuracies_of_another_table(monkeypatch):
     logits[:, :, 1] = 9.0
     table = ExitTable(logits, labels=torch.ones(50, dtype=torch.long), depths=[2, NUM_BLOCKS])
     report = benchmark(model, tiny_images(2), batch_sizes=[1], repeats=1, table=table)
-    assert report["accuracy"]["rows"] == 50 and report["accuracy"]["static_exit"] == 0
+    assert report["accuracies"]["samples"] == 50 and report["accuracies"]["static_exit"] == 0
     assert report["batches"][0]["static_speed_up"] == 1
 
 
@@ -276,7 +278,7 @@ def told(report, **changes):
     quiet |= {"ideal_speed_up": 1.4, "heads_share": 0.1, "saved_share": 0.4}
     report = copy.deepcopy(report)
     report["batches"] = [{**report["batches"][0], **quiet, **changes}]
-    report["accuracy"] |= {"rows": 20, "early_exit": 0.85, "full_model": 0.9}
+    report["accuracies"] |= {"samples": 20, "accuracy": 0.85, "accuracy_full_model": 0.9}
     return report
 
 
@@ -291,7 +293,7 @@ def test_what_is_gained(report):
 @version_independent
 def test_without_labels_it_is_agreement(report):
     report = told(report)
-    report["accuracy"]["against"] = "full model"
+    report["accuracies"]["against"] = "full model"
     assert verdict(report)[0] == "early exit agrees with the full model on 85.0% of 20 images"
 
 
@@ -299,15 +301,15 @@ def test_without_labels_it_is_agreement(report):
 def test_why_early_exit_loses(report):
     loss = "at batch size 1 early exit is slower than the backbone: 0.93x, because "
     lines = verdict(told(report, wall_clock_speed_up=0.93, heads_share=0.35, saved_share=0.3))
-    assert lines[1] == loss + "asking the heads adds 35% of its time, and the blocks not run save 30%"
+    assert lines[1] == loss + "evaluating the heads adds 35% of its time, and the blocks not run save 30%"
     lines = verdict(told(report, wall_clock_speed_up=0.93))
-    assert lines[1].startswith(loss + "fewer rows do not take proportionately less time: it would be 1.40x")
+    assert lines[1].startswith(loss + "fewer samples do not take proportionately less time: it would be 1.40x")
 
 
 @version_independent
 def test_a_static_model_that_is_faster(report):
     report = told(report, static={"mean_ms": 1.0}, static_speed_up=1.5)
-    report["accuracy"] |= {"static_exit": 1, "exits": [0.5, 0.86, 0.8, 0.9]}
+    report["accuracies"]["static_exit"], report["exits"][1]["accuracy_all"] = 1, 0.86
     assert verdict(report)[2:] == [
         "at batch size 1 the static model that ends at exit 1, depth 3, is faster and no less accurate: 1.50x, "
         "accuracy 86.0%"
@@ -330,7 +332,7 @@ def test_predictions_and_noise(report):
 @version_independent
 def test_text_holds_the_figures_side_by_side(report):
     report = told(report, static=report["batches"][0]["backbone"], static_speed_up=1.11)
-    report["accuracy"]["static_exit"], report["environment"]["policy"]["threshold"] = 1, 0.61234
+    report["accuracies"]["static_exit"], report["environment"]["policy"]["threshold"] = 1, 0.61234
     text = benchmark_as_text(report)
     early = next(line for line in text.splitlines() if "early exit   " in line)
     assert early.endswith("1.25x          1.50x") and early.lstrip().startswith("1  early exit")

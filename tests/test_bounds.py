@@ -13,7 +13,7 @@ from lgvit_hf.evaluation.risk_control import (
     drop_p_value,
     harm_p_value,
     passed_in_order,
-    rows_needed,
+    samples_needed,
 )
 from tests.seeds import rng
 
@@ -84,8 +84,8 @@ def test_a_drop_is_a_loss_from_0_to_1():
 @pytest.mark.parametrize("bound", ["drop", "harm"])
 @pytest.mark.parametrize("delta", [0.05, 0.1])
 @pytest.mark.parametrize("limit", [0.3, 0.02])
-def test_rows_needed_is_the_least_that_can_pass(bound, limit, delta):
-    rows, p_value = rows_needed(bound, limit, delta), (lambda *args: drop_p_value(*args, delta))
+def test_samples_needed_is_the_least_that_can_pass(bound, limit, delta):
+    rows, p_value = samples_needed(bound, limit, delta), (lambda *args: drop_p_value(*args, delta))
     p_value = harm_p_value if bound == "harm" else p_value
     assert p_value(np.zeros(rows), limit) <= delta < p_value(np.zeros(rows - 1), limit)
 
@@ -93,7 +93,7 @@ def test_rows_needed_is_the_least_that_can_pass(bound, limit, delta):
 @version_independent
 def test_one_row_may_be_enough():
     # harm: 1 - 0.5 <= 0.9; drop: the only bet, sqrt(2 log(1 / 0.9) / 0.25) = 0.918, wins 0.918 / 4, and 1 / 1.23 < 0.9
-    assert rows_needed("harm", 0.5, 0.9) == rows_needed("drop", 0.5, 0.9) == 1
+    assert samples_needed("harm", 0.5, 0.9) == samples_needed("drop", 0.5, 0.9) == 1
 
 
 @version_independent

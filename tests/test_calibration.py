@@ -15,6 +15,7 @@ from scipy.special import softmax
 from lgvit_hf import ExitTable, calibrate
 from lgvit_hf.evaluation import calibration
 from lgvit_hf.evaluation import choice as choosing
+from lgvit_hf.evaluation import cost_table as cost_tables
 from lgvit_hf.evaluation import search as searching
 from lgvit_hf.evaluation.calibration import fit_temperature, split_table
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits
@@ -25,10 +26,11 @@ from lgvit_hf.evaluation.search import (
     candidates,
     confidence_scores,
     consequences,
-    leaving,
+    replayed_exits,
     search,
     uniform_thresholds,
 )
+from lgvit_hf.evaluation.timing import PartTimes, time_parts
 from lgvit_hf.policies import POLICIES, build_policy
 from tests.seeds import generator, rng
 from tests.tiny import tiny_images, tiny_model
@@ -176,7 +178,7 @@ def test_exits_that_gain_nothing_are_off_and_all_leave_below_the_least_score():
     # as much is spent on the head as is saved behind it: a draw, and the exit is off
     assert search(scores[:1], right[:2], Costs([1.0, 2.0], [3.0, 1.0]), 9.0, limits).tolist() == [1.0]
     assert search(scores[:1], right[:2], Costs([1.0, 2.0], [2.75, 1.0]), 9.0, limits).tolist() == [0.125]
-    # where every exit is asked its head is no matter: going on costs 0.5, a wrong answer 0 or 1
+    # where every exit is evaluated its head is no matter: going on costs 0.5, a wrong answer 0 or 1
     one, costs = scores[:1, :1], Costs([1.0, 0.4], [3.0, 0.1])
     assert search(one, right[:2, :1], costs, 1.0, limits, choose_exits=False).tolist() == [0.125]
     assert search(one, np.array([[False], [True]]), costs, 1.0, limits, choose_exits=False).tolist() == [1 - 2**-24]
@@ -241,11 +243,11 @@ def test_uniform_thresholds_by_hand():
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
 def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypatch):
     """Thresholds of each price by all rows and by each two thirds; static models and one threshold by all rows."""
-    table, temperatures, asked, limits = synthetic(31), (1.0, 2.0, 0.5, 1.0), [], RANGES[policy]
+    table, temperatures, searches, limits = synthetic(31), (1.0, 2.0, 0.5, 1.0), [], RANGES[policy]
     scores, right = confidence_scores(table, policy, temperatures).numpy(), table.right.numpy()
 
     def recorded(scores, right, of, price, limits, choose_exits):
-        asked.append((right.shape[1], price, choose_exits))
+        searches.append((right.shape[1], price, choose_exits))
         return search(scores, right, of, price, limits, choose_exits)
 
     monkeypatch.setattr(searching, "search", recorded)
@@ -255,11 +257,11 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
     assert len(found) == 17 + 3 + len(uniform) + 6
     prices = COSTS.backbone * np.geomspace(1000, 0.1, 17)
     expected = [(rows, price, True) for price in prices for rows in (20, 21, 21, 31)]
-    assert asked == [(rows, pytest.approx(price), choose) for rows, price, choose in expected]
+    assert searches == [(rows, pytest.approx(price), choose) for rows, price, choose in expected]
 
     def consequences_of(settings, rows):
         some = table.select(torch.from_numpy(rows))
-        cost, drops = consequences(some, *leaving(some, settings), COSTS)
+        cost, drops = consequences(some, *replayed_exits(some, settings), COSTS)
         return cost, drops.double().mean().item()
 
     def settings_of(thresholds):
@@ -284,14 +286,14 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         assert all(number == limits[1] for number in signed[first + 1 :]), settings
         assert not any(str(number) == "-0.0" for number in settings["threshold"])
     for index, (_, _, settings) in enumerate(found[17:20]):
-        left, on = leaving(table, settings)
+        left, on = replayed_exits(table, settings)
         assert on == [index] and (left == index).all()
         assert settings == settings_of(np.where(np.arange(3) == index, *np.float32(limits)))
     assert found[20][2] == found[17][2], "below the least score all leave at the first exit"
     for cut, (_, _, settings) in zip(uniform[1:], found[21 : 20 + len(uniform)], strict=True):
         assert settings == settings_of(cut)
     fixed = list(SEARCHES[policy](table, COSTS, policy, temperatures, False))
-    assert len(fixed) == 17 + len(uniform) and not any(choose for _, _, choose in asked[68:])
+    assert len(fixed) == 17 + len(uniform) and not any(choose for _, _, choose in searches[68:])
 
     # one threshold for some of the exits, and the others off
     monkeypatch.setattr(searching, "_with_fewer_exits", lambda *given: iter([(9, (0, 2)), (5, (1,))]))
@@ -305,10 +307,10 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
 @version_independent
 @pytest.mark.parametrize(("rows", "sizes"), [(2, [2, 2]), (3, [2, 2, 2, 3])])
 def test_folds_of_few_rows(rows, sizes, monkeypatch):
-    asked = []
-    monkeypatch.setattr(searching, "search", lambda *given: asked.append(given[0].shape[1]) or search(*given))
+    searched = []
+    monkeypatch.setattr(searching, "search", lambda *given: searched.append(given[0].shape[1]) or search(*given))
     list(SEARCHES["margin"](synthetic(rows), COSTS, "margin", (1.0,) * 4, True))
-    assert asked == 17 * sizes
+    assert searched == 17 * sizes
 
 
 @version_independent
@@ -320,7 +322,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
     assert len(found) == tried + (0 if policy == "fixed" else 6)
     assert len(list(SEARCHES[policy](table, COSTS, policy, (1.0,) * 4, False))) == tried
     for cost, drop, settings in found:
-        again, drops = consequences(table, *leaving(table, settings), COSTS)
+        again, drops = consequences(table, *replayed_exits(table, settings), COSTS)
         assert (cost, drop) == pytest.approx((again, drops.double().mean().item()))
     settings = [settings for _, _, settings in found[:tried]]
     if policy == "fixed":
@@ -344,7 +346,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
             ).tolist()
             assert [(scores["entropy"] <= -one["entropy_threshold"]).sum() for one in settings] == 8 * below["entropy"]
             fewer = [number for _, _, one in found[tried:] for number in one["threshold"] if number == 1.0]
-            assert len(fewer) == sum(3 - len(leaving(table, one)[1]) for _, _, one in found[tried:])
+            assert len(fewer) == sum(3 - len(replayed_exits(table, one)[1]) for _, _, one in found[tried:])
 
 
 @version_independent
@@ -372,11 +374,11 @@ def test_an_exit_whose_head_costs_more_than_it_saves_is_switched_off():
     table = replace(synthetic(600), costs=Costs(COSTS.backbone_costs, [0.1, 50.0, 0.1, 0.1]))
     for policy in POLICY_NAMES:
         # patience has few settings: what is left without that head is the first exit alone, which loses a fifth
-        asked = {"policy": policy, "max_accuracy_drop": 0.4 if policy == "patience" else 0.1}
-        found = calibrate(table, **asked)
+        wanted = {"policy": policy, "max_accuracy_drop": 0.4 if policy == "patience" else 0.1}
+        found = calibrate(table, **wanted)
         assert 1 not in found.exits and found.exits, policy
         assert build_policy(found.policy, 3).skips(1)
-        everything = calibrate(table, **asked, choose_exits=False)
+        everything = calibrate(table, **wanted, choose_exits=False)
         assert everything.mean_macs >= found.mean_macs and everything.exits in ((), (0,), (0, 1, 2))
 
 
@@ -395,7 +397,7 @@ def test_temperature_undoes_the_scale_of_an_exit():
         # powers of two are exact
         assert [one["threshold"] for one in plain] == [one["threshold"] for one in found] and len(plain) > 8
         for one, other in zip(plain, found, strict=True):
-            assert torch.equal(leaving(table, one)[0], leaving(scaled, other)[0])
+            assert torch.equal(replayed_exits(table, one)[0], replayed_exits(scaled, other)[0])
 
 
 @version_independent
@@ -409,7 +411,7 @@ def test_no_model_that_is_cut_off_is_cheaper_and_as_right(policy, telling):
         scale = 1 + 3 * torch.rand(4, 600, 1, generator=generator(2))
         table = replace(table, logits=torch.nn.functional.one_hot(answers, 5) * scale)
     found = [{"name": "never"}, *candidates(table, COSTS, policy, (1.0,) * 4)]
-    reached = [consequences(table, *leaving(table, settings), COSTS) for settings in found]
+    reached = [consequences(table, *replayed_exits(table, settings), COSTS) for settings in found]
     for exit_index in range(4):
         static = torch.full((600,), exit_index)
         cost, drops = consequences(table, static, [exit_index] if exit_index < 3 else [], COSTS)
@@ -436,8 +438,8 @@ def test_report_is_what_its_policy_replays_to(policy, labels):
     if policy != "fixed":
         assert found.mean_macs < 0.95 * COSTS.backbone
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
-    assert (found.bound, found.n, found.guaranteed_drop) == ("none", 400, None)
-    assert "no guarantee: point estimate on 400 rows" in found.as_text()
+    assert (found.bound, found.samples_tested, found.guaranteed_drop) == ("none", 400, None)
+    assert "no guarantee: point estimate on 400 samples" in found.as_text()
 
 
 @version_independent
@@ -451,7 +453,7 @@ def test_every_built_in_policy_can_be_calibrated():
 def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
     table = synthetic(500)
     found = candidates(table, COSTS, policy, (1.0,) * 4)
-    results = [consequences(table, *leaving(table, settings), COSTS) for settings in found]
+    results = [consequences(table, *replayed_exits(table, settings), COSTS) for settings in found]
     costs = [cost for cost, _ in results]
     drops = [drop.double().mean().item() for _, drop in results]
     if policy not in ("confidence", "margin", "entropy"):  # these are judged by cross-fitting too
@@ -469,7 +471,7 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
         more = {"threshold": found[0]["threshold"]} if policy == "patience_confidence" else {}
         curve = [{"name": policy, "patience": patience, **more} for patience in (1, 2, 3)]
     for settings in curve:
-        cost, drop = consequences(table, *leaving(table, settings), COSTS)
+        cost, drop = consequences(table, *replayed_exits(table, settings), COSTS)
         within = [one for one, other in zip(costs, drops, strict=True) if other <= drop.double().mean()]
         assert min(within) <= cost
 
@@ -510,7 +512,7 @@ def test_nothing_provable_runs_the_full_model():
 def test_numbers_that_are_none(number):
     table = synthetic(50)
     table.logits[1, 3, 0] = number
-    with pytest.raises(ValueError, match="1 of 50 rows have NaN or infinite logits"):
+    with pytest.raises(ValueError, match="1 of 50 samples have NaN or infinite logits"):
         calibrate(table, max_accuracy_drop=0.05)
 
 
@@ -571,14 +573,15 @@ def test_the_search_never_sees_the_rows_that_are_tested_on(monkeypatch):
     )
     found = calibrate(table, max_accuracy_drop=0.05, delta=0.1)
     searched, tested = split_table(table)
-    assert len(seen) == 1 and torch.equal(seen[0].logits, searched.logits) and found.n == len(tested) == 150
+    assert len(seen) == 1 and torch.equal(seen[0].logits, searched.logits)
+    assert found.samples_tested == len(tested) == 150
     assert sorted(rows_of(searched) + rows_of(tested)) == sorted(rows_of(table))
 
 
 @version_independent
 def test_tested_must_be_other_rows_of_the_same_model():
     table = synthetic(300)
-    with pytest.raises(ValueError, match="300 of the 300 rows to test on are in the table that is searched on"):
+    with pytest.raises(ValueError, match="300 of the 300 samples to test on are in the table that is searched on"):
         calibrate(table, max_accuracy_drop=0.05, delta=0.1, tested=table)
     with pytest.raises(ValueError, match=r"tested is a table of another model: depths \[1, 2, 3, 4, 5\]"):
         five = replace(synthetic(300, exits=5), costs=Costs([1.0] * 5, [1.0] * 5))
@@ -596,9 +599,9 @@ def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
     found = candidates(table, table.costs, policy, (1.0,) * 4, choose_exits=False)
     deepest = 0
     for settings in found:
-        left, asked = leaving(table, settings)
+        left, evaluated = replayed_exits(table, settings)
         reached = [index for index in range(3) if (left >= index).any()]
-        assert set(reached) <= set(asked), settings
+        assert set(reached) <= set(evaluated), settings
         deepest = max(deepest, len(reached))
     assert deepest == 3
 
@@ -606,8 +609,8 @@ def test_all_exits_stay_on_where_none_may_be_switched_off(policy):
 @version_independent
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "patience"])
 def test_exits_behind_one_where_all_leave_are_off(policy):
-    left, asked = leaving(synthetic(400), candidates(synthetic(400), COSTS, policy, (1.0,) * 4)[-1])
-    assert asked == [0] and not left.any()
+    left, evaluated = replayed_exits(synthetic(400), candidates(synthetic(400), COSTS, policy, (1.0,) * 4)[-1])
+    assert evaluated == [0] and not left.any()
 
 
 @version_independent
@@ -639,7 +642,8 @@ def test_two_tables_search_on_all_of_the_first(monkeypatch):
     found = calibrate(table, max_accuracy_drop=0.1, delta=0.1, tested=other)
     assert len(seen) == 1 and sorted(rows_of(seen[0])) == sorted(rows_of(table))
     answers = other.replay(found.policy).logits.argmax(-1)
-    assert found.n == 300 and found.accuracy == pytest.approx((answers == other.labels).float().mean().item())
+    assert found.samples_tested == 300
+    assert found.accuracy == pytest.approx((answers == other.labels).float().mean().item())
     assert found.full_accuracy == pytest.approx(other.accuracies()[-1]) and found.mean_macs < COSTS.backbone
 
 
@@ -774,33 +778,24 @@ def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
     model, calls = tiny_model("vit", exit_positions=[2, 4], exit_types="linear"), []
     model.set_exit_policy("confidence", threshold=0.5)
     pixels = tiny_images(5)
-    everything = model(pixels, early_exit=False)
 
-    def clock(runs, *, repeats):
-        results = {name: run() for name, run in runs.items()}
-        calls.append((list(runs), repeats, results))
-        seconds = {
-            ("backbone", 0): 4.0,
-            ("backbone", 1): 2.0,
-            ("backbone", 2): 2.0,
-            ("head", 0): 1.0,
-            ("head", 2): 2.0,
-        }
-        extra = {("head", 1): 3.0 if len(calls) == 1 else 1.0}
+    def clock(segments, state, policy):
+        size = state.batch_size
+        calls.append(size)
+        walked = time_parts(segments, state, policy)
+        assert [len(part) for part in (walked.blocks, walked.heads, walked.select)] == [3, 3, 3]
+        # no sample exits: the head and a policy are evaluated all the same
+        assert policy.name == "confidence" and policy.threshold == 1.0
         # the median counts; the second batch size takes twice as long
-        return {name: [9.0, len(calls) * one, 0.0] for name, one in {**seconds, **extra}.items()}
+        factor = [0.0, 1.0 if size == 1 else 2.0, 9.0][calls.count(size) % 3]
+        times = PartTimes([[3.0, 1.0], [2.0], [2.0]], [1.0, 3.0 if size == 1 else 1.0, 2.0], [5.0, 0.0, 0.0])
+        return times.scaled(factor)
 
-    monkeypatch.setattr(choosing, "time_interleaved", clock)
+    monkeypatch.setattr(cost_tables, "time_parts", clock)
     costs = choosing.measured_costs(model, pixels, repeats=3)
-    assert costs.backbone_costs == [0.4, 0.2, 0.2] and costs.heads == pytest.approx([0.1, 0.2, 0.2])
+    assert costs.backbone_costs == pytest.approx([0.4, 0.2, 0.2]) and costs.heads == pytest.approx([0.1, 0.2, 0.2])
     assert costs.backbone == pytest.approx(1)
-    parts = [(part, index) for index in range(3) for part in ("backbone", "head")]
-    assert [call[:2] for call in calls] == [(parts, 3)] * 2
-    for (_, _, results), size in zip(calls, (1, 5), strict=True):
-        torch.testing.assert_close(results["head", 2], everything.logits[:size], rtol=1e-4, atol=1e-5)
-        assert [results["backbone", index].batch_size for index in range(3)] == [size] * 3
-        # nobody leaves: the head and a policy are asked all the same
-        assert results["head", 0] == results["head", 1] == 0
+    assert calls.count(1) == calls.count(5) == len(calls) / 2 == 5
     assert choosing.relative(Costs([4.0, 2.0, 2.0], [1.0, 3.0, 2.0])) == Costs([0.4, 0.2, 0.2], [0.1, 0.3, 0.2])
 
 
@@ -834,7 +829,7 @@ def test_targets_that_cannot_be(wanted, message):
     [
         (replace(synthetic(20), costs=None), "the table has no costs"),
         (replace(synthetic(20), costs=Costs([1.0], [1.0])), "costs are of 1 segments and 1 heads, the table of 4"),
-        (synthetic(1), "1 rows are too few"),
+        (synthetic(1), "1 samples are too few"),
         (synthetic(20, exits=1), "final classifier only"),
     ],
 )

@@ -92,12 +92,12 @@ def test_says_what_the_evaluation_found(checkpoint, reports):
     made = card(checkpoint, [checkpoint / "evaluation.json"], figure="pareto.png")
     about = sections(made.text)["Accuracy and cost on digits"]
     for row, exit in zip(cells(about), evaluation["exits"], strict=True):
-        assert row[1] == str(exit["position"]) and row[2] == exit["head"]
-        assert row[3] == f"{exit['rows']:,} ({exit['share']:.0%})"
+        assert row[1] == str(exit["exit_layer"]) and row[2] == exit["head"]
+        assert row[3] == f"{exit['samples']:,} ({exit['share']:.0%})"
         assert row[5] == f"{exit['accuracy_all']:.1%}" and row[6] == f"{exit['macs'] / 1e6:.1f}"
     overall = evaluation["overall"]
     assert f"accuracy {overall['accuracy']:.2%}, full model {overall['accuracy_full_model']:.2%}" in about
-    assert f"{overall['macs_speed_up']:.2f}x" in about and f"{overall['rows']:,} test images" in about
+    assert f"{overall['macs_speed_up']:.2f}x" in about and f"{overall['samples']:,} test images" in about
     machine = evaluation["environment"]
     assert machine["processor"] and f"Measured on {machine['processor']}, " in about
     assert f"| 32 | {1e3 * evaluation['wall_clock']['32']['early_exit_seconds']:.0f} |" in about
@@ -118,8 +118,8 @@ def test_says_what_is_guaranteed_and_what_is_not(checkpoint, reports):
     said = sections(card(checkpoint, [calibration]).text)[title]
     drop = 100 * calibration["guaranteed_drop"]
     assert f"**With probability 0.9, the accuracy drop against the full model is at most {drop:g} percentage" in said
-    assert f"tested on {calibration['n']:,} of them" in said and "(delta = 0.1)" in said
-    assert f"on {calibration['rows']:,} validation images of digits" in said
+    assert f"tested on {calibration['samples_tested']:,} of them" in said and "(delta = 0.1)" in said
+    assert f"on {calibration['samples']:,} validation images of digits" in said
     calibration.update(bound="none", delta=None, guaranteed_drop=None)
     said = card(checkpoint, [calibration]).text
     assert "Nothing is guaranteed" in said and "With probability" not in said
@@ -133,11 +133,11 @@ def test_says_what_the_benchmark_measured(checkpoint, reports):
     assert row[0] == "4" and row[1] == f"{entry['early_exit']['p50_ms']:.2f}"
     assert row[6] == f"{entry['wall_clock_speed_up']:.2f}x" and ", 1 thread, float32, torch " in said
     # what early exit must beat, and whether the times can be trusted, are said as well
-    reports["benchmark"]["accuracy"]["static_exit"], entry["static_speed_up"], entry["noise"] = 1, 1.625, 0.4
+    reports["benchmark"]["accuracies"]["static_exit"], entry["static_speed_up"], entry["noise"] = 1, 1.625, 0.4
     said = sections(card(checkpoint, [reports["benchmark"]]).text)["Wall-clock on digits"]
     assert "Exit 1 alone, for all images, is no less accurate on these: it is 1.62x as fast" in said
     assert "The machine was busy" in said and "40% of their median" in said
-    reports["benchmark"]["accuracy"]["static_exit"], entry["noise"] = None, 0.1
+    reports["benchmark"]["accuracies"]["static_exit"], entry["noise"] = None, 0.1
     said = sections(card(checkpoint, [reports["benchmark"]]).text)["Wall-clock on digits"]
     assert "alone" not in said and "busy" not in said
 
@@ -475,7 +475,7 @@ def test_the_evaluation_of_the_reference_model_is_what_it_gives(shared, tmp_path
     lgvit("evaluate", folder, "--data", data, "--timed-batch-sizes", 64, "--output", file)
     again = json.loads(file.read_text())
     kept = json.loads((folder / "evaluation.json").read_text())
-    assert again["overall"]["rows"] == kept["overall"]["rows"] == 10_000
+    assert again["overall"]["samples"] == kept["overall"]["samples"] == 10_000
     # a row or two may fall on the other side of a threshold with other kernels
     for figure, tolerance in (("accuracy", 5e-4), ("accuracy_full_model", 5e-4), ("mean_depth", 2e-3)):
         assert again["overall"][figure] == pytest.approx(kept["overall"][figure], abs=tolerance)

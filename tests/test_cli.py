@@ -76,7 +76,7 @@ def test_train_both_stages_and_evaluate(backbone, photos, tmp_path, capsys):
     assert lgvit("evaluate", tmp_path / "two", "--data", photos, *policy, *timed) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["policy"] == {"name": "patience", "patience": 2}
-    assert [row["position"] for row in results["exits"]] == [4, 8, 12]
+    assert [row["exit_layer"] for row in results["exits"]] == [4, 8, 12]
     assert "layer speed-up" in capsys.readouterr().out
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     assert sorted(config["id2label"].values()) == ["blue", "red"]

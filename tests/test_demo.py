@@ -29,8 +29,8 @@ def demo(tmp_path_factory):
 def test_demo_reports_what_it_did(demo):
     home, results, text = demo
     assert (home / "demo_output" / "highway.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [row["position"] for row in results["exits"]] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
-    assert sum(row["rows"] for row in results["exits"]) == results["overall"]["rows"] == 360
+    assert [row["exit_layer"] for row in results["exits"]] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
+    assert sum(row["samples"] for row in results["exits"]) == results["overall"]["samples"] == 360
     assert [stage["stage"] for stage in results["stages"]] == ["backbone", "1", "2"]
     assert set(results["wall_clock"]) == {"1", "32"}
     for size, times in results["wall_clock"].items():

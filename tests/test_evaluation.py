@@ -118,9 +118,9 @@ def test_summary_by_hand():
     sure, unsure = 1 / (1 + math.exp(-5)), 1 / (1 + math.exp(-0.1))
     expected = [
         {
-            "position": position,
+            "exit_layer": position,
             "head": head,
-            "rows": rows,
+            "samples": rows,
             "share": rows / 4,
             "accuracy_exited": leaving,
             "accuracy_all": accuracy,
@@ -141,7 +141,7 @@ def test_summary_by_hand():
     overall = summary["overall"]
     mean_macs = (2 * macs[0] + macs[1] + macs[2]) / 4
     expected = {
-        "rows": 4,
+        "samples": 4,
         "accuracy": 0.75,
         "accuracy_full_model": 0.75,
         "mean_depth": (1 + 2 + 4 + 1) / 4,
@@ -157,7 +157,7 @@ def test_summary_by_hand():
 def test_exit_where_nobody_leaves_has_no_accuracy():
     table = by_hand()
     summary = summarise(table, table.replay("never"), Costs([1.0] * 3, [1.0] * 3), ["linear", "mlp", "final"])
-    assert [entry["rows"] for entry in summary["exits"]] == [0, 0, 4]
+    assert [entry["samples"] for entry in summary["exits"]] == [0, 0, 4]
     assert [entry["accuracy_exited"] for entry in summary["exits"]] == [None, None, 0.75]
 
 
@@ -170,8 +170,8 @@ def test_layer_speed_up():
 @version_independent
 def test_costs_of_exits_that_are_not_asked():
     costs = Costs(backbone_costs=[10.0, 20.0, 40.0], heads=[1.0, 2.0, 3.0])
-    assert costs.of_exit(2, asked=[1]) == 10 + 20 + 2 + 40 + 3
-    assert costs.of_exit(2, asked=[]) == costs.backbone == 73.0
+    assert costs.of_exit(2, evaluated=[1]) == 10 + 20 + 2 + 40 + 3
+    assert costs.of_exit(2, evaluated=[]) == costs.backbone == 73.0
 
 
 # -- costs -----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_evaluate_command_draws(checkpoint, tmp_path, capsys):
     assert "the speed of the backbone without heads" in capsys.readouterr().out
     report = json.loads((tmp_path / "results.json").read_text())
     assert [entry["name"] for entry in report["classes"]] == [str(digit) for digit in range(10)]
-    assert sum(map(sum, report["confusion"])) == report["overall"]["rows"] == 360
+    assert sum(map(sum, report["confusion"])) == report["overall"]["samples"] == 360
     right = sum(line[index] for index, line in enumerate(report["confusion"]))
     assert right / 360 == pytest.approx(report["overall"]["accuracy"])
     assert [len(entry["reliability_all"]) for entry in report["reliability"]] == [15] * 4
@@ -157,7 +157,7 @@ def test_calibrate_command_writes_the_policy(copy, tmp_path, capsys):
     assert "with probability 0.9" in said and "full model" in said
     report = json.loads((copy / "calibration.json").read_text())
     config = json.loads((copy / "config.json").read_text())
-    assert config["exit_policy"] == report["policy"] and report["bound"] == "drop" and report["n"] == 611
+    assert config["exit_policy"] == report["policy"] and report["bound"] == "drop" and report["samples_tested"] == 611
     assert (copy / "model.safetensors").read_bytes() == weights
     assert ViTHighway.from_pretrained(copy).exit_policy.to_dict()["name"] == report["policy"]["name"]
     assert Image.open(tmp_path / "curve.png").width > 300
@@ -203,7 +203,7 @@ def test_one_clear_line(checkpoint, copy, tmp_path, capsys):
     assert lgvit("calibrate", copy, "--data", images, "--max-accuracy-drop", 0.1) == 2
     assert "knows 10 classes, the data have 9" in one_line(capsys)
     assert lgvit("calibrate", copy, "--data", "digits", "--max-accuracy-drop", 0.01, "--delta", 0.05) == 2
-    assert "rows to test on are too few to prove a drop of 0.01" in one_line(capsys)
+    assert "samples to test on are too few to prove a drop of 0.01" in one_line(capsys)
     assert lgvit("calibrate", copy, "--data", "digits", "--max-latency", 1) == 2
     assert "max_latency needs measured times" in one_line(capsys)
     assert lgvit("calibrate", copy, "--data", "digits") == 2

@@ -15,9 +15,10 @@ from transformers import AutoModelForImageClassification
 from lgvit_hf import ViTHighway, grow
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
-from lgvit_hf.evaluation import choice as choosing
+from lgvit_hf.evaluation import cost_table as cost_tables
 from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits, measured_costs
 from lgvit_hf.evaluation.costs import Costs
+from lgvit_hf.evaluation.timing import PartTimes
 from lgvit_hf.heads import HEADS, HeadShape, build_head
 from lgvit_hf.losses import distillation_loss
 from lgvit_hf.segments import Tokens
@@ -443,17 +444,18 @@ def test_no_exit_that_pays_is_an_error():
 
 
 def test_measured_costs_are_shares_of_the_full_model(monkeypatch):
-    model, batches = tiny_model("vit"), []
+    model, sizes = tiny_model("vit"), []
 
-    def clock(runs, *, repeats):
-        """Every run takes as long as its number says, in two of three rounds; of the large batch, twice the blocks."""
-        batches.append({name: run() for name, run in runs.items()})
-        times = {"backbone": len(batches), "head": 0.5}
-        return {name: [(name[1] + 1) * times[name[0]]] * 2 + [99.0] for name in runs}
+    def clock(segments, state, policy):
+        """Every part takes as long as its number says, in two of three walks; of the large batch, twice the blocks."""
+        sizes.append(state.batch_size)
+        times = range(1, 6) if sizes.count(state.batch_size) % 3 else [99.0] * 5
+        blocks = [[seconds * (1 if state.batch_size == 1 else 2)] for seconds in times]
+        return PartTimes(blocks, [0.5 * seconds for seconds in times], [0.0] * 5)
 
-    monkeypatch.setattr(choosing, "time_interleaved", clock)
+    monkeypatch.setattr(cost_tables, "time_parts", clock)
     costs = measured_costs(model, tiny_images(8), repeats=3)
-    assert [states["backbone", 0].batch_size for states in batches] == [1, 8]
+    assert set(sizes) == {1, 8}
     # five segments: blocks of 1, ..., 5 and a final classifier of 2.5, or blocks twice as long
     for index in range(5):
         assert costs.backbone_costs[index] == pytest.approx(((index + 1) / 17.5 + 2 * (index + 1) / 32.5) / 2)

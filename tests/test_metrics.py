@@ -41,13 +41,13 @@ def logits_of(probabilities):
 def test_reliability_by_hand():
     confidence = torch.tensor([0.25, 0.5, 0.5, 0.625, 1.0])
     right = torch.tensor([True, True, False, False, True])
-    empty = {"rows": 0, "confidence": None, "accuracy": None}
+    empty = {"samples": 0, "confidence": None, "accuracy": None}
     # bins are open below and closed above: (0, 1/4], (1/4, 1/2], (1/2, 3/4], (3/4, 1]
     assert reliability(confidence, right, bins=4) == [
-        {"rows": 1, "confidence": 0.25, "accuracy": 1.0},
-        {"rows": 2, "confidence": 0.5, "accuracy": 0.5},
-        {"rows": 1, "confidence": 0.625, "accuracy": 0.0},
-        {"rows": 1, "confidence": 1.0, "accuracy": 1.0},
+        {"samples": 1, "confidence": 0.25, "accuracy": 1.0},
+        {"samples": 2, "confidence": 0.5, "accuracy": 0.5},
+        {"samples": 1, "confidence": 0.625, "accuracy": 0.0},
+        {"samples": 1, "confidence": 1.0, "accuracy": 1.0},
     ]
     assert reliability(torch.tensor([0.9]), torch.tensor([True]), bins=3)[:2] == [empty] * 2
     assert reliability(torch.tensor([]), torch.tensor([], dtype=torch.bool), bins=2) == [empty] * 2
@@ -56,7 +56,7 @@ def test_reliability_by_hand():
 @version_independent
 def test_reliability_counts_what_is_no_probability():
     first, *others = reliability(torch.tensor([0.0, float("nan")]), torch.tensor([True, False]))
-    assert first == {"rows": 2, "confidence": 0.0, "accuracy": 0.5} and all(bin["rows"] == 0 for bin in others)
+    assert first == {"samples": 2, "confidence": 0.0, "accuracy": 0.5} and all(bin["samples"] == 0 for bin in others)
 
 
 @version_independent
@@ -80,7 +80,7 @@ def test_calibration_error_of_rows_that_are_as_often_right_as_they_say():
 
 @version_independent
 def test_calibration_error_needs_rows():
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="without samples"):
         expected_calibration_error(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
 
 
@@ -122,11 +122,11 @@ def test_reliability_by_exit_by_hand():
     table = one_exit_and_the_final()
     answers = table.replay({"name": "confidence", "threshold": 0.7})
     first, final = reliability_by_exit(table, answers, bins=5)
-    assert (first["position"], final["position"]) == (1, 2)
-    assert [bin["rows"] for bin in first["reliability_all"]] == [0, 0, 1, 1, 1]
-    assert [bin["rows"] for bin in first["reliability_exited"]] == [0, 0, 0, 1, 1]
-    assert [bin["rows"] for bin in final["reliability_all"]] == [0, 0, 0, 3, 0]
-    assert [bin["rows"] for bin in final["reliability_exited"]] == [0, 0, 0, 1, 0]
+    assert (first["exit_layer"], final["exit_layer"]) == (1, 2)
+    assert [bin["samples"] for bin in first["reliability_all"]] == [0, 0, 1, 1, 1]
+    assert [bin["samples"] for bin in first["reliability_exited"]] == [0, 0, 0, 1, 1]
+    assert [bin["samples"] for bin in final["reliability_all"]] == [0, 0, 0, 3, 0]
+    assert [bin["samples"] for bin in final["reliability_exited"]] == [0, 0, 0, 1, 0]
     assert final["reliability_all"][3]["accuracy"] == pytest.approx(2 / 3)
     assert final["reliability_exited"][3]["accuracy"] == 0.0
     assert final["reliability_exited"][3]["confidence"] == pytest.approx(0.7, abs=1e-6)
@@ -173,10 +173,10 @@ def test_per_class_by_hand():
     figures = per_class(
         answers, torch.tensor([0, 0, 1, 1, 1]), num_blocks=12, class_names=["ant", "bee", "cat", "dog"]
     )
-    nothing = {"rows": 0, "accuracy": None, "mean_depth": None, "early_share": None}
+    nothing = {"samples": 0, "accuracy": None, "mean_depth": None, "early_share": None}
     assert figures == [
-        {"name": "ant", "rows": 2, "accuracy": 1 / 2, "precision": 1.0, "mean_depth": 8.0, "early_share": 1 / 2},
-        {"name": "bee", "rows": 3, "accuracy": 2 / 3, "precision": 2 / 3, "mean_depth": 8.0, "early_share": 2 / 3},
+        {"name": "ant", "samples": 2, "accuracy": 1 / 2, "precision": 1.0, "mean_depth": 8.0, "early_share": 1 / 2},
+        {"name": "bee", "samples": 3, "accuracy": 2 / 3, "precision": 2 / 3, "mean_depth": 8.0, "early_share": 2 / 3},
         # never right, and never named
         {"name": "cat", "precision": 0.0, **nothing},
         {"name": "dog", "precision": None, **nothing},

@@ -390,8 +390,8 @@ def test_heads_of_files_are_run_unasked(folders, model):
     counted = model_macs(model)
     exported = model_macs(ORTHighway.from_pretrained(folders["segments"]))
     assert not counted.fused and exported == replace(counted, fused=True)
-    assert exported.of_exit(1, asked=[]) == counted.of_exit(1) > counted.of_exit(1, asked=[])
-    assert Costs([4.0, 8.0], [1.0, 0.5], fused=True).mean([0.0, 1.0], asked=[]) == 13.5
+    assert exported.of_exit(1, evaluated=[]) == counted.of_exit(1) > counted.of_exit(1, evaluated=[])
+    assert Costs([4.0, 8.0], [1.0, 0.5], fused=True).mean([0.0, 1.0], evaluated=[]) == 13.5
 
 
 @version_independent
@@ -494,8 +494,8 @@ def test_benchmark_has_every_key(reports):
     assert of_export["batches"][0].keys() == of_model["batches"][0].keys()
     assert of_export["environment"].keys() == of_model["environment"].keys()
     assert of_export["environment"]["threads"] == of_export["cost_table"]["threads"] == 2
-    assert of_export["accuracy"] == of_model["accuracy"]
-    assert [exit["rows"] for exit in of_export["exits"]] == [exit["rows"] for exit in of_model["exits"]]
+    assert of_export["accuracies"] == of_model["accuracies"]
+    assert [exit["samples"] for exit in of_export["exits"]] == [exit["samples"] for exit in of_model["exits"]]
 
 
 @version_independent
@@ -570,11 +570,11 @@ def test_all_exits_saves_nothing_and_says_so(folders, model, images):
     ort = ORTHighway.from_pretrained(folders["all_exits"])
     report = evaluate(ort, rows_of(model, images), timed_batch_sizes=[])
     assert report["exits"][0]["accuracy_all"] is not None and report["wall_clock"] == {}
-    assert "this layout runs every exit of every row" in evaluate_as_text(report)
+    assert "this layout runs every exit of every sample" in evaluate_as_text(report)
     found = wall_clock_speed_up(ort, [images], repeats=1)
     assert found["wall_clock_speed_up"] == found["backbone_seconds"] / found["early_exit_seconds"]
     for run in (lambda: benchmark(ort, images), lambda: measure_cost_table(ort, images, [1])):
-        with pytest.raises(ValueError, match="runs every exit of every row, .* export with layout='segments'"):
+        with pytest.raises(ValueError, match="runs every exit of every sample, .* export with layout='segments'"):
             run()
 
 

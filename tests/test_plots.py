@@ -19,7 +19,7 @@ from tests.seeds import rng
 version_independent = pytest.mark.version_independent
 
 LONG_NAMES = ["hand-held computer, hand-held microcomputer", "crane", "a $5 note or $10"]
-EMPTY = {"rows": 0, "confidence": None, "accuracy": None}
+EMPTY = {"samples": 0, "confidence": None, "accuracy": None}
 
 
 def exits_of(number):
@@ -28,7 +28,9 @@ def exits_of(number):
     for index in range(number):
         rows = 0 if index % 3 == 2 else 1234
         right = {"accuracy_exited": 0.9 - 0.03 * index if rows else None, "accuracy_all": 0.2 + 0.03 * index}
-        exits.append({"position": index + 1, "head": "attention_r2", "rows": rows, "share": rows / 20000, **right})
+        exits.append(
+            {"exit_layer": index + 1, "head": "attention_r2", "samples": rows, "share": rows / 20000, **right}
+        )
     return exits
 
 
@@ -36,7 +38,7 @@ def classes_of(number):
     return [
         {
             "name": f"{LONG_NAMES[index % 3]}" if index % 2 else f"class {index}",
-            "rows": 50,
+            "samples": 50,
             "accuracy": (index * 7 % 50 + 1) / 50,
             "mean_depth": 4 + index * 13 % 80 / 10,
         }
@@ -54,7 +56,7 @@ def confusion_of(number):
 def bins_of(rows):
     step = 1 / len(rows)
     return [
-        {"rows": count, "confidence": (place + 0.5) * step, "accuracy": (place + 0.2) * step} if count else EMPTY
+        {"samples": count, "confidence": (place + 0.5) * step, "accuracy": (place + 0.2) * step} if count else EMPTY
         for place, count in enumerate(rows)
     ]
 
@@ -251,15 +253,15 @@ def test_exits_that_nobody_takes(draw):
 
 @version_independent
 def test_reliability_by_hand(draw):
-    sure = {"rows": 3, "confidence": 0.9, "accuracy": 0.5}
-    unsure = {"rows": 1, "confidence": 0.4, "accuracy": 0.6}
+    sure = {"samples": 3, "confidence": 0.9, "accuracy": 0.5}
+    unsure = {"samples": 1, "confidence": 0.4, "accuracy": 0.6}
     none = {"name": "block 5", "all": [unsure, sure], "exited": [EMPTY, EMPTY]}
-    some = {"name": "block 4", "all": [unsure, sure], "exited": [EMPTY, {**sure, "rows": 2}]}
+    some = {"name": "block 4", "all": [unsure, sure], "exited": [EMPTY, {**sure, "samples": 2}]}
     figure = draw(plots.plot_reliability, [some, none])
     first, second, strip, _ = figure.axes
     # (1 * 0.2 + 3 * 0.4) / 4
-    assert first.get_title() == "block 4\nECE 35.0%, leaving 40.0%"
-    assert second.get_title() == "block 5\nECE 35.0%, leaving –"
+    assert first.get_title() == "block 4\nECE 35.0%, exited 40.0%"
+    assert second.get_title() == "block 5\nECE 35.0%, exited –"
     assert [bar.get_height() for bar in first.patches] == [60, 50]
     assert [bar.get_height() for bar in strip.patches] == [25, 75, 0, 50]
     diamonds = first.lines[1]
@@ -268,14 +270,14 @@ def test_reliability_by_hand(draw):
 
 @version_independent
 def test_few_classes_are_all_named(draw):
-    classes = [*classes_of(25)[:3], {"name": "unseen", "rows": 0, "accuracy": None, "mean_depth": None}]
+    classes = [*classes_of(25)[:3], {"name": "unseen", "samples": 0, "accuracy": None, "mean_depth": None}]
     figure = draw(plots.plot_classes, classes)
     depth, right = figure.axes
     names = [label.get_text() for label in depth.get_yticklabels()]
     assert names == ["class 0 (50)", "crane (50)", "class 2 (50)"]
     assert [bar.get_width() for bar in depth.patches] == pytest.approx([4, 5.3, 6.6])
     assert [bar.get_width() for bar in right.patches] == pytest.approx([2, 16, 30])
-    assert figure.get_suptitle() == "Depth and accuracy of 3 classes (1 more without rows)"
+    assert figure.get_suptitle() == "Depth and accuracy of 3 classes (1 more without samples)"
 
 
 @version_independent
@@ -379,10 +381,10 @@ def test_scores_at_every_exit(draw):
     lines = {line.get_label(): line for line in charts[0].lines}
     assert lines["seen by the policy"].get_xydata().tolist() == [[4, 0.25]]
     assert lines["not run any more"].get_xydata() == pytest.approx(np.array([[6, np.nan], [12, 0.75]]), nan_ok=True)
-    assert lines["where it left"].get_xydata().tolist() == [[4, 0.25]]
+    assert lines["where it exited"].get_xydata().tolist() == [[4, 0.25]]
     assert lines["threshold"].get_ydata() == pytest.approx([0.7, np.nan, np.nan], nan_ok=True)
     last = {line.get_label(): line for line in charts[3].lines}
-    assert last["where it left"].get_xydata().tolist() == [[12, 0.75]]
+    assert last["where it exited"].get_xydata().tolist() == [[12, 0.75]]
 
 
 @version_independent
@@ -433,7 +435,7 @@ def test_names_are_short_and_differ():
         (plots.plot_exits, ({"exits": []},)),
         (plots.plot_reliability, ([],)),
         (plots.plot_classes, ([],)),
-        (plots.plot_classes, ([{"name": "cat", "rows": 0, "accuracy": None, "mean_depth": None}],)),
+        (plots.plot_classes, ([{"name": "cat", "samples": 0, "accuracy": None, "mean_depth": None}],)),
         (plots.plot_gallery, ([], [])),
         (plots.plot_latency, ([],)),
         (partial(plots.plot_scores, depths=[4]), ([], [])),

@@ -28,7 +28,7 @@ def a_table():
 
 
 POLICIES = [{"name": "confidence", "threshold": step / 10} for step in range(3, 10)]
-WHAT = {"what": "lgvit sweep", "rows": 40}
+WHAT = {"what": "lgvit sweep", "samples": 40}
 
 
 def test_rows_are_what_a_replay_says(tmp_path):
@@ -89,8 +89,8 @@ def test_equal_policies_are_run_once(tmp_path):
 def test_file_of_another_sweep(tmp_path):
     file = tmp_path / "sweep.jsonl"
     sweep(a_table(), POLICIES, file, what=WHAT)
-    with pytest.raises(ValueError, match="holds a sweep with another rows; choose another output"):
-        sweep(a_table(), POLICIES, file, what={**WHAT, "rows": 41})
+    with pytest.raises(ValueError, match="holds a sweep with another samples; choose another output"):
+        sweep(a_table(), POLICIES, file, what={**WHAT, "samples": 41})
     file.write_text("no JSON\n")
     with pytest.raises(ValueError, match="is not a sweep's file"):
         sweep(a_table(), POLICIES, file, what=WHAT)

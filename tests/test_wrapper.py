@@ -156,7 +156,7 @@ def test_operations_that_are_saved_are_not_run(family):
     assert all(backbone > 0 for backbone in costs.backbone_costs)
     for index in range(len(segments)):
         run = flops(lambda index=index: run_early(segments, state, FixedPolicy(index)))
-        assert run == pytest.approx(2 * 10 * costs.of_exit(index, asked=[index])), "rows run on behind their exit"
+        assert run == pytest.approx(2 * 10 * costs.of_exit(index, evaluated=[index])), "rows run on behind their exit"
     model.set_exit_policy(policies_for(model(pixels, early_exit=False).exit_logits)[0])
     left = model(pixels).exit_index
     assert len(set(left.tolist())) > 1

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         labelled = table.without_labels() if options.ignore_labels else table
         plot_calibration(options.plot, labelled, report, not options.ignore_labels, options.max_accuracy_drop)
-    found = {"what": "lgvit calibrate", "data": options.data, "split": options.split, "rows": len(table)}
+    found = {"what": "lgvit calibrate", "data": options.data, "split": options.split, "samples": len(table)}
     found |= report.to_dict()
     if options.output is not None:
         model.set_exit_policy(report.policy)

@@ -69,9 +69,9 @@ def _draw_all(folder: Path, dataset: ProcessedImages, table: ExitTable, answers:
     plots.plot_pareto(folder / "pareto.png", {"one threshold for all exits": curve}, marks, unit=UNIT)
     diagrams = [
         {
-            "name": f"after block {exit['position']}, {exit['head']}",
+            "name": f"after block {exit['exit_layer']}, {exit['head']}",
             "all": bins["reliability_all"],
-            "exited": bins["reliability_exited"] if exit["rows"] else None,
+            "exited": bins["reliability_exited"] if exit["samples"] else None,
         }
         for exit, bins in zip(report["exits"], report["reliability"], strict=True)
     ]

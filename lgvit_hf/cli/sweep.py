@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         return {str(size): times["wall_clock_speed_up"] for size, times in timed.items()}
 
     what = {"what": "lgvit sweep", "weights": table.weights, "data": options.data, "split": options.split}
-    what |= {"rows": len(table), "timed_batch_sizes": options.timed_batch_sizes}
+    what |= {"samples": len(table), "timed_batch_sizes": options.timed_batch_sizes}
     clock, progress = time if options.timed_batch_sizes else None, partial(progress_bar, desc="sweep")
     try:
         rows = sweep(table, policies, file, what=what, time=clock, progress=progress)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
 from .devices import accelerator
 from .processing import stack
@@ -18,8 +17,18 @@ from .processing import stack
 MOST_WORKERS = 4
 
 
+class Samples(Protocol):
+    """A dataset of numbered items, such as a list."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them."""
+
+
 def in_batches(
-    dataset: Dataset, batch_size: int, *, num_workers: int | None = None, collate: Callable[[list], Any] = stack
+    dataset: Samples, batch_size: int, *, num_workers: int | None = None, collate: Callable[[list], Any] = stack
 ) -> DataLoader:
     """Every sample of a dataset once, in order.
 
@@ -39,14 +48,27 @@ def in_batches(
     """
     found = accelerator()
     if num_workers is None:
-        num_batches = -(-len(dataset) // batch_size)  # type: ignore[arg-type]  # it has a length
+        num_batches = -(-len(dataset) // batch_size)
         num_workers = 0 if found is None else min(MOST_WORKERS, os.cpu_count() or 1, num_batches // 4)
     # memory of its own kind, from which an accelerator reads by itself; MPS shares the processor's
     pinned = found is not None and found.type != "mps"
-    return DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=pinned, collate_fn=collate)
+    images = cast("Dataset[Any]", dataset)
+    return DataLoader(images, batch_size, num_workers=num_workers, pin_memory=pinned, collate_fn=collate)
 
 
-def to_model(pixels: Tensor, model: PreTrainedModel) -> Tensor:
+class HasDevice(Protocol):
+    """A model, or what stands for one, such as an exported highway."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its images."""
+
+
+def to_model(pixels: Tensor, model: HasDevice) -> Tensor:
     """Pixels in a model's dtype, on its device; where its weights are brought to it by hooks, on the CPU."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     return pixels.to(device, model.dtype, non_blocking=pixels.is_pinned())

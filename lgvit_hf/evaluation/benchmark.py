@@ -12,28 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..data.batches import to_model
+from ..data.batches import Samples, to_model
 from ..data.processing import stack
 from ..engine import run_early
 from ..modes import evaluating
 from ..policies import ExitPolicy, FixedPolicy, NeverPolicy
 from ..segments import Segment, State
-from .cost_table import (
-    CostTable,
-    architecture,
-    cost_table,
-    machine,
-    measured_sizes,
-    timed_segments,
-)
+from .cost_table import CostTable, architecture, cost_table, machine, measured_sizes, timed_segments
 from .costs import Costs, Highway, decides_inside, export_of
 from .exit_table import ExitTable, collect
 from .profiling import export_facts, head_names, parameters_by_part, peak_memory, profile
 from .timing import PartTimes, time_interleaved, time_parts
 
-_PERCENTILES = (50, 95, 99)
+_PERCENTILES = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
 
 
 @torch.no_grad()
@@ -42,17 +34,17 @@ def wall_clock_speed_up(
     batches: Sequence[Tensor],
     *,
     repeats: int = 5,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, float | None]:
     """How much faster the highway answers `batches` under its policy than the head-free backbone does.
 
     Each batch is run by both, in turn, `repeats` times; the medians are summed. The heads of exported segments cannot
-    be left out: of such a highway the backbone is the same files, of which nobody leaves. One exported file has no
+    be left out: of such a highway the backbone is the same files, of which no sample exits. One exported file has no
     backbone to run.
 
     Args:
         model (`Highway`): Run in `eval()` mode.
-        batches (`Sequence[Tensor]`): `pixel_values`, real images, since what leaves depends on them.
+        batches (`Sequence[Tensor]`): `pixel_values`, real images, since which samples exit depends on them.
         repeats (`int`, *optional*, defaults to 5): Timed rounds per batch.
         progress (callable, *optional*): Wraps the batches, to show progress.
 
@@ -67,11 +59,8 @@ def wall_clock_speed_up(
             for name, seconds in time_interleaved(runs, repeats=repeats, warm_up=1).items():
                 total[name] = total.get(name, 0.0) + statistics.median(seconds)
     early, backbone = total["early_exit"], total.get("backbone")
-    return {
-        "early_exit_seconds": early,
-        "backbone_seconds": backbone,
-        "wall_clock_speed_up": None if backbone is None else backbone / early,
-    }
+    speed_up = None if backbone is None else backbone / early
+    return {"early_exit_seconds": early, "backbone_seconds": backbone, "wall_clock_speed_up": speed_up}
 
 
 def _runs_to_compare(model: Highway, pixels: Tensor) -> dict[str, Callable[[], Any]]:
@@ -85,31 +74,31 @@ def _runs_to_compare(model: Highway, pixels: Tensor) -> dict[str, Callable[[], A
 @torch.no_grad()
 def benchmark(
     model: Highway,
-    images: Dataset | Tensor,
+    images: Samples | Tensor,
     *,
     batch_sizes: Sequence[int] = (1, 8, 32),
     repeats: int = 3,
     limit: int = 256,
     table: ExitTable | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
     """Time a highway under its policy against what else could be run, and say what each part of it costs.
 
     Batches of all sizes come in one shuffled run. Each is run in turn by the highway, by the head-free backbone, by
-    the static model of equal accuracy (the shallowest exit that is as accurate on all rows as the highway), and part
-    by part, which gives the cost table. The ideal is the time of the blocks and heads that each row really runs, a
-    row's being its share of the whole batch's.
+    the static model of equal accuracy (the shallowest exit that is as accurate on all samples as the highway), and
+    part by part, which gives the cost table. The ideal is the time of the blocks and heads that each sample really
+    runs, a sample's being its share of the whole batch's.
 
     The heads of exported segments cannot be left out: of such a highway the backbone and the static model run them
-    too, and so does an exit that is not asked.
+    too, and so does an exit that is skipped.
 
     Args:
         model (`Highway`):
             Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode on its device, with the
             threads that are set.
         images (`Dataset` or `Tensor`):
-            Items `pixel_values` and perhaps `labels`, or pixels `[N, C, H, W]`. Real images: what leaves depends on
-            them. Without labels, the full model's answers stand for them.
+            Items `pixel_values` and perhaps `labels`, or pixels `[N, C, H, W]`. Real images: which samples exit
+            depends on them. Without labels, the full model's answers stand for them.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8, 32)`): Timed; only full batches are.
         repeats (`int`, *optional*, defaults to 3): Timed rounds per batch.
         limit (`int`, *optional*, defaults to 256): At most that many images, drawn at random, always the same.
@@ -123,8 +112,8 @@ def benchmark(
           (`None` where no exit is as accurate) with p50, p95 and p99 of all runs as they were, and a mean of the
           batches' medians, each in relation to the backbone's at the same moment, by which speed-ups are counted;
           wall-clock speed-ups against the backbone beside the ratio of blocks; the ideal; the cost table's prediction.
-        - `exits`: where rows leave, and the latency of single images that leave there, if batch size 1 is timed.
-        - `accuracy`, `memory`, `parameters`, the `profile` of each block and head, `environment`, and the
+        - `exits`: where samples exit, and the latency of single images that exit there, if batch size 1 is timed.
+        - `accuracies`, `memory`, `parameters`, the `profile` of each block and head, `environment`, and the
           `cost_table`, which `CostTable(**cost_table)` takes.
         - `exported`: `layout`, `precision`, `file_bytes` and `runtime` of an exported highway, whose `memory` and
           `parameters` are not known (`None`), and whose `profile` is of each segment with its head.
@@ -145,54 +134,50 @@ def benchmark(
     with evaluating(model):
         segments, policy = timed_segments(model), model.exit_policy
         table = table or collect(model, items, batch_size=sizes[-1])
-        accuracy = _accuracy(table, policy)
+        accuracies = _accuracy(table, policy)
         policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
-        if accuracy["static_exit"] is not None:
-            policies["static"] = FixedPolicy(accuracy["static_exit"])
+        if accuracies["static_exit"] is not None:
+            policies["static"] = FixedPolicy(accuracies["static_exit"])
         pixels = to_model(stack(items)["pixel_values"], model)
         timings = _time_all(segments, policies, pixels, sizes, set(batch_sizes), repeats, progress)
         walks = {size: timing.steady_walks() for size, timing in timings.items()}
         costs = cost_table(model, walks)
-        asked = [index for index in range(len(segments) - 1) if not policy.skips(index)]
+        evaluated = [index for index in range(len(segments) - 1) if not policy.skips(index)]
         depths = [segment.depth for segment in segments]
         heads = head_names(model)
         parts = profile(model, segments, heads, pixels[:1], {size: walks[size] for size in (1, sizes[-1])})
-        report = {
+        return {
             "environment": _environment(model, policy, repeats, len(items)),
-            "accuracy": accuracy,
-            "batches": [_of_batches(size, timings[size], depths, costs, asked) for size in sorted(set(batch_sizes))],
-            "exits": _of_exits(depths, heads, timings[min(batch_sizes)]),
+            "accuracies": accuracies,
+            "batches": [
+                _of_batches(size, timings[size], depths, costs, evaluated) for size in sorted(set(batch_sizes))
+            ],
+            "exits": _of_exits(depths, heads, table.accuracies(), timings[min(batch_sizes)]),
             "memory": None if export_of(model) else _memory(segments, policies, pixels[: sizes[-1]]),
             "parameters": parameters_by_part(model, parts),
             "profile": parts,
             "cost_table": costs.to_dict(),
             "exported": export_facts(model),
         }
-    return report
 
 
-def _random_items(images: Dataset | Tensor, limit: int) -> list[dict[str, Any]]:
+def _random_items(images: Samples | Tensor, limit: int) -> list[dict[str, Any]]:
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     if isinstance(images, Tensor):
         return [{"pixel_values": images[index]} for index in chosen]
-    return [images[index] for index in chosen]
+    items: Samples = images
+    return [items[index] for index in chosen]
 
 
 def _accuracy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
-    """Of the highway and of each exit alone, on all rows of a table; and the first exit as accurate as the highway."""
+    """Of the highway and the full model, on all samples of a table; and the first exit as accurate as the highway."""
     exits = table.accuracies()
     highway = (table.replay(policy).logits.argmax(-1) == table.labels).float().mean().item()
     static = next((index for index, accuracy in enumerate(exits[:-1]) if accuracy >= highway), None)
     # where the full model is never wrong, its answers stand for the labels, or might as well
     against = "full model" if torch.equal(table.labels, table.logits[-1].argmax(-1)) else "labels"
-    return {
-        "against": against,
-        "rows": len(table),
-        "early_exit": highway,
-        "full_model": exits[-1],
-        "exits": exits,
-        "static_exit": static,
-    }
+    accuracies = {"accuracy": highway, "accuracy_full_model": exits[-1]}
+    return {"against": against, "samples": len(table), **accuracies, "static_exit": static}
 
 
 # -- timing ----------------------------------------------------------------------------------------------------
@@ -200,7 +185,7 @@ def _accuracy(table: ExitTable, policy: ExitPolicy) -> dict[str, Any]:
 
 @dataclass
 class _Timing:
-    """What was timed at one batch size: seconds `[batch][repeat]` of each run, walks likewise, and where rows left.
+    """What was timed at one batch size: seconds `[batch][repeat]` of each run, walks likewise, and the exits taken.
 
     The backbone does the same work for every batch: where it took longer than usual the machine was slow, and what ran
     beside it is brought back to the usual pace.
@@ -209,7 +194,7 @@ class _Timing:
     size: int
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     walks: list[list[PartTimes]] = field(default_factory=list)
-    left: list[Tensor] = field(default_factory=list)
+    exits_taken: list[Tensor] = field(default_factory=list)
 
     @property
     def paces(self) -> list[float]:
@@ -230,7 +215,7 @@ class _Timing:
     def noise(self) -> float:
         """How far the middle half of the backbone's times spreads, relative: it does the same work for every batch."""
         low, middle, high = np.percentile(self.seconds["backbone"], (25, 50, 75)).tolist()
-        return (high - low) / middle
+        return float((high - low) / middle)
 
 
 def _time_all(
@@ -240,51 +225,55 @@ def _time_all(
     sizes: Sequence[int],
     run_sizes: set[int],
     repeats: int,
-    progress: Callable[[Iterable], Iterable],
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[int, _Timing]:
     """Time the parts and the backbone on batches of all `sizes`, and every policy where it is one of `run_sizes`."""
-    jobs = [(size, batch) for size in sizes for batch in pixels.split(size) if len(batch) == size]
+    jobs = [(size, pixels[start : start + size]) for size in sizes for start in range(0, len(pixels) - size + 1, size)]
     random.Random(0).shuffle(jobs)
     timings = {size: _Timing(size) for size in sizes}
     for size, batch in progress(jobs):
-        timing, state, walks = timings[size], State({"pixel_values": batch}), []
+        timing, state = timings[size], State({"pixel_values": batch})
+        walks: list[PartTimes] = []
+
+        def walk(state: State = state, walks: list[PartTimes] = walks) -> None:
+            walks.append(time_parts(segments, state, policies["early_exit"]))
+
         names = policies if size in run_sizes else ["backbone"]
         runs = {name: partial(run_early, segments, state, policies[name]) for name in names}
-        walk = partial(time_parts, segments, state, policies["early_exit"])
-        seconds = time_interleaved(
-            {**runs, "parts": lambda walk=walk, walks=walks: walks.append(walk())}, repeats=repeats, warm_up=1
-        )
+        seconds = time_interleaved({**runs, "parts": walk}, repeats=repeats, warm_up=1)
         for name in names:
             timing.seconds.setdefault(name, []).append(seconds[name])
         timing.walks.append(walks[1:])
         if size in run_sizes:
-            timing.left.append(runs["early_exit"]().exit_index.cpu())
+            timing.exits_taken.append(runs["early_exit"]().exit_index.cpu())
     return timings
 
 
-def _of_batches(size: int, timing: _Timing, depths: list[int], table: CostTable, asked: list[int]) -> dict[str, Any]:
+def _of_batches(
+    size: int, timing: _Timing, depths: list[int], table: CostTable, evaluated: list[int]
+) -> dict[str, Any]:
     """Everything about one batch size; times are in milliseconds and of a batch."""
     runs = {name: _latency(timing, name) for name in timing.seconds}
     early, backbone = runs["early_exit"]["mean_ms"], runs["backbone"]["mean_ms"]
     static = runs.get("static")
-    left = torch.cat(timing.left)
-    shares = (torch.bincount(left, minlength=len(depths)).double() / len(left)).tolist()
+    exits_taken = torch.cat(timing.exits_taken)
+    shares = (torch.bincount(exits_taken, minlength=len(depths)).double() / len(exits_taken)).tolist()
     costs = table.at(size)
-    ideal, predicted = size * costs.mean(shares, asked), size * table.mean_latency(shares, asked, size)
+    ideal, predicted = size * costs.mean(shares, evaluated), size * table.mean_latency(shares, evaluated, size)
     return {
         "batch_size": size,
-        "num_batches": len(timing.left),
+        "num_batches": len(timing.exits_taken),
         **runs,
         "static": static,
         "ideal_ms": ideal,
         "predicted_ms": predicted,
-        "layer_speed_up": depths[-1] * len(left) / sum(depths[index] for index in left.tolist()),
+        "layer_speed_up": depths[-1] * len(exits_taken) / sum(depths[index] for index in exits_taken.tolist()),
         "wall_clock_speed_up": backbone / early,
         "static_speed_up": static and backbone / static["mean_ms"],
         "ideal_speed_up": backbone / ideal,
         "realised_over_ideal": ideal / early,
         "predicted_over_measured": predicted / early,
-        **_where_time_goes(costs, shares, asked),
+        **_where_time_goes(costs, shares, evaluated),
         "noise": timing.noise,
     }
 
@@ -294,49 +283,40 @@ def _latency(timing: _Timing, name: str) -> dict[str, float]:
     return {**_percentiles(timing.seconds[name]), "mean_ms": mean, "images_per_second": 1e3 * timing.size / mean}
 
 
-def _percentiles(seconds: list[list[float]]) -> dict[str, float | None]:
-    return {
-        f"p{percent}_ms": 1e3 * float(np.percentile(seconds, percent)) if seconds else None for percent in _PERCENTILES
-    }
+def _percentiles(seconds: list[list[float]]) -> dict[str, float]:
+    return {name: 1e3 * float(np.percentile(seconds, percent)) for name, percent in _PERCENTILES.items()}
 
 
-def _where_time_goes(costs: Costs, shares: list[float], asked: list[int]) -> dict[str, float]:
-    """Of the backbone's time: what is saved in blocks and the final classifier, and what asking the heads adds."""
+def _where_time_goes(costs: Costs, shares: list[float], evaluated: list[int]) -> dict[str, float]:
+    """Of the backbone's time: what is saved in blocks and the final classifier, and what evaluating the heads adds."""
     run = sum(share * sum(costs.backbone_costs[: index + 1]) for index, share in enumerate(shares))
     run += shares[-1] * costs.heads[-1]
-    return {
-        "saved_share": 1 - run / costs.backbone,
-        "heads_share": (costs.mean(shares, asked) - run) / costs.backbone,
-    }
+    heads = costs.mean(shares, evaluated) - run
+    return {"saved_share": 1 - run / costs.backbone, "heads_share": heads / costs.backbone}
 
 
-def _of_exits(depths: list[int], heads: list[str], timing: _Timing) -> list[dict[str, Any]]:
-    """Rows that leave at each exit; of single images, the latency too."""
-    left = torch.cat(timing.left).tolist()
+def _of_exits(depths: list[int], heads: list[str], accuracies: list[float], timing: _Timing) -> list[dict[str, Any]]:
+    """Samples that exit at each exit, and its accuracy on all of them; of single images, the latency too."""
+    exits_taken = torch.cat(timing.exits_taken).tolist()
+    # where single images are timed
     single = timing.seconds["early_exit"] if timing.size == 1 else []
-    exits = []
-    for index, (depth, head) in enumerate(zip(depths, heads, strict=True)):
-        here = {"exit_index": index, "depth": depth, "head": head, "rows": left.count(index)}
-        exits.append({**here, **_percentiles([single[row] for row in range(len(single)) if left[row] == index])})
+    exits: list[dict[str, Any]] = []
+    for index, (depth, head, accuracy) in enumerate(zip(depths, heads, accuracies, strict=True)):
+        seconds = [seconds for seconds, exit in zip(single, exits_taken, strict=False) if exit == index]
+        about = {"exit_index": index, "exit_layer": depth, "head": head, "samples": exits_taken.count(index)}
+        latency = _percentiles(seconds) if seconds else dict.fromkeys(_PERCENTILES)
+        exits.append({**about, "accuracy_all": accuracy, **latency})
     return exits
 
 
 def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels: Tensor) -> dict[str, Any]:
     state = State({"pixel_values": pixels})
-    peaks = {
-        f"{name}_bytes": peak_memory(partial(run_early, segments, state, policies[name]), pixels.device)
-        for name in ("early_exit", "backbone")
-    }
-    what = "peak of the tensors alive in a run, weights and images not counted"
-    return {"what": what, "batch_size": len(pixels), **peaks}
+    report = {"what": "peak of the tensors alive in a run, weights and images not counted", "batch_size": len(pixels)}
+    for name in ("early_exit", "backbone"):
+        report[f"{name}_bytes"] = peak_memory(partial(run_early, segments, state, policies[name]), pixels.device)
+    return report
 
 
 def _environment(model: Highway, policy: ExitPolicy, repeats: int, num_images: int) -> dict[str, Any]:
-    return {
-        "model": architecture(model),
-        "policy": policy.to_dict(),
-        "image_size": model.config.image_size,
-        **machine(model),
-        "images": num_images,
-        "repeats": repeats,
-    }
+    about = {"model": architecture(model), "policy": policy.to_dict(), "image_size": model.config.image_size}
+    return {**about, **machine(model), "images": num_images, "repeats": repeats}

@@ -13,37 +13,36 @@ import torch
 from torch import Tensor
 
 from .cost_table import CostTable
-from .costs import Costs
 from .exit_table import ExitTable
 from .metrics import expected_calibration_error
 from .report_text import policy_in_words
-from .risk_control import drop_p_value, harm_p_value, passed_in_order, rows_needed
-from .search import SEARCHES, Settings, candidates, consequences, leaving, shares
+from .risk_control import drop_p_value, harm_p_value, passed_in_order, samples_needed
+from .search import SEARCHES, Settings, candidates, consequences, replayed_exits, shares
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` chose, and what it is worth on rows it was not fitted on.
+    """What `calibrate` chose, and what it is worth on samples it was not fitted on.
 
     Args:
         policy (`dict`): For `model.set_exit_policy`.
-        exits (`tuple[int, ...]`): Indices of the early exits that stay switched on; their heads are paid for.
+        exits (`tuple[int, ...]`): Indices of the early exits that stay; their heads are paid for.
         temperatures (`tuple[float, ...]`): One per exit, the final classifier last.
-        accuracy (`float`): Share of the rows answered rightly; without labels, as the full model does.
+        accuracy (`float`): Share of the samples answered rightly; without labels, as the full model does.
         full_accuracy (`float`): The same of the full model.
-        mean_depth (`float`): Blocks run per row.
-        mean_macs (`float`): Of one row, heads counted.
+        mean_depth (`float`): Blocks run per sample.
+        mean_macs (`float`): Of one sample, heads counted.
         full_macs (`float`): Of the plain model.
-        mean_latency (`float`, *optional*): Milliseconds per row expected at the batch size asked for.
+        mean_latency (`float`, *optional*): Milliseconds per sample expected at the batch size asked for.
         full_latency (`float`, *optional*): The same of the plain model.
-        bound (`str`): `"drop"`, `"harm"`, or `"none"`: no guarantee, but a point estimate on `n` rows.
-        n (`int`): Rows tested on, which the search has not seen.
-        delta (`float`, *optional*): Probability that the guarantee does not hold, over the calibration rows.
+        bound (`str`): `"drop"`, `"harm"`, or `"none"`: no guarantee, but a point estimate on these samples.
+        samples_tested (`int`): Samples tested on, which the search has not seen.
+        delta (`float`, *optional*): Probability that the guarantee does not hold, over the calibration samples.
         guaranteed_drop (`float`, *optional*): What the true drop (or harm) then exceeds with that probability at most.
         frontier (`tuple[dict, ...]`): `policy`, `accuracy`, `mean_macs` and `mean_latency` of every candidate on the
-            same rows, from the safest to the fastest.
-        calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all rows `before` and
-            `after` the temperature, and of those `exited` there, after it.
+            same samples, from the safest to the fastest.
+        calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all samples `before`
+            and `after` the temperature, and of those `exited` there, after it.
     """
 
     policy: dict[str, Any]
@@ -57,7 +56,7 @@ class Calibration:
     mean_latency: float | None
     full_latency: float | None
     bound: str
-    n: int
+    samples_tested: int
     delta: float | None = None
     guaranteed_drop: float | None = None
     frontier: tuple[dict[str, Any], ...] = ()
@@ -69,29 +68,26 @@ class Calibration:
 
     def as_text(self) -> str:
         """What was chosen and promised, in a few lines."""
-        what = {"drop": "accuracy drop", "harm": "share of rows where only the full model is right"}.get(self.bound)
-        promise = (
-            f"no guarantee: point estimate on {self.n} rows"
-            if what is None
-            else f"the {what} is at most {self.guaranteed_drop:g} with probability {1 - self.delta:g} "
-            f"(tested on {self.n} rows that were not searched on)"
-        )
-        times = (
-            ""
-            if self.mean_latency is None
-            else (
+        what = {"drop": "accuracy drop", "harm": "share of samples where only the full model is right"}
+        promise = f"no guarantee: point estimate on {self.samples_tested} samples"
+        if self.delta is not None:
+            promise = (
+                f"the {what[self.bound]} is at most {self.guaranteed_drop:g} with probability {1 - self.delta:g} "
+                f"(tested on {self.samples_tested} samples that were not searched on)"
+            )
+        times = ""
+        if self.mean_latency is not None and self.full_latency is not None:
+            times = (
                 f"\nlatency      {self.mean_latency:.3f} ms per image, {self.full_latency:.3f} of the plain model: "
                 f"{self.full_latency / self.mean_latency:.2f}x, as the cost table predicts"
             )
-        )
         return (
             f"policy       {policy_in_words(self.policy)}\n"
             f"exits on     {', '.join(map(str, self.exits)) or 'none: the full model answers'}\n"
             f"accuracy     {self.accuracy:.2%}, full model {self.full_accuracy:.2%}\n"
             f"mean depth   {self.mean_depth:.2f} blocks\n"
             f"MACs         {self.mean_macs / 1e6:.2f} M per image, heads counted, {self.full_macs / 1e6:.2f} M of the "
-            f"plain model: {self.full_macs / self.mean_macs:.2f}x{times}\n"
-            f"{promise}"
+            f"plain model: {self.full_macs / self.mean_macs:.2f}x{times}\n{promise}"
         )
 
 
@@ -99,7 +95,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature of least negative log-likelihood (Guo et al., https://arxiv.org/abs/1706.04599).
 
     Golden-section search on its logarithm, in float64: the loss is convex in one over the temperature, so it has one
-    valley. Between 1/50 and 50, where it ends if the rows are all answered rightly or are worse than chance.
+    valley. Between 1/50 and 50, where it ends if the samples are all answered rightly or are worse than chance.
 
     Args:
         logits (`Tensor`): `[N, C]`.
@@ -134,30 +130,29 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def split_table(table: ExitTable, seed: int = 0) -> tuple[ExitTable, ExitTable]:
-    """Two random halves of a table, to search and to test on; the same whatever the order of its rows."""
+    """Two random halves of a table, to search and to test on; the same whatever the order of its samples."""
     shuffled = _shuffled(table, seed)
     rows, half = torch.arange(len(table)), len(table) // 2
     return shuffled.select(rows[:half]), shuffled.select(rows[half:])
 
 
 def _shuffled(table: ExitTable, seed: int = 0) -> ExitTable:
-    """The rows in a random order that does not depend on the order they came in.
+    """The samples in a random order that does not depend on the order they came in.
 
     They are sorted by hashes: a smooth function of their values could sort them by difficulty, and half of them would
-    not be a random half. Rows that are alike get hashes of their own, and other rows beside them other hashes.
+    not be a random half. Samples that are alike get hashes of their own, and other samples beside them other hashes.
     """
-    contents = _row_contents(table)
-    salt = hashlib.sha256(b"%d" % seed + b"".join(sorted(contents))).digest()
-    seen: Counter[bytes] = Counter()
+    digests, seen = _sample_digests(table), Counter[bytes]()
+    salt = hashlib.sha256(b"%d" % seed + b"".join(sorted(digests))).digest()
     keys = []
-    for content in contents:
-        keys.append(hashlib.sha256(salt + content + b"%d" % seen[content]).digest())
-        seen[content] += 1
+    for digest in digests:
+        keys.append(hashlib.sha256(salt + digest + b"%d" % seen[digest]).digest())
+        seen[digest] += 1
     return table.select(torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.long))
 
 
-def _row_contents(table: ExitTable) -> list[bytes]:
-    """A digest of each row's logits and label."""
+def _sample_digests(table: ExitTable) -> list[bytes]:
+    """A digest of each sample's logits and label."""
     logits, labels = table.logits.transpose(0, 1).contiguous().numpy(), table.labels.tolist()
     return [hashlib.sha256(b"%d " % label + row.tobytes()).digest() for row, label in zip(logits, labels, strict=True)]
 
@@ -184,38 +179,42 @@ def calibrate(
     The cheapest policy within `max_accuracy_drop` is returned; without one, the most accurate within the cost asked.
     With `delta`, what was found is tested on the second half from the safest to the fastest, up to the first that
     fails (Learn then Test, https://arxiv.org/abs/2110.01052; early exits: https://arxiv.org/abs/2405.20915); if that
-    is the safest, all exits are switched off.
+    is the safest, all exits are skipped.
 
     Args:
-        table (`ExitTable`): Of rows that were not trained on, with the costs that `collect` counts.
+        table (`ExitTable`): Of samples that were not trained on, with the costs that `collect` counts.
         policy (`str`, *optional*, defaults to `"confidence"`): A built-in policy's name.
-        max_accuracy_drop (`float`, *optional*): Share of all rows, in (0, 1) with `delta`.
+        max_accuracy_drop (`float`, *optional*): Share of all samples, in (0, 1) with `delta`.
         min_speedup (`float`, *optional*): Cost of the plain model over the mean cost.
-        max_macs (`float`, *optional*): Largest mean MACs of a row.
-        max_latency (`float`, *optional*): Largest mean milliseconds of a row, by the cost table.
+        max_macs (`float`, *optional*): Largest mean MACs of a sample.
+        max_latency (`float`, *optional*): Largest mean milliseconds of a sample, by the cost table.
         delta (`float`, *optional*): Allowed probability that the true drop is above `max_accuracy_drop`.
         bound (`str`, *optional*, defaults to `"drop"`): With `delta`, what is bounded: the drop of the accuracy, or
-            the `"harm"`, the share of rows where only the full model is right, which repaired mistakes do not offset.
+            the `"harm"`, the share of samples where only the full model is right, which repaired mistakes do not
+            offset.
         labels (`bool` or `"expected"`, *optional*, defaults to `True`): `False` takes the full model's answers for the
             truth, `"expected"` its probabilities: the drop is then what they expect, a point estimate (no `delta`).
         cost_table (`CostTable`, *optional*): Measured times to save instead of MACs.
         batch_size (`int`, *optional*, defaults to 1): At which the cost table is read.
         temperature (`bool`, *optional*, defaults to `True`): Whether each exit's is fitted.
-        choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be switched off.
-        tested (`ExitTable`, *optional*): Other rows to test on, so that the whole `table` is searched on.
+        choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be skipped.
+        tested (`ExitTable`, *optional*): Other samples to test on, so that the whole `table` is searched on.
 
     Raises:
-        ValueError: A target is missing, out of range or out of reach, the costs do not fit, or the rows are too few.
+        ValueError: A target is missing, out of range or out of reach, the costs do not fit, or the samples are too
+        few.
 
     Example:
 
+        >>> from lgvit_hf.evaluation.costs import Costs
         >>> logits = torch.tensor([[[4.0, 0.0], [0.0, 0.1]], [[5.0, 0.0], [5.0, 0.0]]]).repeat(1, 50, 1)
         >>> labels, costs = torch.zeros(100, dtype=torch.long), Costs([4e6, 4e6], [1e5, 1e5])
         >>> report = calibrate(ExitTable(logits, labels, [1, 2], costs), max_accuracy_drop=0.01, temperature=False)
         >>> report.accuracy, report.exits, report.mean_macs / 1e6
         (1.0, (0,), 6.232)
     """
-    check_request(policy, max_accuracy_drop, min_speedup, max_macs, max_latency, delta, bound, cost_table is not None)
+    budgets = {"max_macs": max_macs, "max_latency": max_latency, "min_speedup": min_speedup}
+    given = check_request(policy, max_accuracy_drop, delta, bound, cost_table is not None, **budgets)
     if labels not in (True, False, "expected"):
         raise ValueError(f"labels={labels!r} must be True, False or 'expected'")
     if labels == "expected" and delta is not None:
@@ -224,65 +223,62 @@ def calibrate(
     if tested is not None:
         _check_table(tested)
         _check_pair(table, tested)
-    if not labels or labels == "expected":
+    if labels is not True:
         table, tested = table.without_labels(), None if tested is None else tested.without_labels()
     searched, tested = split_table(table) if tested is None else (_shuffled(table), _shuffled(tested))
     if labels == "expected":
         searched, tested = searched.expected(), tested.expected()
     check_rows(len(tested), max_accuracy_drop, delta, bound)
-    prices = _Prices(table.costs, cost_table, batch_size, len(table.depths))
+    costs = table.known_costs
+    if cost_table is not None:
+        cost_table.check(len(table.depths))
+        costs = cost_table.at(batch_size)
     temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in searched.logits)
     # safest first, and always within any drop: the full model
-    found = [{"name": "never"}, *candidates(searched, prices.linear, policy, temperatures, choose_exits)]
-    results = [_Result.of(tested, settings, prices) for settings in found]
-    budgets = {"max_macs": max_macs, "max_latency": max_latency, "min_speedup": min_speedup}
-    chosen = results[_choose(results, max_accuracy_drop, budgets, delta, bound)]
+    found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits)]
+    results = [_result(tested, settings, cost_table, batch_size) for settings in found]
+    chosen = _choose(results, max_accuracy_drop, given, delta, bound)
     full_accuracy = tested.right[-1].cpu().double().mean().item()
     return Calibration(
-        policy=chosen.settings,
-        exits=tuple(chosen.asked),
+        exits=tuple(chosen.evaluated),
         temperatures=temperatures,
-        accuracy=full_accuracy - chosen.drop,
         full_accuracy=full_accuracy,
-        mean_depth=torch.tensor(table.depths, dtype=torch.float64, device="cpu")[chosen.left.cpu()].mean().item(),
-        mean_macs=chosen.macs,
-        full_macs=table.costs.backbone,
-        mean_latency=chosen.latency,
-        full_latency=prices.full_latency,
+        mean_depth=torch.tensor(table.depths, dtype=torch.float64, device="cpu")[chosen.exit_index.cpu()]
+        .mean()
+        .item(),
+        full_macs=table.known_costs.backbone,
+        **chosen.figures(full_accuracy),
+        full_latency=results[0].latency,
         bound="none" if delta is None else bound,
-        n=len(tested),
+        samples_tested=len(tested),
         delta=delta,
         guaranteed_drop=None if delta is None else max_accuracy_drop,
-        frontier=tuple(
-            {
-                "policy": result.settings,
-                "accuracy": full_accuracy - result.drop,
-                "mean_macs": result.macs,
-                "mean_latency": result.latency,
-            }
-            for result in results
-        ),
-        calibration_errors=tuple(_errors(tested, chosen.left, temperatures)),
+        frontier=tuple(result.figures(full_accuracy) for result in results),
+        calibration_errors=tuple(_errors(tested, chosen.exit_index, temperatures)),
     )
 
 
-def _errors(table: ExitTable, left: Tensor, temperatures: tuple[float, ...]) -> Iterator[dict[str, float | None]]:
+def _errors(
+    table: ExitTable, exit_index: Tensor, temperatures: tuple[float, ...]
+) -> Iterator[dict[str, float | None]]:
     for index, (logits, temperature) in enumerate(zip(table.logits, temperatures, strict=True)):
-        here = left == index
+        scaled, here = logits / temperature, exit_index == index
         yield {
             "before": expected_calibration_error(logits, table.labels),
-            "after": expected_calibration_error(logits / temperature, table.labels),
-            "exited": expected_calibration_error(logits[here] / temperature, table.labels[here])
-            if here.any()
-            else None,
+            "after": expected_calibration_error(scaled, table.labels),
+            "exited": expected_calibration_error(scaled[here], table.labels[here]) if here.any() else None,
         }
 
 
 def check_rows(num_tested: int, max_accuracy_drop: float | None, delta: float | None, bound: str) -> None:
-    """Raise `ValueError` where so few rows to test on can prove nothing; it says how many can."""
-    if delta is not None and num_tested < (needed := rows_needed(bound, max_accuracy_drop, delta)):
+    """Raise `ValueError` where so few samples to test on can prove nothing; it says how many can."""
+    if (
+        delta is not None
+        and max_accuracy_drop is not None
+        and num_tested < (needed := samples_needed(bound, max_accuracy_drop, delta))
+    ):
         raise ValueError(
-            f"{num_tested} rows to test on are too few to prove a {bound} of {max_accuracy_drop:g} at "
+            f"{num_tested} samples to test on are too few to prove a {bound} of {max_accuracy_drop:g} at "
             f"delta={delta:g}: at least {needed} are needed (a table of {2 * needed}, half of which is searched on), "
             "more if any answer is lost"
         )
@@ -292,22 +288,18 @@ def _check_table(table: ExitTable) -> None:
     unknown = int((~table.logits.isfinite()).any(-1).any(0).sum())
     if unknown:
         raise ValueError(
-            f"{unknown} of {len(table)} rows have NaN or infinite logits; leave them out, or repair the model"
+            f"{unknown} of {len(table)} samples have NaN or infinite logits; leave them out, or repair the model"
         )
     strange = table.labels[(table.labels < 0) | (table.labels >= table.logits.shape[-1])]
     if len(strange):
         raise ValueError(f"labels: {int(strange[0])} is none of the {table.logits.shape[-1]} classes, from 0")
     if len(table) < 2:
-        raise ValueError(f"{len(table)} rows are too few: at least 2 are needed, one to search and one to test on")
+        raise ValueError(f"{len(table)} samples are too few: at least 2 are needed, one to search and one to test on")
     if len(table.depths) < 2:
         raise ValueError("the table has the final classifier only: there is no exit to calibrate")
-    if table.costs is None:
-        raise ValueError("the table has no costs; `collect` counts them, or give `ExitTable(..., costs=Costs(...))`")
-    if len(table.costs.backbone_costs) != len(table.depths) or len(table.costs.heads) != len(table.depths):
-        raise ValueError(
-            f"costs are of {len(table.costs.backbone_costs)} segments and {len(table.costs.heads)} heads, "
-            f"the table of {len(table.depths)}"
-        )
+    segments, heads = len(table.known_costs.backbone_costs), len(table.known_costs.heads)
+    if {segments, heads} != {len(table.depths)}:
+        raise ValueError(f"costs are of {segments} segments and {heads} heads, the table of {len(table.depths)}")
 
 
 def _check_pair(table: ExitTable, tested: ExitTable) -> None:
@@ -317,84 +309,49 @@ def _check_pair(table: ExitTable, tested: ExitTable) -> None:
             raise ValueError(f"tested is a table of another model: {name} {other}, not {one}")
     if table.logits.shape[-1] != tested.logits.shape[-1]:
         raise ValueError(f"tested is a table of {tested.logits.shape[-1]} classes, not {table.logits.shape[-1]}")
-    common = len(set(_row_contents(table)) & set(_row_contents(tested)))
+    common = len(set(_sample_digests(table)) & set(_sample_digests(tested)))
     if 2 * common > len(tested):
-        raise ValueError(f"{common} of the {len(tested)} rows to test on are in the table that is searched on too")
+        raise ValueError(f"{common} of the {len(tested)} samples to test on are in the table that is searched on too")
 
 
 def check_request(
     policy: str,
     max_accuracy_drop: float | None,
-    min_speedup: float | None,
-    max_macs: float | None,
-    max_latency: float | None,
     delta: float | None,
     bound: str,
     has_cost_table: bool,
-) -> None:
-    """Raise `ValueError` where what is asked of `calibrate` makes no sense, before any row is looked at."""
+    **budgets: float | None,
+) -> dict[str, float]:
+    """Raise `ValueError` where what is asked of `calibrate` makes no sense; the budgets that are given."""
     if policy not in SEARCHES:
         raise ValueError(f"calibrate knows the policies {', '.join(sorted(SEARCHES))}, not {policy!r}")
     if bound not in ("drop", "harm"):
         raise ValueError(f"bound={bound!r} must be 'drop' or 'harm'")
-    if max_latency is not None and not has_cost_table:
+    if budgets.get("max_latency") is not None and not has_cost_table:
         raise ValueError("max_latency needs measured times: give cost_table (`lgvit benchmark --cost-table FILE`)")
-    budgets = {"min_speedup": min_speedup, "max_macs": max_macs, "max_latency": max_latency}
-    if max_accuracy_drop is None and not any(value is not None for value in budgets.values()):
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if max_accuracy_drop is None and not given:
         raise ValueError("nothing is asked: give max_accuracy_drop, min_speedup, max_macs or max_latency")
     if delta is not None and not (max_accuracy_drop is not None and 0 < max_accuracy_drop < 1 and 0 < delta < 1):
         raise ValueError("delta, between 0 and 1, needs a max_accuracy_drop between 0 and 1")
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
-        raise ValueError(f"max_accuracy_drop={max_accuracy_drop:g} is a share of all rows, from 0 to 1")
-    for name, value in budgets.items():
-        if value is not None and not value > 0:
+        raise ValueError(f"max_accuracy_drop={max_accuracy_drop:g} is a share of all samples, from 0 to 1")
+    for name, value in given.items():
+        if not value > 0:
             raise ValueError(f"{name}={value:g} must be above 0")
-
-
-@dataclass(frozen=True)
-class _Prices:
-    """What rows cost: in MACs, and in measured time where there is a cost table."""
-
-    macs: Costs
-    table: CostTable | None
-    batch_size: int
-    num_exits: int
-
-    def __post_init__(self) -> None:
-        if self.table is not None:
-            self.table.check(self.num_exits)
-
-    @property
-    def linear(self) -> Costs:
-        """What is searched with: the same for a row whatever rows are beside it."""
-        return self.macs if self.table is None else self.table.at(self.batch_size)
-
-    def latency(self, left: Tensor, asked: list[int]) -> float | None:
-        if self.table is None:
-            return None
-        return self.table.mean_latency(shares(left, self.num_exits), asked, self.batch_size)
-
-    @property
-    def full_latency(self) -> float | None:
-        return self.latency(torch.tensor([self.num_exits - 1]), [])
+    return given
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What a candidate does on rows it was not searched on."""
+    """What a candidate does on samples it was not searched on; its latency where there is a cost table."""
 
     settings: Settings
-    left: Tensor
-    asked: list[int]
+    exit_index: Tensor
+    evaluated: list[int]
     drops: Tensor
     macs: float
     latency: float | None
-
-    @classmethod
-    def of(cls, table: ExitTable, settings: Settings, prices: _Prices) -> _Result:
-        left, asked = leaving(table, settings)
-        macs, drops = consequences(table, left, asked, prices.macs)
-        return cls(settings, left, asked, drops, macs, prices.latency(left, asked))
 
     @property
     def drop(self) -> float:
@@ -404,33 +361,42 @@ class _Result:
     def cost(self) -> float:
         return self.macs if self.latency is None else self.latency
 
+    def figures(self, full_accuracy: float) -> dict[str, Any]:
+        what = {"policy": self.settings, "accuracy": full_accuracy - self.drop}
+        return {**what, "mean_macs": self.macs, "mean_latency": self.latency}
+
+
+def _result(table: ExitTable, settings: Settings, cost_table: CostTable | None, batch_size: int) -> _Result:
+    exits, evaluated = replayed_exits(table, settings)
+    macs, drops = consequences(table, exits, evaluated, table.known_costs)
+    exiting_at = shares(exits, len(table.depths))
+    latency = None if cost_table is None else cost_table.mean_latency(exiting_at, evaluated, batch_size)
+    return _Result(settings, exits, evaluated, drops, macs, latency)
+
 
 def _choose(
     results: list[_Result],
     max_accuracy_drop: float | None,
-    budgets: dict[str, float | None],
+    budgets: dict[str, float],
     delta: float | None,
     bound: str,
-) -> int:
-    """Index of the candidate to return; the first is the full model, the others go from safest to fastest."""
-    allowed = range(len(results))
-    if delta is not None:
+) -> _Result:
+    """The candidate to return; the first is the full model, the others go from safest to fastest."""
+    allowed = results
+    if delta is not None and max_accuracy_drop is not None:
         p_values = [_p_value(result.drops.numpy(), max_accuracy_drop, delta, bound) for result in results[1:]]
-        allowed = range(1 + passed_in_order(p_values, delta))
+        allowed = results[: 1 + passed_in_order(p_values, delta)]
     elif max_accuracy_drop is not None:
-        allowed = [index for index in allowed if results[index].drop <= max_accuracy_drop]
-    spent = {
-        "max_macs": lambda result: result.macs,
-        "max_latency": lambda result: result.latency,
-        "min_speedup": lambda result: result.cost / results[0].cost,
-    }
-    limits = {name: value for name, value in budgets.items() if value is not None}
-    if "min_speedup" in limits:
-        limits["min_speedup"] = 1 / limits["min_speedup"]
-    within = [index for index in allowed if all(spent[name](results[index]) <= limits[name] for name in limits)]
+        allowed = [result for result in results if result.drop <= max_accuracy_drop]
+
+    def fits(result: _Result) -> bool:
+        spent = {"max_macs": result.macs, "max_latency": result.cost, "min_speedup": result.cost / results[0].cost}
+        return all(spent[name] <= (1 / value if name == "min_speedup" else value) for name, value in budgets.items())
+
+    within = list(filter(fits, allowed))
     if not within:
-        least = min((results[index] for index in allowed), key=lambda result: result.cost)
-        asked = ", ".join(f"{name}={value:g}" for name, value in budgets.items() if value is not None)
+        least = min(allowed, key=lambda result: result.cost)
+        asked = ", ".join(f"{name}={value:g}" for name, value in budgets.items())
         drop = "" if max_accuracy_drop is None else f" within max_accuracy_drop={max_accuracy_drop:g}"
         latency = "" if least.latency is None else f", {least.latency:g} ms"
         raise ValueError(
@@ -438,8 +404,8 @@ def _choose(
             f"a speed-up of {results[0].cost / least.cost:.3g}"
         )
     if max_accuracy_drop is None:
-        return min(within, key=lambda index: (results[index].drop, results[index].cost))
-    return min(within, key=lambda index: results[index].cost)
+        return min(within, key=lambda result: (result.drop, result.cost))
+    return min(within, key=lambda result: result.cost)
 
 
 def _p_value(drops: np.ndarray, limit: float, delta: float, bound: str) -> float:

@@ -9,20 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from scipy.stats import binom
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..data.batches import to_model
 from ..data.devices import device_name
 from ..files import write_json
+from ..hub.report_keys import current_names
 from ..modes import evaluating
+from ..policies import ExitPolicy
 from ..segments import Segment, State, height_width
-from .costs import Costs, Highway, current_names, export_of
+from .costs import Costs, Highway, export_of
 from .environment import processor_name
 from .timing import PartTimes, time_interleaved, time_parts
 
@@ -32,16 +35,16 @@ class CostTable:
     """Wall-clock of each part of a highway at several batch sizes, each number a median over repeats.
 
     Args:
-        batch_sizes (`list[int]`): Ascending. Between two of them times are interpolated linearly; no rows, no time.
+        batch_sizes (`list[int]`): Ascending. Between two of them times are interpolated linearly; no samples, no time.
         backbone_costs (`list[list[float]]`):
             Seconds of each segment's blocks at each batch size, `[segment][batch size]`, the stem in the first. Of an
             exported highway, with the head, which is in one file with them and always run.
         heads (`list[list[float]]`):
-            Likewise of each segment's exit: its head, the policy, and the wait for how many rows leave; last, the
+            Likewise of each segment's exit: its head, the policy, and the wait for how many samples exit; last, the
             final classifier and writing down its answers. Of an exported highway, without the head itself.
         select (`list[list[float]]`):
-            Likewise of letting some rows go at an exit and carrying the others on; paid where neither none nor all
-            leave. 0 behind the final classifier.
+            Likewise of letting some samples exit at an exit and carrying the others on; paid where neither none nor
+            all exit. 0 after the final classifier.
         threads (`int`): Of the processor.
         device (`str`): What it was measured on.
         model (`str`): What was measured, as `architecture` says it.
@@ -60,7 +63,7 @@ class CostTable:
         ...     device="cpu",
         ...     model="an example",
         ... )
-        >>> table.at(8).backbone_costs, table.mean_latency([0.5, 0.5], asked=[0], batch_size=1)
+        >>> table.at(8).backbone_costs, table.mean_latency([0.5, 0.5], evaluated=[0], batch_size=1)
         ([2.0, 2.0], 7.5)
     """
 
@@ -94,30 +97,28 @@ class CostTable:
             model (`str`, *optional*): As `architecture` says it.
         """
         if num_exits != len(self.backbone_costs):
-            raise ValueError(
-                f"the cost table is of {len(self.backbone_costs)} exits, the final classifier counted, but the model "
-                f"has {num_exits}; measure this one with `lgvit benchmark --cost-table FILE`"
-            )
-        if model is not None and model != self.model:
-            raise ValueError(
-                f"the cost table is of {self.model}, not of {model}; measure this one with "
-                "`lgvit benchmark --cost-table FILE`"
-            )
+            what = f"{len(self.backbone_costs)} exits, the final classifier counted, but the model has {num_exits}"
+        elif model not in (None, self.model):
+            what = f"{self.model}, not of {model}"
+        else:
+            return
+        raise ValueError(f"the cost table is of {what}; measure this one with `lgvit benchmark --cost-table FILE`")
 
     def at(self, batch_size: int) -> Costs:
         """Milliseconds per image in each part when the whole batch stays to the end."""
-        backbone_costs, heads, _ = (times[:, batch_size] * 1e3 / batch_size for times in self._by_rows(batch_size))
-        return Costs(backbone_costs.tolist(), heads.tolist())
+        times = self._by_samples(batch_size)[:2, :, batch_size] * 1e3 / batch_size
+        return Costs(*times.tolist())
 
-    def mean_latency(self, shares: Sequence[float], asked: Sequence[int], batch_size: int) -> float:
-        """Expected milliseconds per image of a batch, of which fewer and fewer rows go on.
+    def mean_latency(self, shares: Sequence[float], evaluated: Sequence[int], batch_size: int) -> float:
+        """Expected milliseconds per image of a batch, of which fewer and fewer samples go on.
 
-        Rows leave independently of one another, so that the number left at a segment is binomial; its time is averaged
-        over that number. Letting rows go is paid where some leave and some stay.
+        Samples exit independently of one another, so that the number left at a segment is binomial; its time is
+        averaged over that number. Letting samples exit is paid where some exit and some do not.
 
         Args:
-            shares (`Sequence[float]`): Of the rows that leave at each exit, the final classifier last; they sum to 1.
-            asked (`Sequence[int]`): Exits whose heads are run, by index from 0; the final classifier always is.
+            shares (`Sequence[float]`): Of the samples that exit at each exit, the final classifier last; they sum to
+                1.
+            evaluated (`Sequence[int]`): Exits whose heads are run, by index from 0; the final classifier always is.
             batch_size (`int`): At most the largest measured.
 
         Raises:
@@ -125,36 +126,33 @@ class CostTable:
         """
         if len(shares) != len(self.backbone_costs):
             raise ValueError(f"{len(shares)} shares, but the cost table is of {len(self.backbone_costs)} exits")
-        backbone_costs, heads, select = self._by_rows(batch_size)
+        backbone_costs, heads, select = self._by_samples(batch_size)
         last, seconds = len(shares) - 1, 0.0
-        rows = np.arange(batch_size + 1)
-        for index, leaving in enumerate(shares):
+        samples = np.arange(batch_size + 1)
+        for index, exiting in enumerate(shares):
             reached = sum(shares[index:])
             if reached <= 0:
                 break
-            chances = binom.pmf(rows, batch_size, min(1.0, reached))
+            chances = binom.pmf(samples, batch_size, min(1.0, reached))
             seconds += float(chances @ backbone_costs[index])
-            if index in asked or index == last:
+            if index in evaluated or index == last:
                 seconds += float(chances @ heads[index])
-            if index in asked and index != last:
-                share = min(1.0, leaving / reached)
-                some = 1 - share**rows - (1 - share) ** rows
+            if index in evaluated and index != last:
+                share = min(1.0, exiting / reached)
+                some = 1 - share**samples - (1 - share) ** samples
                 seconds += float((chances * some)[1:] @ select[index][1:])
         return seconds * 1e3 / batch_size
 
-    def _by_rows(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Seconds of `backbone_costs`, `heads` and `select` of 0 to `batch_size` samples, `[segment, samples]`."""
+    def _by_samples(self, batch_size: int) -> np.ndarray:
+        """Seconds of `backbone_costs`, `heads` and `select` of 0 to `batch_size` samples, `[3, segment, samples]`."""
         if not 1 <= batch_size <= self.batch_sizes[-1]:
             raise ValueError(
                 f"batch_size={batch_size} is outside the cost table's 1 to {self.batch_sizes[-1]}; measure it with "
                 f"`lgvit benchmark --batch-sizes {batch_size}`"
             )
-        rows, known = np.arange(batch_size + 1), [0, *self.batch_sizes]
-        backbone_costs, heads, select = (
-            np.array([np.interp(rows, known, [0.0, *times]) for times in part])
-            for part in (self.backbone_costs, self.heads, self.select)
-        )
-        return backbone_costs, heads, select
+        samples, known = np.arange(batch_size + 1), [0, *self.batch_sizes]
+        parts = np.array([self.backbone_costs, self.heads, self.select])
+        return np.apply_along_axis(lambda times: np.interp(samples, known, [0.0, *times]), -1, parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON takes it; `CostTable(**settings)` is the way back."""
@@ -198,7 +196,8 @@ def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> Cost
 
     def medians(part: Callable[[PartTimes], list[float]]) -> list[list[float]]:
         times = [paces[size] * np.median([part(walk) for walk in walks[size]], axis=0) for size in sizes]
-        return np.array(times).T.tolist()
+        table: list[list[float]] = np.array(times).T.tolist()
+        return table
 
     return CostTable(
         batch_sizes=sizes,
@@ -213,7 +212,7 @@ def cost_table(model: Highway, walks: Mapping[int, Sequence[PartTimes]]) -> Cost
 
 def _pace(walks: Sequence[PartTimes]) -> float:
     parts = np.median([[*walk.backbone_costs(), *walk.heads, *walk.select] for walk in walks], axis=0)
-    return statistics.median(walk.total for walk in walks) / parts.sum()
+    return statistics.median(walk.total for walk in walks) / float(parts.sum())
 
 
 @torch.no_grad()
@@ -226,7 +225,7 @@ def measure_cost_table(
         model (`Highway`): Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode.
         pixels (`Tensor`): `[B, C, H, W]`, at least as many images as the largest batch; their content does not matter.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8, 32)`):
-            The powers of two below the largest are measured too, since fewer and fewer rows of a batch go on.
+            The powers of two below the largest are measured too, since fewer and fewer samples of a batch go on.
         repeats (`int`, *optional*, defaults to 15): Walks at each batch size, after two to warm up.
 
     Raises:
@@ -242,15 +241,22 @@ def measure_cost_table(
     """
     sizes = measured_sizes(batch_sizes, len(pixels))
     with evaluating(model):
-        segments, policy = timed_segments(model), model.exit_policy
-        walks: dict[int, list[PartTimes]] = {size: [] for size in sizes}
+        segments = timed_segments(model)
+        return cost_table(model, time_walks(segments, model.exit_policy, to_model(pixels, model), sizes, repeats))
 
-        def walk(size: int) -> None:
-            state = State({"pixel_values": to_model(pixels[:size], model)})
-            walks[size].append(time_parts(segments, state, policy))
 
-        time_interleaved({str(size): partial(walk, size) for size in sizes}, repeats=repeats)
-    return cost_table(model, {size: times[-repeats:] for size, times in walks.items()})
+@torch.no_grad()
+def time_walks(
+    segments: Sequence[Segment], policy: ExitPolicy, pixels: Tensor, batch_sizes: Sequence[int], repeats: int
+) -> dict[int, list[PartTimes]]:
+    """Walks through a highway at each batch size, in turn, after two to warm up."""
+    walks: dict[int, list[PartTimes]] = {size: [] for size in batch_sizes}
+
+    def walk(size: int) -> None:
+        walks[size].append(time_parts(segments, State({"pixel_values": pixels[:size]}), policy))
+
+    time_interleaved({str(size): partial(walk, size) for size in batch_sizes}, repeats=repeats)
+    return {size: times[-repeats:] for size, times in walks.items()}
 
 
 def measured_sizes(batch_sizes: Sequence[int], num_images: int) -> list[int]:
@@ -273,7 +279,7 @@ def measured_sizes(batch_sizes: Sequence[int], num_images: int) -> list[int]:
 
 
 def timed_segments(model: Highway) -> list[Segment]:
-    """The segments of a highway that leaves early.
+    """The segments of a highway that exits early.
 
     Raises:
         ValueError: It is exported in one file, which decides inside, or in one that runs every exit.
@@ -281,7 +287,7 @@ def timed_segments(model: Highway) -> list[Segment]:
     exported = export_of(model)
     if exported is not None and exported.layout == "all_exits":
         raise ValueError(
-            "layout 'all_exits' runs every exit of every row, which no policy makes faster; export with "
+            "layout 'all_exits' runs every exit of every sample, which no policy makes faster; export with "
             "layout='segments' to see what each part takes"
         )
     return model.segments()
@@ -295,14 +301,9 @@ def threads_of(model: Highway) -> int:
 
 def machine(model: Highway) -> dict[str, Any]:
     """On what, and with what, a highway is timed: `dtype`, `device`, `processor`, `threads` and versions."""
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "processor": processor_name(),
-        "threads": threads_of(model),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    runs_on = {"device": device_name(model.device), "processor": processor_name(), "threads": threads_of(model)}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"dtype": str(model.dtype).removeprefix("torch."), **runs_on, **versions}
 
 
 def architecture(model: Highway) -> str:
@@ -311,7 +312,8 @@ def architecture(model: Highway) -> str:
     height, width = height_width(config.image_size)
     exits = ", ".join(f"{exit.after} {exit.head}" for exit in config.exits)
     if exported is None:
-        extent, numbers = f"{model.num_parameters()} parameters", str(model.dtype).removeprefix("torch.")
+        extent = f"{cast(PreTrainedModel, model).num_parameters()} parameters"
+        numbers = str(model.dtype).removeprefix("torch.")
     else:
         extent = f"{exported.file_bytes / 1e6:.1f} MB of ONNX, layout {exported.layout}"
         numbers = exported.precision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PretrainedConfig
 
 from ..hub.loading import example_image
 from ..modes import evaluating
@@ -27,7 +26,7 @@ class Costs:
         backbone_costs (`list[float]`): Of the blocks of each segment, the stem counted with the first.
         heads (`list[float]`): Of the exit of each segment, the final classifier last.
         fused (`bool`, *optional*, defaults to `False`):
-            Whether each head runs with its blocks even where its exit is not asked, as in an exported file.
+            Whether each head runs with its blocks even where its exit is skipped, as in an exported file.
     """
 
     backbone_costs: list[float]
@@ -39,52 +38,40 @@ class Costs:
         """The plain model: all blocks and the final classifier."""
         return sum(self.backbone_costs) + self.heads[-1]
 
-    def of_exit(self, exit_index: int, asked: Sequence[int] | None = None) -> float:
-        """Cost of a row that leaves at an exit: blocks until there and every head it was asked at.
+    def of_exit(self, exit_index: int, evaluated: Sequence[int] | None = None) -> float:
+        """Cost of a sample that exits at an exit: blocks until there and every head evaluated on the way.
 
         Args:
             exit_index (`int`): From 0, the final classifier last.
-            asked (`Sequence[int]`, *optional*): Exits whose heads are run; all by default, and where they are `fused`.
+            evaluated (`Sequence[int]`, *optional*):
+                Exits whose heads are run; all by default, and where they are `fused`.
 
         Example:
 
             >>> Costs(backbone_costs=[4.0, 8.0], heads=[1.0, 0.5]).of_exit(1)
             13.5
         """
-        everyone = asked is None or self.fused
-        passed = range(exit_index) if everyone else [index for index in asked if index < exit_index]
-        return (
-            sum(self.backbone_costs[: exit_index + 1])
-            + sum(self.heads[index] for index in passed)
-            + self.heads[exit_index]
-        )
+        passed: Sequence[int] = range(exit_index)
+        if evaluated is not None and not self.fused:
+            passed = [index for index in evaluated if index < exit_index]
+        heads = sum(self.heads[index] for index in passed) + self.heads[exit_index]
+        return sum(self.backbone_costs[: exit_index + 1]) + heads
 
-    def mean(self, shares: Sequence[float], asked: Sequence[int] | None = None) -> float:
-        """Mean cost of a row when `shares[e]` of the rows leave at exit `e`.
+    def mean(self, shares: Sequence[float], evaluated: Sequence[int] | None = None) -> float:
+        """Mean cost of a sample when `shares[e]` of the samples exit at exit `e`.
 
         Example:
 
             >>> Costs(backbone_costs=[4.0, 8.0], heads=[1.0, 0.5]).mean([0.5, 0.5])
             9.25
         """
-        return sum(share * self.of_exit(index, asked) for index, share in enumerate(shares))
+        return sum(share * self.of_exit(index, evaluated) for index, share in enumerate(shares))
 
     @property
     def trunks(self) -> list[float]:
         """The old name of `backbone_costs`."""
         warnings.warn("Costs.trunks is now Costs.backbone_costs", DeprecationWarning, stacklevel=2)
         return self.backbone_costs
-
-
-def current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Costs read from a file, under the names of today.
-
-    Example:
-
-        >>> current_names({"trunks": [4.0], "heads": [0.5]})
-        {'backbone_costs': [4.0], 'heads': [0.5]}
-    """
-    return {"backbone_costs" if name == "trunks" else name: value for name, value in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -112,17 +99,26 @@ class Exported:
 class Highway(Protocol):
     """What evaluation takes: one of our models of PyTorch, or an `ORTHighway`, which has `exported` besides."""
 
-    config: PretrainedConfig
-    device: torch.device
-    dtype: torch.dtype
+    config: Any
     training: bool
     exit_policy: ExitPolicy
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its images."""
+
+    def modules(self) -> Iterator[Any]:
+        """Itself and what is inside, each with its `training`."""
 
     def segments(self) -> list[Segment]:
         """The highway as a list of segments, the final classifier's last."""
 
     def set_exit_policy(self, policy: Any, **parameters: Any) -> None:
-        """Choose when rows leave."""
+        """Choose when samples exit."""
 
     def eval(self) -> Any:
         """Make it ready to answer."""
@@ -140,7 +136,7 @@ def export_of(model: Highway) -> Exported | None:
 
 
 def decides_inside(model: Highway) -> bool:
-    """Whether a model is one exported file, which does not say what an exit answers where a row does not leave."""
+    """Whether a model is one exported file, which does not say what an exit answers where a sample does not exit."""
     exported = export_of(model)
     return exported is not None and exported.layout == "single"
 

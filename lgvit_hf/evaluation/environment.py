@@ -9,23 +9,9 @@ import sys
 from pathlib import Path
 
 PACKAGES = (
-    "lgvit-hf",
-    "torch",
-    "transformers",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "datasets",
-    "evaluate",
-    "accelerate",
-    "huggingface-hub",
-    "optimum",
-    "optimum-onnx",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "torchvision",
-)
+    "lgvit-hf torch transformers safetensors numpy pillow datasets evaluate accelerate huggingface-hub optimum "
+    "optimum-onnx onnx onnxscript onnxruntime torchvision"
+).split()
 FIRST_SAFE_TRANSFORMERS = (5, 3)
 
 

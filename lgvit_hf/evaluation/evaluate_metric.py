@@ -12,6 +12,8 @@ try:
 except ImportError as error:
     raise ImportError('HighwayMetric is a metric of the evaluate library: pip install "lgvit-hf[train]"') from error
 
+from .metrics import macro_f1
+
 _DESCRIPTION = "Accuracy and macro-F1 of a classifier and, where its depths are given, how early it answers."
 
 _INPUTS = """
@@ -23,7 +25,7 @@ Args:
 
 Returns:
     `accuracy`, and `macro_f1` over the classes that occur; with `exit_layer` also `mean_depth` in blocks and
-    `layer_speed_up`, `num_blocks / mean_depth`. All are `None` where there are no rows.
+    `layer_speed_up`, `num_blocks / mean_depth`. All are `None` where there are no samples.
 """
 
 
@@ -76,7 +78,7 @@ class HighwayMetric(evaluate.Metric):  # type: ignore[misc]  # a package without
     ) -> dict[str, float | None]:
         figures = {
             "accuracy": _mean(predictions == references),
-            "macro_f1": _mean(_f1_by_class(predictions, references)),
+            "macro_f1": macro_f1(predictions, references) if len(references) else None,
         }
         if exit_layer is None:
             return figures
@@ -92,14 +94,6 @@ class HighwayMetric(evaluate.Metric):  # type: ignore[misc]  # a package without
             )
         depth = _mean(exit_layer)
         return {**figures, "mean_depth": depth, "layer_speed_up": self.num_blocks / depth if depth else None}
-
-
-def _f1_by_class(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Twice the right answers over the rows that are, and that are said to be, of each class that occurs."""
-    classes, numbers = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    occurs = np.bincount(numbers, minlength=len(classes))
-    right = np.bincount(numbers[: len(predictions)][predictions == references], minlength=len(classes))
-    return 2 * right / occurs
 
 
 def _mean(values: np.ndarray) -> float | None:

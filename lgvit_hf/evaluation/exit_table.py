@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..data.batches import in_batches, to_model
+from ..data.batches import Samples, in_batches, to_model
 from ..engine import Answers, replay, run_all
 from ..files import add_files
+from ..hub.report_keys import current_names
 from ..modes import evaluating
 from ..policies import ExitPolicy, build_policy, probabilities
 from ..segments import State
-from .costs import Costs, Highway, current_names, export_of, model_macs
+from .costs import Costs, Highway, export_of, model_macs
 
 
 @dataclass(frozen=True)
 class ExitTable:
-    """What every exit says of every row.
+    """What every exit says of every sample.
 
     Args:
         logits (`Tensor`): `[E, N, C]` float32, shallowest exit first, the final classifier last.
         labels (`Tensor`): `[N]` int64.
         depths (`list[int]`): Blocks run before each exit, from 1.
-        costs (`Costs`, *optional*): MACs of each segment's blocks and head for one row.
+        costs (`Costs`, *optional*): MACs of each segment's blocks and head for one sample.
         weights (`str`, *optional*): Digest of the model's weights, by which a table of another model is known.
 
     Example:
@@ -53,6 +52,19 @@ class ExitTable:
     costs: Costs | None = None
     weights: str | None = None
 
+    @property
+    def known_costs(self) -> Costs:
+        """The costs.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.costs is None:
+            raise ValueError(
+                "the table has no costs; `collect` counts them, or give `ExitTable(..., costs=Costs(...))`"
+            )
+        return self.costs
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -61,7 +73,7 @@ class ExitTable:
     ) -> Answers:
         """What the model would answer under `policy`: the same loop as the model's, on the stored logits."""
         policy = build_policy(policy, len(self.depths) - 1)
-        return replay(self.logits, self.depths, policy, min_depth=min_depth, max_depth=max_depth)
+        return replay(self.logits.unbind(), self.depths, policy, min_depth=min_depth, max_depth=max_depth)
 
     @cached_property
     def right(self) -> Tensor:
@@ -69,11 +81,11 @@ class ExitTable:
         return is_right(self.logits, self.labels)
 
     def accuracies(self) -> list[float]:
-        """Share of all rows that each exit answers rightly."""
+        """Share of all samples that each exit answers rightly."""
         return self.right.float().mean(-1).tolist()
 
     def select(self, rows: Tensor) -> ExitTable:
-        """The table of some rows, by number `[K]` int64, in that order."""
+        """The table of some samples, by number `[K]` int64, in that order."""
         return replace(self, logits=self.logits[:, rows], labels=self.labels[rows])
 
     def without_labels(self) -> ExitTable:
@@ -96,9 +108,8 @@ class ExitTable:
 
     def save(self, file: str | Path) -> None:
         """Write the table to one safetensors file, depths and costs as JSON in its header; all of it or nothing."""
-        file = Path(file)
+        file, costs = Path(file), None if self.costs is None else asdict(self.costs)
         tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
-        costs = None if self.costs is None else asdict(self.costs)
         settings = {"depths": list(self.depths), "costs": costs, "weights": self.weights}
         with add_files(file.parent) as folder:
             save_file(tensors, folder / file.name, metadata={"exit_table": json.dumps(settings)})
@@ -153,15 +164,15 @@ def is_right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64, num_workers: int | None = None) -> ExitTable:
-    """Run every exit of a highway on every row of a dataset, in `eval()` mode, and count the MACs of one row.
+def collect(model: Highway, dataset: Samples, *, batch_size: int = 64, num_workers: int | None = None) -> ExitTable:
+    """Run every exit of a highway on every sample of a dataset, in `eval()` mode, and count the MACs of one sample.
 
     Args:
         model (`Highway`): Of PyTorch, or an `ORTHighway` of the layouts `segments` and `all_exits`.
         dataset (`Dataset`):
             Items `{"pixel_values": [C, H, W], "labels": int}`; where there are no labels, the full model's answers
             stand for them.
-        batch_size (`int`, *optional*, defaults to 64): Rows at a time.
+        batch_size (`int`, *optional*, defaults to 64): Samples at a time.
         num_workers (`int`, *optional*):
             Processes that read images; by default none on a CPU, and a few beside an accelerator.
 
@@ -171,15 +182,17 @@ def collect(model: Highway, dataset: Dataset, *, batch_size: int = 64, num_worke
     if len(dataset) == 0:
         raise ValueError("there is no image to collect exits for: the dataset is empty")
     with evaluating(model):
-        segments, logits, labels, costs, start = model.segments(), None, [], None, 0
-        for batch in _progress(in_batches(dataset, batch_size, num_workers=num_workers)):
+        batches = in_batches(dataset, batch_size, num_workers=num_workers)
+        segments, logits, costs, start = model.segments(), torch.empty(0), None, 0
+        labels: list[Tensor] = []
+        for batch in logging.tqdm(batches, desc="exits", leave=False):
             pixels = to_model(batch["pixel_values"], model)
             exit_logits = run_all(segments, State({"pixel_values": pixels}))
-            if logits is None:  # all of the table at once: it may be too large to be there twice
+            if not labels:  # all of the table at once: it may be too large to be there twice
                 logits = torch.empty(len(segments), len(dataset), exit_logits[-1].shape[-1], dtype=torch.float32)
             here = logits[:, start : start + len(pixels)]
-            for rows, answered in zip(here, exit_logits, strict=True):
-                rows.copy_(answered)
+            for samples, answered in zip(here, exit_logits, strict=True):
+                samples.copy_(answered)
             labels.append(batch.get("labels", here[-1].argmax(-1)))
             costs, start = costs or model_macs(model, pixels[:1]), start + len(pixels)
     depths = [segment.depth for segment in segments]
@@ -194,13 +207,9 @@ def weights_digest(model: Highway) -> str | None:
     exported = export_of(model)
     if exported is not None:
         return exported.digest
-    digest, state = hashlib.sha256(), model.state_dict()
+    digest, state = hashlib.sha256(), cast("nn.Module", model).state_dict()
     if any(tensor.is_meta for tensor in state.values()):
         return None
     for name, tensor in sorted(state.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _progress(batches: Iterable) -> Iterable:
-    return logging.tqdm(batches, desc="exits", leave=False)

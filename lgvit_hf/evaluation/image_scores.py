@@ -7,11 +7,10 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PretrainedConfig
 from transformers.utils import logging
 
-from ..data.batches import in_batches, to_model
+from ..data.batches import Samples, in_batches, to_model
 from ..engine import run_all
 from ..modeling_avit import AViT
 from ..policies import ExitPolicy, number_at, probabilities
@@ -24,14 +23,14 @@ SCORES = {
     "entropy": ("entropy, nats", "threshold"),
     "margin": ("margin", "threshold"),
     "confidence_entropy": ("largest probability", "threshold"),
-    "label_confidence": ("least sure label", "threshold"),
+    "label_confidence": ("least confident label", "threshold"),
     "patience": ("exits that agree", "patience"),
-    "patience_confidence": ("sure exits in a row", "patience"),
+    "patience_confidence": ("confident exits in a row", "patience"),
 }
 
 
 @torch.no_grad()
-def token_depths(model: AViT, dataset: Dataset, *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def token_depths(model: AViT, dataset: Samples, *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """How deep the tokens of every image of a dataset go, and what is answered.
 
     Args:
@@ -79,7 +78,7 @@ def patch_grid(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def first_and_last(exit_layer: Tensor, count: int) -> list[int]:
-    """The images that left first and those that left last, half of each, by depth; at one depth by number.
+    """The images that exited first and those that exited last, half of each, by depth; at one depth by number.
 
     Args:
         exit_layer (`Tensor`): `[M]`, blocks run.
@@ -97,14 +96,14 @@ def first_and_last(exit_layer: Tensor, count: int) -> list[int]:
 
 @torch.no_grad()
 def scores_by_exit(model: Highway, pixel_values: Tensor) -> Tensor:
-    """What the policy sees of images at each exit, if none leaves before.
+    """What the policy sees of images at each exit, if none exits before.
 
     Args:
         model (`Highway`): In `eval()` mode, with its policy.
         pixel_values (`Tensor`): `[N, C, H, W]`.
 
     Returns:
-        `[E, N]` float32 on the CPU, the final classifier last; NaN at exits that the policy does not ask.
+        `[E, N]` float32 on the CPU, the final classifier last; NaN at exits that the policy skips.
     """
     pixels, policy = to_model(pixel_values, model), model.exit_policy
     logits_by_exit = run_all(model.segments(), State({"pixel_values": pixels}))
@@ -130,8 +129,8 @@ def limits_of(policy: ExitPolicy, num_exits: int) -> list[float | None]:
     if policy.name not in SCORES:
         return [None] * (num_exits + 1)
     numbers = getattr(policy, SCORES[policy.name][1])
-    asked = [not policy.skips(index) for index in range(num_exits)]
-    return [number_at(numbers, index, math.nan) if here else None for index, here in enumerate(asked)] + [None]
+    evaluated = [not policy.skips(index) for index in range(num_exits)]
+    return [number_at(numbers, index, math.nan) if here else None for index, here in enumerate(evaluated)] + [None]
 
 
 def as_seen(pixel_values: Tensor, processor: BaseImageProcessor) -> np.ndarray:
@@ -151,9 +150,10 @@ def as_seen(pixel_values: Tensor, processor: BaseImageProcessor) -> np.ndarray:
         [[[[0, 153, 255]]]]
     """
     pixels = pixel_values.float().cpu()
-    if getattr(processor, "do_normalize", None):
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    settings = processor.to_dict()  # type: ignore[no-untyped-call]  # transformers declares no types here
+    if settings.get("do_normalize"):
+        mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
         pixels = pixels * std + mean
-    if getattr(processor, "do_rescale", None):
-        pixels = pixels / processor.rescale_factor
+    if settings.get("do_rescale"):
+        pixels = pixels / settings["rescale_factor"]
     return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

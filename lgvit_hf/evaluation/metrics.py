@@ -1,13 +1,15 @@
-"""What a policy does to a table: accuracy, calibration, where rows leave, depth and cost. Plain numbers in dicts.
+"""What a policy does to a table: accuracy, calibration, where samples exit, depth and cost. Plain numbers in dicts.
 
-What is undefined, such as the accuracy of no rows, is `None`; no figure is NaN or infinite, so that all of it is JSON.
+What is undefined, such as the accuracy of no samples, is `None`; no figure is NaN or infinite, so that all of it is
+JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def summarise(
 
     Args:
         table (`ExitTable`): Logits and labels.
-        answers (`Answers`): Of a policy, on the same rows, from `table.replay` or from the model.
+        answers (`Answers`): Of a policy, on the same samples, from `table.replay` or from the model.
         costs (`Costs`): In MACs.
         head_names (`list[str]`): Of each classifier, the last included.
         policy (`ExitPolicy`, *optional*):
@@ -37,7 +39,7 @@ def summarise(
 
     Returns:
         `{"exits": [...], "overall": {...}}`; accuracies and calibration errors are shares in [0, 1], `None` where no
-        row leaves.
+        sample exits.
 
     Example:
 
@@ -50,29 +52,30 @@ def summarise(
         (1.0, 7.5)
     """
     right = answers.logits.argmax(-1) == table.labels
-    exits, total = [], len(table)
-    asked = [index for index in range(len(table.depths)) if policy is None or not policy.skips(index)]
+    exits: list[dict[str, Any]] = []
+    total = len(table)
+    evaluated = [index for index in range(len(table.depths)) if policy is None or not policy.skips(index)]
     diagrams = reliability_by_exit(table, answers, policy)
     for index, (depth, accuracy, head) in enumerate(zip(table.depths, table.accuracies(), head_names, strict=True)):
         here = answers.exit_index == index
-        rows = int(here.sum())
+        exited = int(here.sum())
         exits.append(
             {
-                "position": depth,
+                "exit_layer": depth,
                 "head": head,
-                "rows": rows,
-                "share": rows / total,
-                "accuracy_exited": right[here].float().mean().item() if rows else None,
+                "samples": exited,
+                "share": exited / total,
+                "accuracy_exited": right[here].float().mean().item() if exited else None,
                 "accuracy_all": accuracy,
-                "calibration_error_exited": _calibration_error(diagrams[index]["reliability_exited"]),
-                "calibration_error_all": _calibration_error(diagrams[index]["reliability_all"]),
-                "macs": costs.of_exit(index, asked),
+                "calibration_error_exited": calibration_error(diagrams[index]["reliability_exited"]),
+                "calibration_error_all": calibration_error(diagrams[index]["reliability_all"]),
+                "macs": costs.of_exit(index, evaluated),
                 "head_macs": costs.heads[index],
             }
         )
     mean_macs = sum(exit["share"] * exit["macs"] for exit in exits)
     overall = {
-        "rows": total,
+        "samples": total,
         "accuracy": right.float().mean().item(),
         "accuracy_full_model": table.accuracies()[-1],
         "mean_depth": answers.exit_layer.float().mean().item(),
@@ -85,10 +88,10 @@ def summarise(
 
 
 def confusion_matrix(answers: Answers, labels: Tensor, num_classes: int) -> list[list[int]]:
-    """How many rows of each class (first index) were answered as each class (second index).
+    """How many samples of each class (first index) were answered as each class (second index).
 
     Args:
-        answers (`Answers`): Of `N` rows.
+        answers (`Answers`): Of `N` samples.
         labels (`Tensor`): `[N]` int64, their classes.
         num_classes (`int`): `C`.
 
@@ -113,20 +116,33 @@ def confusion_matrix(answers: Answers, labels: Tensor, num_classes: int) -> list
     return counts.view(num_classes, num_classes).tolist()
 
 
+def macro_f1(answers: np.ndarray, labels: np.ndarray) -> float:
+    """The mean F1 score of the classes that occur among the labels `[N]` or the answers `[N]`.
+
+    Example:
+
+        >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]))
+        0.666...
+    """
+    classes, numbers = np.unique(np.concatenate([answers, labels]), return_inverse=True)
+    right = np.bincount(numbers[: len(answers)][answers == labels], minlength=len(classes))
+    return float((2 * right / np.bincount(numbers)).mean())
+
+
 def per_class(
     answers: Answers, labels: Tensor, num_blocks: int, class_names: Sequence[str]
 ) -> list[dict[str, str | int | float | None]]:
     """Figures of each class under a policy: which are answered early, and which pay for it.
 
     Args:
-        answers (`Answers`): Of `N` rows.
+        answers (`Answers`): Of `N` samples.
         labels (`Tensor`): `[N]` int64, their classes.
         num_blocks (`int`): Of the full model; an answer from fewer blocks is early.
         class_names (`Sequence[str]`): Of all `C` classes, in the order of their numbers.
 
     Returns:
-        For each class `name`, `rows`, `accuracy` (the share of its rows that are answered rightly: its recall),
-        `precision` (the share of the answers naming it that are right), `mean_depth` and `early_share` of its rows.
+        For each class `name`, `samples`, `accuracy` (the share of its samples that are answered rightly: its recall),
+        `precision` (the share of the answers naming it that are right), `mean_depth` and `early_share` of its samples.
         What there is nothing to take a share of is `None`.
 
     Raises:
@@ -137,7 +153,7 @@ def per_class(
         >>> answers = Answers.of(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), 0, 4, torch.ones(3))
         >>> cat, dog = per_class(answers, torch.tensor([0, 0, 1]), num_blocks=12, class_names=["cat", "dog"])
         >>> cat
-        {'name': 'cat', 'rows': 2, 'accuracy': 0.5, 'precision': 1.0, 'mean_depth': 4.0, 'early_share': 1.0}
+        {'name': 'cat', 'samples': 2, 'accuracy': 0.5, 'precision': 1.0, 'mean_depth': 4.0, 'early_share': 1.0}
         >>> dog["accuracy"], dog["precision"]
         (1.0, 0.5)
     """
@@ -148,7 +164,7 @@ def per_class(
     return [
         {
             "name": name,
-            "rows": sum(counts),
+            "samples": sum(counts),
             "accuracy": _ratio(counts[number], sum(counts)),
             "precision": _ratio(counts[number], answered[number]),
             "mean_depth": _ratio(blocks[number], sum(counts)),
@@ -162,25 +178,25 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[dict[
     """The bins of a reliability diagram (https://arxiv.org/abs/1706.04599), in order; all have the width `1 / bins`.
 
     Args:
-        confidence (`Tensor`): `[N]`, the probability of each row's answer; NaN counts as 0.
+        confidence (`Tensor`): `[N]`, the probability of each sample's answer; NaN counts as 0.
         right (`Tensor`): `[N]` bool, whether that answer is right, or how likely.
         bins (`int`, *optional*, defaults to 15): Open below, closed above.
 
     Returns:
-        For each bin `rows`, and their mean `confidence` and `accuracy`, `None` without rows.
+        For each bin `samples`, and their mean `confidence` and `accuracy`, `None` without samples.
 
     Example:
 
         >>> reliability(torch.tensor([0.75, 1.0, 0.25]), torch.tensor([True, False, False]), bins=2)
-        [{'rows': 1, 'confidence': 0.25, 'accuracy': 0.0}, {'rows': 2, 'confidence': 0.875, 'accuracy': 0.5}]
+        [{'samples': 1, 'confidence': 0.25, 'accuracy': 0.0}, {'samples': 2, 'confidence': 0.875, 'accuracy': 0.5}]
     """
     # not every accelerator has float64
     confidence, right = confidence.cpu().double().nan_to_num(0.0), right.cpu()
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    rows = torch.bincount(bin_of, minlength=bins).tolist()
-    sums = zip(rows, _sums(confidence, bin_of, bins), _sums(right, bin_of, bins), strict=True)
+    samples = torch.bincount(bin_of, minlength=bins).tolist()
+    sums = zip(samples, _sums(confidence, bin_of, bins), _sums(right, bin_of, bins), strict=True)
     return [
-        {"rows": count, "confidence": _ratio(mass, count), "accuracy": _ratio(hits, count)}
+        {"samples": count, "confidence": _ratio(mass, count), "accuracy": _ratio(hits, count)}
         for count, mass, hits in sums
     ]
 
@@ -194,7 +210,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
         bins (`int`, *optional*, defaults to 15): Open below, closed above.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: There are no samples.
 
     Example:
 
@@ -202,46 +218,42 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
         >>> round(expected_calibration_error(logits, torch.tensor([0, 0, 0, 1])), 2)
         0.25
     """
-    error = _calibration_error(_diagram(logits, labels, 1.0, bins))
+    error = calibration_error(_diagram(logits, labels, 1.0, bins))
     if error is None:
-        raise ValueError("logits: no rows have no calibration error; give at least one")
+        raise ValueError("logits: without samples there is no calibration error; give at least one")
     return error
 
 
 def reliability_by_exit(
     table: ExitTable, answers: Answers, policy: ExitPolicy | None = None, bins: int = 15
 ) -> list[dict[str, Any]]:
-    """The reliability diagrams of each exit, of all rows and of those that leave there.
+    """The reliability diagrams of each exit, of all samples and of those that exit there.
 
-    The two differ by selection: an exit can be well calibrated on all rows, and too sure on those it lets go.
+    The two differ by selection: an exit can be well calibrated on all samples, and overconfident on those that exit.
 
     Args:
         table (`ExitTable`): Logits and labels.
-        answers (`Answers`): Of a policy, on the same rows, from `table.replay` or from the model.
+        answers (`Answers`): Of a policy, on the same samples, from `table.replay` or from the model.
         policy (`ExitPolicy`, *optional*): Whose temperature, if it has one, divides the logits.
         bins (`int`, *optional*, defaults to 15): Of each diagram.
 
     Returns:
-        For each exit its `position`, and `reliability_all` and `reliability_exited` as of `reliability`.
+        For each exit its `exit_layer`, and `reliability_all` and `reliability_exited` as of `reliability`.
 
     Example:
 
         >>> logits = torch.tensor([[[9.0, 0.0], [0.0, 0.1]], [[0.0, 9.0], [0.0, 9.0]]])
         >>> table = ExitTable(logits, labels=torch.tensor([0, 1]), depths=[1, 2])
         >>> first, final = reliability_by_exit(table, table.replay({"name": "confidence", "threshold": 0.9}), bins=2)
-        >>> [bin["rows"] for bin in first["reliability_all"]], [bin["rows"] for bin in first["reliability_exited"]]
-        ([0, 2], [0, 1])
+        >>> [[bin["samples"] for bin in first[f"reliability_{which}"]] for which in ("all", "exited")]
+        [[0, 2], [0, 1]]
     """
-    diagrams = []
+    diagrams: list[dict[str, Any]] = []
     for index, depth in enumerate(table.depths):
         temperature, here = number_at(getattr(policy, "temperature", 1.0), index, 1.0), answers.exit_index == index
-        diagrams.append(
-            {
-                "position": depth,
-                "reliability_all": _diagram(table.logits[index], table.labels, temperature, bins),
-                "reliability_exited": _diagram(answers.logits[here], table.labels[here], temperature, bins),
-            }
-        )
+        everyone = _diagram(table.logits[index], table.labels, temperature, bins)
+        exited = _diagram(answers.logits[here], table.labels[here], temperature, bins)
+        diagrams.append({"exit_layer": depth, "reliability_all": everyone, "reliability_exited": exited})
     return diagrams
 
 
@@ -250,10 +262,10 @@ def _diagram(logits: Tensor, labels: Tensor, temperature: float, bins: int) -> l
     return reliability(confidence, is_right(logits, labels), bins)
 
 
-def _calibration_error(diagram: list[dict[str, int | float | None]]) -> float | None:
-    rows = sum(bin["rows"] for bin in diagram)
-    gaps = sum(bin["rows"] * abs(bin["confidence"] - bin["accuracy"]) for bin in diagram if bin["rows"])
-    return _ratio(gaps, rows)
+def calibration_error(diagram: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean distance of confidence and accuracy over the bins of a diagram; `None` without samples."""
+    gaps = sum(bin["samples"] * abs(bin["confidence"] - bin["accuracy"]) for bin in diagram if bin["samples"])
+    return _ratio(gaps, sum(bin["samples"] for bin in diagram))
 
 
 def _sums(values: Tensor, groups: Tensor, num_groups: int) -> list[float]:

@@ -6,15 +6,16 @@ import statistics
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from ..segments import Segment, State
-from .costs import Costs, Highway, count_macs, export_of
+from .costs import Highway, count_macs, export_of
 from .timing import PartTimes
 
 
@@ -43,56 +44,41 @@ def profile(
     Of an exported highway, of each segment with its head, since they are one file; its parameters are `None`.
     """
     exported = export_of(model)
-    if exported is not None:
-        return _profile_of_segments(segments, exported.macs, walks)
-    state, rows = State({"pixel_values": image}), []
-    for index, (segment, head) in enumerate(zip(segments, heads, strict=True)):
+    state = State({"pixel_values": image})
+    rows: list[dict[str, Any]] = []
+
+    def add(part: str, depth: int, macs: float, parameters: int | None, blocks: slice, head: bool) -> None:
+        """A part of the segment at hand: some of its blocks, and perhaps its head."""
+        ms = {}
+        for size, some in walks.items():
+            seconds = [sum(walk.blocks[index][blocks]) + head * walk.heads[index] for walk in some]
+            ms[str(size)] = 1e3 * statistics.median(seconds)
+        rows.append({"part": part, "depth": depth, "macs": macs, "parameters": parameters, "ms": ms})
+
+    for index, (segment, name) in enumerate(zip(segments, heads, strict=True)):
+        if exported is not None:
+            macs = exported.macs.backbone_costs[index] + exported.macs.heads[index]
+            add(f"segment {index}", segment.depth, macs, None, slice(None), head=True)
+            continue
         first = segment.depth - len(segment.blocks) + 1
         for number, block in enumerate(segment.blocks):
-            macs = count_macs([Segment(first + number, (block,), lambda state: None)], state).backbone_costs[0]
-            state, parameters = _parameters_called(model, partial(block, state))
-            ms = _medians_ms(walks, lambda walk, index=index, number=number: walk.blocks[index][number])
-            part = "block" if first + number else "stem"
-            rows.append({"part": part, "depth": first + number, "macs": macs, "parameters": parameters, "ms": ms})
+            part = Segment(first + number, (block,), lambda state: torch.empty(0))
+            macs = count_macs([part], state).backbone_costs[0]
+            state, parameters = _parameters_given(partial(block, state))
+            which = slice(number, number + 1)
+            add("block" if first + number else "stem", first + number, macs, parameters, which, head=False)
         macs = count_macs([Segment(segment.depth, (), segment.answer)], state).heads[0]
-        _, parameters = _parameters_called(model, partial(segment.answer, state))
-        ms = _medians_ms(walks, lambda walk, index=index: walk.heads[index])
-        part = head if head == "final" else f"exit {index}, {head}"
-        rows.append({"part": part, "depth": segment.depth, "macs": macs, "parameters": parameters, "ms": ms})
+        _, parameters = _parameters_given(partial(segment.answer, state))
+        part_name = name if name == "final" else f"exit {index}, {name}"
+        add(part_name, segment.depth, macs, parameters, slice(0), head=True)
     return rows
 
 
-def _profile_of_segments(
-    segments: Sequence[Segment], macs: Costs, walks: dict[int, Sequence[PartTimes]]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "part": f"segment {index}",
-            "depth": segment.depth,
-            "macs": macs.backbone_costs[index] + macs.heads[index],
-            "parameters": None,
-            "ms": _medians_ms(walks, lambda walk, index=index: sum(walk.blocks[index]) + walk.heads[index]),
-        }
-        for index, segment in enumerate(segments)
-    ]
-
-
-def _medians_ms(walks: dict[int, Sequence[PartTimes]], part: Callable[[PartTimes], float]) -> dict[str, float]:
-    return {str(size): 1e3 * statistics.median(map(part, some)) for size, some in walks.items()}
-
-
-def _parameters_called(model: Highway, run: Callable[[], Any]) -> tuple[Any, int]:
-    """What a run gives, and how many parameters the modules have that it calls, or its operations are given."""
-    called = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
-    try:
-        with _Parameters() as given:
-            result = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    own = {parameter for module in called for parameter in module.parameters(recurse=False)} | given.found
-    return result, sum(parameter.numel() for parameter in own)
+def _parameters_given(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a run gives, and how many parameters its operations are given."""
+    with _Parameters() as given:
+        result = run()
+    return result, sum(parameter.numel() for parameter in given.found)
 
 
 def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -103,40 +89,35 @@ def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[st
     if export_of(model) is not None:
         return None
 
-    def of(*parts: str) -> int:
-        return sum(row["parameters"] for row in profile if row["part"] in parts)
+    def of(part: str) -> int:
+        return sum(row["parameters"] for row in profile if row["part"] == part)
 
     heads = [row["parameters"] for row in profile if row["part"].startswith("exit")]
-    return {
-        "stem": of("stem"),
-        "blocks": of("block"),
-        "final": of("final"),
-        "heads": heads,
-        "total": model.num_parameters(),
-    }
+    parts = {"stem": of("stem"), "blocks": of("block"), "final": of("final")}
+    return {**parts, "heads": heads, "total": cast("PreTrainedModel", model).num_parameters()}
 
 
-class _Parameters(TorchDispatchMode):
+class _Parameters(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch declares no types here
     """Follows which parameters operations are given; a traced module runs without calling any module."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
         self.found: set[nn.Parameter] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found.update(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter))
         return func(*args, **(kwargs or {}))
 
 
-class _LiveTensors(TorchDispatchMode):
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch declares no types here
     """Follows how many bytes of tensors that were made under it are alive."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.known: weakref.WeakSet = weakref.WeakSet()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self.bytes = self.peak = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # views and changes in place give storages that were there before
         self.known.update(_storages((args, kwargs)))
         result = func(*args, **(kwargs or {}))
@@ -170,7 +151,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak: int = torch.cuda.max_memory_allocated(device) - before
+        return peak
     with _LiveTensors() as live:
         run()
     return live.peak

@@ -18,19 +18,17 @@ def verdict(report: dict[str, Any]) -> list[str]:
     if report["exported"] is not None:
         lines.append(
             "an exported segment always runs its head: the times of the backbone, of an exit alone and of exits that "
-            "are not asked include the heads"
+            "are skipped include the heads"
         )
     return [_verdict_on_accuracy(report), *lines]
 
 
 def _verdict_on_accuracy(report: dict[str, Any]) -> str:
-    accuracy = report["accuracy"]
-    if accuracy["against"] == "labels":
-        return (
-            f"of {accuracy['rows']} images early exit answers {accuracy['early_exit']:.1%} rightly, the full model "
-            f"{accuracy['full_model']:.1%}"
-        )
-    return f"early exit agrees with the full model on {accuracy['early_exit']:.1%} of {accuracy['rows']} images"
+    accuracy, samples = report["accuracies"], report["accuracies"]["samples"]
+    if accuracy["against"] != "labels":
+        return f"early exit agrees with the full model on {accuracy['accuracy']:.1%} of {samples} images"
+    right = f"{accuracy['accuracy']:.1%} rightly, the full model {accuracy['accuracy_full_model']:.1%}"
+    return f"of {samples} images early exit answers {right}"
 
 
 def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
@@ -43,11 +41,11 @@ def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
             f"run), {entry['realised_over_ideal']:.0%} of the ideal"
         ]
     if entry["static"] is not None and entry["static_speed_up"] > speed_up:
-        index = report["accuracy"]["static_exit"]
-        depth, accuracy = report["exits"][index]["depth"], report["accuracy"]["exits"][index]
+        index = report["accuracies"]["static_exit"]
+        exit = report["exits"][index]
         lines.append(
-            f"{where} the static model that ends at exit {index}, depth {depth}, is faster and no less accurate: "
-            f"{entry['static_speed_up']:.2f}x, accuracy {accuracy:.1%}"
+            f"{where} the static model that ends at exit {index}, depth {exit['exit_layer']}, is faster and no less "
+            f"accurate: {entry['static_speed_up']:.2f}x, accuracy {exit['accuracy_all']:.1%}"
         )
     if entry["noise"] > _NOISY:
         lines.append(
@@ -65,10 +63,10 @@ def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
 def _reason(entry: dict[str, Any]) -> str:
     saved, heads = entry["saved_share"], entry["heads_share"]
     if heads >= saved:
-        return f"asking the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
+        return f"evaluating the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
     return (
-        f"fewer rows do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
-        "row cost its share of the whole batch"
+        f"fewer samples do not take proportionately less time: it would be {entry['ideal_speed_up']:.2f}x if each "
+        "sample cost its share of the whole batch"
     )
 
 
@@ -89,7 +87,7 @@ def _environment_text(report: dict[str, Any]) -> str:
 
 def _batches_text(report: dict[str, Any]) -> str:
     lines = ["batch size  run             p50 ms    p95 ms    p99 ms   mean ms  images/s  wall-clock  by blocks run"]
-    depths, static = [exit["depth"] for exit in report["exits"]], report["accuracy"]["static_exit"]
+    depths, static = [exit["exit_layer"] for exit in report["exits"]], report["accuracies"]["static_exit"]
     for entry in report["batches"]:
         rows = [
             ("early exit", entry["early_exit"], entry["wall_clock_speed_up"], f"{entry['layer_speed_up']:.2f}x"),
@@ -110,10 +108,10 @@ def _batches_text(report: dict[str, Any]) -> str:
 
 
 def _exits_text(report: dict[str, Any]) -> str:
-    lines = ["exit  depth  head            rows    p50 ms    p95 ms    p99 ms   (images one at a time)"]
+    lines = ["exit  layer  head         samples    p50 ms    p95 ms    p99 ms   (images one at a time)"]
     for exit in report["exits"]:
         numbers = "".join(_cell(exit[key], 10) for key in ("p50_ms", "p95_ms", "p99_ms"))
-        lines.append(f"{exit['exit_index']:4}  {exit['depth']:5}  {exit['head']:14}{exit['rows']:6}{numbers}")
+        lines.append(f"{exit['exit_index']:4}  {exit['exit_layer']:5}  {exit['head']:14}{exit['samples']:6}{numbers}")
     return "\n".join(lines)
 
 
@@ -129,16 +127,19 @@ def _profile_text(report: dict[str, Any]) -> str:
 def _sizes_text(report: dict[str, Any]) -> str:
     memory, parameters, exported = report["memory"], report["parameters"], report["exported"]
     if exported is not None:
-        return (
-            f"files       {exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}, "
-            f"{exported['precision']}, in {exported['runtime']}; parameters and memory are not known"
-        )
+        return f"files       {export_in_words(exported)}; parameters and memory are not known"
     return (
         f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
         f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
         f"memory      early exit {memory['early_exit_bytes'] / 1e6:.1f} MB, backbone "
         f"{memory['backbone_bytes'] / 1e6:.1f} MB at batch size {memory['batch_size']} ({memory['what']})"
     )
+
+
+def export_in_words(exported: dict[str, Any]) -> str:
+    """The facts of an exported highway."""
+    what = f"{exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}"
+    return f"{what}, {exported['precision']}, in {exported['runtime']}"
 
 
 def _count(number: int | None) -> str:

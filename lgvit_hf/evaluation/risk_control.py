@@ -1,4 +1,4 @@
-"""What rows that were not chosen on prove of a mean loss: p-values, and tests in a fixed order.
+"""What samples that were not chosen on prove of a mean loss: p-values, and tests in a fixed order.
 
 A p-value here is of the hypothesis "the true mean of the loss is above `limit`": if that holds, it is at most `delta`
 with probability at most `delta`, for any sample size.
@@ -7,6 +7,7 @@ with probability at most `delta`, for any sample size.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 from scipy.stats import binom
@@ -15,12 +16,12 @@ from scipy.stats import binom
 _BOLDEST = 0.9
 
 
-def binomial_p_value(losses: int, rows: int, limit: float) -> float:
-    """Of `losses` rows lost out of `rows`: `P(Binomial(rows, limit) <= losses)`, exact (Clopper and Pearson, 1934).
+def binomial_p_value(losses: int, samples: int, limit: float) -> float:
+    """Of `losses` out of `samples`: `P(Binomial(samples, limit) <= losses)`, exact (Clopper and Pearson, 1934).
 
     Args:
-        losses (`int`): Rows whose loss is 1; that of the others is 0.
-        rows (`int`): All rows, independent of one another.
+        losses (`int`): Samples whose loss is 1; that of the others is 0.
+        samples (`int`): All samples, independent of one another.
         limit (`float`): Mean loss that is asked for, in (0, 1).
 
     Example:
@@ -28,18 +29,18 @@ def binomial_p_value(losses: int, rows: int, limit: float) -> float:
         >>> round(binomial_p_value(0, 100, 0.05), 6) == round(0.95**100, 6)
         True
     """
-    return float(binom.cdf(losses, rows, limit))
+    return float(binom.cdf(losses, samples, limit))
 
 
 def betting_p_value(losses: np.ndarray, limit: float, delta: float) -> np.ndarray:
     """Of bounded losses: one over the most that bets on a small loss have ever won.
 
-    Each row is bet on with what the rows before it say of mean and spread, never with itself, so that the wealth is a
-    supermartingale when the mean is above `limit`, and Ville's inequality holds (Waudby-Smith and Ramdas,
+    Each sample is bet on with what the samples before it say of mean and spread, never with itself, so that the wealth
+    is a supermartingale when the mean is above `limit`, and Ville's inequality holds (Waudby-Smith and Ramdas,
     https://arxiv.org/abs/2010.09686, their predictable plug-in bets).
 
     Args:
-        losses (`np.ndarray`): `[..., N]` in [0, 1], rows in an order that does not depend on their values.
+        losses (`np.ndarray`): `[..., N]` in [0, 1], samples in an order that does not depend on their values.
         limit (`float`): Mean loss that is asked for, in (0, 1).
         delta (`float`): For which the bets are sized; the p-value holds for any.
 
@@ -73,8 +74,8 @@ def harm_p_value(harms: np.ndarray, limit: float) -> float:
     return binomial_p_value(int(np.sum(harms)), len(harms), limit)
 
 
-def rows_needed(bound: str, limit: float, delta: float) -> int:
-    """The fewest rows that can prove `limit` at all: as many as it takes if none of them loses anything.
+def samples_needed(bound: str, limit: float, delta: float) -> int:
+    """The fewest samples that can prove `limit` at all: as many as it takes if none of them loses anything.
 
     Args:
         bound (`str`): `"drop"` or `"harm"`.
@@ -83,29 +84,26 @@ def rows_needed(bound: str, limit: float, delta: float) -> int:
 
     Example:
 
-        >>> rows_needed("harm", 0.05, 0.1), rows_needed("harm", 0.01, 0.05)
+        >>> samples_needed("harm", 0.05, 0.1), samples_needed("harm", 0.01, 0.05)
         (45, 299)
     """
     if bound == "harm":
         return math.ceil(math.log(delta) / math.log1p(-limit))
+
+    def proves(samples: int) -> bool:
+        return bool(drop_p_value(np.zeros(samples), limit, delta) <= delta)
+
     enough = 1
-    while drop_p_value(np.zeros(enough), limit, delta) > delta:
+    while not proves(enough):
         enough *= 2
-    short = enough // 2
-    while enough - short > 1:
-        middle = (enough + short) // 2
-        if drop_p_value(np.zeros(middle), limit, delta) > delta:
-            short = middle
-        else:
-            enough = middle
-    return enough
+    return bisect_left(range(enough), True, lo=enough // 2 + 1, key=proves)
 
 
 def passed_in_order(p_values: list[float], delta: float) -> int:
     """How many hypotheses fall when they are tested in a fixed order, up to the first that stands.
 
     No correction for their number is due (Learn then Test, https://arxiv.org/abs/2110.01052, fixed-sequence testing),
-    if the order was fixed without the rows that are tested on.
+    if the order was fixed without the samples that are tested on.
 
     Example:
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policies import POLICIES, build_policy
+from ..policies import build_policy
 from .costs import Costs
 from .exit_table import ExitTable
 
-# of the confidence of a sample, which is the policy's score, or minus it for the entropy: all rows are above the first
-# number and none above the second
+# of the confidence of a sample, which is the policy's score, or minus it for the entropy: all samples are above the
+# first number and none above the second
 RANGES = {"confidence": (0.0, 1.0), "margin": (-1.0, 1.0), "entropy": (-1e9, 0.0)}
 # of one lost answer, in full models: from hardly any to more than any table can tell apart
 _PRICES = np.geomspace(1000, 0.1, 17)
@@ -37,14 +37,14 @@ def candidates(
 ) -> list[Settings]:
     """Policies of one name, none worse than another in both cost and accuracy drop, as the table lets expect.
 
-    They come from the safest to the fastest. What was fitted to the rows is judged by cross-fitting.
+    They come from the safest to the fastest. What was fitted to the samples is judged by cross-fitting.
 
     Args:
-        table (`ExitTable`): Rows to search on.
+        table (`ExitTable`): Samples to search on.
         costs (`Costs`): Of each segment, in any unit.
         policy (`str`): Its name, one of `SEARCHES`.
         temperatures (`tuple[float, ...]`): One per exit, the final classifier last.
-        choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be switched off.
+        choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be skipped.
 
     Example:
 
@@ -63,26 +63,26 @@ def candidates(
     return path[::-1]
 
 
-def leaving(table: ExitTable, settings: Settings) -> tuple[Tensor, list[int]]:
-    """At which exit each row of a table leaves, `[N]`, and the early exits whose heads are run for it."""
+def replayed_exits(table: ExitTable, settings: Settings) -> tuple[Tensor, list[int]]:
+    """At which exit each sample of a table exits, `[N]`, and the early exits whose heads are run for it."""
     early = len(table.depths) - 1
     policy = build_policy(settings, early)
     return table.replay(policy).exit_index, [index for index in range(early) if not policy.skips(index)]
 
 
-def consequences(table: ExitTable, left: Tensor, asked: list[int], costs: Costs) -> tuple[float, Tensor]:
-    """The mean cost, and the drop of each row `[N]`: 1 if only the full model is right, -1 if only we are, else 0.
+def consequences(table: ExitTable, exit_index: Tensor, evaluated: list[int], costs: Costs) -> tuple[float, Tensor]:
+    """The mean cost, and the drop of each sample `[N]`: 1 if only the full model is right, -1 if only we are, else 0.
 
     Of an `expected` table, the expected drop, in [-1, 1].
     """
     right = table.right if table.right.is_floating_point() else table.right.long()
-    drops = right[-1] - right.gather(0, left[None])[0]
-    return costs.mean(shares(left, len(table.depths)), asked), drops
+    drops = right[-1] - right.gather(0, exit_index[None])[0]
+    return costs.mean(shares(exit_index, len(table.depths)), evaluated), drops
 
 
-def shares(left: Tensor, num_exits: int) -> list[float]:
-    """Share of the rows that leave at each exit."""
-    return (torch.bincount(left, minlength=num_exits).cpu().double() / len(left)).tolist()
+def shares(exit_index: Tensor, num_exits: int) -> list[float]:
+    """Share of the samples that exit at each exit."""
+    return (torch.bincount(exit_index, minlength=num_exits).cpu().double() / len(exit_index)).tolist()
 
 
 # -- one threshold per exit ------------------------------------------------------------------------------------
@@ -96,27 +96,27 @@ def _thresholds(
     fold_of, every = np.arange(len(table)) % _FOLDS, np.full(len(table), True)
     folds = [fold_of == fold for fold in range(_FOLDS)] if len(table) >= _FOLDS else [every]
 
-    def found(rows: np.ndarray, price: float) -> np.ndarray:
-        return search(scores[:, rows], right[:, rows], costs, price, limits, choose_exits)
+    def found(samples: np.ndarray, price: float) -> np.ndarray:
+        return search(scores[:, samples], right[:, samples], costs, price, limits, choose_exits)
 
-    def measured(rows: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
-        leaves = scores[:, rows] > thresholds[:, None]
-        left = np.concatenate([leaves, np.full_like(leaves[:1], True)]).argmax(0)
-        asked = np.flatnonzero(thresholds < limits[1]).tolist()
-        exiting_at = np.bincount(left, minlength=len(right)) / len(left)
-        answered = np.take_along_axis(right[:, rows], left[None], 0)
-        return costs.mean(exiting_at.tolist(), asked), right[-1, rows].mean() - answered.mean()
+    def measured(samples: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
+        exits_here = scores[:, samples] > thresholds[:, None]
+        exit_index = np.concatenate([exits_here, np.full_like(exits_here[:1], True)]).argmax(0)
+        evaluated = np.flatnonzero(thresholds < limits[1]).tolist()
+        exiting_at = np.bincount(exit_index, minlength=len(right)) / len(exit_index)
+        answered = np.take_along_axis(right[:, samples], exit_index[None], 0)
+        return costs.mean(exiting_at.tolist(), evaluated), right[-1, samples].mean() - answered.mean()
 
     def settings(thresholds: np.ndarray) -> Settings:
-        all_leave = np.flatnonzero(thresholds <= limits[0])
-        if len(all_leave):
-            # nobody comes to the exits behind
-            thresholds = np.where(np.arange(len(thresholds)) > all_leave[0], limits[1], thresholds)
+        all_exit = np.flatnonzero(thresholds <= limits[0])
+        if len(all_exit):
+            # no sample reaches the deeper exits
+            thresholds = np.where(np.arange(len(thresholds)) > all_exit[0], limits[1], thresholds)
         numbers = [sign * number + 0.0 for number in thresholds.tolist()]  # no negative zero
         return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
 
     for price in _PRICES * costs.backbone:
-        # thresholds look better on rows they were fitted to than on new ones: each fold is judged by the others'
+        # thresholds look better on samples they were fitted to than on new ones: each fold is judged by the others'
         apart = [measured(fold, found(~fold if len(folds) > 1 else fold, price)) for fold in folds]
         thresholds = found(every, price)
         yield *np.maximum(np.mean(apart, axis=0), measured(every, thresholds)).tolist(), settings(thresholds)
@@ -138,9 +138,9 @@ def _thresholds(
 
 
 def confidence_scores(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> Tensor:
-    """How sure each early exit is of each row, `[E - 1, N]`: the policy's score, or minus it for the entropy."""
-    # the policy's own arithmetic, so that no row is on the other side of a threshold when the model runs
-    judge = POLICIES[policy](threshold=0.0, temperature=list(temperatures))
+    """The confidence of each early exit in each sample, `[E - 1, N]`: the policy's score, minus it for the entropy."""
+    # the policy's own arithmetic, so that no sample is on the other side of a threshold when the model runs
+    judge = build_policy({"name": policy, "threshold": 0.0, "temperature": list(temperatures)}, len(temperatures) - 1)
     scores = [judge(logits, {}, index)[1]["score"] for index, logits in enumerate(table.logits[:-1])]
     return (-1 if policy == "entropy" else 1) * torch.stack(scores)
 
@@ -156,14 +156,19 @@ def uniform_thresholds(
 def _cuts(scores: np.ndarray, shares: np.ndarray, ceiling: float) -> list[float]:
     """Thresholds that these shares of the scores do not pass; half way to the next score, so that none lies on one.
 
-    An export differs from its model by a bit, which must not send a row to another exit.
+    An export differs from its model by a bit, which must not send a sample to another exit.
     """
     ranked, values = np.sort(scores, axis=None), np.unique(scores)
-    below = np.unique(ranked[(shares * (len(ranked) - 1)).astype(int)])
-    above = np.append(values, scores.dtype.type(ceiling))[np.searchsorted(values, below) + 1]
-    middle = (below + above) / 2
-    # two neighbours in float32 have no such number
-    return np.where(middle < above, middle, below).tolist()
+    lower = np.unique(ranked[(shares * (len(ranked) - 1)).astype(int)])
+    upper = np.append(values, scores.dtype.type(ceiling))[np.searchsorted(values, lower) + 1]
+    cuts: list[float] = _between(lower, upper).tolist()
+    return cuts
+
+
+def _between(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """Half way, so that no score lies on it; two neighbours in float32 have no such number."""
+    middle = (lower + upper) / 2
+    return np.where(middle < upper, middle, lower)
 
 
 def search(
@@ -177,15 +182,15 @@ def search(
     """Thresholds that make `mean cost + price * share of wrong answers` small: exact for each exit given the others.
 
     The exits are visited from deep to shallow until nothing gets better; each is given the best of all its
-    thresholds, or is switched off if its head costs more than that gains.
+    thresholds, or is skipped if its head costs more than that gains.
 
     Args:
-        scores (`np.ndarray`): `[E - 1, N]` float32; a row leaves where this is above the threshold.
+        scores (`np.ndarray`): `[E - 1, N]` float32; a sample exits where this is above the threshold.
         right (`np.ndarray`): `[E, N]` bool, or how likely; the final classifier last.
         costs (`Costs`): Of each segment.
         price (`float`): Of one wrong answer, in the unit of the costs.
-        limits (`tuple[float, float]`): Thresholds above which every row is, and none.
-        choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be switched off.
+        limits (`tuple[float, float]`): Thresholds above which every sample is, and none.
+        choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be skipped.
 
     Returns:
         `[E - 1]` float32, the upper limit where an exit is off.
@@ -197,7 +202,7 @@ def search(
         >>> search(scores, right, Costs([1.0, 9.0], [0.0, 0.0]), price=100.0, limits=(0.0, 1.0)).tolist()
         [0.5]
     """
-    # an exit where nobody leaves is switched off, or asked nevertheless
+    # an exit where no sample exits is skipped, or evaluated nevertheless
     floor, ceiling = limits
     ceiling = ceiling if choose_exits else np.nextafter(scores.dtype.type(ceiling), scores.dtype.type(floor))
     orders = (-scores).argsort(axis=-1, kind="stable")
@@ -206,16 +211,16 @@ def search(
     best, least = thresholds, np.inf
     for _ in range(_MAX_SWEEPS):
         thresholds = thresholds.copy()
-        leaves = scores > thresholds[:, None]
+        exits_here = scores > thresholds[:, None]
         to_go = costs.backbone_costs[-1] + costs.heads[-1] + lost[-1]
         for index in reversed(range(len(scores))):
-            order = orders[index][~leaves[:index].any(0)[orders[index]]]
+            order = orders[index][~exits_here[:index].any(0)[orders[index]]]
             head, change = costs.heads[index], (lost[index] - to_go)[order]
             spared = head if choose_exits else 0.0
             thresholds[index] = _best_cut(scores[index][order], change, spared, (floor, ceiling))
-            leaves[index] = scores[index] > thresholds[index]
+            exits_here[index] = scores[index] > thresholds[index]
             paid = head if thresholds[index] < limits[1] else 0.0
-            to_go = costs.backbone_costs[index] + paid + np.where(leaves[index], lost[index], to_go)
+            to_go = costs.backbone_costs[index] + paid + np.where(exits_here[index], lost[index], to_go)
         if to_go.mean() >= least * (1 - 1e-9):
             break
         best, least = thresholds, to_go.mean()
@@ -223,51 +228,41 @@ def search(
 
 
 def _best_cut(scores: np.ndarray, change: np.ndarray, head: float, limits: tuple[float, float]) -> float:
-    """The threshold for rows sorted from surest down, if `change` is what each one's leaving adds to the objective.
+    """The threshold for samples in order of confidence, if `change` is what each one's exiting adds to the objective.
 
-    `head` is what a row is spared where the exit is switched off, which the upper of the `limits` does.
+    `head` is what a sample is spared where the exit is skipped, which the upper of the `limits` does.
     """
     floor, ceiling = limits
     if len(scores) == 0:
         return ceiling
     totals = change.cumsum()
-    # rows of one score leave together
+    # samples of one score exit together
     totals[:-1][scores[:-1] == scores[1:]] = np.inf
     cut = int(totals.argmin())
     if totals[cut] + head * len(scores) >= 0:
         return ceiling
     if cut == len(scores) - 1:
         return floor
-    # half way, so that none lies on it; two neighbours in float32 have no such number
-    middle = (scores[cut] + scores[cut + 1]) / 2
-    return middle if middle < scores[cut] else scores[cut + 1]
+    return float(_between(scores[cut + 1], scores[cut]))
 
 
 # -- a few parameters, all of them tried -----------------------------------------------------------------------
 
 
-def _every_exit(
-    table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
-) -> Iterator[Measured]:
-    for index in range(len(table.depths)):
-        settings = {"name": policy, "exit_index": index}
-        cost, drops = consequences(table, *leaving(table, settings), costs)
-        yield cost, drops.cpu().double().mean().item(), settings
-
-
 def _grid(
     table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
 ) -> Iterator[Measured]:
-    combinations = list(_GRIDS[policy](table, temperatures))
+    combinations, num_exits = _combinations(table, policy, temperatures), len(table.depths) - 1
 
     @cache
     def judged(number: int, exits: tuple[int, ...]) -> tuple[float, float]:
-        cost, drops = consequences(table, *leaving(table, combinations[number](exits)), costs)
+        settings = _with_exits(combinations[number], exits, num_exits)
+        cost, drops = consequences(table, *replayed_exits(table, settings), costs)
         return cost, drops.cpu().double().mean().item()
 
-    num_exits = len(table.depths) - 1
+    choose_exits = choose_exits and policy != "fixed"
     for number, exits in _with_fewer_exits(num_exits, len(combinations), judged, costs.backbone, choose_exits):
-        yield *judged(number, exits), combinations[number](exits)
+        yield *judged(number, exits), _with_exits(combinations[number], exits, num_exits)
 
 
 def _with_fewer_exits(
@@ -290,58 +285,45 @@ def _with_fewer_exits(
         while exits:
             best = min(range(num_combinations), key=partial(objective, exits=exits))
             path.append((objective(best, exits), best, exits))
-            smaller = [tuple(index for index in exits if index != out) for out in exits]
-            exits = min(smaller, key=partial(objective, best)) if len(exits) > 1 else ()
+            exits = min(without_one(exits), key=partial(objective, best)) if len(exits) > 1 else ()
         yield min(path)[1:]
 
 
-Combination = Callable[[tuple[int, ...]], Settings]
+def without_one(exits: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The same exits without one of them, each in turn."""
+    return [tuple(index for index in exits if index != out) for out in exits]
 
 
-def _patience(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:
-    for patience in range(1, len(table.depths)):
-        yield lambda exits, patience=patience: {
-            "name": "patience",
-            "patience": patience,
-            # with a patience of 1 all leave at the first exit, and nobody comes to the others
-            "exits": list(exits if patience > 1 else exits[:1]),
-        }
+def _combinations(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> list[Settings]:
+    """Settings of a policy with few parameters, without the exits that are evaluated."""
+
+    def cuts(score: str) -> list[float]:
+        scores = confidence_scores(table, score, temperatures).numpy()
+        found = _cuts(scores, np.linspace(0, 1, _FEW_THRESHOLDS + 1)[:-1], RANGES[score][1])
+        return [-cut for cut in found] if score == "entropy" else found
+
+    scaled, patiences = {"name": policy, "temperature": list(temperatures)}, range(1, len(table.depths))
+    if policy == "fixed":
+        return [{"name": policy, "exit_index": index} for index in range(len(table.depths))]
+    if policy == "patience":
+        return [{"name": policy, "patience": patience} for patience in patiences]
+    if policy == "patience_confidence":
+        return [{**scaled, "patience": count, "threshold": cut} for count, cut in product(patiences, cuts("entropy"))]
+    both = product(cuts("confidence"), cuts("entropy"))
+    return [{**scaled, "threshold": confidence, "entropy_threshold": entropy} for confidence, entropy in both]
 
 
-def _patience_confidence(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:
-    thresholds = [-number for number in _few_cuts(table, "entropy", temperatures)]
-    for patience, threshold in product(range(1, len(table.depths)), thresholds):
-        yield lambda exits, patience=patience, threshold=threshold: {
-            "name": "patience_confidence",
-            "threshold": threshold,
-            "temperature": list(temperatures),
-            "patience": patience,
-            "exits": list(exits),
-        }
+def _with_exits(combination: Settings, exits: tuple[int, ...], num_exits: int) -> Settings:
+    """The settings of a policy that evaluates only these exits."""
+    if combination["name"] == "fixed":
+        return combination
+    if combination["name"] == "confidence_entropy":
+        threshold, skipped = combination["threshold"], RANGES["confidence"][1]
+        return {**combination, "threshold": [threshold if index in exits else skipped for index in range(num_exits)]}
+    # with a patience of 1 all exit at the first exit, and none reaches the others
+    first_only = combination["name"] == "patience" and combination["patience"] == 1
+    return {**combination, "exits": list(exits[:1] if first_only else exits)}
 
 
-def _confidence_entropy(table: ExitTable, temperatures: tuple[float, ...]) -> Iterator[Combination]:
-    confidences = _few_cuts(table, "confidence", temperatures)
-    entropies = [-number for number in _few_cuts(table, "entropy", temperatures)]
-    for confidence, entropy in product(confidences, entropies):
-        yield lambda exits, confidence=confidence, entropy=entropy: {
-            "name": "confidence_entropy",
-            "threshold": [
-                confidence if index in exits else RANGES["confidence"][1] for index in range(len(table.depths) - 1)
-            ],
-            "temperature": list(temperatures),
-            "entropy_threshold": entropy,
-        }
-
-
-def _few_cuts(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> list[float]:
-    scores = confidence_scores(table, policy, temperatures).numpy()
-    return _cuts(scores, np.linspace(0, 1, _FEW_THRESHOLDS + 1)[:-1], RANGES[policy][1])
-
-
-_GRIDS = {
-    "confidence_entropy": _confidence_entropy,
-    "patience": _patience,
-    "patience_confidence": _patience_confidence,
-}
-SEARCHES = {**dict.fromkeys(RANGES, _thresholds), **dict.fromkeys(_GRIDS, _grid), "fixed": _every_exit}
+_GRIDS = ("confidence_entropy", "patience", "patience_confidence", "fixed")
+SEARCHES = {**dict.fromkeys(RANGES, _thresholds), **dict.fromkeys(_GRIDS, _grid)}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub.report_keys import current_names
 from ..policies import build_policy
 from .exit_table import ExitTable
 from .metrics import summarise
@@ -21,7 +22,7 @@ def sweep(
     *,
     what: dict[str, Any],
     time: Callable[[Settings], dict[str, float]] | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
     """Replay every policy on a table and append what it does to a file of JSON lines, a line at a time.
 
@@ -38,7 +39,7 @@ def sweep(
 
     Returns:
         A row per policy, in their order: `policy`, `accuracy`, `mean_depth`, `layer_speed_up`, `mean_macs`,
-        `macs_speed_up`, `shares` of the rows that leave at each exit, and `wall_clock` where it was measured.
+        `macs_speed_up`, `shares` of the samples that exit at each exit, and `wall_clock` where it was measured.
 
     Raises:
         ValueError: The file holds rows of something else than `what`.
@@ -72,7 +73,7 @@ def sweep(
 
 
 def threshold_curve(table: ExitTable, policy: str = "confidence", points: int = 30) -> list[dict[str, float]]:
-    """What one threshold for all exits does, from everybody leaving at the first exit to nobody leaving early.
+    """What one threshold for all exits does, from every sample exiting at the first exit to no sample exiting early.
 
     Args:
         table (`ExitTable`): With costs.
@@ -104,13 +105,10 @@ def threshold_curve(table: ExitTable, policy: str = "confidence", points: int = 
 
 def _row(table: ExitTable, policy: Settings) -> dict[str, Any]:
     rule = build_policy(policy, len(table.depths) - 1)
-    summary = summarise(table, table.replay(rule), table.costs, [""] * len(table.depths), rule)
+    summary = summarise(table, table.replay(rule), table.known_costs, [""] * len(table.depths), rule)
     names = ("accuracy", "mean_depth", "layer_speed_up", "mean_macs", "macs_speed_up")
-    return {
-        "policy": policy,
-        **{name: summary["overall"][name] for name in names},
-        "shares": [exit["share"] for exit in summary["exits"]],
-    }
+    figures = {name: summary["overall"][name] for name in names}
+    return {"policy": policy, **figures, "shares": [exit["share"] for exit in summary["exits"]]}
 
 
 def _append(stream: Any, row: dict[str, Any]) -> None:
@@ -128,7 +126,7 @@ def _read(file: Path, what: dict[str, Any]) -> dict[str, dict[str, Any]]:
         with file.open("r+b") as stream:
             stream.truncate(len(whole) + 1 if whole else 0)
     try:
-        first, *rows = (json.loads(line) for line in whole.decode().splitlines()) if whole else (what,)
+        first, *rows = (current_names(json.loads(line)) for line in whole.decode().splitlines()) if whole else (what,)
         known = {_key(row["policy"]): row for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a sweep's file ({error}); choose another output") from error

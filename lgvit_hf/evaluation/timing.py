@@ -80,14 +80,14 @@ class PartTimes:
 
 
 def time_parts(segments: Sequence[Segment], state: State, policy: ExitPolicy) -> PartTimes:
-    """Walk once through a highway with all rows, every exit asked, and time each part where it stands.
+    """Walk once through a highway with all samples, every exit evaluated, and time each part where it stands.
 
     One after the other, as in a run, so that each part finds what those before it have left in the caches.
 
     Args:
         segments (`Sequence[Segment]`): A highway.
         state (`State`): Before the stem.
-        policy (`ExitPolicy`): Asked at every exit; all rows stay whatever it says.
+        policy (`ExitPolicy`): Evaluated at every exit; all samples go on whatever it says.
     """
     home, last = state.device, len(segments) - 1
     memory = policy.start(state.batch_size, home)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.costs import current_names
 from ..files import leads_out, write_json
+from ..hub.report_keys import current_names
 from ..policies import ExitPolicy, FixedPolicy
 from ..serving.device.info import Description, are_counts, are_digests
 

@@ -122,7 +122,7 @@ def grow(
         >>> plain = ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4))
         >>> images = [{"pixel_values": image} for image in torch.randn(60, 3, 8, 8)]
         >>> grown = grow(plain, images, training=HeadTraining(epochs=1), max_accuracy_drop=0.5, cost="macs")
-        >>> grown.model.exit_policy.name, grown.report["overall"]["rows"]
+        >>> grown.model.exit_policy.name, grown.report["overall"]["samples"]
         ('confidence', 12)
     """
     if cost not in ("time", "macs"):

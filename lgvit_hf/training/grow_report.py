@@ -20,7 +20,7 @@ def candidate_rows(
     right = (answers == (answers[-1] if labels is None else labels)).float().mean(-1)
     return [
         {
-            "position": exit.after,
+            "exit_layer": exit.after,
             "head": exit.head,
             "agreement" if labels is None else "accuracy": share,
             "cost": costs.of_exit(index, ()),

@@ -34,8 +34,8 @@ class CardTrainer(Trainer):
         """Write `README.md` into `args.output_dir`, with the figures of the last evaluation; one's own README stays.
 
         Args:
-            args, kwargs: See `transformers.Trainer.create_model_card`. Such a card uses `license`, `tags`, `model_name`
-                (after `args.hub_model_id`; by default the folder's name), `finetuned_from` and `dataset_tags`.
+            args, kwargs: See `transformers.Trainer.create_model_card`. Such a card uses `license`, `tags`,
+                `model_name` (after `args.hub_model_id`; by default the folder's name), `finetuned_from` and `dataset_tags`.
         """
         model, readme = self.accelerator.unwrap_model(self.model), self._folder / "README.md"
         if not has_card(model.config):

@@ -36,7 +36,7 @@ def measure(network, batch_size, repeats):
     print(f"\n{network}, batch {batch_size}: the module alone {1e3 * statistics.median(times['module']):.2f} ms")
     for index in range(len(segments)):
         clock = statistics.median(a / b for a, b in zip(times["module"], times[str(index)], strict=True))
-        macs = costs.backbone / costs.of_exit(index, asked=[index])
+        macs = costs.backbone / costs.of_exit(index, evaluated=[index])
         name = model.config.after[index] if index < len(model.exits) else "no early exit"
         print(f"exit {index}  {name:<14}{macs:8.2f}x by MACs {clock:8.2f}x by the clock")
 

@@ -7,7 +7,7 @@ import torch
 
 from lgvit_hf import CostTable, ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
-from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, leaving, shares, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, replayed_exits, shares, uniform_thresholds
 
 Settings = dict[str, Any]
 Offer = tuple[float, float, Settings]  # how often it is right, what it costs
@@ -15,14 +15,14 @@ Offer = tuple[float, float, Settings]  # how often it is right, what it costs
 
 def replayed(table: ExitTable, settings: Settings) -> dict[str, Any]:
     """Which rows of a table are right under a policy, where they leave, and what they cost."""
-    left, asked = leaving(table, settings)
+    left, evaluated = replayed_exits(table, settings)
     exiting_at = shares(left, len(table.depths))
     return {
         "right": table.right.gather(0, left[None])[0],
         "depth": torch.tensor(table.depths)[left].double().mean().item(),
-        "macs_speed_up": table.costs.backbone / table.costs.mean(exiting_at, asked),
+        "macs_speed_up": table.costs.backbone / table.costs.mean(exiting_at, evaluated),
         "exit_shares": exiting_at,
-        "asked": asked,
+        "evaluated": evaluated,
     }
 
 
@@ -55,7 +55,7 @@ def calibrated(table: ExitTable, costs: CostTable, size: int) -> list[Offer]:
     offers = []
     for settings in ({"name": "never"}, *(settings for _, _, settings in searched)):
         facts = replayed(table, settings)
-        price = costs.mean_latency(facts["exit_shares"], facts["asked"], size)
+        price = costs.mean_latency(facts["exit_shares"], facts["evaluated"], size)
         offers.append((share(facts["right"]), price, settings))
     return offers
 

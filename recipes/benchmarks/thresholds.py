@@ -25,7 +25,7 @@ from lgvit_hf.cli.inputs import open_highway
 from lgvit_hf.data.processing import stack
 from lgvit_hf.engine import run_early
 from lgvit_hf.evaluation.cost_table import CostTable
-from lgvit_hf.evaluation.search import RANGES, confidence_scores, leaving, shares, uniform_thresholds
+from lgvit_hf.evaluation.search import RANGES, confidence_scores, replayed_exits, shares, uniform_thresholds
 from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
@@ -35,9 +35,9 @@ DROPS = (0.0, 0.005, 0.01, 0.02)
 
 def cost_and_drop(table, settings, mean_cost):
     """Of a policy on a table."""
-    left, asked = leaving(table, settings)
+    left, evaluated = replayed_exits(table, settings)
     right = table.right.gather(0, left[None])[0].double().mean()
-    return mean_cost(shares(left, len(table.depths)), asked), (table.right[-1].double().mean() - right).item()
+    return mean_cost(shares(left, len(table.depths)), evaluated), (table.right[-1].double().mean() - right).item()
 
 
 def best_single(curve, drop):
@@ -67,10 +67,10 @@ def by_the_clock(model, dataset, rows, single, calibrated, size, num_images=256)
 def gains(table, splits, policy, cost_table, batch_size):
     """Per drop and split: calibrated cost and drop, and the single threshold's cost; the first split's policies."""
 
-    def mean_cost(exiting_at, asked):
+    def mean_cost(exiting_at, evaluated):
         if cost_table is None:
-            return table.costs.mean(exiting_at, asked)
-        return cost_table.mean_latency(exiting_at, asked, batch_size)
+            return table.costs.mean(exiting_at, evaluated)
+        return cost_table.mean_latency(exiting_at, evaluated, batch_size)
 
     full = mean_cost([0.0] * (len(table.depths) - 1) + [1.0], [])
     found, policies = np.zeros((len(DROPS), splits, 3)), []

@@ -1,4 +1,4 @@
-"""Figures, as PNG files, from plain numbers. The only room that imports matplotlib.
+"""Figures, as PNG files, from plain numbers. The only package that imports matplotlib.
 
 A file per subject; `style.py` is what all share.
 """

@@ -1,4 +1,4 @@
-"""How deep the rows of a class go and how right they are."""
+"""How deep the samples of a class go and how right they are."""
 
 from __future__ import annotations
 
@@ -6,21 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .style import (
-    BLUE,
-    GREY,
-    MOST_NAMED_CLASSES,
-    ORANGE,
-    RED,
-    draw_bars,
-    hide_frame,
-    legend_below,
-    need,
-    new_figure,
-    percent,
-    save,
-    short_names,
-)
+from . import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,86 +16,86 @@ EXTREMES = 10
 
 
 def plot_classes(file: str | Path, classes: Sequence[Mapping[str, Any]]) -> None:
-    """Draw how deep the rows of each class go and how often they are answered rightly.
+    """Draw how deep the samples of each class go and how often they are answered rightly.
 
-    Up to 25 classes are all named; of more, those that leave first, those that leave last and those right least often.
+    Up to 25 classes are all named; of more, those that exit first, those that exit last and those right least often.
 
     Args:
         file (`str` or `Path`): The PNG to write.
         classes (`list[dict]`):
-            `{"name", "rows", "accuracy", "mean_depth"}`; depth in blocks from 1; the last two are `None` where a class
-            has no rows, and such classes are only counted.
+            `{"name", "samples", "accuracy", "mean_depth"}`; depth in blocks from 1; the last two are `None` where a
+            class has no samples, and such classes are only counted.
 
     Raises:
         ImportError: The extra `plots` is not installed.
-        ValueError: No class has rows.
+        ValueError: No class has samples.
 
     Example:
 
         >>> from tempfile import TemporaryDirectory
-        >>> classes = [{"name": "cat", "rows": 2, "accuracy": 0.5, "mean_depth": 6.5}]
+        >>> classes = [{"name": "cat", "samples": 2, "accuracy": 0.5, "mean_depth": 6.5}]
         >>> with TemporaryDirectory() as folder:
         ...     plot_classes(f"{folder}/classes.png", classes)
     """
-    names = short_names([row["name"] for row in classes], 24)
-    drawn = [{**row, "name": name} for row, name in zip(classes, names, strict=True) if row["rows"]]
-    need(drawn, "classes", "class with rows")
+    names = style.short_names([row["name"] for row in classes], 24)
+    drawn = [{**row, "name": name} for row, name in zip(classes, names, strict=True) if row["samples"]]
+    style.need(drawn, "classes", "class with samples")
     absent = len(classes) - len(drawn)
-    without = f" ({absent} more without rows)" if absent else ""
-    figure = _classes_by_name(drawn) if len(drawn) <= MOST_NAMED_CLASSES else _classes_by_extremes(drawn)
+    without = f" ({absent} more without samples)" if absent else ""
+    figure = _classes_by_name(drawn) if len(drawn) <= style.MOST_NAMED_CLASSES else _classes_by_extremes(drawn)
     what = "1 class" if len(drawn) == 1 else f"{len(drawn):,} classes"
     figure.suptitle(f"Depth and accuracy of {what}{without}")
-    save(figure, file)
+    style.save(figure, file)
 
 
 def _classes_by_name(classes: Sequence[Mapping[str, Any]]) -> Figure:
-    figure = new_figure(10, 1.6 + 0.3 * len(classes))
+    figure = style.new_figure(10, 1.6 + 0.3 * len(classes))
     depth, right = figure.subplots(1, 2, sharey=True)
     ordered = sorted(classes, key=lambda row: row["mean_depth"])
-    _draw_depths(depth, ordered, BLUE, deepest=ordered[-1]["mean_depth"])
-    _draw_accuracies(right, ordered, ORANGE)
-    depth.set(title="How deep rows go", ylabel="class (rows)")
+    _draw_depths(depth, ordered, style.BLUE, deepest=ordered[-1]["mean_depth"])
+    _draw_accuracies(right, ordered, style.ORANGE)
+    depth.set(title="How deep samples go", ylabel="class (samples)")
     right.set_title("How right the answers are")
     right.tick_params(labelleft=False)
     return figure
 
 
 def _classes_by_extremes(classes: Sequence[Mapping[str, Any]]) -> Figure:
-    figure = new_figure(13, 9)
+    figure = style.new_figure(13, 9)
     axes = figure.subplot_mosaic([["all", "first"], ["all", "last"], ["all", "wrong"]], width_ratios=[1.4, 1])
     by_depth = sorted(classes, key=lambda row: row["mean_depth"])
     first, last = by_depth[:EXTREMES], by_depth[: -EXTREMES - 1 : -1]
     wrong = sorted(classes, key=lambda row: row["accuracy"])[:EXTREMES]
-    _draw_depths(axes["first"], first, BLUE, deepest=last[0]["mean_depth"])
-    _draw_depths(axes["last"], last, RED, deepest=last[0]["mean_depth"])
-    _draw_accuracies(axes["wrong"], wrong, ORANGE)
+    _draw_depths(axes["first"], first, style.BLUE, deepest=last[0]["mean_depth"])
+    _draw_depths(axes["last"], last, style.RED, deepest=last[0]["mean_depth"])
+    _draw_accuracies(axes["wrong"], wrong, style.ORANGE)
     filled, hollow = {"markeredgecolor": "black"}, {"markersize": 12, "markerfacecolor": "none", "markeredgewidth": 2}
-    for place, rows, what, style in (
-        ("all", classes, "a class", {"marker": "o", "color": GREY, "alpha": 0.4, "markersize": 4}),
-        ("first", first, f"the {EXTREMES} that leave first", {"marker": "v", "color": BLUE, **filled}),
-        ("last", last, f"the {EXTREMES} that leave last", {"marker": "^", "color": RED, **filled}),
-        ("wrong", wrong, f"the {EXTREMES} right least often", {"marker": "s", "color": ORANGE, **hollow}),
+    for place, drawn, what, marker in (
+        ("all", classes, "a class", {"marker": "o", "color": style.GREY, "alpha": 0.4, "markersize": 4}),
+        ("first", first, f"the {EXTREMES} that exit first", {"marker": "v", "color": style.BLUE, **filled}),
+        ("last", last, f"the {EXTREMES} that exit last", {"marker": "^", "color": style.RED, **filled}),
+        ("wrong", wrong, f"the {EXTREMES} right least often", {"marker": "s", "color": style.ORANGE, **hollow}),
     ):
-        depths, accuracies = [row["mean_depth"] for row in rows], [percent(row["accuracy"]) for row in rows]
-        axes["all"].plot(depths, accuracies, linestyle="", label=what, **style)
-        axes[place].set_title("Every class" if place == "all" else f"T{what[1:]} (rows)", fontsize=10)
+        depths, accuracies = [row["mean_depth"] for row in drawn], [style.percent(row["accuracy"]) for row in drawn]
+        axes["all"].plot(depths, accuracies, linestyle="", label=what, **marker)
+        axes[place].set_title("Every class" if place == "all" else f"T{what[1:]} (samples)", fontsize=10)
     axes["all"].set(xlabel="mean depth, blocks", ylabel="accuracy, %", ylim=(-3, 103))
-    hide_frame(axes["all"])
-    legend_below(figure, axes["all"], columns=4)
+    style.hide_frame(axes["all"])
+    style.legend_below(figure, axes["all"], columns=4)
     return figure
 
 
 def _draw_depths(axes: Axes, classes: Sequence[Mapping[str, Any]], color: str, *, deepest: float) -> None:
     depths = [row["mean_depth"] for row in classes]
-    draw_bars(axes, _with_rows(classes), depths, [f"{depth:.1f}" for depth in depths], color)
+    style.draw_bars(axes, _with_samples(classes), depths, [f"{depth:.1f}" for depth in depths], color)
     axes.set(xlabel="mean depth, blocks", xlim=(0, 1.12 * deepest))
 
 
 def _draw_accuracies(axes: Axes, classes: Sequence[Mapping[str, Any]], color: str) -> None:
-    accuracies = [percent(row["accuracy"]) for row in classes]
-    draw_bars(axes, _with_rows(classes), accuracies, [f"{accuracy:.0f}" for accuracy in accuracies], color)
+    accuracies = [style.percent(row["accuracy"]) for row in classes]
+    style.draw_bars(axes, _with_samples(classes), accuracies, [f"{accuracy:.0f}" for accuracy in accuracies], color)
     axes.set(xlabel="accuracy, %", xlim=(0, 112), xticks=range(0, 101, 20))
 
 
-def _with_rows(classes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{row['name']} ({row['rows']:,})" for row in classes]
+def _with_samples(classes: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{row['name']} ({row['samples']:,})" for row in classes]

@@ -66,7 +66,7 @@ def _confusion_by_name(counts: np.ndarray, names: Sequence[str]) -> Figure:
         axes.text(answer, truth, text, ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(size), [f"{name} ({number:,})" for name, number in zip(names, rows, strict=True)])
-    axes.set(xlabel="answer", ylabel="true class (rows)", title="Which class is taken for which")
+    axes.set(xlabel="answer", ylabel="true class (samples)", title="Which class is taken for which")
     return figure
 
 
@@ -92,14 +92,15 @@ def _confusion_by_pairs(counts: np.ndarray, names: Sequence[str]) -> Figure:
     labels = [f"{names[truth]} → {names[answer]}" for truth, answer in confused]
     texts = [f"{wrong[pair]:,} of {counts[pair[0]].sum():,}" for pair in confused]
     draw_bars(pairs, labels, [wrong[pair] for pair in confused], texts, RED)
-    pairs.set(title="Most confused: true → answer", xlabel="rows")
+    pairs.set(title="Most confused: true → answer", xlabel="samples")
     pairs.margins(x=0.25)
     return figure
 
 
 def _shares_of_rows(counts: np.ndarray) -> np.ndarray:
     rows = counts.sum(1, keepdims=True)
-    return np.divide(counts, rows, out=np.zeros(counts.shape), where=rows > 0)
+    shares: np.ndarray = np.divide(counts, rows, out=np.zeros(counts.shape), where=rows > 0)
+    return shares
 
 
 def _draw_map(figure: Figure, axes: Axes, shares: np.ndarray, edges: np.ndarray, *, gamma: float) -> None:

@@ -5,38 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .style import (
-    BLUE,
-    CURVE_STYLES,
-    GREEN,
-    GREY,
-    LIGHT_BLUE,
-    ORANGE,
-    PURPLE,
-    RED,
-    hide_frame,
-    legend_below,
-    new_figure,
-    percent,
-    save,
-    short,
-)
+from . import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 POINT_STYLES = (
-    (RED, "*", 15),
-    (PURPLE, "D", 8),
-    (ORANGE, "^", 9),
-    (BLUE, "v", 9),
-    (GREY, "P", 9),
-    (LIGHT_BLUE, "X", 9),
+    (style.RED, "*", 15),
+    (style.PURPLE, "D", 8),
+    (style.ORANGE, "^", 9),
+    (style.BLUE, "v", 9),
+    (style.GREY, "P", 9),
+    (style.LIGHT_BLUE, "X", 9),
 )
 
-FULL_MODEL, FULL_MODEL_STYLE = "full model", (GREEN, "s", 8)
+FULL_MODEL, FULL_MODEL_STYLE = "full model", (style.GREEN, "s", 8)
 
 
 def plot_pareto(
@@ -79,16 +64,9 @@ def plot_pareto(
     """
     if not points and not any(curves.values()):
         raise ValueError("there is nothing to draw: curves and points are both empty; give one point at least")
-    figure = new_figure(8, 5 + 0.2 * (len(curves) + len(points)))
-    draw_costs(
-        figure,
-        curves,
-        points,
-        unit=unit,
-        measure=measure,
-        asked_accuracy=asked_accuracy,
-    )
-    save(figure, file)
+    figure = style.new_figure(8, 5 + 0.2 * (len(curves) + len(points)))
+    draw_costs(figure, curves, points, unit=unit, measure=measure, asked_accuracy=asked_accuracy)
+    style.save(figure, file)
 
 
 def draw_costs(
@@ -102,23 +80,24 @@ def draw_costs(
 ) -> None:
     """The panel of `plot_pareto`, of the same arguments, in a figure or a part of one."""
     axes = figure.subplots()
-    for (name, curve), (color, line, marker) in zip(curves.items(), itertools.cycle(CURVE_STYLES), strict=False):
+    for (name, curve), (color, line, marker) in zip(curves.items(), itertools.cycle(style.CURVE_STYLES), strict=False):
         ordered = sorted(curve, key=lambda point: point["cost"])
-        costs, accuracies = [p["cost"] for p in ordered], [percent(p["accuracy"]) for p in ordered]
-        axes.plot(costs, accuracies, color=color, linestyle=line, marker=marker, label=short(name, 60))
+        costs, accuracies = [p["cost"] for p in ordered], [style.percent(p["accuracy"]) for p in ordered]
+        axes.plot(costs, accuracies, color=color, linestyle=line, marker=marker, label=style.short(name, 60))
     if asked_accuracy is not None:
         name = f"asked for: {asked_accuracy:.1%}"
-        axes.axhline(percent(asked_accuracy), color="black", linestyle=":", label=name)
+        axes.axhline(style.percent(asked_accuracy), color="black", linestyle=":", label=name)
     styles = itertools.cycle(POINT_STYLES)
     for name, point in points.items():
         color, marker, size = FULL_MODEL_STYLE if name == FULL_MODEL else next(styles)
         line = "--" if name == FULL_MODEL else ""
-        style = {"color": color, "marker": marker, "markersize": size, "markeredgecolor": "black", "linestyle": line}
+        drawn: dict[str, Any] = {"color": color, "marker": marker, "markersize": size, "markeredgecolor": "black"}
         values = f"{point['accuracy']:.1%} at {point['cost']:,.4g} {unit.split(' per ')[0]}"
-        axes.plot(point["cost"], percent(point["accuracy"]), **style, zorder=3, label=f"{short(name, 40)}: {values}")
+        told = f"{style.short(name, 40)}: {values}"
+        axes.plot(point["cost"], style.percent(point["accuracy"]), **drawn, linestyle=line, zorder=3, label=told)
         if name == FULL_MODEL:
-            axes.axhline(percent(point["accuracy"]), color=color, linestyle="--", linewidth=1)
+            axes.axhline(style.percent(point["accuracy"]), color=color, linestyle="--", linewidth=1)
     axes.set(title=f"{measure.capitalize()} against cost", xlabel=unit, ylabel=f"{measure}, %")
     axes.set_xlim(left=0)
-    hide_frame(axes)
-    legend_below(figure, axes)
+    style.hide_frame(axes)
+    style.legend_below(figure, axes)

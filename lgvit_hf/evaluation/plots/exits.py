@@ -1,4 +1,4 @@
-"""Where rows leave, and how right they are there."""
+"""Where samples exit, and how right they are there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def plot_report(
     report: dict[str, Any], curve: list[dict[str, float]], file: str | Path, *, measure: str = "accuracy"
 ) -> None:
-    """Draw where rows leave, how right they are and what that costs, as a PNG.
+    """Draw where samples exit, how right they are and what that costs, as a PNG.
 
     Args:
         report (`dict`): Of `evaluate`.
@@ -30,7 +30,7 @@ def plot_report(
     Example:
 
         >>> from tempfile import TemporaryDirectory
-        >>> final = {"position": 2, "head": "final", "rows": 4, "share": 1.0}
+        >>> final = {"exit_layer": 2, "head": "final", "samples": 4, "share": 1.0}
         >>> final |= {"accuracy_exited": 0.5, "accuracy_all": 0.5}
         >>> overall = {"accuracy": 0.5, "mean_macs": 9e6, "accuracy_full_model": 0.5, "backbone_macs": 9e6}
         >>> curve = [{"accuracy": 0.4, "mean_macs": 6e6}]
@@ -40,7 +40,7 @@ def plot_report(
     overall = report["overall"]
     width = _width(len(report["exits"]))
     figure = new_figure(width + 6, 6)
-    left, right = figure.subfigures(1, 2, width_ratios=[width, 6])
+    left, right = figure.subfigures(1, 2, width_ratios=[width, 6], squeeze=False).flat
     _draw_exits(left, report["exits"], measure)
     draw_costs(
         right,
@@ -56,7 +56,7 @@ def plot_report(
 
 
 def plot_exits(file: str | Path, report: Mapping[str, Any], *, measure: str = "accuracy") -> None:
-    """Draw how many rows leave at each exit, and how right they are there and over all rows.
+    """Draw how many samples exit at each exit, and how right they are there and over all samples.
 
     Args:
         file (`str` or `Path`): The PNG to write.
@@ -70,8 +70,8 @@ def plot_exits(file: str | Path, report: Mapping[str, Any], *, measure: str = "a
     Example:
 
         >>> from tempfile import TemporaryDirectory
-        >>> first = {"position": 1, "head": "linear", "rows": 3, "share": 0.75}
-        >>> final = {"position": 2, "head": "final", "rows": 1, "share": 0.25}
+        >>> first = {"exit_layer": 1, "head": "linear", "samples": 3, "share": 0.75}
+        >>> final = {"exit_layer": 2, "head": "final", "samples": 1, "share": 0.25}
         >>> right = {"accuracy_exited": 1.0, "accuracy_all": 0.5}
         >>> with TemporaryDirectory() as folder:
         ...     plot_exits(f"{folder}/exits.png", {"exits": [{**first, **right}, {**final, **right}]})
@@ -89,23 +89,23 @@ def _width(num_exits: int) -> float:
 
 
 def _draw_exits(figure: FigureBase, exits: Sequence[Mapping[str, Any]], measure: str) -> None:
-    leaving, right = figure.subplots(2, 1)
+    exited, right = figure.subplots(2, 1)
     places, many = range(len(exits)), len(exits) > 12
-    bars = leaving.bar(places, [percent(row["share"]) for row in exits], color=BLUE)
-    leaving.bar_label(bars, [f"{row['rows']:,}" for row in exits], fontsize=8)
-    leaving.set(title="How many rows leave at each exit", ylabel="rows leaving, %")
-    leaving.margins(y=0.15)
-    leaving.tick_params(labelbottom=False)
-    leaving.set_xticks(places)
+    bars = exited.bar(places, [percent(row["share"]) for row in exits], color=BLUE)
+    exited.bar_label(bars, [f"{row['samples']:,}" for row in exits], fontsize=8)
+    exited.set(title="How many samples exit at each exit", ylabel="samples that exit, %")
+    exited.margins(y=0.15)
+    exited.tick_params(labelbottom=False)
+    exited.set_xticks(places)
 
     accuracies_all = [percent(row["accuracy_all"]) for row in exits]
     accuracies_exited = [percent(row["accuracy_exited"]) for row in exits]
-    right.plot(places, accuracies_all, color=BLUE, marker="o", label="all rows")
-    right.plot(places, accuracies_exited, "D", color=RED, markersize=7, label="rows leaving there")
-    names = [f"{row['position']} {short(row['head'], 14)}" for row in exits]
+    right.plot(places, accuracies_all, color=BLUE, marker="o", label="all samples")
+    right.plot(places, accuracies_exited, "D", color=RED, markersize=7, label="samples that exit there")
+    names = [f"{row['exit_layer']} {short(row['head'], 14)}" for row in exits]
     right.set_xticks(places, names, fontsize=8, rotation=60 if many else 30, ha="right", rotation_mode="anchor")
     right.set(title="How right they are", xlabel="blocks run, and head", ylabel=f"{measure}, %", ylim=(-4, 104))
-    for axes in (leaving, right):
+    for axes in (exited, right):
         axes.set_xlim(-0.6, len(exits) - 0.4)
         hide_frame(axes)
     legend_below(figure, right, columns=2)

@@ -19,13 +19,13 @@ IMAGES_PER_LINE = 12
 
 
 def plot_gallery(file: str | Path, images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the images that left first and those that left last.
+    """Draw the images that exited first and those that exited last.
 
     Args:
         file (`str` or `Path`): The PNG to write.
         images (`Sequence`):
             PIL images or arrays `[H, W, 3]` or `[H, W]` uint8; only those drawn, up to 12 of either kind, are read. Of
-            images that left at one depth, the first in order are drawn.
+            images that exited at one depth, the first in order are drawn.
         answers (`list[dict]`):
             For each image `{"depth", "score", "predicted", "label"}`: the blocks run, the policy's score (`None`
             or NaN where it has none), the answer, and the true label or `None`.
@@ -43,10 +43,9 @@ def plot_gallery(file: str | Path, images: Sequence[Any], answers: Sequence[Mapp
         >>> with TemporaryDirectory() as folder:
         ...     plot_gallery(f"{folder}/gallery.png", images, answers)
     """
-    check_answers(images, answers)
-    order = sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
+    order = _by_depth(images, answers)
     shown = min(IMAGES_PER_LINE, math.ceil(len(order) / 2))
-    lines = [("Left first (below: depth and score, answer)", order[:shown]), ("Left last", order[shown:][-shown:])]
+    lines = [("Exited first (below: depth and score, answer)", order[:shown]), ("Exited last", order[shown:][-shown:])]
     lines = [(title, indices) for title, indices in lines if indices]
     figure = new_figure(max(5, 1.25 * shown), 2.1 * len(lines))
     for (title, indices), part in zip(lines, figure.subfigures(len(lines), 1, squeeze=False).flat, strict=True):
@@ -68,14 +67,14 @@ def plot_scores(
     score: str = "score",
     thresholds: Sequence[float | None] | None = None,
 ) -> None:
-    """Draw images beside what the policy saw of each at every exit: those that left first, those that left last.
+    """Draw images beside what the policy saw of each at every exit: those that exited first, those that exited last.
 
     Args:
         file (`str` or `Path`): The PNG to write.
         images (`Sequence`): See `plot_gallery`; all are drawn.
         answers (`list[dict]`):
             For each image `{"depth", "scores", "predicted", "label"}`: the blocks run, `E` scores (`None` or NaN
-            where the exit is not asked), the answer, and the true label or `None`.
+            where the exit is skipped), the answer, and the true label or `None`.
         depths (`list[int]`): Blocks run before each of the `E` exits, the final classifier last.
         score (`str`, *optional*, defaults to `"score"`): What the scores are.
         thresholds (`list[float]`, *optional*): `E` numbers with which they are compared, `None` where there is none.
@@ -91,10 +90,9 @@ def plot_scores(
         >>> with TemporaryDirectory() as folder:
         ...     plot_scores(f"{folder}/scores.png", np.zeros((1, 8, 8, 3), dtype=np.uint8), answers, depths=[4, 12])
     """
-    check_answers(images, answers)
-    order = sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
+    order = _by_depth(images, answers)
     half = math.ceil(len(order) / 2)
-    halves = [("Left first", order[:half]), ("Left last", order[: half - 1 : -1])]
+    halves = [("Exited first", order[:half]), ("Exited last", order[: half - 1 : -1])]
     halves = [(title, indices) for title, indices in halves if indices]
     numbers = [number_of(number) for answer in answers for number in answer["scores"]]
     highest = max([1.0, *(number for number in numbers if math.isfinite(number))])
@@ -123,17 +121,22 @@ def check_answers(images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -
     need(answers, "images", "image")
 
 
+def _by_depth(images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -> list[int]:
+    check_answers(images, answers)
+    return sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
+
+
 def _draw_scores(
     axes: Axes, answer: Mapping[str, Any], depths: Sequence[int], thresholds: Sequence[float | None]
 ) -> None:
-    points = [(depth, number_of(score)) for depth, score in zip(depths, answer["scores"], strict=True)]
+    points = [(float(depth), number_of(score)) for depth, score in zip(depths, answer["scores"], strict=True)]
     until = [point for point in points if point[0] <= answer["depth"]]
     after = [point for point in points if point[0] > answer["depth"]] or [(math.nan, math.nan)]
     axes.plot(*zip(*until, strict=True), color=BLUE, marker="o", markersize=4, label="seen by the policy")
     axes.plot(
         *zip(*after, strict=True), "o", color=GREY, markerfacecolor="none", markersize=4, label="not run any more"
     )
-    axes.plot(*until[-1], "D", color=RED, markersize=7, label="where it left")
+    axes.plot(*until[-1], "D", color=RED, markersize=7, label="where it exited")
     limits = [number_of(threshold) for threshold in thresholds]
     if not all(map(math.isnan, limits)):
         axes.plot(depths, limits, "_", color="black", markersize=12, markeredgewidth=1.5, label="threshold")

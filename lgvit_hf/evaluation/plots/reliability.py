@@ -1,4 +1,4 @@
-"""Whether exits are as right as they are sure."""
+"""Whether exits are as right as they are confident."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..metrics import calibration_error
 from .style import BLUE, LIGHT_BLUE, RED, hide_frame, legend_below, need, new_figure, percent, save, short
 
 if TYPE_CHECKING:
@@ -16,16 +17,16 @@ if TYPE_CHECKING:
 def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> None:
     """Draw a reliability diagram for each exit: is a head that says 80 % right 80 % of the time?
 
-    Bars are of all rows, diamonds of those that leave there; on the diagonal a head is as sure as it is right (Guo et
-    al., https://arxiv.org/abs/1706.04599). The strip below each panel says how many of all rows there are. The title
-    gives the expected calibration error, the mean distance from the diagonal.
+    Bars are of all samples, diamonds of those that exit there; on the diagonal a head is as confident as it is right
+    (Guo et al., https://arxiv.org/abs/1706.04599). The strip below each panel says how many of all samples there are.
+    The title gives the expected calibration error, the mean distance from the diagonal.
 
     Args:
         file (`str` or `Path`): The PNG to write.
         exits (`list[dict]`):
-            `{"name", "all", "exited"}`: each exit's name and its bins, which divide [0, 1] equally, for all rows and
-            for those that leave there (or `None`). A bin is `{"rows", "confidence", "accuracy"}`, the last two `None`
-            where it is empty.
+            `{"name", "all", "exited"}`: each exit's name and its bins, which divide [0, 1] equally, for all
+            samples and for those that exit there (or `None`). A bin is `{"samples", "confidence", "accuracy"}`, the
+            last two `None` where it is empty.
 
     Raises:
         ImportError: The extra `plots` is not installed.
@@ -34,8 +35,8 @@ def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> No
     Example:
 
         >>> from tempfile import TemporaryDirectory
-        >>> empty = {"rows": 0, "confidence": None, "accuracy": None}
-        >>> bins = [empty, {"rows": 10, "confidence": 0.9, "accuracy": 0.7}]
+        >>> empty = {"samples": 0, "confidence": None, "accuracy": None}
+        >>> bins = [empty, {"samples": 10, "confidence": 0.9, "accuracy": 0.7}]
         >>> with TemporaryDirectory() as folder:
         ...     plot_reliability(f"{folder}/reliability.png", [{"name": "block 4", "all": bins, "exited": None}])
     """
@@ -55,43 +56,39 @@ def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> No
         strip.set(xlabel="confidence, %", ylim=(0, max(1, 1.05 * highest)))
         if place % columns == 0:
             panel.set_ylabel("accuracy, %")
-            strip.set_ylabel("rows, %")
+            strip.set_ylabel("samples, %")
     legend_below(figure, grid[0, 0], columns=min(columns, 3))
     save(figure, file)
 
 
 def _draw_reliability(panel: Axes, strip: Axes, exit: Mapping[str, Any]) -> None:
-    everyone, leaving = exit["all"], exit["exited"] or []
+    everyone, exited = exit["all"], exit["exited"] or []
     width = 100 / len(everyone)
     middles = [width * (place + 0.5) for place in range(len(everyone))]
-    style = {"width": width, "color": LIGHT_BLUE, "edgecolor": BLUE}
-    panel.bar(middles, [percent(bin["accuracy"]) for bin in everyone], **style, label="all rows")
-    panel.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="as right as sure")
-    confidences = [percent(bin["confidence"]) for bin in leaving]
-    accuracies = [percent(bin["accuracy"]) for bin in leaving]
-    style_exited = {"color": RED, "markeredgecolor": "white"}
-    panel.plot(confidences, accuracies, "D", **style_exited, label="rows leaving there (narrow bars)")
-    panel.set_title(f"{short(exit['name'], 28)}\nECE {_error(everyone)}, leaving {_error(leaving)}", fontsize=9)
+    style: dict[str, Any] = {"width": width, "color": LIGHT_BLUE, "edgecolor": BLUE}
+    panel.bar(middles, [percent(bin["accuracy"]) for bin in everyone], **style, label="all samples")
+    panel.plot([0, 100], [0, 100], "--", color="black", linewidth=1, label="as right as confident")
+    confidences = [percent(bin["confidence"]) for bin in exited]
+    accuracies = [percent(bin["accuracy"]) for bin in exited]
+    label = "samples that exit there (narrow bars)"
+    panel.plot(confidences, accuracies, "D", color=RED, markeredgecolor="white", label=label)
+    panel.set_title(f"{short(exit['name'], 28)}\nECE {_error(everyone)}, exited {_error(exited)}", fontsize=9)
     panel.tick_params(labelbottom=False)
     panel.set_ylim(-4, 104)
 
     strip.bar(middles, [percent(share) for share in _shares(everyone, everyone)], **style)
-    if leaving:
-        strip.bar(middles, [percent(share) for share in _shares(leaving, everyone)], 0.4 * width, color=RED)
+    if exited:
+        strip.bar(middles, [percent(share) for share in _shares(exited, everyone)], 0.4 * width, color=RED)
     for axes in (panel, strip):
         axes.set(xlim=(-4, 104), xticks=range(0, 101, 25))
         hide_frame(axes)
 
 
 def _shares(bins: Sequence[Mapping[str, Any]], everyone: Sequence[Mapping[str, Any]]) -> list[float]:
-    total = sum(bin["rows"] for bin in everyone)
-    return [bin["rows"] / max(total, 1) for bin in bins]
+    total = sum(bin["samples"] for bin in everyone)
+    return [bin["samples"] / max(total, 1) for bin in bins]
 
 
 def _error(bins: Sequence[Mapping[str, Any]]) -> str:
-    """The expected calibration error, in percent."""
-    filled = [bin for bin in bins if bin["rows"]]
-    if not filled:
-        return "–"
-    gaps = sum(bin["rows"] * abs(bin["confidence"] - bin["accuracy"]) for bin in filled)
-    return f"{gaps / sum(bin['rows'] for bin in filled):.1%}"
+    error = calibration_error(bins)
+    return "–" if error is None else f"{error:.1%}"

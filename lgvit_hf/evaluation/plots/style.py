@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def draw_bars(axes: Axes, names: Sequence[str], values: Sequence[float], texts: 
     hide_frame(axes)
 
 
-def need(values: Sequence[Any], name: str, what: str) -> None:
+def need(values: Sized, name: str, what: str) -> None:
     """Raise `ValueError` where there is nothing to draw."""
     if not len(values):
         raise ValueError(f"there is nothing to draw: {name} is empty; give one {what} at least")
@@ -87,9 +87,9 @@ def percent(share: float | None) -> float:
 
 def short(name: Any, limit: int) -> str:
     """A name on one line, cut to `limit` characters, as matplotlib takes it (a dollar would begin a formula)."""
-    name = " ".join(str(name).split())
-    name = name if len(name) <= limit else f"{name[: limit - 1].rstrip()}…"
-    return name.replace("$", r"\$")
+    line = " ".join(str(name).split())
+    line = line if len(line) <= limit else f"{line[: limit - 1].rstrip()}…"
+    return line.replace("$", r"\$")
 
 
 def first_synonym(name: Any, limit: int) -> str:

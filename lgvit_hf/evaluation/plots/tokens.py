@@ -145,7 +145,7 @@ def _colors(num_blocks: int) -> ScalarMappable:
 def _draw_depths(panels: Sequence[Axes], image: np.ndarray, depths: np.ndarray, colors: ScalarMappable) -> None:
     """The image, its depths `[h, w]` on the same area, and these over the image in grey."""
     height, width = image.shape[:2]
-    over = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+    over: dict[str, Any] = {"extent": (0, width, height, 0), "interpolation": "nearest"}
     heat = {**over, "cmap": colors.cmap, "norm": colors.norm}
     grey = image if image.ndim == 2 else image.mean(-1)
     panels[0].imshow(image, cmap="gray", vmin=0, vmax=255, **over)
