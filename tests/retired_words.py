@@ -30,6 +30,7 @@ RETIRED = {
     r"\bkeeps_nan\b": "nan_never_exits",
     r"\b(house|room)s?\b": "package, module",
 }
+READS_OLD_NAMES = "report_keys.py"
 PLACES = ("lgvit_hf/**/*.py", "recipes/**/*.py", "docs/**/*.md", "README.md", "CONTRIBUTING.md")
 
 
@@ -37,6 +38,8 @@ def found():
     """`path:line: word -> what to say` of each place."""
     for pattern in PLACES:
         for file in sorted(ROOT.glob(pattern)):
+            if file.name == READS_OLD_NAMES:
+                continue
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
                 if "old name" in line or "DeprecationWarning" in line:
                     continue

@@ -89,7 +89,7 @@ def test_final_answers_are_the_plain_checkpoint_s(kind, images, tmp_path):
     assert set(early.exit_layer.tolist()) <= {*model.config.exit_positions, model.config.num_blocks}
     report = json.loads((tmp_path / "out" / "grow.json").read_text())
     assert report["images"] == {"trained": 128, "held_out": 32, "labels": False}
-    assert [row["position"] for row in report["candidates"] if row["kept"]] == model.config.exit_positions
+    assert [row["exit_layer"] for row in report["candidates"] if row["kept"]] == model.config.exit_positions
 
 
 @pytest.mark.parametrize("kind", ["deit", "swin"])
@@ -146,7 +146,7 @@ def test_labels_are_used_for_the_choice_alone(images):
     # full model on its own answers
     assert without.report["overall"]["accuracy_full_model"] == 1.0
     assert with_labels.report["overall"]["accuracy_full_model"] < 1.0
-    kept = [row["position"] for row in with_labels.report["candidates"] if row["kept"]]
+    kept = [row["exit_layer"] for row in with_labels.report["candidates"] if row["kept"]]
     assert kept == with_labels.model.config.exit_positions
 
 

@@ -68,8 +68,8 @@ class Costs:
         return sum(share * self.of_exit(index, evaluated) for index, share in enumerate(shares))
 
     @property
-    def trunks(self) -> list[float]:
-        """The old name of `backbone_costs`."""
+    def trunks(self) -> list[float]:  # old name
+        """`backbone_costs` by its old name."""
         warnings.warn("Costs.trunks is now Costs.backbone_costs", DeprecationWarning, stacklevel=2)
         return self.backbone_costs
 
@@ -101,7 +101,10 @@ class Highway(Protocol):
 
     config: Any
     training: bool
-    exit_policy: ExitPolicy
+
+    @property
+    def exit_policy(self) -> ExitPolicy:
+        """The policy in force."""
 
     @property
     def device(self) -> torch.device:

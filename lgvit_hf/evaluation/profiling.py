@@ -151,8 +151,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        peak: int = torch.cuda.max_memory_allocated(device) - before
-        return peak
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with _LiveTensors() as live:
         run()
     return live.peak

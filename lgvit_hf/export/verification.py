@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..data.batches import in_batches
+from ..data.batches import Samples, in_batches
 from ..engine import Answers, replay, run_all, run_early
 from ..hub.loading import example_image
 from ..modeling_highway import HighwayMixin
@@ -137,7 +136,7 @@ def trials(model: HighwayMixin, exits: list[int]) -> Iterator[Trial]:
 
 @torch.no_grad()
 def compare(
-    model: HighwayMixin, exported: ORTHighway, images: Dataset, max_accuracy_drop: float, *, batch_size: int = 64
+    model: HighwayMixin, exported: ORTHighway, images: Samples, max_accuracy_drop: float, *, batch_size: int = 64
 ) -> dict[str, float]:
     """What an export is worth on real images, both with early exits under their policies.
 

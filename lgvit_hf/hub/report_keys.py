@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 OLD_KEYS = {
-    **{"trunks": "backbone_costs", "rows": "samples", "n": "samples_tested", "position": "exit_layer"},
+    **{"trunks": "backbone_costs", "rows": "samples", "n": "samples_tested", "position": "exit_layer"},  # old names
     **{f"{name}_leaving": f"{name}_exited" for name in ("accuracy", "calibration_error", "reliability")},
     "leaving": "exited",
 }

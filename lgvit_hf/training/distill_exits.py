@@ -217,7 +217,7 @@ def _candidates(
     highway_class: type[HighwayMixin] = BY_BACKBONE[kind]
     if is_highway:
         # what `lgvit train --stage backbone` saves
-        bare = checkpoint if isinstance(checkpoint, PreTrainedModel) else highway_class.from_pretrained(name)
+        bare: Any = checkpoint if isinstance(checkpoint, PreTrainedModel) else highway_class.from_pretrained(name)
         model: Any = with_exits(name, bare, exits)
         model.to(bare.device, bare.dtype).eval()
     else:

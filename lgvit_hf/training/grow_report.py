@@ -38,7 +38,7 @@ def grow_as_text(report: dict[str, Any]) -> str:
     lines = [f"candidate  head            {measure:>9}   cost until there   of the head   (full model: 100 %)"]
     for row in report["candidates"]:
         lines.append(
-            f"{row['position']:9}  {row['head']:14}  {row[measure]:9.1%}   {row['cost']:16.1%}   "
+            f"{row['exit_layer']:9}  {row['head']:14}  {row[measure]:9.1%}   {row['cost']:16.1%}   "
             f"{row['head_cost']:11.1%}   {'kept' if row['kept'] else ''}"
         )
     of_what = "counted with the labels" if images["labels"] else "expected by the full model's own probabilities"
