@@ -154,4 +154,4 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) - before)
     with _LiveTensors() as live:
         run()
-    return live.peak
+    return int(live.peak)

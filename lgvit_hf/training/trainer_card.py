@@ -35,7 +35,7 @@ class CardTrainer(Trainer):
 
         Args:
             args, kwargs: See `transformers.Trainer.create_model_card`. Such a card uses `license`, `tags`,
-                `model_name` (after `args.hub_model_id`; by default the folder's name), `finetuned_from`, `dataset_tags`.
+                `model_name` (else `args.hub_model_id` or the folder's name), `finetuned_from` and `dataset_tags`.
         """
         model, readme = self.accelerator.unwrap_model(self.model), self._folder / "README.md"
         if not has_card(model.config):
