@@ -440,6 +440,8 @@ def test_report_is_what_its_policy_replays_to(policy, labels):
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
     assert (found.bound, found.samples_tested, found.guaranteed_drop) == ("none", 400, None)
     assert "no guarantee: point estimate on 400 samples" in found.as_text()
+    with pytest.warns(DeprecationWarning, match="samples_tested"):
+        assert found.n == 400
 
 
 @version_independent

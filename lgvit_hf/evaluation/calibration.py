@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -61,6 +62,12 @@ class Calibration:
     guaranteed_drop: float | None = None
     frontier: tuple[dict[str, Any], ...] = ()
     calibration_errors: tuple[dict[str, float | None], ...] = ()
+
+    @property
+    def n(self) -> int:
+        """The old name of `samples_tested`."""
+        warnings.warn("Calibration.n is now Calibration.samples_tested", DeprecationWarning, stacklevel=2)
+        return self.samples_tested
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON takes it."""
@@ -243,9 +250,7 @@ def calibrate(
         exits=tuple(chosen.evaluated),
         temperatures=temperatures,
         full_accuracy=full_accuracy,
-        mean_depth=torch.tensor(table.depths, dtype=torch.float64, device="cpu")[chosen.exit_index.cpu()]
-        .mean()
-        .item(),
+        mean_depth=float(np.array(table.depths)[chosen.exit_index.cpu().numpy()].mean()),
         full_macs=table.known_costs.backbone,
         **chosen.figures(full_accuracy),
         full_latency=results[0].latency,
