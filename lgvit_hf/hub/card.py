@@ -15,6 +15,7 @@ from ..files import replace_file
 from ..policies import build_policy
 from ..segments import height_width
 from .loading import HIGHWAYS, answer_depths, read_config
+from .report_keys import current_names
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # a README that has this line is ours to write again
@@ -128,11 +129,7 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     what = content.get("what") if isinstance(content, Mapping) else type(content).__name__
     if not isinstance(content, Mapping) or what not in known:
         raise ValueError(f"{'report' if content is report else report}: what={what!r} must be one of {known}")
-    if what == "lgvit evaluate":
-        # version 0.1 called the accuracy of exited samples `accuracy_leaving`
-        exits = [{name.replace("_leaving", "_exited"): exit[name] for name in exit} for exit in content["exits"]]
-        return {**content, "exits": exits}
-    return content
+    return current_names(dict(content))
 
 
 def reports_beside(folder: str | Path) -> list[Path]:
@@ -198,10 +195,10 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
         return
     if not isinstance(config, HighwayConfig):
         raise ValueError(f"{where}: {report['what']} is of a highway, and the model is an {config.model_type}")
-    key = {"lgvit evaluate": "position", "lgvit benchmark": "depth"}.get(report["what"])
-    depths, ours = [exit[key] for exit in report["exits"]] if key else None, answer_depths(config)
-    if key and depths != ours:
-        raise ValueError(f"{where} is of a model that answers at depths {depths}, this one at {ours}")
+    if report["what"] != "lgvit calibrate":
+        depths, ours = [exit["exit_layer"] for exit in report["exits"]], answer_depths(config)
+        if depths != ours:
+            raise ValueError(f"{where} is of a model that answers at depths {depths}, this one at {ours}")
     policy = report["environment"]["policy"] if report["what"] == "lgvit benchmark" else report["policy"]
     now = build_policy(config.exit_policy, len(config.exits)).to_dict()
     if build_policy(dict(policy), len(config.exits)).to_dict() != now:

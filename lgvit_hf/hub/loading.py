@@ -45,7 +45,7 @@ def answer_depths(config: HighwayConfig) -> list[int]:
     return [*config.exit_positions, *([] if config.truncated else [config.num_blocks])]
 
 
-def example_image(model: PreTrainedModel, batch_size: int = 1) -> Tensor:
+def example_image(model: Any, batch_size: int = 1) -> Tensor:
     """Random pixels of the size the model was made for, `[B, C, H, W]`."""
     height, width = height_width(model.config.image_size)
     return torch.randn(batch_size, model.config.num_channels, height, width, device=model.device, dtype=model.dtype)
