@@ -37,6 +37,7 @@ class Whole:
             model=weights_digest(model) or "",
             format="whole",
             takes={"pixel_values": {"dtype": "float32", "shape": [config.num_channels, height, width]}},
+            memory={},
             depths=answer_depths(cast(HighwayConfig, config)),
             policy=model.exit_policy.to_dict(),
             labels=self._predictor.label_names,

@@ -17,6 +17,7 @@ PART_FILE = "part.json"
 SCHEMA = 1
 PART_FORMATS = ("onnx", "safetensors")
 WEIGHTS = "model.safetensors"
+PART_FILES = {"config.json", WEIGHTS}  # of safetensors
 # names of a policy's memory in a state, beside the tensors of the highway
 MEMORY = "memory."
 # in one sample of an array
@@ -133,7 +134,7 @@ class PartInfo(Description):
     format: str
     takes: dict[str, Array]
     gives: dict[str, Array] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float]
     depths: list[int]
     start: int = 0
     exits: list[Exit] = field(default_factory=list)
@@ -177,8 +178,7 @@ class PartInfo(Description):
             "format": self.format in PART_FORMATS,
             "takes": _are_arrays(self.takes) and bool(self.takes),
             "gives": _are_arrays(self.gives) and bool(self.gives) == (self.index < self.parts - 1),
-            "memory": isinstance(self.memory, dict)
-            and all(type(each) in (int, float) for each in self.memory.values()),
+            "memory": isinstance(self.memory, dict) and {*map(type, self.memory.values())} <= {int, float},
             "depths": num_exits > 0,
             "exits": isinstance(self.exits, list)
             and are_counts([each["index"] for each in self.exits])
@@ -193,13 +193,9 @@ class PartInfo(Description):
             "policy": isinstance(self.policy, dict) and isinstance(self.policy.get("name"), str),
             "labels": isinstance(self.labels, list) and bool(self.labels) and all(map(is_text, self.labels)),
             "image": self.image is None or isinstance(self.image, dict),
-            "files": are_digests(self.files, _NAME) and self._names_its_files(),
+            "files": are_digests(self.files, _NAME)
+            and (len(self.files) == len(self.exits) + 1 if self.format == "onnx" else {*self.files} == PART_FILES),
         }
-
-    def _names_its_files(self) -> bool:
-        if self.format == "onnx":
-            return len(self.files) == len(self.exits) + 1
-        return set(self.files) == {"config.json", WEIGHTS}
 
 
 def file_digest(file: Path) -> str:
