@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from ..data.batches import Samples
 from ..evaluation.costs import model_macs
 from ..files import replace_folder
 from ..modeling_highway import HighwayMixin
@@ -31,7 +31,7 @@ def export_onnx(
     *,
     precision: str = "float32",
     processor: BaseImageProcessor | None = None,
-    images: Dataset | None = None,
+    images: Samples | None = None,
     max_accuracy_drop: float = 0.005,
 ) -> Manifest:
     """Write a highway as ONNX, run it in ONNX Runtime against PyTorch, and keep it only if they agree.
@@ -159,7 +159,7 @@ def verified(
     layout: str = "single",
     precision: str = "float32",
     *,
-    images: Dataset | None = None,
+    images: Samples | None = None,
     max_accuracy_drop: float = 0.005,
 ) -> Manifest:
     """Run files that `write_onnx` wrote against their model, and write the manifest beside them.
