@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.settings import real, whole
 from .options import add_data, add_policy, add_processor
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command and print the result."""
     import torch
-    from torch.utils.data import Dataset, Subset
+    from torch.utils.data import Subset
 
     from ..data.datasets import load_images
     from ..data.processing import ProcessedImages
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     if is_exported(options.checkpoint):
         raise ValueError(f"{options.checkpoint} is exported already; give the checkpoint that it came from")
     model, processor = open_checkpoint(options)
-    images: Dataset | None = None
+    images: Any = None
     if options.data is not None:
         splits = load_images(options.data, validation_share=options.validation_share, seed=options.seed)
         check_class_names(options.checkpoint, model.config, splits.label_names)
