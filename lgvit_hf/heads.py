@@ -8,7 +8,7 @@ renames such keys of a Swin checkpoint wherever they stand.
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from .exit_head import (
     register_head,
 )
 from .segments import Tokens
+
+# a module as its callers see it
+Layer = Callable[[Tensor], Tensor]
 
 # the contract is imported from here, so that what this file registers is there
 __all__ = [
@@ -69,10 +72,10 @@ class LinearHead(ExitHead):
         super().__init__(shape)
         self.pools_one_token = shape.pool == "cls" and shape.num_prefix == 1
         if self.pools_one_token:
-            self.dense = nn.Linear(shape.width, shape.width)
-            self.dropout = nn.Dropout(shape.dropout)
+            self.dense: Layer = nn.Linear(shape.width, shape.width)
+            self.dropout: Layer = nn.Dropout(shape.dropout)
         else:
-            self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+            self.norm: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         prefixes = self.prefixes(tokens)
@@ -97,7 +100,7 @@ class AverageHead(ExitHead):
 
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
-        self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.norm: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         prefixes = self.prefixes(tokens)
@@ -121,7 +124,7 @@ class ConcatHead(ExitHead):
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
         num_vectors = 1 + (shape.num_prefix if shape.pool == "cls" and shape.num_prefix else 1)
-        self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.norm: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
         self.classifiers = nn.ModuleList([nn.Linear(num_vectors * shape.width, shape.num_labels)])
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
@@ -141,7 +144,7 @@ class ViTHead(LinearHead):
 
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
-        self.block = TransformerBlock(shape)
+        self.block: Layer = TransformerBlock(shape)
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         num_prefix = tokens.prefix.shape[1]
@@ -154,23 +157,27 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, shape: HeadShape):
         super().__init__()
-        self.norm_before = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
-        self.mix = SelfAttention(shape)
-        self.norm_after = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
-        self.widen = nn.Linear(shape.width, shape.intermediate_size)
-        self.activation = ACT2FN[shape.hidden_act]
-        self.narrow = nn.Linear(shape.intermediate_size, shape.width)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.norm_before: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.mix: Layer = SelfAttention(shape)
+        self.norm_after: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.widen: Layer = nn.Linear(shape.width, shape.intermediate_size)
+        self.activation: Layer = ACT2FN[shape.hidden_act]
+        self.narrow: Layer = nn.Linear(shape.intermediate_size, shape.width)
+        self.dropout: Layer = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.mix(self.norm_before(x)))
-        return cast(Tensor, x + self.dropout(self.narrow(self.activation(self.widen(self.norm_after(x))))))
+        return x + self.dropout(self.narrow(self.activation(self.widen(self.norm_after(x)))))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """Softmax attention of `[B, N, D]` tensors with `num_heads` heads."""
     query, key, value = (torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _linear(width: int, new_width: int) -> Layer:
+    return nn.Linear(width, new_width)
 
 
 @register_head("self_attention")
@@ -182,13 +189,13 @@ class SelfAttention(nn.Module):
     def __init__(self, shape: HeadShape):
         super().__init__()
         self.num_heads = shape.num_attention_heads
-        self.query, self.key, self.value, self.proj = (nn.Linear(shape.width, shape.width) for _ in range(4))
+        self.query, self.key, self.value, self.proj = (_linear(shape.width, shape.width) for _ in range(4))
 
     def forward(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return cast(Tensor, self.proj(self._mixed(patches)))
+        return self.proj(self._mixed(patches))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return cast(Tensor, self.proj(self._mixed(patches).mean(1)))
+        return self.proj(self._mixed(patches).mean(1))
 
     def _mixed(self, patches: Tensor) -> Tensor:
         return _attend(self.query(patches), self.key(patches), self.value(patches), self.num_heads)
@@ -213,14 +220,14 @@ class SubsampledAttention(nn.Module):
         super().__init__()
         self.ratio = ratio
         self.num_heads = num_sparse_heads(shape.width)
-        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
-        self.proj = nn.Linear(shape.width, shape.width)
+        self.qkv: Layer = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.proj: Layer = nn.Linear(shape.width, shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return cast(Tensor, self.proj(self._mixed(patches, grid)))
+        return self.proj(self._mixed(patches, grid))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return cast(Tensor, self.proj(self._mixed(patches, grid).mean(1)))
+        return self.proj(self._mixed(patches, grid).mean(1))
 
     def _mixed(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.ratio > 1:
@@ -237,14 +244,14 @@ class BottleneckMLP(nn.Module):
 
     def __init__(self, shape: HeadShape):
         super().__init__()
-        self.widen = nn.Linear(shape.width, 10)
-        self.narrow = nn.Linear(10, shape.width)
+        self.widen: Layer = nn.Linear(shape.width, 10)
+        self.narrow: Layer = nn.Linear(10, shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return cast(Tensor, self.narrow(F.relu(self.widen(patches))))
+        return self.narrow(F.relu(self.widen(patches)))
 
     def pooled(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        return cast(Tensor, self.narrow(F.relu(self.widen(patches)).mean(1)))
+        return self.narrow(F.relu(self.widen(patches)).mean(1))
 
 
 def _as_image(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -257,8 +264,12 @@ def _as_patches(image: Tensor) -> Tensor:
     return image.flatten(2).transpose(1, 2)
 
 
-def _pointwise(width: int) -> nn.Conv2d:
+def _pointwise(width: int) -> Layer:
     return nn.Conv2d(width, width, kernel_size=1)
+
+
+def _batch_norm(width: int) -> Layer:
+    return nn.BatchNorm2d(width)
 
 
 @register_head("conv_normal")
@@ -269,8 +280,8 @@ class Convolution(nn.Module):
 
     def __init__(self, shape: HeadShape):
         super().__init__()
-        self.conv = nn.Conv2d(shape.width, shape.width, kernel_size=3, padding=1)
-        self.bn = nn.BatchNorm2d(shape.width)
+        self.conv: Layer = nn.Conv2d(shape.width, shape.width, kernel_size=3, padding=1)
+        self.bn: Layer = nn.BatchNorm2d(shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return _as_patches(self.bn(F.gelu(self.conv(_as_image(patches, grid)))))
@@ -284,8 +295,8 @@ class PointwisePerception(nn.Module):
 
     def __init__(self, shape: HeadShape):
         super().__init__()
-        self.expand, self.expand_bn = _pointwise(shape.width), nn.BatchNorm2d(shape.width)
-        self.project, self.project_bn = _pointwise(shape.width), nn.BatchNorm2d(shape.width)
+        self.expand, self.expand_bn = _pointwise(shape.width), _batch_norm(shape.width)
+        self.project, self.project_bn = _pointwise(shape.width), _batch_norm(shape.width)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         image = _as_image(patches, grid)
@@ -300,7 +311,7 @@ class PointwisePerception(nn.Module):
         return F.gelu(self.expand(image))
 
     def _project(self, activated: Tensor) -> Tensor:
-        return cast(Tensor, self.project_bn(self.project(self.expand_bn(activated))))
+        return self.project_bn(self.project(self.expand_bn(activated)))
 
 
 @register_head("conv1_1")
@@ -309,14 +320,14 @@ class DepthwisePerception(PointwisePerception):
 
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
-        self.depthwise = nn.Conv2d(shape.width, shape.width, kernel_size=3, padding=1, groups=shape.width)
-        self.depthwise_bn = nn.BatchNorm2d(shape.width)
+        self.depthwise: Layer = nn.Conv2d(shape.width, shape.width, kernel_size=3, padding=1, groups=shape.width)
+        self.depthwise_bn: Layer = nn.BatchNorm2d(shape.width)
 
     def _activate(self, image: Tensor) -> Tensor:
         return F.gelu(self.depthwise(self.expand_bn(F.gelu(self.expand(image)))))
 
     def _project(self, activated: Tensor) -> Tensor:
-        return cast(Tensor, self.project_bn(self.project(self.depthwise_bn(activated))))
+        return self.project_bn(self.project(self.depthwise_bn(activated)))
 
 
 def lgvit_heads(num_exits: int, *, attention: tuple[str, str] = ("attention_r2", "attention_r3")) -> list[str]:

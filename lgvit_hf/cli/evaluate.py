@@ -79,7 +79,7 @@ def _draw_all(folder: Path, dataset: ProcessedImages, table: ExitTable, answers:
     plots.plot_classes(folder / "classes.png", report["classes"])
     plots.plot_confusion(folder / "confusion.png", report["confusion"], names)
     columns = (answers.exit_layer, answers.exit_score, answers.logits.argmax(-1), table.labels)
-    told = [
+    told: list[Any] = [
         {"depth": depth, "score": score, "predicted": names[answer], "label": names[label]}
         for depth, score, answer, label in zip(*(column.tolist() for column in columns), strict=True)
     ]

@@ -86,7 +86,7 @@ def _draw_tokens(folder: Path, model: Any, dataset: ProcessedImages, count: int)
     shown = widest_spread(depths, count)
     patches = depths[:, model.config.num_prefix_tokens :].unflatten(1, patch_grid(model.config))
     names = _names_of(model.config, dataset, shown, predicted[shown])
-    answers = [
+    answers: list[Any] = [
         {"depths": patches[index].numpy(), "class_token": int(depths[index, 0]), **name}
         for index, name in zip(shown, names, strict=True)
     ]
@@ -111,7 +111,7 @@ def _draw_first_and_last(folder: Path, model: Any, dataset: ProcessedImages, cou
     seen: Any = as_seen(pixels, dataset.processor)
     scores = scores_by_exit(model, pixels).T.tolist()
     names = _names_of(model.config, dataset, shown, found.logits[shown].argmax(-1))
-    answers = [
+    answers: list[Any] = [
         {"depth": int(found.exit_layer[index]), "scores": score, **name}
         for index, score, name in zip(shown, scores, names, strict=True)
     ]

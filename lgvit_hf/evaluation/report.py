@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .exit_table import ExitTable, collect
 from .metrics import confusion_matrix, per_class, reliability_by_exit, summarise
 from .profiling import export_facts, head_names
 from .report_text import export_in_words, policy_in_words
+from .report_types import EvaluationReport
 
 TIMED_ROWS = 256
 
@@ -118,23 +119,24 @@ def timed_pixels(dataset: Samples) -> Tensor:
 def evaluate_as_text(report: dict[str, Any]) -> str:
     """The report of `evaluate` as text for a terminal."""
     lines = ["exit     layer  head                  exited   acc. exited    acc. of all   MMACs until there"]
-    for index, row in enumerate(report["exits"]):
+    typed = cast("EvaluationReport", report)
+    for index, row in enumerate(typed["exits"]):
         lines.append(
             f"{index:4}  {row['exit_layer']:8}  {row['head']:14}  {row['samples']:5} ({row['share']:4.0%})  "
             f"{_percent(row['accuracy_exited']):>11}  {_percent(row['accuracy_all']):>13}  {row['macs'] / 1e6:18.1f}"
         )
-    overall, exported = report["overall"], report["exported"]
+    overall, exported = typed["overall"], typed["exported"]
     full = "" if overall["accuracy_full_model"] is None else f"full model {overall['accuracy_full_model']:.1%}, "
     lines += [
         "",
         f"accuracy              {overall['accuracy']:.1%}   ({full}{overall['samples']} samples)",
-        f"mean depth            {overall['mean_depth']:.2f} of {report['exits'][-1]['exit_layer']} blocks, "
+        f"mean depth            {overall['mean_depth']:.2f} of {typed['exits'][-1]['exit_layer']} blocks, "
         f"layer speed-up {overall['layer_speed_up']:.2f}x",
         f"MACs                  {overall['mean_macs'] / 1e6:.1f} M per image, heads counted, against "
         f"{overall['backbone_macs'] / 1e6:.1f} M: {overall['macs_speed_up']:.2f}x",
     ]
     against = "the backbone without heads" if exported is None else "the same files without early exit"
-    for size, times in report["wall_clock"].items():
+    for size, times in typed["wall_clock"].items():
         early, backbone = 1e3 * times["early_exit_seconds"], times["backbone_seconds"]
         told = (
             f"{early / min(TIMED_ROWS, overall['samples']):.2f} ms per image"
@@ -143,7 +145,7 @@ def evaluate_as_text(report: dict[str, Any]) -> str:
             f"{backbone * 1e3:.0f} ms)"
         )
         lines.append(f"wall-clock, batch {size:>3} {told}")
-    lines.append(f"policy                {policy_in_words(report['policy'])}")
+    lines.append(f"policy                {policy_in_words(typed['policy'])}")
     if exported is not None:
         lines.append(f"files                 {export_in_words(exported)}")
         if exported["layout"] == "all_exits":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
+
+from .report_types import BatchFigures, BenchmarkReport, ExportFacts, Latency
 
 # relative: above the one a measurement is called noisy, above the other a prediction wrong
 _NOISY, _WRONG = 0.25, 0.1
@@ -14,16 +16,17 @@ def verdict(report: dict[str, Any]) -> list[str]:
     Args:
         report (`dict`): As `benchmark` gives it.
     """
-    lines = [line for entry in report["batches"] for line in _verdict_on(entry, report)]
-    if report["exported"] is not None:
+    typed = cast("BenchmarkReport", report)
+    lines = [line for entry in typed["batches"] for line in _verdict_on(entry, typed)]
+    if typed["exported"] is not None:
         lines.append(
             "an exported segment always runs its head: the times of the backbone, of an exit alone and of exits that "
             "are skipped include the heads"
         )
-    return [_verdict_on_accuracy(report), *lines]
+    return [_verdict_on_accuracy(typed), *lines]
 
 
-def _verdict_on_accuracy(report: dict[str, Any]) -> str:
+def _verdict_on_accuracy(report: BenchmarkReport) -> str:
     accuracy, samples = report["accuracies"], report["accuracies"]["samples"]
     if accuracy["against"] != "labels":
         return f"early exit agrees with the full model on {accuracy['accuracy']:.1%} of {samples} images"
@@ -31,7 +34,7 @@ def _verdict_on_accuracy(report: dict[str, Any]) -> str:
     return f"of {samples} images early exit answers {right}"
 
 
-def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
+def _verdict_on(entry: BatchFigures, report: BenchmarkReport) -> list[str]:
     where, speed_up = f"at batch size {entry['batch_size']}", entry["wall_clock_speed_up"]
     if speed_up < 1:
         lines = [f"{where} early exit is slower than the backbone: {speed_up:.2f}x, because {_reason(entry)}"]
@@ -40,12 +43,12 @@ def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
             f"{where} early exit is {speed_up:.2f}x as fast as the backbone ({entry['layer_speed_up']:.2f}x by blocks "
             f"run), {entry['realised_over_ideal']:.0%} of the ideal"
         ]
-    if entry["static"] is not None and entry["static_speed_up"] > speed_up:
-        index = report["accuracies"]["static_exit"]
+    index, static_speed_up = report["accuracies"]["static_exit"], entry["static_speed_up"]
+    if index is not None and static_speed_up is not None and static_speed_up > speed_up:
         exit = report["exits"][index]
         lines.append(
             f"{where} the static model that ends at exit {index}, depth {exit['exit_layer']}, is faster and no less "
-            f"accurate: {entry['static_speed_up']:.2f}x, accuracy {exit['accuracy_all']:.1%}"
+            f"accurate: {static_speed_up:.2f}x, accuracy {exit['accuracy_all']:.1%}"
         )
     if entry["noise"] > _NOISY:
         lines.append(
@@ -60,7 +63,7 @@ def _verdict_on(entry: dict[str, Any], report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _reason(entry: dict[str, Any]) -> str:
+def _reason(entry: BatchFigures) -> str:
     saved, heads = entry["saved_share"], entry["heads_share"]
     if heads >= saved:
         return f"evaluating the heads adds {heads:.0%} of its time, and the blocks not run save {saved:.0%}"
@@ -72,11 +75,12 @@ def _reason(entry: dict[str, Any]) -> str:
 
 def benchmark_as_text(report: dict[str, Any]) -> str:
     """The report of `benchmark` as tables for a terminal, and its verdict."""
-    parts = (_batches_text, _exits_text, _profile_text, _sizes_text, lambda report: "\n".join(verdict(report)))
-    return "\n\n".join([_environment_text(report), *(part(report) for part in parts)])
+    typed = cast("BenchmarkReport", report)
+    parts = (_environment_text, _batches_text, _exits_text, _profile_text, _sizes_text)
+    return "\n\n".join([*(part(typed) for part in parts), "\n".join(verdict(report))])
 
 
-def _environment_text(report: dict[str, Any]) -> str:
+def _environment_text(report: BenchmarkReport) -> str:
     about = report["environment"]
     return (
         f"{about['model']}\npolicy {policy_in_words(about['policy'])}\n"
@@ -85,37 +89,38 @@ def _environment_text(report: dict[str, Any]) -> str:
     )
 
 
-def _batches_text(report: dict[str, Any]) -> str:
+def _batches_text(report: BenchmarkReport) -> str:
     lines = ["batch size  run             p50 ms    p95 ms    p99 ms   mean ms  images/s  wall-clock  by blocks run"]
     depths, static = [exit["exit_layer"] for exit in report["exits"]], report["accuracies"]["static_exit"]
     for entry in report["batches"]:
-        rows = [
+        rows: list[tuple[str, Latency, float | None, str]] = [
             ("early exit", entry["early_exit"], entry["wall_clock_speed_up"], f"{entry['layer_speed_up']:.2f}x"),
             ("- ideal", {"mean_ms": entry["ideal_ms"]}, entry["ideal_speed_up"], ""),
             ("- predicted", {"mean_ms": entry["predicted_ms"]}, None, ""),
             ("backbone", entry["backbone"], 1.0, "1.00x"),
         ]
-        if entry["static"] is not None:
+        if static is not None and entry["static"] is not None:
             layers = f"{depths[-1] / depths[static]:.2f}x"
             rows.append((f"exit {static} alone", entry["static"], entry["static_speed_up"], layers))
         for number, (name, times, speed_up, layers) in enumerate(rows):
-            size = "" if number else entry["batch_size"]
-            numbers = "".join(_cell(times.get(key), 10) for key in ("p50_ms", "p95_ms", "p99_ms", "mean_ms"))
+            size = "" if number else str(entry["batch_size"])
+            figures = (times.get("p50_ms"), times.get("p95_ms"), times.get("p99_ms"), times.get("mean_ms"))
+            numbers = "".join(_cell(figure, 10) for figure in figures)
             wall_clock = "" if speed_up is None else f"{speed_up:.2f}x"
             images = "" if "images_per_second" not in times else f"{times['images_per_second']:.1f}"
             lines.append(f"{size:>10}  {name:12}{numbers}{images:>10}{wall_clock:>12}{layers:>15}".rstrip())
     return "\n".join(lines)
 
 
-def _exits_text(report: dict[str, Any]) -> str:
+def _exits_text(report: BenchmarkReport) -> str:
     lines = ["exit  layer  head         samples    p50 ms    p95 ms    p99 ms   (images one at a time)"]
     for exit in report["exits"]:
-        numbers = "".join(_cell(exit[key], 10) for key in ("p50_ms", "p95_ms", "p99_ms"))
+        numbers = "".join(_cell(figure, 10) for figure in (exit["p50_ms"], exit["p95_ms"], exit["p99_ms"]))
         lines.append(f"{exit['exit_index']:4}  {exit['exit_layer']:5}  {exit['head']:14}{exit['samples']:6}{numbers}")
     return "\n".join(lines)
 
 
-def _profile_text(report: dict[str, Any]) -> str:
+def _profile_text(report: BenchmarkReport) -> str:
     sizes = list(report["profile"][0]["ms"])
     lines = [f"{'part':23}depth     MMACs   parameters" + "".join(f"  ms, batch {size:>4}" for size in sizes)]
     for row in report["profile"]:
@@ -124,10 +129,11 @@ def _profile_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sizes_text(report: dict[str, Any]) -> str:
+def _sizes_text(report: BenchmarkReport) -> str:
     memory, parameters, exported = report["memory"], report["parameters"], report["exported"]
     if exported is not None:
         return f"files       {export_in_words(exported)}; parameters and memory are not known"
+    assert memory is not None and parameters is not None, "they are of a model of PyTorch"
     return (
         f"parameters  {parameters['total']:,}: stem {parameters['stem']:,}, blocks {parameters['blocks']:,}, final "
         f"classifier {parameters['final']:,}, heads {sum(parameters['heads']):,}\n"
@@ -136,7 +142,7 @@ def _sizes_text(report: dict[str, Any]) -> str:
     )
 
 
-def export_in_words(exported: dict[str, Any]) -> str:
+def export_in_words(exported: ExportFacts) -> str:
     """The facts of an exported highway."""
     what = f"{exported['file_bytes'] / 1e6:.1f} MB of ONNX, layout {exported['layout']}"
     return f"{what}, {exported['precision']}, in {exported['runtime']}"

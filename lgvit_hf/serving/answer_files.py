@@ -88,7 +88,7 @@ class _Lines:
 
 def _write_parquet(file: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     pyarrow, parquet = _require_pyarrow()
-    types = {"float32": pyarrow.float32(), "int32": pyarrow.int32(), "string": pyarrow.string()}
+    types: dict[str, object] = {name: getattr(pyarrow, name)() for name in ("float32", "int32", "string")}
     types |= {f"list<{name}>": pyarrow.list_(kind) for name, kind in types.items()}
     schema = pyarrow.schema([(name, types[COLUMNS[name]]) for name in columns])
     with parquet.ParquetWriter(file, schema) as writer:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ..report_types import EvaluationReport, ExitFigures
 from .costs import FULL_MODEL, draw_costs
-from .style import BLUE, RED, hide_frame, legend_below, need, new_figure, percent, save, short
+from .style import BLUE, RED, hide_frame, legend_below, need, new_figure, number_of, percent, save, short
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
 
@@ -37,17 +39,19 @@ def plot_report(
         >>> with TemporaryDirectory() as folder:
         ...     plot_report({"exits": [final], "overall": overall}, curve, f"{folder}/report.png")
     """
-    overall = report["overall"]
-    width = _width(len(report["exits"]))
+    typed = cast("EvaluationReport", report)
+    overall = typed["overall"]
+    full = number_of(overall["accuracy_full_model"])
+    width = _width(len(typed["exits"]))
     figure = new_figure(width + 6, 6)
     left, right = figure.subfigures(1, 2, width_ratios=[width, 6], squeeze=False).flat
-    _draw_exits(left, report["exits"], measure)
+    _draw_exits(left, typed["exits"], measure)
     draw_costs(
         right,
         {"other thresholds": [{"cost": point["mean_macs"] / 1e6, **point} for point in curve]},
         {
             "chosen": {"cost": overall["mean_macs"] / 1e6, "accuracy": overall["accuracy"]},
-            FULL_MODEL: {"cost": overall["backbone_macs"] / 1e6, "accuracy": overall["accuracy_full_model"]},
+            FULL_MODEL: {"cost": overall["backbone_macs"] / 1e6, "accuracy": full},
         },
         unit="million MACs per image, heads counted",
         measure=measure,
@@ -76,7 +80,7 @@ def plot_exits(file: str | Path, report: Mapping[str, Any], *, measure: str = "a
         >>> with TemporaryDirectory() as folder:
         ...     plot_exits(f"{folder}/exits.png", {"exits": [{**first, **right}, {**final, **right}]})
     """
-    exits = report["exits"]
+    exits: list[ExitFigures] = report["exits"]
     need(exits, "exits", "exit")
     figure = new_figure(_width(len(exits)), 6)
     _draw_exits(figure, exits, measure)
@@ -88,8 +92,9 @@ def _width(num_exits: int) -> float:
     return min(14, max(6, 2 + 0.6 * num_exits))
 
 
-def _draw_exits(figure: FigureBase, exits: Sequence[Mapping[str, Any]], measure: str) -> None:
-    exited, right = figure.subplots(2, 1)
+def _draw_exits(figure: FigureBase, exits: Sequence[ExitFigures], measure: str) -> None:
+    axes_of_both: list[Axes] = list(figure.subplots(2, 1))
+    exited, right = axes_of_both
     places, many = range(len(exits)), len(exits) > 12
     bars = exited.bar(places, [percent(row["share"]) for row in exits], color=BLUE)
     exited.bar_label(bars, [f"{row['samples']:,}" for row in exits], fontsize=8)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..report_types import ImageAnswer
 from .style import BLUE, GREY, RED, hide_frame, in_words, is_wrong, legend_below, need, new_figure, number_of, save
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 IMAGES_PER_LINE = 12
 
 
-def plot_gallery(file: str | Path, images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -> None:
+def plot_gallery(file: str | Path, images: Sequence[Any], answers: Sequence[ImageAnswer]) -> None:
     """Draw the images that exited first and those that exited last.
 
     Args:
@@ -61,7 +62,7 @@ def plot_gallery(file: str | Path, images: Sequence[Any], answers: Sequence[Mapp
 def plot_scores(
     file: str | Path,
     images: Sequence[Any],
-    answers: Sequence[Mapping[str, Any]],
+    answers: Sequence[ImageAnswer],
     *,
     depths: Sequence[int],
     score: str = "score",
@@ -114,21 +115,19 @@ def plot_scores(
     save(figure, file)
 
 
-def check_answers(images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -> None:
+def check_answers(images: Sequence[Any], answers: Sequence[ImageAnswer]) -> None:
     """Raise `ValueError` where there is no image, or not one answer for each."""
     if len(images) != len(answers):
         raise ValueError(f"there are {len(images)} images but {len(answers)} answers; give one answer per image")
     need(answers, "images", "image")
 
 
-def _by_depth(images: Sequence[Any], answers: Sequence[Mapping[str, Any]]) -> list[int]:
+def _by_depth(images: Sequence[Any], answers: Sequence[ImageAnswer]) -> list[int]:
     check_answers(images, answers)
     return sorted(range(len(answers)), key=lambda index: answers[index]["depth"])
 
 
-def _draw_scores(
-    axes: Axes, answer: Mapping[str, Any], depths: Sequence[int], thresholds: Sequence[float | None]
-) -> None:
+def _draw_scores(axes: Axes, answer: ImageAnswer, depths: Sequence[int], thresholds: Sequence[float | None]) -> None:
     points = [(float(depth), number_of(score)) for depth, score in zip(depths, answer["scores"], strict=True)]
     until = [point for point in points if point[0] <= answer["depth"]]
     after = [point for point in points if point[0] > answer["depth"]] or [(math.nan, math.nan)]
@@ -147,7 +146,7 @@ def _draw_scores(
     hide_frame(axes)
 
 
-def _draw_answer(axes: Axes, image: Any, answer: Mapping[str, Any]) -> None:
+def _draw_answer(axes: Axes, image: Any, answer: ImageAnswer) -> None:
     _draw_image(axes, image, wrong=is_wrong(answer))
     axes.set_xlabel("\n".join([_place(answer["depth"], number_of(answer["score"])), *in_words(answer)]), fontsize=8)
 

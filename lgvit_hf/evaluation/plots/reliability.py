@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..metrics import calibration_error
+from ..report_types import Bin
 from .style import BLUE, LIGHT_BLUE, RED, hide_frame, legend_below, need, new_figure, percent, save, short
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def plot_reliability(file: str | Path, exits: Sequence[Mapping[str, Any]]) -> No
 
 
 def _draw_reliability(panel: Axes, strip: Axes, exit: Mapping[str, Any]) -> None:
-    everyone, exited = exit["all"], exit["exited"] or []
+    everyone: list[Bin] = exit["all"]
+    exited: list[Bin] = exit["exited"] or []
     width = 100 / len(everyone)
     middles = [width * (place + 0.5) for place in range(len(everyone))]
     style: dict[str, Any] = {"width": width, "color": LIGHT_BLUE, "edgecolor": BLUE}
@@ -84,11 +86,11 @@ def _draw_reliability(panel: Axes, strip: Axes, exit: Mapping[str, Any]) -> None
         hide_frame(axes)
 
 
-def _shares(bins: Sequence[Mapping[str, Any]], everyone: Sequence[Mapping[str, Any]]) -> list[float]:
+def _shares(bins: Sequence[Bin], everyone: Sequence[Bin]) -> list[float]:
     total = sum(bin["samples"] for bin in everyone)
     return [bin["samples"] / max(total, 1) for bin in bins]
 
 
-def _error(bins: Sequence[Mapping[str, Any]]) -> str:
+def _error(bins: Sequence[Bin]) -> str:
     error = calibration_error(bins)
     return "–" if error is None else f"{error:.1%}"

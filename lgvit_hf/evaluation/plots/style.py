@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import add_files
+from ..report_types import ImageAnswer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,12 +111,12 @@ def short_names(names: Sequence[Any], limit: int) -> list[str]:
     return [f"{name} #{number}" if seen[name] > 1 else name for number, name in enumerate(names)]
 
 
-def is_wrong(answer: Mapping[str, Any]) -> bool:
+def is_wrong(answer: ImageAnswer) -> bool:
     """Whether `predicted` is not the `label`; nothing is wrong where that is `None`."""
     return answer["label"] is not None and answer["predicted"] != answer["label"]
 
 
-def in_words(answer: Mapping[str, Any]) -> list[str]:
+def in_words(answer: ImageAnswer) -> list[str]:
     """What was `predicted`, marked as right or wrong, and the `label` where it is another.
 
     Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ MARKERS = "o^sDvPX*<>ph"  # more images have curves without names
 def plot_token_depths(
     file: str | Path,
     images: Sequence[Any],
-    answers: Sequence[Mapping[str, Any]],
+    answers: Sequence[Any],
     *,
     num_blocks: int,
     title: str = "How deep tokens went",
