@@ -286,7 +286,7 @@ def test_wall_clock_speed_up_is_of_the_blocks_run_where_these_alone_take_time(cl
     def pass_a_second(module, given, result):
         clock.now += given[0].shape[0]
 
-    for block in model._layers:
+    for block in model.layers:
         block.register_forward_hook(pass_a_second)
     times = wall_clock_speed_up(model, [tiny_images(16), tiny_images(3)], repeats=3)
     assert times == {"early_exit_seconds": 19.0, "backbone_seconds": 12 * 19.0, "wall_clock_speed_up": 12.0}
