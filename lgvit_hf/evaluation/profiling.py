@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..segments import Segment, State
 from .costs import Highway, count_macs, export_of
+from .report_types import PartFigures
 from .timing import PartTimes
 
 
@@ -38,14 +39,14 @@ def profile(
     heads: list[str],
     image: Tensor,
     walks: dict[int, Sequence[PartTimes]],
-) -> list[dict[str, Any]]:
+) -> list[PartFigures]:
     """Depth, MACs, parameters and milliseconds of the stem, each block and each head, in the order they are run.
 
     Of an exported highway, of each segment with its head, since they are one file; its parameters are `None`.
     """
     exported = export_of(model)
     state = State({"pixel_values": image})
-    rows: list[dict[str, Any]] = []
+    rows: list[PartFigures] = []
 
     def add(part: str, depth: int, macs: float, parameters: int | None, blocks: slice, head: bool) -> None:
         """A part of the segment at hand: some of its blocks, and perhaps its head."""
@@ -81,7 +82,7 @@ def _parameters_given(run: Callable[[], Any]) -> tuple[Any, int]:
     return result, sum(parameter.numel() for parameter in given.found)
 
 
-def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[str, Any] | None:
+def parameters_by_part(model: Highway, profile: list[PartFigures]) -> dict[str, Any] | None:
     """How many parameters each part has, by a `profile`; those of heads in a list, and of all parts together.
 
     `None` of an exported highway, whose files do not tell weights from other numbers.
@@ -90,7 +91,7 @@ def parameters_by_part(model: Highway, profile: list[dict[str, Any]]) -> dict[st
         return None
 
     def of(part: str) -> int:
-        return sum(row["parameters"] for row in profile if row["part"] == part)
+        return sum(row["parameters"] or 0 for row in profile if row["part"] == part)
 
     heads = [row["parameters"] for row in profile if row["part"].startswith("exit")]
     parts = {"stem": of("stem"), "blocks": of("block"), "final": of("final")}
