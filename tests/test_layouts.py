@@ -456,5 +456,5 @@ def test_a_struct_of_nothing_is_no_image(tmp_path):
     images = [{"bytes": content(0, n), "path": None} for n in range(4)]
     images[2] = {"bytes": None, "path": None}
     parquet.write_table(pyarrow.table({"image": images, "label": list("abab")}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="row 2"):
+    with pytest.raises(ValueError, match="sample 2"):
         load_images(str(tmp_path))
