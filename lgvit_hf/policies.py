@@ -31,6 +31,7 @@ from .exit_policy import (
     problem_of,
     register_policy,
 )
+from .gate import GatePolicy
 
 # the contract is imported from here, so that what this file registers is there
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ExitPolicy",
     "FixedPolicy",
     "following_default",
+    "GatePolicy",
     "LabelConfidencePolicy",
     "margin",
     "MarginPolicy",

@@ -1,0 +1,174 @@
+"""The harm gate: how likely it is that exiting here loses an answer that the full model would give rightly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exit_policy import (
+    ExitPolicy,
+    Memory,
+    Numbers,
+    check_count,
+    check_exits,
+    check_numbers,
+    number_at,
+    probabilities,
+    register_policy,
+)
+
+OWN_FEATURES = ("top_probability", "margin", "entropy", "logsumexp", "largest_logit")
+# of each of the evaluated exits before, the nearest first
+EARLIER_FEATURES = ("top_probability", "agrees", "probability_of_this_label")
+NUM_EARLIER = 3
+# stands in the memory for an exit that was not evaluated, or whose logits were NaN
+_UNKNOWN = -1.0
+
+
+@register_policy("gate")
+@dataclass(frozen=True)
+class GatePolicy(ExitPolicy):
+    """Exit where it is likely enough that nothing is lost: not (wrong here and right at the end).
+
+    At each evaluated exit a logistic regression reads a few numbers of its logits and of those of up to three exits
+    evaluated before; where fewer were evaluated, as under `min_depth`, the mean of the samples it was fitted on stands
+    in. `fit_gate` fits it on a table, twice, each time on one half of the samples; the score is the mean of both.
+
+    Args:
+        threshold (`float` or list): In [0, 1]; one for all exits or one per exit.
+        exits (`list[int]`): Which exits are evaluated, by index from 0: those that the models were fitted with.
+        models (`list[dict]`):
+            Of each of `exits`: `mean` and `scale` of its features, and `weights` and `bias` of both regressions.
+        num_labels (`int`): Classes `C` of the model.
+        temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
+
+    Example:
+
+        >>> model = {"mean": [0.0] * 5, "scale": [1.0] * 5, "weights": [[0.0, 4.0, 0.0, 0.0, 0.0]] * 2}
+        >>> gate = GatePolicy(0.9, exits=[0], models=[{**model, "bias": [0.0, 0.0]}], num_labels=2)
+        >>> exits, memory = gate(torch.tensor([[0.0, 0.1], [9.0, 0.0]]), gate.start(2, "cpu"), 0)
+        >>> exits.tolist(), round(memory["score"][1].item(), 3)
+        ([False, True], 0.982)
+    """
+
+    threshold: Numbers
+    exits: Sequence[int]
+    models: Sequence[Mapping[str, Any]]
+    num_labels: int
+    temperature: Numbers = field(default=1.0, kw_only=True)
+
+    problem_type = "single_label_classification"
+    # of features that are NaN the score is NaN, which is above no threshold
+    nan_never_exits = True
+
+    def __post_init__(self) -> None:
+        check_numbers("threshold", self.threshold)
+        check_numbers("temperature", self.temperature, positive=True)
+        check_exits(self.exits)
+        check_count("num_labels", self.num_labels)
+        if not self.exits or list(self.exits) != sorted(self.exits):
+            raise ValueError(f"exit_policy: exits={self.exits!r} must be at least one index, in ascending order")
+        if not isinstance(self.models, Sequence) or len(self.models) != len(self.exits):
+            raise ValueError(f"exit_policy: models must be one for each of the {len(self.exits)} exits")
+        regressions = [_regression(place, model) for place, model in enumerate(self.models)]
+        object.__setattr__(self, "_regressions", {torch.device("cpu"): regressions})
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """No exit evaluated: probabilities `[B, K, C]` of the last `K` exits, all unknown."""
+        kept = min(NUM_EARLIER, len(self.exits) - 1)
+        memory = {"score": torch.zeros(batch_size, device=device)}
+        if kept:
+            memory["probabilities"] = torch.full((batch_size, kept, self.num_labels), _UNKNOWN, device=device)
+        return memory
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        """See `ExitPolicy`; the score is the probability that nothing is lost."""
+        if exit_index not in self.exits:
+            # the final classifier loses nothing; of an exit that only `max_depth` makes answer nothing is known
+            score = torch.full_like(logits[:, 0], float(self._is_final(exit_index)), dtype=torch.float32)
+            return score > 2, {**memory, "score": score}
+        if logits.shape[-1] != self.num_labels:
+            raise ValueError(
+                f"exit_policy: the gate is of {self.num_labels} labels, and the logits of {logits.shape[-1]}"
+            )
+        place = list(self.exits).index(exit_index)
+        scaled = logits.float() / number_at(self.temperature, exit_index, 1.0)
+        probs = probabilities(scaled)
+        features = [own_features(scaled, probs)]
+        weights, bias, mean = self._regression_at(place, logits.device)
+        earlier = memory.get("probabilities")
+        if earlier is not None and place:
+            features.append(earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :]))
+        score = torch.sigmoid(torch.cat(features, 1) @ weights + bias).mean(-1)
+        after = {"score": score}
+        if earlier is not None:
+            known = torch.where(probs.isnan(), _UNKNOWN, probs)[:, None]
+            after["probabilities"] = torch.cat([known, earlier[:, :-1]], 1)
+        return score > number_at(self.threshold, exit_index, math.inf), after
+
+    def _is_final(self, exit_index: int) -> bool:
+        num_exits = len(self.threshold) if isinstance(self.threshold, Sequence) else max(self.exits) + 1
+        return exit_index >= num_exits
+
+    def _regression_at(self, place: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        known: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = vars(self)["_regressions"]
+        if device not in known:
+            of_cpu = known[torch.device("cpu")]
+            known[device] = [(one.to(device), two.to(device), three.to(device)) for one, two, three in of_cpu]
+        return known[device][place]
+
+
+def own_features(logits: Tensor, probs: Tensor) -> Tensor:
+    """`OWN_FEATURES` of logits `[B, C]` and their softmax, `[B, 5]`."""
+    top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
+    margin = top[:, 0] - top[:, -1] if top.shape[-1] > 1 else top[:, 0]
+    entropy = torch.special.entr(probs).sum(-1)
+    return torch.stack([top[:, 0], margin, entropy, torch.logsumexp(logits, -1), logits.amax(-1)], 1)
+
+
+def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> Tensor:
+    """`EARLIER_FEATURES` of `K` exits before, `[B, K * 3]`, nearest first; their `mean` where an exit is unknown.
+
+    Args:
+        probs (`Tensor`): `[B, C]`, of the exit that is judged.
+        earlier (`Tensor`): `[B, K, C]`, below 0 where an exit was not evaluated.
+        mean (`Tensor`): `[K * 3]`.
+    """
+    label = probs.argmax(-1)[:, None, None].expand(-1, earlier.shape[1], 1)
+    top, of_label = earlier.amax(-1), earlier.gather(2, label).squeeze(2)
+    # an exit agrees where this label is its own: no other probability there is larger
+    features = torch.stack([top, (of_label == top).float(), of_label], 2).flatten(1)
+    unknown = (top < 0)[:, :, None].expand(-1, -1, len(EARLIER_FEATURES)).flatten(1)
+    return torch.where(unknown, mean, features)
+
+
+def num_features(place: int) -> int:
+    """Features of the regression of the exit that is evaluated as number `place`, from 0."""
+    return len(OWN_FEATURES) + len(EARLIER_FEATURES) * min(NUM_EARLIER, place)
+
+
+def _regression(place: int, model: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights `[F, 2]` and bias `[2]` for features as they are, and the features' mean `[F]`."""
+    length = num_features(place)
+    try:
+        mean, scale = (torch.tensor(model[name], dtype=torch.float64) for name in ("mean", "scale"))
+        weights, bias = (torch.tensor(model[name], dtype=torch.float64) for name in ("weights", "bias"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"exit_policy: models[{place}] must hold numbers: mean, scale, weights and bias ({error})"
+        ) from error
+    shapes = [tuple(each.shape) for each in (mean, scale, weights, bias)]
+    if shapes != [(length,), (length,), (2, length), (2,)]:
+        raise ValueError(
+            f"exit_policy: models[{place}]: shapes {shapes} of mean, scale, weights and bias must be "
+            f"{[(length,), (length,), (2, length), (2,)]} for exit number {place} of those that are evaluated"
+        )
+    if not all(each.isfinite().all() for each in (mean, scale, weights, bias)) or not (scale > 0).all():
+        raise ValueError(f"exit_policy: models[{place}] must hold finite numbers, and a scale above 0")
+    folded = weights / scale
+    return folded.T.float().contiguous(), (bias - folded @ mean).float(), mean.float()
