@@ -13,6 +13,7 @@ from transformers import DeiTConfig, SwinConfig, ViTConfig
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Rule
 from .exit_settings import Exit, check_loss_weights, checked_positions, checked_types, lgvit_positions
+from .gate import GatePolicy  # noqa: F401
 from .heads import lgvit_heads
 from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
 from .safe_config import SafeConfig, check_num_labels

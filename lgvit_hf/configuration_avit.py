@@ -11,6 +11,7 @@ from .configuration import _offer_models
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401
+from .gate import GatePolicy  # noqa: F401
 from .heads import HEADS  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .policies import POLICIES  # noqa: F401
 from .safe_config import SafeConfig, check_num_labels

@@ -13,6 +13,7 @@ from .configuration import HighwayConfig, _own_settings
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401
+from .gate import GatePolicy  # noqa: F401
 from .heads import HEADS  # noqa: F401
 from .policies import POLICIES  # noqa: F401
 from .safe_config import SafeConfig  # noqa: F401

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,10 @@ class GatePolicy(ExitPolicy):
 
     Args:
         threshold (`float` or list): In [0, 1]; one for all exits or one per exit.
-        exits (`list[int]`): Which exits are evaluated, by index from 0: those that the models were fitted with.
         models (`list[dict]`):
             Of each of `exits`: `mean` and `scale` of its features, and `weights` and `bias` of both regressions.
         num_labels (`int`): Classes `C` of the model.
+        exits (`list[int]`): Which exits are evaluated, by index from 0: those that the models were fitted with.
         temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
 
     Example:
@@ -57,9 +58,9 @@ class GatePolicy(ExitPolicy):
     """
 
     threshold: Numbers
-    exits: Sequence[int]
     models: Sequence[Mapping[str, Any]]
     num_labels: int
+    exits: Sequence[int] = field(kw_only=True)
     temperature: Numbers = field(default=1.0, kw_only=True)
 
     problem_type = "single_label_classification"
@@ -93,9 +94,7 @@ class GatePolicy(ExitPolicy):
             score = torch.full_like(logits[:, 0], float(self._is_final(exit_index)), dtype=torch.float32)
             return score > 2, {**memory, "score": score}
         if logits.shape[-1] != self.num_labels:
-            raise ValueError(
-                f"exit_policy: the gate is of {self.num_labels} labels, and the logits of {logits.shape[-1]}"
-            )
+            raise ValueError(f"exit_policy: the gate is of {self.num_labels} labels, the logits of {logits.shape[-1]}")
         place = list(self.exits).index(exit_index)
         scaled = logits.float() / number_at(self.temperature, exit_index, 1.0)
         probs = probabilities(scaled)
@@ -104,7 +103,8 @@ class GatePolicy(ExitPolicy):
         earlier = memory.get("probabilities")
         if earlier is not None and place:
             features.append(earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :]))
-        score = torch.sigmoid(torch.cat(features, 1) @ weights + bias).mean(-1)
+        # no matrix product, whose rounding may depend on the other samples of the batch
+        score = torch.sigmoid((torch.cat(features, 1)[:, None] * weights).sum(-1) + bias).mean(-1)
         after = {"score": score}
         if earlier is not None:
             known = torch.where(probs.isnan(), _UNKNOWN, probs)[:, None]
@@ -153,22 +153,21 @@ def num_features(place: int) -> int:
 
 
 def _regression(place: int, model: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights `[F, 2]` and bias `[2]` for features as they are, and the features' mean `[F]`."""
-    length = num_features(place)
+    """Weights `[2, F]` and bias `[2]` for features as they are, and the features' mean `[F]`."""
+    length, names = num_features(place), ("mean", "scale", "weights", "bias")
+    wanted = [(length,), (length,), (2, length), (2,)]
     try:
-        mean, scale = (torch.tensor(model[name], dtype=torch.float64) for name in ("mean", "scale"))
-        weights, bias = (torch.tensor(model[name], dtype=torch.float64) for name in ("weights", "bias"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        mean, scale, weights, bias = (np.array(model[name], dtype=np.float64) for name in names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"exit_policy: models[{place}] must hold numbers: {', '.join(names)} ({error})") from error
+    shapes = [each.shape for each in (mean, scale, weights, bias)]
+    if shapes != wanted:
         raise ValueError(
-            f"exit_policy: models[{place}] must hold numbers: mean, scale, weights and bias ({error})"
-        ) from error
-    shapes = [tuple(each.shape) for each in (mean, scale, weights, bias)]
-    if shapes != [(length,), (length,), (2, length), (2,)]:
-        raise ValueError(
-            f"exit_policy: models[{place}]: shapes {shapes} of mean, scale, weights and bias must be "
-            f"{[(length,), (length,), (2, length), (2,)]} for exit number {place} of those that are evaluated"
+            f"exit_policy: models[{place}]: shapes {shapes} of {', '.join(names)} must be {wanted} for exit number "
+            f"{place} of those that are evaluated"
         )
-    if not all(each.isfinite().all() for each in (mean, scale, weights, bias)) or not (scale > 0).all():
+    if not all(np.isfinite(each).all() for each in (mean, scale, weights, bias)) or (scale <= 0).any():
         raise ValueError(f"exit_policy: models[{place}] must hold finite numbers, and a scale above 0")
     folded = weights / scale
-    return folded.T.float().contiguous(), (bias - folded @ mean).float(), mean.float()
+    numbers = (folded, bias - folded @ mean, mean)
+    return tuple(torch.from_numpy(each.astype(np.float32)) for each in numbers)  # type: ignore[return-value]  # three

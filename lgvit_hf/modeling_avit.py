@@ -31,6 +31,7 @@ from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401
 from .files import add_files  # noqa: F401
+from .gate import GatePolicy  # noqa: F401
 from .halting_layers import HaltingDeiTLayer, HaltingViTLayer
 from .heads import is_watched
 from .losses import check_labels, task_loss

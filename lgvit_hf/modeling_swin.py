@@ -16,6 +16,7 @@ from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401
 from .files import add_files  # noqa: F401
+from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape
 from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin

@@ -1,6 +1,7 @@
 """The law of early exit, on stored logits: a sample's answer never depends on its batch, nor on the order there."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lgvit_hf.engine import run_all, run_all_with_features, run_early
 from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.policies import POLICIES, ExitPolicy, build_policy
 from lgvit_hf.segments import Segment, State
+from tests.gates import random_models, typical_models
 from tests.seeds import examples, generator
 
 pytestmark = pytest.mark.version_independent
@@ -131,6 +133,13 @@ PARAMETERS = {
         "patience": st.integers(1, 4),
         "temperature": temperatures,
     },
+    "gate": {
+        "threshold": for_exits(numbers),
+        "temperature": temperatures,
+        "exits": st.just(list(range(NUM_EXITS))),
+        "models": st.integers(0, 99).map(partial(random_models, NUM_EXITS)),
+        "num_labels": st.just(NUM_LABELS),
+    },
     "fixed": {"exit_index": st.integers(0, NUM_EXITS)},
     "never": {},
 }
@@ -143,6 +152,13 @@ TYPICAL = [
     {"name": "label_confidence", "threshold": 0.7},
     {"name": "patience", "patience": 3},
     {"name": "patience_confidence", "threshold": 0.5, "patience": 2},
+    {
+        "name": "gate",
+        "threshold": [0.94, 0.91, 0.89, 0.86, 0.82],
+        "exits": list(range(NUM_EXITS)),
+        "models": typical_models(NUM_EXITS),
+        "num_labels": NUM_LABELS,
+    },
     {"name": "fixed", "exit_index": 2},
     {"name": "never"},
 ]

@@ -19,6 +19,7 @@ from lgvit_hf.policies import (
     register_policy,
 )
 from lgvit_hf.segments import Segment, State
+from tests.gates import random_models
 from tests.seeds import generator
 
 pytestmark = pytest.mark.version_independent
@@ -406,6 +407,89 @@ class TestPatienceConfidence(CountingPolicyMixin, ThresholdPolicyMixin):
 
     def rule(self, history, settings):
         return self.score(history, settings) >= settings["patience"]
+
+
+def gate_settings(exits, number, **settings):
+    return {"models": random_models(len(exits), number), "num_labels": NUM_LABELS, "exits": exits, **settings}
+
+
+class TestGate(ThresholdPolicyMixin):
+    name = "gate"
+    cases = [
+        gate_settings([0, 1, 2, 3], 1, threshold=0.6),
+        gate_settings([0, 1, 2, 3], 2, threshold=[0.7, 0.4, 0.5, 0.6], temperature=1.7),
+        gate_settings([1, 3], 3, threshold=0.5, temperature=[0.5, 1.0, 2.0, 3.0]),
+    ]
+
+    def score(self, history, settings):
+        exits, temperature = settings["exits"], settings.get("temperature", 1.0)
+        index = len(history) - 1
+        if index not in exits:
+            return float(index >= NUM_EXITS)
+        place = exits.index(index)
+        scaled = [[z / at(temperature, i) for z in logits] for i, logits in enumerate(history)]
+        probs = [softmax(logits) for logits in scaled]
+        here = probs[index]
+        first, second = sorted(here)[:-3:-1]
+        log_sum = math.log(sum(math.exp(z) for z in scaled[index]))
+        features = [first, first - second, entropy_of(here), log_sum, max(scaled[index])]
+        label = here.index(first)
+        for earlier in [probs[i] for i in exits[:place]][::-1][:3]:
+            features += [max(earlier), float(earlier.index(max(earlier)) == label), earlier[label]]
+        model = settings["models"][place]
+        logits = [
+            sum(w * (x - m) / s for w, x, m, s in zip(weights, features, model["mean"], model["scale"], strict=True))
+            for weights in model["weights"]
+        ]
+        return sum(1 / (1 + math.exp(-z - b)) for z, b in zip(logits, model["bias"], strict=True)) / 2
+
+    def rule(self, history, settings):
+        index = len(history) - 1
+        return index in settings["exits"] and self.score(history, settings) > at(settings["threshold"], index)
+
+    def test_means_stand_in_for_exits_that_are_unknown(self):
+        settings = self.cases[0]
+        policy = build_policy({"name": "gate", **settings}, NUM_EXITS)
+        first, second = random_logits()[:2]
+        _, memory = policy(first.fill_(math.nan), policy.start(NUM_ROWS, "cpu"), 0)
+        assert memory["score"].isnan().all()
+        unknown, never = policy(second, memory, 1), policy(second, policy.start(NUM_ROWS, "cpu"), 1)
+        assert torch.equal(unknown[1]["score"], never[1]["score"]), "as under min_depth"
+        model = {**settings["models"][1]}
+        own = {name: values[:5] for name, values in model.items() if name in ("mean", "scale")}
+        alone = {**own, "weights": [row[:5] for row in model["weights"]], "bias": model["bias"]}
+        shallowest = {"name": "gate", "threshold": 0.6, "num_labels": NUM_LABELS, "exits": [1], "models": [alone]}
+        expected = build_policy(shallowest, NUM_EXITS)(second, {}, 1)[1]["score"]
+        torch.testing.assert_close(never[1]["score"], expected)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"exits": []}, "exits=.* at least one index"),
+            ({"exits": [2, 0, 1, 3]}, "in ascending order"),
+            ({"exits": [0, 1, 2, NUM_EXITS]}, f"the model has {NUM_EXITS}"),
+            ({"models": random_models(3)}, "one for each of the 4 exits"),
+            ({"models": [{}] * 4}, r"models\[0\] must hold numbers"),
+            ({"models": random_models(4)[::-1]}, r"models\[0\]: shapes"),
+            ({"num_labels": 0}, "num_labels"),
+            ({"threshold": "high"}, "threshold='high'"),
+            ({"threshold": [0.5] * 3}, "threshold has 3 values"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            build_policy({"name": "gate", **self.cases[0], **change}, NUM_EXITS)
+
+    def test_numbers_that_are_not_finite_are_refused(self):
+        models = random_models(4)
+        models[2]["weights"][0][3] = math.nan
+        with pytest.raises(ValueError, match=r"models\[2\] must hold finite numbers"):
+            build_policy({"name": "gate", **self.cases[0], "models": models}, NUM_EXITS)
+
+    def test_another_number_of_labels(self):
+        policy = build_policy({"name": "gate", **self.cases[0]}, NUM_EXITS)
+        with pytest.raises(ValueError, match="the gate is of 3 labels, the logits of 5"):
+            policy(torch.zeros(2, 5), policy.start(2, "cpu"), 0)
 
 
 class TestFixed(PolicyTesterMixin):
