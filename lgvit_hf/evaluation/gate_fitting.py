@@ -43,7 +43,7 @@ def fit_gate(
         `{"name": "gate", "threshold", "temperature", "exits", "models", "num_labels"}`, for `set_exit_policy`.
 
     Raises:
-        ValueError: There is no exit, an exit that does not exist, or fewer than four samples.
+        ValueError: There is no exit, an exit that does not exist, or fewer than four samples, or NaN among the logits.
 
     Example:
 
@@ -58,6 +58,9 @@ def fit_gate(
         raise ValueError(f"exits={exits}: at least one of the table's {early} early exits, from 0, is needed")
     if len(table) < 4:
         raise ValueError(f"{len(table)} samples are too few to fit a gate: at least 4 are needed")
+    unknown = int((~table.logits.isfinite()).any(-1).any(0).sum())
+    if unknown:
+        raise ValueError(f"{unknown} of {len(table)} samples have NaN or infinite logits; leave them out")
     features = gate_features(table, exits, temperatures)
     models = [_fitted(each, _kept(table, index)) for each, index in zip(features, exits, strict=True)]
     return {
@@ -99,7 +102,8 @@ def cross_fitted_scores(table: ExitTable, gate: dict[str, Any], temperatures: Se
 def _kept(table: ExitTable, index: int) -> np.ndarray:
     """Where nothing is lost at an exit, or how likely that is, `[N]`."""
     right = table.right.double()
-    return (1 - (1 - right[index]) * right[-1]).numpy()
+    kept: np.ndarray = (1 - (1 - right[index]) * right[-1]).numpy()
+    return kept
 
 
 def _fitted(features: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
