@@ -36,6 +36,7 @@ from .gate import GatePolicy
 # the contract is imported from here, so that what this file registers is there
 __all__ = [
     "build_policy",
+    "CalibratedConfidencePolicy",
     "check_problem",
     "ConfidenceEntropyPolicy",
     "ConfidencePolicy",
@@ -181,6 +182,64 @@ class ConfidenceEntropyPolicy(_ThresholdPolicy):
         return confident & (entropy(probs) < number_at(self.entropy_threshold, exit_index, -math.inf)), {
             "score": score
         }
+
+
+@register_policy("calibrated_confidence")
+@dataclass(frozen=True)
+class CalibratedConfidencePolicy(_ThresholdPolicy):
+    """Exit where samples of this confidence were answered rightly more often than `threshold` (PCEE).
+
+    Performance Control in Early Exiting (https://arxiv.org/abs/2412.19325): one accuracy for all exits, which each
+    exit's reliability diagram turns into confidences. The score of a sample is the accuracy of its bin.
+
+    Args:
+        threshold (`float` or list): Accuracy, in [0, 1]; one for all exits or one per exit.
+        edges (`list[list[float]]`): Of each exit, the confidences between `K` bins, ascending, `K - 1` numbers.
+        accuracies (`list[list[float]]`): Of each exit, the accuracy of its `K` bins.
+        temperature (`float` or list, *optional*, defaults to 1.0): Divides the logits.
+
+    Example:
+
+        >>> policy = CalibratedConfidencePolicy(0.9, edges=[[0.8]], accuracies=[[0.6, 0.95]])
+        >>> policy(torch.tensor([[1.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
+        [False, True]
+    """
+
+    edges: Sequence[Sequence[float]]
+    accuracies: Sequence[Sequence[float]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.edges) != len(self.accuracies):
+            raise ValueError(f"exit_policy: edges of {len(self.edges)} exits, accuracies of {len(self.accuracies)}")
+        for index, (edges, accuracies) in enumerate(zip(self.edges, self.accuracies, strict=True)):
+            check_numbers(f"edges[{index}]", edges)
+            check_numbers(f"accuracies[{index}]", accuracies)
+            if len(accuracies) != len(edges) + 1 or sorted(edges) != list(edges):
+                raise ValueError(
+                    f"exit_policy: edges[{index}] must be {len(accuracies) - 1} ascending numbers between the "
+                    f"{len(accuracies)} bins of accuracies[{index}]"
+                )
+
+    def check(self, num_exits: int) -> None:
+        """There must be bins for each exit."""
+        super().check(num_exits)
+        if len(self.edges) != num_exits:
+            raise ValueError(f"exit_policy: edges of {len(self.edges)} exits, but the model has {num_exits}")
+
+    def skips(self, exit_index: int) -> bool:
+        """No bin of this exit is more accurate."""
+        return number_at(self.threshold, exit_index, math.inf) >= max(self.accuracies[exit_index])
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        confidence = self.probabilities(logits, exit_index).amax(-1)
+        if exit_index >= len(self.edges):
+            return confidence > math.inf, {"score": confidence}  # the final classifier has no bins
+        edges, accuracies = (
+            torch.tensor(numbers[exit_index], device=logits.device) for numbers in (self.edges, self.accuracies)
+        )
+        score = accuracies[(confidence[:, None] > edges).sum(-1)]
+        return (score > number_at(self.threshold, exit_index, math.inf)) & ~confidence.isnan(), {"score": score}
 
 
 @register_policy("label_confidence")

@@ -133,6 +133,12 @@ PARAMETERS = {
         "patience": st.integers(1, 4),
         "temperature": temperatures,
     },
+    "calibrated_confidence": {
+        "threshold": for_exits(numbers),
+        "temperature": temperatures,
+        "edges": st.just([[0.5, 0.75, 0.9]] * NUM_EXITS),
+        "accuracies": st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=NUM_EXITS, max_size=NUM_EXITS),
+    },
     "gate": {
         "threshold": for_exits(numbers),
         "temperature": temperatures,
@@ -152,6 +158,12 @@ TYPICAL = [
     {"name": "label_confidence", "threshold": 0.7},
     {"name": "patience", "patience": 3},
     {"name": "patience_confidence", "threshold": 0.5, "patience": 2},
+    {
+        "name": "calibrated_confidence",
+        "threshold": 0.5,
+        "edges": [[0.97], [0.9], [0.85], [0.8], [0.75]],
+        "accuracies": [[0.4, 0.6]] * NUM_EXITS,
+    },
     {
         "name": "gate",
         "threshold": [0.94, 0.91, 0.89, 0.86, 0.82],

@@ -409,6 +409,43 @@ class TestPatienceConfidence(CountingPolicyMixin, ThresholdPolicyMixin):
         return self.score(history, settings) >= settings["patience"]
 
 
+class TestCalibratedConfidence(ThresholdPolicyMixin):
+    name = "calibrated_confidence"
+    bins = {
+        "edges": [[0.5, 0.7, 0.9], [], [0.6], [0.5, 0.6]],
+        "accuracies": [[0.2, 0.5, 0.8, 0.9], [0.5], [0.4, 0.9], [0.7, 0.3, 0.8]],
+    }
+    cases = [{"threshold": 0.6, **bins}, {"threshold": [0.85, 0.6, 0.5, 0.5], "temperature": 1.5, **bins}]
+
+    def score(self, history, settings):
+        index = len(history) - 1
+        confidence = max(softmax(history[-1], at(settings.get("temperature", 1.0), index)))
+        if index >= NUM_EXITS:
+            return confidence
+        return settings["accuracies"][index][sum(confidence > edge for edge in settings["edges"][index])]
+
+    def rule(self, history, settings):
+        return self.score(history, settings) > at(settings["threshold"], len(history) - 1)
+
+    def test_exits_without_an_accurate_bin_are_skipped(self):
+        policy = build_policy({"name": self.name, **self.cases[0]}, NUM_EXITS)
+        assert [policy.skips(index) for index in range(NUM_EXITS)] == [False, True, False, False]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"edges": [[0.5]] * 4}, r"edges\[0\] must be 3 ascending numbers between the 4 bins"),
+            ({"edges": [[0.7, 0.5, 0.9], [], [0.6], [0.5, 0.6]]}, r"edges\[0\] must be 3 ascending"),
+            ({"edges": [[0.5]], "accuracies": [[0.1, 0.2]]}, "edges of 1 exits, but the model has 4"),
+            ({"edges": [[0.5]]}, "edges of 1 exits, accuracies of 4"),
+            ({"accuracies": [["high"], [0.5], [0.4, 0.9], [0.7, 0.3, 0.8]]}, r"accuracies\[0\]=\['high'\]"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            build_policy({"name": self.name, **self.cases[0], **change}, NUM_EXITS)
+
+
 def gate_settings(exits, number, **settings):
     return {"models": random_models(len(exits), number), "num_labels": NUM_LABELS, "exits": exits, **settings}
 
