@@ -817,7 +817,7 @@ def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
         ({"max_accuracy_drop": 0.1, "delta": 0.05, "labels": "expected"}, "point estimates, which guarantee nothing"),
         ({"max_accuracy_drop": 0.1, "labels": "guessed"}, "labels='guessed' must be True, False or 'expected'"),
         ({"max_accuracy_drop": 1.5}, "from 0 to 1"),
-        ({"max_accuracy_drop": 0.01, "policy": "never"}, "calibrate knows the policies confidence.*not 'never'"),
+        ({"max_accuracy_drop": 0.01, "policy": "never"}, "calibrate knows the policies auto.*confidence.*not 'never'"),
     ],
 )
 def test_targets_that_cannot_be(wanted, message):

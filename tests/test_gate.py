@@ -75,7 +75,7 @@ def test_the_target_is_that_nothing_is_lost():
 def test_each_half_is_scored_by_the_regression_of_the_other():
     table = table_of(120)
     gate = fit_gate(table)
-    scores = cross_fitted_scores(table, gate, 1.0)
+    scores = cross_fitted_scores(table, gate)
     for half in (0, 1):
         of_other = {
             **gate,

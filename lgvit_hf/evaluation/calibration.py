@@ -40,6 +40,11 @@ class Calibration:
         samples_tested (`int`): Samples tested on, which the search has not seen.
         delta (`float`, *optional*): Probability that the guarantee does not hold, over the calibration samples.
         guaranteed_drop (`float`, *optional*): What the true drop (or harm) then exceeds with that probability at most.
+        max_accuracy_drop (`float`, *optional*): What was asked for; with `delta` the bound of each rung of the ladder.
+        ladder (`tuple[dict, ...]`):
+            Of the candidates within that drop (with `delta`, of those that are certified, all at once), those of the
+            returned policy's family and exits, from the safest to the fastest: `policy`, `accuracy` (an estimate),
+            `mean_macs` and `mean_latency`.
         frontier (`tuple[dict, ...]`): `policy`, `accuracy`, `mean_macs` and `mean_latency` of every candidate on the
             same samples, from the safest to the fastest.
         calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all samples `before`
@@ -60,6 +65,8 @@ class Calibration:
     samples_tested: int
     delta: float | None = None
     guaranteed_drop: float | None = None
+    max_accuracy_drop: float | None = None
+    ladder: tuple[dict[str, Any], ...] = ()
     frontier: tuple[dict[str, Any], ...] = ()
     calibration_errors: tuple[dict[str, float | None], ...] = ()
 
@@ -190,7 +197,8 @@ def calibrate(
 
     Args:
         table (`ExitTable`): Of samples that were not trained on, with the costs that `collect` counts.
-        policy (`str`, *optional*, defaults to `"confidence"`): A built-in policy's name.
+        policy (`str`, *optional*, defaults to `"confidence"`):
+            A built-in policy's name, or `"auto"`: all of them in one sequence, tested in one fixed order.
         max_accuracy_drop (`float`, *optional*): Share of all samples, in (0, 1) with `delta`.
         min_speedup (`float`, *optional*): Cost of the plain model over the mean cost.
         max_macs (`float`, *optional*): Largest mean MACs of a sample.
@@ -244,7 +252,8 @@ def calibrate(
     # safest first, and always within any drop: the full model
     found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits)]
     results = [_result(tested, settings, cost_table, batch_size) for settings in found]
-    chosen = _choose(results, max_accuracy_drop, given, delta, bound)
+    allowed = _within_drop(results, max_accuracy_drop, delta, bound)
+    chosen = _choose(results, allowed, max_accuracy_drop, given)
     full_accuracy = tested.right[-1].cpu().double().mean().item()
     return Calibration(
         exits=tuple(chosen.evaluated),
@@ -258,6 +267,8 @@ def calibrate(
         samples_tested=len(tested),
         delta=delta,
         guaranteed_drop=None if delta is None else max_accuracy_drop,
+        max_accuracy_drop=max_accuracy_drop,
+        ladder=tuple(result.figures(full_accuracy) for result in allowed if result.like(chosen)),
         frontier=tuple(result.figures(full_accuracy) for result in results),
         calibration_errors=tuple(_errors(tested, chosen.exit_index, temperatures)),
     )
@@ -328,8 +339,8 @@ def check_request(
     **budgets: float | None,
 ) -> dict[str, float]:
     """Raise `ValueError` where what is asked of `calibrate` makes no sense; the budgets that are given."""
-    if policy not in SEARCHES:
-        raise ValueError(f"calibrate knows the policies {', '.join(sorted(SEARCHES))}, not {policy!r}")
+    if policy not in (*SEARCHES, "auto"):
+        raise ValueError(f"calibrate knows the policies auto, {', '.join(sorted(SEARCHES))}, not {policy!r}")
     if bound not in ("drop", "harm"):
         raise ValueError(f"bound={bound!r} must be 'drop' or 'harm'")
     if budgets.get("max_latency") is not None and not has_cost_table:
@@ -366,6 +377,10 @@ class _Result:
     def cost(self) -> float:
         return self.macs if self.latency is None else self.latency
 
+    def like(self, other: _Result) -> bool:
+        """Whether both are of one family and evaluate the same exits, so that thresholds alone tell them apart."""
+        return (self.settings["name"], self.evaluated) == (other.settings["name"], other.evaluated)
+
     def figures(self, full_accuracy: float) -> dict[str, Any]:
         what = {"policy": self.settings, "accuracy": full_accuracy - self.drop}
         return {**what, "mean_macs": self.macs, "mean_latency": self.latency}
@@ -379,20 +394,20 @@ def _result(table: ExitTable, settings: Settings, cost_table: CostTable | None, 
     return _Result(settings, exits, evaluated, drops, macs, latency)
 
 
-def _choose(
-    results: list[_Result],
-    max_accuracy_drop: float | None,
-    budgets: dict[str, float],
-    delta: float | None,
-    bound: str,
-) -> _Result:
-    """The candidate to return; the first is the full model, the others go from safest to fastest."""
-    allowed = results
+def _within_drop(
+    results: list[_Result], max_accuracy_drop: float | None, delta: float | None, bound: str
+) -> list[_Result]:
+    """Candidates that lose little enough; the first is the full model, the others go from safest to fastest."""
     if delta is not None and max_accuracy_drop is not None:
         p_values = [_p_value(result.drops.numpy(), max_accuracy_drop, delta, bound) for result in results[1:]]
-        allowed = results[: 1 + passed_in_order(p_values, delta)]
-    elif max_accuracy_drop is not None:
-        allowed = [result for result in results if result.drop <= max_accuracy_drop]
+        return results[: 1 + passed_in_order(p_values, delta)]
+    return [result for result in results if max_accuracy_drop is None or result.drop <= max_accuracy_drop]
+
+
+def _choose(
+    results: list[_Result], allowed: list[_Result], max_accuracy_drop: float | None, budgets: dict[str, float]
+) -> _Result:
+    """The candidate to return, of those that are allowed."""
 
     def fits(result: _Result) -> bool:
         spent = {"max_macs": result.macs, "max_latency": result.cost, "min_speedup": result.cost / results[0].cost}

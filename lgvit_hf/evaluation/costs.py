@@ -67,6 +67,19 @@ class Costs:
         """
         return sum(share * self.of_exit(index, evaluated) for index, share in enumerate(shares))
 
+    def with_exits(self, exits: Sequence[int]) -> Costs:
+        """Costs of the same model with only some of its early exits, by index from 0 in ascending order.
+
+        Example:
+
+            >>> Costs([1.0, 2.0, 4.0, 8.0], [0.1, 0.2, 0.3, 0.4]).with_exits([1])
+            Costs(backbone_costs=[3.0, 12.0], heads=[0.2, 0.4], fused=False)
+        """
+        ends = [*exits, len(self.heads) - 1]
+        starts = [0, *(index + 1 for index in exits)]
+        backbone = [sum(self.backbone_costs[start : end + 1]) for start, end in zip(starts, ends, strict=True)]
+        return Costs(backbone, [self.heads[index] for index in ends], self.fused)
+
     @property
     def trunks(self) -> list[float]:  # old name
         """`backbone_costs` by its old name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +92,11 @@ class ExitTable:
     def without_labels(self) -> ExitTable:
         """The table with the full model's answers for labels."""
         return replace(self, labels=self.logits[-1].argmax(-1))
+
+    def with_exits(self, exits: Sequence[int]) -> ExitTable:
+        """The same samples with only some of the early exits, by index from 0 in ascending order; without costs."""
+        kept = [*exits, len(self.depths) - 1]
+        return replace(self, logits=self.logits[kept], depths=[self.depths[index] for index in kept], costs=None)
 
     def expected(self) -> ExitTable:
         """The table with the full model's probabilities for labels, `[N, C]`.

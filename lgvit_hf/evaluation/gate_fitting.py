@@ -89,14 +89,14 @@ def gate_features(table: ExitTable, exits: Sequence[int], temperatures: Sequence
     return found
 
 
-def cross_fitted_scores(table: ExitTable, gate: dict[str, Any], temperatures: Sequence[float] | float) -> np.ndarray:
+def cross_fitted_scores(table: ExitTable, gate: dict[str, Any]) -> np.ndarray:
     """The gate's score of each sample it was fitted on, `[exits, N]` float32, by the other half's regression."""
     scores = []
-    for features, model in zip(gate_features(table, gate["exits"], temperatures), gate["models"], strict=True):
+    for features, model in zip(gate_features(table, gate["exits"], gate["temperature"]), gate["models"], strict=True):
         standard = (features - model["mean"]) / model["scale"]
         both = standard @ np.array(model["weights"]).T + np.array(model["bias"])
         scores.append(np.where(np.arange(len(table)) % 2 == 0, both[:, 1], both[:, 0]))
-    return (1 / (1 + np.exp(-np.array(scores)))).astype(np.float32)
+    return np.asarray(1 / (1 + np.exp(-np.array(scores))), dtype=np.float32)
 
 
 def _kept(table: ExitTable, index: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..policies import build_policy
 from .costs import Costs
 from .exit_table import ExitTable
+from .gate_fitting import cross_fitted_scores, fit_gate
 
 # of the confidence of a sample, which is the policy's score, or minus it for the entropy: all samples are above the
 # first number and none above the second
@@ -26,6 +27,10 @@ _MAX_SWEEPS = 10
 # of policies with several parameters, every combination is tried
 _FEW_THRESHOLDS = 8
 _FEW_PRICES = _PRICES[::3]
+# of a reliability diagram, and of the accuracies that are tried as threshold
+_MOST_BINS, _FEWEST_IN_BIN, _MOST_LEVELS = 50, 20, 30
+# sets of exits for which the gate is fitted
+_MOST_GATES = 8
 
 Settings = dict[str, Any]
 # mean cost and mean drop of settings on the table that is searched on
@@ -35,14 +40,14 @@ Measured = tuple[float, float, Settings]
 def candidates(
     table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool = True
 ) -> list[Settings]:
-    """Policies of one name, none worse than another in both cost and accuracy drop, as the table lets expect.
+    """Policies of one name or of all, none worse than another in both cost and accuracy drop, as the table predicts.
 
     They come from the safest to the fastest. What was fitted to the samples is judged by cross-fitting.
 
     Args:
         table (`ExitTable`): Samples to search on.
         costs (`Costs`): Of each segment, in any unit.
-        policy (`str`): Its name, one of `SEARCHES`.
+        policy (`str`): Its name, one of `SEARCHES`, or `"auto"` for all of them.
         temperatures (`tuple[float, ...]`): One per exit, the final classifier last.
         choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be skipped.
 
@@ -54,7 +59,12 @@ def candidates(
         >>> [round(settings["threshold"][0], 2) for settings in found]
         [0.75, 0.0]
     """
-    measured = SEARCHES[policy](table, costs, policy, temperatures, choose_exits)
+    auto = policy == "auto"
+    measured = chain.from_iterable(
+        # with every set of exits the policies of several parameters would take most of the time and win nothing
+        SEARCHES[name](table, costs, name, temperatures, choose_exits and not (auto and name in _GRIDS))
+        for name in (SEARCHES if auto else [policy])
+    )
     path, least = [], float("inf")
     for _, drop, settings in sorted(measured, key=lambda entry: entry[:2]):
         if drop < least:
@@ -91,8 +101,41 @@ def shares(exit_index: Tensor, num_exits: int) -> list[float]:
 def _thresholds(
     table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
 ) -> Iterator[Measured]:
-    limits, sign = RANGES[policy], -1 if policy == "entropy" else 1
-    scores, right = confidence_scores(table, policy, temperatures).numpy(), table.right.numpy()
+    sign, scores = -1 if policy == "entropy" else 1, confidence_scores(table, policy, temperatures).numpy()
+    for cost, drop, thresholds in _threshold_paths(table, costs, scores, RANGES[policy], choose_exits):
+        numbers = [sign * number + 0.0 for number in thresholds]  # no negative zero
+        yield cost, drop, {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
+
+
+def _gates(
+    table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
+) -> Iterator[Measured]:
+    """The harm gate, fitted anew for each set of exits: what is known at one depends on those evaluated before."""
+    every, limits = tuple(range(len(table.depths) - 1)), (0.0, 1.0)
+    waiting: list[tuple[int, ...]] = [every]
+    tried: set[tuple[int, ...]] = set()
+    while waiting and len(tried) < _MOST_GATES:
+        exits = waiting.pop(0)
+        tried.add(exits)
+        part, prices = table.with_exits(exits), costs.with_exits(exits)
+        gate = fit_gate(part, temperatures=[temperatures[index] for index in exits])
+        gate |= {"temperature": list(temperatures), "exits": list(exits)}
+        scores = cross_fitted_scores(table, gate)
+        for cost, drop, thresholds in _threshold_paths(part, prices, scores, limits, False):
+            spread = dict(zip(exits, thresholds, strict=True))
+            yield cost, drop, {**gate, "threshold": [spread.get(index, limits[1]) for index in every]}
+        if choose_exits:
+            right = part.right.numpy()
+            found = [search(scores, right, prices, price, limits) for price in _FEW_PRICES * costs.backbone]
+            kept = [tuple(np.array(exits)[thresholds < limits[1]].tolist()) for thresholds in found]
+            waiting += [each for each in dict.fromkeys(kept) if each and each not in tried and each not in waiting]
+
+
+def _threshold_paths(
+    table: ExitTable, costs: Costs, scores: np.ndarray, limits: tuple[float, float], choose_exits: bool
+) -> Iterator[tuple[float, float, list[float]]]:
+    """Thresholds for `scores` `[E - 1, N]` at many prices of a lost answer, with their mean cost and drop."""
+    right = table.right.numpy()
     fold_of, every = np.arange(len(table)) % _FOLDS, np.full(len(table), True)
     folds = [fold_of == fold for fold in range(_FOLDS)] if len(table) >= _FOLDS else [every]
 
@@ -107,13 +150,12 @@ def _thresholds(
         answered = np.take_along_axis(right[:, samples], exit_index[None], 0)
         return costs.mean(exiting_at.tolist(), evaluated), right[-1, samples].mean() - answered.mean()
 
-    def settings(thresholds: np.ndarray) -> Settings:
+    def settings(thresholds: np.ndarray) -> list[float]:
         all_exit = np.flatnonzero(thresholds <= limits[0])
         if len(all_exit):
             # no sample reaches the deeper exits
             thresholds = np.where(np.arange(len(thresholds)) > all_exit[0], limits[1], thresholds)
-        numbers = [sign * number + 0.0 for number in thresholds.tolist()]  # no negative zero
-        return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
+        return [float(number) for number in thresholds]
 
     for price in _PRICES * costs.backbone:
         # thresholds look better on samples they were fitted to than on new ones: each fold is judged by the others'
@@ -307,17 +349,41 @@ def _combinations(table: ExitTable, policy: str, temperatures: tuple[float, ...]
         return [{"name": policy, "exit_index": index} for index in range(len(table.depths))]
     if policy == "patience":
         return [{"name": policy, "patience": patience} for patience in patiences]
+    if policy == "calibrated_confidence":
+        return _accuracies(table, scaled)
     if policy == "patience_confidence":
         return [{**scaled, "patience": count, "threshold": cut} for count, cut in product(patiences, cuts("entropy"))]
     both = product(cuts("confidence"), cuts("entropy"))
     return [{**scaled, "threshold": confidence, "entropy_threshold": entropy} for confidence, entropy in both]
 
 
+def _accuracies(table: ExitTable, scaled: Settings) -> list[Settings]:
+    """Accuracies to demand of each exit, with the reliability diagrams that turn them into confidences."""
+    scores = confidence_scores(table, "confidence", tuple(scaled["temperature"])).numpy()
+    bins = [_reliability(*pair) for pair in zip(scores, table.right.double().numpy(), strict=False)]
+    fitted = {"edges": [edges for edges, _ in bins], "accuracies": [accuracies for _, accuracies in bins]}
+    levels = np.unique(np.concatenate(fitted["accuracies"]))
+    # half way between two levels, so that rounding moves no sample
+    middles = (levels[1:] + levels[:-1]) / 2 if len(levels) > 1 else levels / 2
+    places = np.linspace(0, len(middles) - 1, min(len(middles), _MOST_LEVELS)).astype(int)
+    return [{**scaled, **fitted, "threshold": float(threshold)} for threshold in middles[places]]
+
+
+def _reliability(scores: np.ndarray, right: np.ndarray) -> tuple[list[float], list[float]]:
+    """Confidences between bins of about equally many samples, and the accuracy of each bin."""
+    number = min(_MOST_BINS, max(1, len(scores) // _FEWEST_IN_BIN))
+    edges = np.unique([cut for cut in _cuts(scores, np.linspace(0, 1, number + 1)[1:-1], 1.0) if cut < scores.max()])
+    places = (scores[:, None] > edges).sum(1)
+    counts = np.bincount(places, minlength=len(edges) + 1)
+    accuracies = np.bincount(places, weights=right, minlength=len(edges) + 1) / np.maximum(counts, 1)
+    return [float(edge) for edge in edges], [float(accuracy) for accuracy in accuracies]
+
+
 def _with_exits(combination: Settings, exits: tuple[int, ...], num_exits: int) -> Settings:
     """The settings of a policy that evaluates only these exits."""
     if combination["name"] == "fixed":
         return combination
-    if combination["name"] == "confidence_entropy":
+    if combination["name"] in ("confidence_entropy", "calibrated_confidence"):
         threshold, skipped = combination["threshold"], RANGES["confidence"][1]
         return {**combination, "threshold": [threshold if index in exits else skipped for index in range(num_exits)]}
     # with a patience of 1 all exit at the first exit, and none reaches the others
@@ -325,5 +391,5 @@ def _with_exits(combination: Settings, exits: tuple[int, ...], num_exits: int) -
     return {**combination, "exits": list(exits[:1] if first_only else exits)}
 
 
-_GRIDS = ("confidence_entropy", "patience", "patience_confidence", "fixed")
-SEARCHES = {**dict.fromkeys(RANGES, _thresholds), **dict.fromkeys(_GRIDS, _grid)}
+_GRIDS = ("calibrated_confidence", "confidence_entropy", "patience", "patience_confidence", "fixed")
+SEARCHES = {**dict.fromkeys(RANGES, _thresholds), "gate": _gates, **dict.fromkeys(_GRIDS, _grid)}
