@@ -135,6 +135,8 @@ class ExitPolicy:
     name = "custom"
     # whether `__call__` itself never lets a sample with NaN logits exit; otherwise the engine sees to it
     nan_never_exits = False
+    # whether exits differ by more than their thresholds and temperatures: an export then holds a rule for each
+    differs_by_exit = False
     # the `problem_type` whose answers it can judge; None for any
     problem_type: ClassVar[str | None] = None
 

@@ -64,6 +64,7 @@ class GatePolicy(ExitPolicy):
     temperature: Numbers = field(default=1.0, kw_only=True)
 
     problem_type = "single_label_classification"
+    differs_by_exit = True
     # of features that are NaN the score is NaN, which is above no threshold
     nan_never_exits = True
 

@@ -208,6 +208,8 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
     edges: Sequence[Sequence[float]]
     accuracies: Sequence[Sequence[float]]
 
+    differs_by_exit = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.edges) != len(self.accuracies):
@@ -238,7 +240,8 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
         edges, accuracies = (
             torch.tensor(numbers[exit_index], device=logits.device) for numbers in (self.edges, self.accuracies)
         )
-        score = accuracies[(confidence[:, None] > edges).sum(-1)]
+        # a sum of steps: a quantizer would turn a table that is looked up into integers
+        score = accuracies[:1] + ((confidence[:, None] > edges) * accuracies.diff()).sum(-1)
         return (score > number_at(self.threshold, exit_index, math.inf)) & ~confidence.isnan(), {"score": score}
 
 

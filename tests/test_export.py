@@ -192,7 +192,7 @@ def composed(model, parts):
     """One file of the model's parts, with the model's policy."""
     depths = [segment.depth for segment in model.segments()]
     inputs = parameter_inputs(model.exit_policy, len(depths))
-    return compose_single(parts, decision_of(model.exit_policy.name), depths, inputs)
+    return compose_single(parts, [decision_of(model.exit_policy.name)] * len(parts), depths, inputs)
 
 
 def opened(folder, model, parts, layout):

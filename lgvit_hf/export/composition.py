@@ -18,13 +18,13 @@ ANSWERS = ("logits", "exit_index", "exit_score")
 
 
 def compose_single(
-    parts: Sequence[OnnxSegment], decision: Decision, depths: Sequence[int], defaults: dict[str, Any]
+    parts: Sequence[OnnxSegment], decisions: Sequence[Decision], depths: Sequence[int], defaults: dict[str, Any]
 ) -> Any:
     """One model in which each sample has its own exit, and branches that no sample needs are not run.
 
     Args:
         parts (`Sequence[OnnxSegment]`): Of the evaluated exits, the final one last.
-        decision (`Decision`): The policy; the last part only takes its score.
+        decisions (`Sequence[Decision]`): The policy at each of these exits; the last part only takes its score.
         depths (`Sequence[int]`): Blocks run before each exit of the whole highway.
         defaults (`dict[str, np.ndarray]`):
             Values of the inputs that may be given anew: `exit_temperatures` `[E]`, and as `PARAMETERS` calls them.
@@ -36,10 +36,12 @@ def compose_single(
     graph = Graph()
     batch = graph.add("Shape", ["pixel_values"], "batch", start=0, end=1)
     memory = []
-    for name, value in decision.memory.items():
+    for name, value in decisions[0].memory.items():
         first = graph.constant(f"first_{name}", value.numpy())
-        memory.append(graph.add("Expand", [first, batch], f"start_{name}"))
-    answers = _body(graph, ["pixel_values"], memory, parts, decision)
+        sizes = graph.constant(f"sizes_{name}", np.array(value.shape[1:], dtype=np.int64))
+        shape = graph.add("Concat", [batch, sizes], f"shape_{name}", axis=0)
+        memory.append(graph.add("Expand", [first, shape], f"start_{name}"))
+    answers = _body(graph, ["pixel_values"], memory, parts, decisions)
     for name, answer in zip(ANSWERS, answers, strict=True):
         graph.add("Identity", [answer], name)
     graph.add("Gather", [graph.constant("depths", np.array(depths)), "exit_index"], "exit_layer", axis=0)
@@ -49,10 +51,14 @@ def compose_single(
 
 
 def _body(
-    graph: Graph, state: Sequence[str], memory: Sequence[str], parts: Sequence[OnnxSegment], decision: Decision
+    graph: Graph,
+    state: Sequence[str],
+    memory: Sequence[str],
+    parts: Sequence[OnnxSegment],
+    decisions: Sequence[Decision],
 ) -> list[str]:
     """From one exit on: names of the logits, exit index and score of the samples that reach it."""
-    (part, *deeper), here = parts, f"e{parts[0].exit_index}_"
+    (part, *deeper), (decision, *decisions), here = parts, decisions, f"e{parts[0].exit_index}_"
     *after, logits = graph.inline(part.model, f"{here}part_", state)
     index = graph.constant(f"{here}index", np.array([part.exit_index]))
     samples = graph.add("Shape", [logits], f"{here}samples", start=0, end=1)
@@ -78,7 +84,7 @@ def _body(
     last = [done.add("Identity", [name], f"{here}done_{place}") for place, name in enumerate(answers)]
     kept = on.add("Squeeze", [found, on.constant(f"{here}first_axis", np.array([0]))], f"{here}kept")
     carried = [on.add("Gather", [name, kept], f"{name}_kept", axis=0) for name in (*after, *memory)]
-    given = _body(on, carried[: len(after)], carried[len(after) :], deeper, decision)
+    given = _body(on, carried[: len(after)], carried[len(after) :], deeper, decisions)
     places = on.add("Unsqueeze", [kept, on.constant(f"{here}last_axis", np.array([1]))], f"{here}places")
     merged = [
         on.add("ScatterND", [old, places, new], f"{here}merged_{place}")

@@ -20,7 +20,7 @@ from ..runtimes.manifest import LAYOUTS, PRECISIONS, Manifest, exits_that_run
 from ..runtimes.onnxruntime import ORTHighway, parameter_inputs
 from ..serving.device.info import file_digest
 from .infer import write_infer
-from .segment_graphs import EXPORTABLE, check_file_sizes, export_decision, export_parts, weight_bytes
+from .segment_graphs import EXPORTABLE, check_file_sizes, export_decisions, export_parts, weight_bytes
 from .verification import compare, verify
 
 
@@ -130,8 +130,8 @@ def write_onnx(
     _check_sizes(model, exits, names, precision)
     parts = export_parts(model, exits)
     if layout == "single":
-        decision = export_decision(policy, model.config.num_labels)
-        models = {file: compose_single(parts, decision, depths, parameter_inputs(policy, len(depths)))}
+        decisions = export_decisions(policy, model.config.num_labels, exits, len(depths) - 1)
+        models = {file: compose_single(parts, decisions, depths, parameter_inputs(policy, len(depths)))}
     elif layout == "all_exits":
         models = {file: compose_all_exits(parts)}
     else:

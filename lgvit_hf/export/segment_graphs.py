@@ -28,7 +28,8 @@ OPSET = 18
 MAX_FILE_BYTES = 2_000_000_000
 # policies that a single file can decide by
 EXPORTABLE = tuple(
-    "confidence entropy margin confidence_entropy label_confidence patience patience_confidence fixed never".split()
+    "calibrated_confidence confidence confidence_entropy entropy fixed gate label_confidence margin never patience "
+    "patience_confidence".split()
 )
 
 
@@ -195,18 +196,20 @@ def _attention(model: HighwayMixin) -> Iterator[None]:
 class _Decision(nn.Module):
     """A policy with its parameters as tensors `[1]`, so that they can be given anew in every run."""
 
-    def __init__(self, policy: ExitPolicy, parameters: list[str], memory: list[str]):
+    def __init__(self, policy: ExitPolicy, parameters: list[str], memory: list[str], exit_index: int, num_exits: int):
         super().__init__()
         self.policy, self.adjustable, self.remembered = policy, parameters, memory
+        self.exit_index, self.num_exits = exit_index, num_exits
 
     def forward(
         self, logits: Tensor, temperature: Tensor, parameters: list[Tensor], memory: list[Tensor]
     ) -> list[Tensor]:
         policy = object.__new__(type(self.policy))
         given = zip(self.adjustable, parameters, strict=True)
-        numbers = {name: value if name == "patience" else [value] for name, value in given}
+        numbers = {name: value if name == "patience" else [value] * self.num_exits for name, value in given}
         vars(policy).update({**vars(self.policy), "temperature": 1.0, **numbers})
-        exited, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), 0)
+        index = self.exit_index
+        exited, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), index)
         return [exited, after["score"].float(), *(after[name] for name in self.remembered)]
 
 
@@ -218,7 +221,7 @@ class Decision:
         model (`onnx.ModelProto`): Inputs `logits`, `temperature`, the `parameters`, and the memory's names with `_in`;
             outputs `leave`, `score`, and the memory's names with `_out`.
         parameters (`list[str]`): Fields of the policy that are inputs.
-        memory (`dict[str, Tensor]`): Names, and what a sample starts with, `[1]` each.
+        memory (`dict[str, Tensor]`): Names, and what a sample starts with, `[1, ...]` each.
     """
 
     model: Any
@@ -226,13 +229,27 @@ class Decision:
     memory: dict[str, Tensor]
 
 
-def export_decision(policy: ExitPolicy, num_labels: int) -> Decision:
+def export_decisions(policy: ExitPolicy, num_labels: int, exits: Sequence[int], num_exits: int) -> list[Decision]:
+    """What a policy decides at each of `exits`; the same where its thresholds and temperatures are all that differs.
+
+    Args:
+        policy (`ExitPolicy`): A built-in one.
+        num_labels (`int`): Classes of the logits.
+        exits (`Sequence[int]`): Indices of exits, the final classifier's perhaps among them.
+        num_exits (`int`): Early exits of the highway.
+    """
+    if not policy.differs_by_exit:
+        return [export_decision(policy, num_labels)] * len(exits)
+    return [export_decision(policy, num_labels, index, num_exits) for index in exits]
+
+
+def export_decision(policy: ExitPolicy, num_labels: int, exit_index: int = 0, num_exits: int = 1) -> Decision:
     """What a policy decides at one exit; its thresholds and its temperature are inputs `[1]`."""
     start = policy.start(1, "cpu")
     parameters = [name for name in PARAMETERS if hasattr(policy, name)]
     batch = {0: torch.export.Dim("batch")}
-    module = _Decision(policy, parameters, list(start))
-    numbers, memory = [torch.ones(1) for _ in parameters], [tensor.expand(2).clone() for tensor in start.values()]
+    module = _Decision(policy, parameters, list(start), exit_index, num_exits)
+    numbers, memory = [torch.ones(1) for _ in parameters], [torch.cat([tensor, tensor]) for tensor in start.values()]
     inputs = ["logits", "temperature", *parameters, *(f"{name}_in" for name in start)]
     outputs = ["leave", "score", *(f"{name}_out" for name in start)]
     arguments = (torch.randn(2, num_labels), torch.ones(1), numbers, memory)

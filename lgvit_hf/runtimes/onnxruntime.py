@@ -23,7 +23,7 @@ from ..files import add_files
 from ..hub.loading import answer_depths
 from ..losses import check_labels, task_loss
 from ..modeling_highway import HighwayOutput, PolicyHolder, all_exits_output
-from ..policies import ExitPolicy, Numbers, number_at
+from ..policies import ExitPolicy, Numbers, build_policy, number_at
 from ..segments import Segment, State
 from ..serving.device.loop import ANSWERS
 from ..serving.device.session import open_session, run_segment
@@ -165,6 +165,18 @@ class ORTHighway(PolicyHolder, nn.Module):
                 f"exit_policy: this file decides by {held!r}, not by {built.name!r}; export it again, or with the "
                 f"layout 'segments' ({self.folder})"
             )
+        if built.differs_by_exit:
+            numbers = ("threshold", "temperature")
+            ours, theirs = (
+                {name: value for name, value in settings.items() if name not in numbers}
+                for settings in (built.to_dict(), build_policy(self.manifest.policy, len(self.depths) - 1).to_dict())
+            )
+            if ours != theirs:
+                wrong = next(name for name in ours if ours[name] != theirs.get(name))
+                raise ValueError(
+                    f"exit_policy: {wrong} of {held!r} is in this file, which takes new thresholds and temperatures "
+                    f"only; export it again ({self.folder})"
+                )
         missing = sorted(set(exits_that_run(built, len(self.depths))) - set(self.manifest.exits))
         if missing:
             raise ValueError(

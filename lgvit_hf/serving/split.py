@@ -22,7 +22,7 @@ from ..engine import Answers, run_all
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import weights_digest
 from ..export.infer import checked_pixel_settings
-from ..export.segment_graphs import EXPORTABLE, Read, check_file_sizes, export_decision, export_parts, weight_bytes
+from ..export.segment_graphs import EXPORTABLE, Read, check_file_sizes, export_decisions, export_parts, weight_bytes
 from ..export.verification import verify_answers
 from ..files import replace_folder, write_json
 from ..hub.loading import HIGHWAYS, example_image
@@ -151,7 +151,7 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: PixelSe
         model=hashlib.sha256(f"{weights_digest(cast(Highway, model))}{settings}".encode()).hexdigest(),
         parts=len(positions) + 1,
         format=format,
-        memory={name: tensor.item() for name, tensor in memory.items()},
+        memory={name: tensor[0].tolist() for name, tensor in memory.items()},
         depths=depths,
         policy=policy.to_dict(),
         labels=[str(model.config.id2label[index]) for index in range(model.config.num_labels)],
@@ -170,7 +170,8 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: PixelSe
             state = segment.advance(state)
         carried = {f"{MEMORY}{name}": tensor for name, tensor in memory.items()}
         gives = _arrays({**state.tensors, **carried}) if number < len(positions) else {}
-        files = [*(f"segment_{index:02}.onnx" for index in indices), "decision.onnx"]
+        files = [f"segment_{index:02}.onnx" for index in indices]
+        files += [f"decision_{index:02}.onnx" for index in indices] if policy.differs_by_exit else ["decision.onnx"]
         info = described(
             index=number,
             takes=takes,
@@ -214,13 +215,19 @@ def _write_onnx(model: HighwayMixin, cuts: list[_Cut], folder: Path) -> None:
     sizes = zip(exits, weight_bytes(model, exits), strict=True)
     check_file_sizes({f"segment_{index:02}.onnx": size for index, size in sizes}, "use format='safetensors'")
     stretches = dict(zip(exits, export_parts(model, exits), strict=True))
-    decision = export_decision(model.exit_policy, model.config.num_labels)
+    policy = model.exit_policy
+    decisions = dict(
+        zip(exits, export_decisions(policy, model.config.num_labels, exits, len(model.exits)), strict=True)
+    )
     runner = Path(__file__).parent / "device"
     for cut in cuts:
         part = cut.folder(folder)
         shutil.copytree(runner, part / RUNNER, ignore=shutil.ignore_patterns("__pycache__"))
-        models = [*(stretches[exit["index"]].model for exit in cut.info.exits), decision.model]
-        for name, proto in zip(cut.info.files, models, strict=True):
+        models = [stretches[exit["index"]].model for exit in cut.info.exits]
+        models += [decisions[exit["index"]].model for exit in cut.info.exits]
+        for name, proto in zip(
+            cut.info.files, models, strict=False
+        ):  # of the decisions the first, where one is for all
             onnx.save(proto, part / name)
 
 

@@ -15,6 +15,8 @@ from .pixels import PixelSettings
 
 PART_FILE = "part.json"
 SCHEMA = 1
+# of `part.json`, whose memory may have any shape since 2
+PART_SCHEMA = 2
 PART_FORMATS = ("onnx", "safetensors")
 WEIGHTS = "model.safetensors"
 PART_FILES = {"config.json", WEIGHTS}  # of safetensors
@@ -109,7 +111,7 @@ class PartInfo(Description):
         takes (`dict`), gives (`dict`):
             Arrays by name. The first part takes `pixel_values`; the last gives none. What starts with `memory.` is the
             policy's.
-        memory (`dict`): What each number of the policy's memory starts with.
+        memory (`dict`): What the policy's memory of a sample starts with, a number or nested lists of any shape.
         depths (`list[int]`): Blocks run before each exit of the whole highway, the final classifier last.
         start (`int`): Of the segments of the whole highway, the first one here.
         exits (`list[dict]`):
@@ -134,7 +136,7 @@ class PartInfo(Description):
     format: str
     takes: dict[str, Array]
     gives: dict[str, Array] = field(default_factory=dict)
-    memory: dict[str, float]
+    memory: dict[str, Any]
     depths: list[int]
     start: int = 0
     exits: list[Exit] = field(default_factory=list)
@@ -161,24 +163,25 @@ class PartInfo(Description):
 
     def as_json(self) -> dict[str, Any]:
         """What `part.json` holds."""
-        return {"what": "lgvit part", "schema": SCHEMA, **asdict(self)}
+        return {"what": "lgvit part", "schema": PART_SCHEMA, **asdict(self)}
 
     @classmethod
     def _current(cls, settings: dict[str, Any]) -> dict[str, Any]:
         schema = settings.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"schema={reprlib.repr(schema)}, but this version reads {SCHEMA}")
+        if schema not in range(1, PART_SCHEMA + 1):
+            raise ValueError(f"schema={reprlib.repr(schema)}, but this version reads 1 to {PART_SCHEMA}")
         return settings
 
     def _checks(self) -> dict[str, bool]:
         num_exits = len(self.depths) if are_counts(self.depths) else 0
+        num_decisions = len(self.files) - len(self.exits)  # one for all exits, or one for each
         return {
             "model": is_digest(self.model),
             "index": _is_count(self.index) and _is_count(self.parts) and self.index < self.parts,
             "format": self.format in PART_FORMATS,
             "takes": _are_arrays(self.takes) and bool(self.takes),
             "gives": _are_arrays(self.gives) and bool(self.gives) == (self.index < self.parts - 1),
-            "memory": isinstance(self.memory, dict) and {*map(type, self.memory.values())} <= {int, float},
+            "memory": isinstance(self.memory, dict) and all(map(_are_numbers, self.memory.values())),
             "depths": num_exits > 0,
             "exits": isinstance(self.exits, list)
             and are_counts([each["index"] for each in self.exits])
@@ -194,7 +197,7 @@ class PartInfo(Description):
             "labels": isinstance(self.labels, list) and bool(self.labels) and all(map(is_text, self.labels)),
             "image": self.image is None or isinstance(self.image, dict),
             "files": are_digests(self.files, _NAME)
-            and (len(self.files) == len(self.exits) + 1 if self.format == "onnx" else {*self.files} == PART_FILES),
+            and (num_decisions in (1, len(self.exits)) if self.format == "onnx" else {*self.files} == PART_FILES),
         }
 
 
@@ -205,6 +208,11 @@ def file_digest(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether this is a number, or lists of such that are alike."""
+    return type(value) in (int, float) or (isinstance(value, list) and all(map(_are_numbers, value)))
 
 
 def _is_count(value: Any) -> bool:

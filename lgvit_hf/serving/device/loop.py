@@ -54,7 +54,8 @@ def run_part(
     # the last part alone gives no memory, and takes it
     arrays = info.takes | info.gives
     memory = {
-        name: np.full(len(samples), first, arrays[MEMORY + name]["dtype"]) for name, first in info.memory.items()
+        name: np.repeat(np.asarray(first, arrays[MEMORY + name]["dtype"])[None], len(samples), axis=0)
+        for name, first in info.memory.items()
     }
     memory |= {name.removeprefix(MEMORY): array for name, array in inputs.items() if name.startswith(MEMORY)}
     answers: Arrays = {}

@@ -35,9 +35,12 @@ class Part:
         self.folder, self.info = Path(folder), PartInfo.load(folder)
         if self.info.format != "onnx":
             raise ValueError(f"{folder}: a {self.info.format} part, which lgvit_hf.serving.open_part.open_part opens")
-        *files, decision = self.info.files
-        self._segments = [partial(_run, open_session(self.folder / name, threads)) for name in files]
-        self._decision = open_session(self.folder / decision, threads)
+        sessions = [open_session(self.folder / name, threads) for name in self.info.files]
+        indices = [exit["index"] for exit in self.info.exits]
+        self._segments = [partial(_run, session) for session in sessions[: len(indices)]]
+        decisions = sessions[len(indices) :]
+        # one for all exits, or one for each
+        self._decisions = dict(zip(indices, decisions * (len(indices) // len(decisions)), strict=True))
         try_part(self)
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
@@ -64,9 +67,9 @@ class Part:
 
     def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
         feeds = {"logits": logits, **{f"{name}_in": array for name, array in memory.items()}}
-        names = {entry.name for entry in self._decision.get_inputs()} - set(feeds)
+        names = {entry.name for entry in self._decisions[index].get_inputs()} - set(feeds)
         numbers = {name: np.array([self._number(name, index)], np.float32) for name in names}
-        found = run_session(self._decision, {**feeds, **numbers})
+        found = run_session(self._decisions[index], {**feeds, **numbers})
         return found["leave"], found["score"], {name: found[f"{name}_out"] for name in memory}
 
     def _number(self, name: str, index: int) -> float:
