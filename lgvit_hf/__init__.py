@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation.cost_table import CostTable
     from .evaluation.evaluate_metric import HighwayMetric
     from .evaluation.exit_table import ExitTable, collect
+    from .evaluation.gate_fitting import fit_gate
     from .evaluation.report import evaluate
     from .exit_settings import Exit
     from .export.onnx_export import export_onnx
@@ -56,6 +57,7 @@ _HOMES = {
     "evaluation.calibration": ("Calibration", "calibrate"),
     "evaluation.cost_table": ("CostTable",),
     "evaluation.evaluate_metric": ("HighwayMetric",),
+    "evaluation.gate_fitting": ("fit_gate",),
     "evaluation.report": ("evaluate",),
     "evaluation.exit_table": ("ExitTable", "collect"),
     "exit_settings": ("Exit",),

@@ -1,11 +1,16 @@
 """The harm gate's fit: against scikit-learn, by hand, and on tables where it must help."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from lgvit_hf.evaluation.calibration import Calibration, calibrate
+from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.evaluation.gate_fitting import cross_fitted_scores, fit_gate, gate_features, logistic_regression
+from lgvit_hf.files import write_json
 from lgvit_hf.policies import build_policy
 from tests.seeds import generator, rng
 
@@ -98,6 +103,41 @@ def test_without_labels_the_final_answer_is_the_truth():
     gate = fit_gate(table.without_labels())
     same = ExitTable(table.logits, table.logits[-1].argmax(-1), table.depths)
     assert gate == fit_gate(same)
+
+
+@pytest.mark.parametrize("policy", ["gate", "auto"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_ladder_is_certified_saved_and_read_back(policy, labels, tmp_path):
+    table = table_of(3000)
+    table = replace(table, costs=Costs([1.0] * 4, [0.01] * 4))
+    report = calibrate(table, policy=policy, max_accuracy_drop=0.1, delta=0.1, labels=labels)
+    rungs = [rung["policy"] for rung in report.ladder]
+    assert report.policy in rungs and report.max_accuracy_drop == 0.1
+    assert {rung["name"] for rung in rungs} == {report.policy["name"]}
+    frontier = [point["policy"] for point in report.frontier]
+    assert [frontier.index(rung) for rung in rungs] == sorted(frontier.index(rung) for rung in rungs), "safest first"
+    costs = [rung["mean_macs"] for rung in report.ladder]
+    assert min(costs) == report.mean_macs
+    evaluated = [[i for i in range(3) if not build_policy(rung, 3).skips(i)] for rung in rungs]
+    assert all(exits == list(report.exits) for exits in evaluated)
+    write_json(tmp_path / "calibration.json", {"what": "lgvit calibrate", "data": "photos", **report.to_dict()})
+    assert Calibration.load(tmp_path / "calibration.json") == report
+    assert len(rungs) < 2 or f"{len(rungs) - 1}   " in report.as_text()
+
+
+def test_what_is_no_calibration(tmp_path):
+    for content in ("[]", "{}", "{", '{"policy": 3}'):
+        (tmp_path / "calibration.json").write_text(content)
+        with pytest.raises(ValueError, match="is not what `lgvit calibrate` writes"):
+            Calibration.load(tmp_path / "calibration.json")
+
+
+def test_auto_is_no_worse_than_any_family():
+    table = replace(table_of(4000, number=9), costs=Costs([1.0] * 4, [0.01] * 4))
+    auto = calibrate(table, policy="auto", max_accuracy_drop=0.02)
+    single = {name: calibrate(table, policy=name, max_accuracy_drop=0.02) for name in ("confidence", "gate", "margin")}
+    # the same samples are searched and tested on; a candidate of one family may hide a luckier one of another
+    assert auto.mean_macs <= 1.05 * min(report.mean_macs for report in single.values())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lgvit calibrate`."""
     add = parser.add_argument
     add_data(parser, "validation", "samples it was not trained on")
-    add("--policy", default="confidence", help="which built-in policy (default: confidence)")
+    add("--policy", default="auto", help="a built-in policy, or the best of all (default: auto)")
     add("--max-accuracy-drop", type=real(), help="share of all samples, 0.01 for one point")
     add("--min-speedup", type=real(), help="cost of the plain model over the mean cost")
     add("--max-macs", type=real(), help="mean MACs of an image")

@@ -121,10 +121,11 @@ def _run(folder: Path, quick: bool, seed: int) -> None:
         print(f"{result['steps']} steps, {result['seconds']:.0f} s; % right in validation, by exit: {by_exit}")
         stages.append({"stage": stage, **result, "validation_accuracies": accuracies})
 
-    chosen = calibrate(collect(model, validation_set), max_accuracy_drop=0.01)
+    # a few more images are lost on new ones than on the few that were chosen on
+    chosen = calibrate(collect(model, validation_set), policy="auto", max_accuracy_drop=0.005)
     model.set_exit_policy(chosen.policy)
     model.save_pretrained(folder / "model")
-    print(f"\nchosen in validation, for an accuracy drop of at most one point\n\n{chosen.as_text()}")
+    print(f"\nchosen in validation, for an accuracy drop of at most half a point\n\n{chosen.as_text()}")
     report = evaluate(model, test_set, progress=progress_bar)
     curve = threshold_curve(collect(model, test_set))
     plot_report(report, curve, folder / "highway.png")

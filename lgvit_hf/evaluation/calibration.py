@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..hub.report_keys import current_names
 from .cost_table import CostTable
 from .exit_table import ExitTable
 from .metrics import expected_calibration_error
@@ -97,12 +100,42 @@ class Calibration:
             )
         return (
             f"policy       {policy_in_words(self.policy)}\n"
-            f"exits on     {', '.join(map(str, self.exits)) or 'none: the full model answers'}\n"
+            f"evaluated    exits {', '.join(map(str, self.exits)) or 'none: the full model answers'}\n"
             f"accuracy     {self.accuracy:.2%}, full model {self.full_accuracy:.2%}\n"
             f"mean depth   {self.mean_depth:.2f} blocks\n"
             f"MACs         {self.mean_macs / 1e6:.2f} M per image, heads counted, {self.full_macs / 1e6:.2f} M of the "
-            f"plain model: {self.full_macs / self.mean_macs:.2f}x{times}\n{promise}"
+            f"plain model: {self.full_macs / self.mean_macs:.2f}x{times}\n{promise}{self._ladder_as_text()}"
         )
+
+    def _ladder_as_text(self) -> str:
+        """The candidates within the drop that differ from the policy in their thresholds only, safest first."""
+        if len(self.ladder) < 2:
+            return ""
+        timed = self.mean_latency is not None
+        lines = ["", "", f"rung   accuracy        MACs{'       ms' if timed else ''}   thresholds"]
+        for number, rung in enumerate(self.ladder):
+            latency = f"{rung['mean_latency']:9.3f}" if timed else ""
+            threshold = policy_in_words({"name": "", "threshold": rung["policy"].get("threshold", "-")})
+            lines.append(
+                f"{number:4}   {rung['accuracy']:8.2%}   {rung['mean_macs'] / 1e6:7.2f} M{latency}   "
+                f"{threshold.removeprefix(': threshold ')}"
+            )
+        return "\n".join(lines)
+
+    @classmethod
+    def load(cls, file: str | Path) -> Calibration:
+        """Read the report that `lgvit calibrate` wrote, `calibration.json`; those of version 0.1, too.
+
+        Raises:
+            ValueError: The file is no such report.
+        """
+        try:
+            content: dict[str, Any] = current_names(json.loads(Path(file).read_text(encoding="utf-8")))
+            lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+            known = {field.name for field in fields(cls)}
+            return cls(**{name: value for name, value in (content | lists).items() if name in known})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not what `lgvit calibrate` writes ({error})") from error
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -157,15 +157,20 @@ def _cell(value: float | None, width: int, digits: int = 2) -> str:
 
 
 def policy_in_words(settings: dict[str, Any]) -> str:
-    """A policy's settings for a reader, numbers to four digits.
+    """A policy's settings for a reader, numbers to four digits; without what was fitted to a table, such as a gate.
 
     Example:
 
         >>> policy_in_words({"name": "confidence", "threshold": [0.91234, 1.0], "temperature": 1.0})
         'confidence: threshold 0.9123 1; temperature 1'
     """
-    numbers = "; ".join(f"{name} {_short(value)}" for name, value in settings.items() if name != "name")
+    numbers = "; ".join(f"{name} {_short(value)}" for name, value in settings.items() if _is_short(name, value))
     return f"{settings['name']}: {numbers}" if numbers else settings["name"]
+
+
+def _is_short(name: str, value: Any) -> bool:
+    fitted = isinstance(value, (list, tuple)) and any(isinstance(each, (list, dict)) for each in value)
+    return name not in ("name", "num_labels") and not fitted
 
 
 def _short(value: Any) -> str:

@@ -66,8 +66,9 @@ def candidates(
         for name in (SEARCHES if auto else [policy])
     )
     path, least = [], float("inf")
-    for _, drop, settings in sorted(measured, key=lambda entry: entry[:2]):
-        if drop < least:
+    for cost, drop, settings in sorted(measured, key=lambda entry: entry[:2]):
+        # what is no cheaper than the full model must be more accurate
+        if drop < min(least, 0.0 if cost >= costs.backbone else least):
             path.append(settings)
             least = drop
     return path[::-1]
