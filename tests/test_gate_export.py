@@ -8,8 +8,7 @@ import torch
 from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain, split
 from tests.gates import random_models
-from tests.seeds import generator
-from tests.tiny import tiny_model
+from tests.tiny import tiny_images, tiny_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -44,22 +43,22 @@ def calibrated(model):
     }
 
 
-@pytest.fixture(scope="module", params=["gate", "gate of two exits", "calibrated_confidence"])
-def model(request):
+POLICIES = {
+    "gate": gate,
+    "gate of two exits": lambda model: gate(model, exits=[1, 3]),
+    "calibrated_confidence": calibrated,
+}
+
+
+def model_with(policy):
     model = tiny_model("vit")
     assert len(model.exits) == EXITS
-    policy = calibrated(model) if request.param == "calibrated_confidence" else gate(model)
-    if request.param == "gate of two exits":
-        policy = gate(model, exits=[1, 3])
-    model.set_exit_policy(policy)
+    model.set_exit_policy(POLICIES[policy](model))
     return model
 
 
-@pytest.fixture(scope="module")
-def images(model):
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    images = torch.randn(64, model.config.num_channels, height, width, generator=generator(5))
+def some_images():
+    images = tiny_images(64, seed=5)
     images[7] = float("nan")
     return images
 
@@ -70,43 +69,53 @@ def assert_same(answers, expected):
     torch.testing.assert_close(answers.exit_score, expected.exit_score, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("layout", ["single", "segments", "all_exits"])
-def test_exported(model, images, layout, tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "layout"),
+    [
+        ("gate", "single"),
+        ("gate", "segments"),
+        ("gate of two exits", "single"),
+        ("calibrated_confidence", "single"),
+        ("calibrated_confidence", "all_exits"),
+    ],
+)
+@torch.no_grad()
+def test_exported(policy, layout, tmp_path):
+    model, images = model_with(policy), some_images()
     export_onnx(model, tmp_path / "export", layout)
     exported = ORTHighway.from_pretrained(tmp_path / "export")
-    with torch.no_grad():
-        expected = model(images)
-        assert_same(exported(images), expected)
-        assert len(set(expected.exit_index.tolist())) > 1
-        raised = {**model.config.exit_policy, "threshold": 0.45}
-        exported.set_exit_policy(raised)
-        model.set_exit_policy(raised)
-        assert_same(exported(images), model(images))
+    expected = model(images)
+    assert_same(exported(images), expected)
+    assert len(set(expected.exit_index.tolist())) > 1
+    changed = {**model.config.exit_policy, "threshold": 0.45}
+    for each in (exported, model):
+        each.set_exit_policy(changed)
+    assert_same(exported(images), model(images))
+    if layout == "single":
+        name = "accuracies" if policy == "calibrated_confidence" else "models"
+        fitted = [[0.1, 0.5, 0.9]] * EXITS if name == "accuracies" else random_models(len(changed["exits"]), 4)
+        other = {**changed, name: fitted}
+        with pytest.raises(ValueError, match=f"exit_policy: {name} of '{changed['name']}' is in this file"):
+            exported.set_exit_policy(other)
 
 
-def test_a_single_file_keeps_what_was_fitted(model, tmp_path):
-    export_onnx(model, tmp_path / "export")
-    exported = ORTHighway.from_pretrained(tmp_path / "export")
-    policy = model.config.exit_policy
-    name = "accuracies" if policy["name"] == "calibrated_confidence" else "models"
-    changed = json.loads(json.dumps(policy))
-    if name == "models":
-        changed["models"][0]["bias"][0] += 1
-    else:
-        changed["accuracies"][0][0] += 0.01
-    with pytest.raises(ValueError, match=f"exit_policy: {name} of '{policy['name']}' is in this file"):
-        exported.set_exit_policy(changed)
-
-
-@pytest.mark.parametrize("format", ["safetensors", "onnx"])
-@pytest.mark.parametrize("positions", [[3], [2, 4]], ids=str)
-def test_split(model, images, format, positions, tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "format", "positions"),
+    [
+        ("gate", "onnx", [2, 4]),
+        ("gate", "safetensors", [3]),
+        ("gate of two exits", "onnx", [3]),
+        ("gate of two exits", "safetensors", [2, 4]),
+        ("calibrated_confidence", "onnx", [3]),
+    ],
+)
+@torch.no_grad()
+def test_split(policy, format, positions, tmp_path):
+    model, images = model_with(policy), some_images()
     split(model, positions, tmp_path / "parts", format)
     parts = [open_part(tmp_path / "parts" / f"part{number}") for number in range(len(positions) + 1)]
-    answers = run_chain(parts, {"pixel_values": images.numpy()})
-    with torch.no_grad():
-        assert_same(answers, model(images))
+    assert_same(run_chain(parts, {"pixel_values": images.numpy()}), model(images))
     described = json.loads((tmp_path / "parts" / "part1" / "part.json").read_text(encoding="utf-8"))
     assert described["schema"] == 2
-    if model.exit_policy.name == "gate" and len(model.exit_policy.exits) > 2:
+    if policy == "gate":
         assert described["takes"]["memory.probabilities"]["shape"] == [3, model.config.num_labels]
