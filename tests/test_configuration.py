@@ -459,7 +459,7 @@ def test_the_default_policy_suits_the_answers(kind, answers, policy):
         ("margin", {"num_labels": 1, **REGRESSION}, "fixed, never"),
         ("confidence", {"num_labels": 4, **MULTI_LABEL}, "fixed, label_confidence, never"),
         ("patience", {"num_labels": 4, **MULTI_LABEL}, "fixed, label_confidence, never"),
-        ("label_confidence", {"num_labels": 4}, "confidence, .*patience_confidence"),
+        ("label_confidence", {"num_labels": 4}, "calibrated_confidence, confidence, .*patience_confidence"),
         ("label_confidence", {"num_labels": 2, **REGRESSION}, "fixed, never"),
     ],
 )

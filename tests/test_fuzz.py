@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 from contextlib import contextmanager
@@ -334,6 +335,9 @@ def test_any_weights(kind, tmp_path):
             # nothing but tensors of one shape that have changed places, or Swin's index, which is computed anew
             (before, *places), (after, *others) = layout(content), layout(mutant)
             lost = [name for name, entry in before.items() if after.get(name) != entry]
+            # transformers 5 renames by patterns, in which a dot stands for any character
+            strange = [name for name in after if name not in before]
+            lost = [name for name in lost if not any(re.fullmatch(name, other) for other in strange)]
             assert all(name.endswith(".relative_position_index") for name in lost), f"mutant {number}"
             assert len(after) == len(before) and places == others, f"mutant {number}"
     file.write_bytes(content)
