@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .data.processing import ProcessedImages, make_processor
     from .engine import run_all, run_early
     from .evaluation.benchmark import benchmark
-    from .evaluation.calibration import Calibration, calibrate
+    from .evaluation.calibration import calibrate
+    from .evaluation.calibration_report import Calibration
     from .evaluation.cost_table import CostTable
     from .evaluation.evaluate_metric import HighwayMetric
     from .evaluation.exit_table import ExitTable, collect
@@ -54,7 +55,8 @@ _HOMES = {
     "data.datasets": ("load_images", "load_unlabelled"),
     "engine": ("run_all", "run_early"),
     "evaluation.benchmark": ("benchmark",),
-    "evaluation.calibration": ("Calibration", "calibrate"),
+    "evaluation.calibration": ("calibrate",),
+    "evaluation.calibration_report": ("Calibration",),
     "evaluation.cost_table": ("CostTable",),
     "evaluation.evaluate_metric": ("HighwayMetric",),
     "evaluation.gate_fitting": ("fit_gate",),

@@ -254,7 +254,8 @@ def test_every_policy_and_head_is_tried():
     assert set(EXPORTABLE) <= set(POLICIES)
     exit_logits = list(torch.randn(NUM_EXITS + 1, ROWS, NUM_LABELS))
     tried = [*policies(exit_logits), *policies_that_skip(exit_logits)]
-    assert {settings["name"] for settings in tried} == set(EXPORTABLE)
+    # those whose rule differs by exit are tried in tests/test_gate_export.py
+    assert {settings["name"] for settings in tried} == {*EXPORTABLE} - {"gate", "calibrated_confidence"}
     heads = {head for settings in MODELS.values() for head in settings["exit_types"]}
     # the other attention heads differ from `attention_r2` by a number
     assert heads == {*HEADS, "concat"} - {"attention_r1", "attention_r3"}

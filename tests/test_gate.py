@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lgvit_hf.evaluation.calibration import Calibration, calibrate
+from lgvit_hf.evaluation.calibration import calibrate
+from lgvit_hf.evaluation.calibration_report import Calibration
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.evaluation.gate_fitting import cross_fitted_scores, fit_gate, gate_features, logistic_regression

@@ -94,6 +94,8 @@ VOCABULARY = {
     "bound": text,
     "delta": either(share, nothing),
     "guaranteed_drop": either(share, nothing),
+    "max_accuracy_drop": either(share, nothing),
+    "ladder": list_of(mapping),
     # depth and cost
     "depth": count,  # blocks until the end of a part
     "mean_depth": either(number, nothing),

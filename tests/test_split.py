@@ -27,6 +27,7 @@ from lgvit_hf.serving.device.pixels import pixel_settings, prepare
 from lgvit_hf.serving.device.rgb import read_image
 from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain
+from tests.gates import typical_models
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, scrambled, tiny_images, tiny_model
 
@@ -85,6 +86,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("name", EXPORTABLE)
 def test_every_policy_travels_between_parts(name, tmp_path):
     def settings_of(model, images):
+        cuts = between(model, images, "confidence")["threshold"]
         own = {
             "patience": {"name": name, "patience": 2},
             "patience_confidence": {**between(model, images, "entropy"), "name": name, "patience": 2},
@@ -94,6 +96,21 @@ def test_every_policy_travels_between_parts(name, tmp_path):
                 **between(model, images, "confidence"),
                 "name": name,
                 "entropy_threshold": between(model, images, "entropy")["threshold"],
+            },
+            "gate": {
+                "name": name,
+                # the score of such a gate
+                "threshold": [1 / (1 + math.exp(3 - 6 * cut)) for cut in cuts],
+                "exits": [0, 1, 2],
+                "models": typical_models(3),
+                "num_labels": model.config.num_labels,
+            },
+            "calibrated_confidence": {
+                **between(model, images, "confidence"),
+                "name": name,
+                "threshold": 0.5,
+                "edges": [[cut] for cut in cuts],
+                "accuracies": [[0.2, 0.8]] * 3,
             },
         }
         return own.get(name) or between(model, images, name, temperature=[0.8, 1.1, 0.9])
@@ -235,7 +252,7 @@ def part(tmp_path_factory):
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 2},
+        {"schema": 3},
         {"index": 2},
         {"format": "pickle"},
         {"takes": {}},

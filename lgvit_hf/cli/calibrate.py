@@ -12,7 +12,7 @@ from ..files import replace_folder, write_json
 from .options import add_data
 
 if TYPE_CHECKING:
-    from ..evaluation.calibration import Calibration
+    from ..evaluation.calibration_report import Calibration
     from ..evaluation.exit_table import ExitTable
 
 HELP = "choose temperatures, thresholds and exits, and write them down"
