@@ -16,7 +16,7 @@ DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-5 test-thorough test-cross test-all test-upstream quality style docs dist clean
+.PHONY: help demo test test-5 test-thorough test-cross test-all test-upstream quality lint types style docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -44,11 +44,15 @@ test-upstream: .venv/upstream/.ready .venv-5/upstream/.ready ## transformers' ow
 	TRANSFORMERS_TESTS=.venv/upstream $(PYTEST_ENV) .venv/bin/python $(RUN_TESTS) tests/upstream $(PYTEST_ARGS)
 	TRANSFORMERS_TESTS=.venv-5/upstream $(PYTEST_ENV) .venv-5/bin/python $(RUN_TESTS) tests/upstream $(PYTEST_ARGS)
 
-quality: .venv/.ready ## lint, formatting, direction of imports, words and types; changes nothing
+quality: lint types ## lint, formatting, direction of imports, words and types; changes nothing
+
+lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 	.venv/bin/python tests/retired_words.py
+
+types: .venv/.ready
 	.venv/bin/mypy
 
 style: .venv/.ready ## mend what ruff can mend, then say what is left

@@ -131,8 +131,7 @@ def calibrate(
         tested (`ExitTable`, *optional*): Other samples to test on, so that the whole `table` is searched on.
 
     Raises:
-        ValueError: A target is missing, out of range or out of reach, the costs do not fit, or the samples are too
-        few.
+        ValueError: A target is missing, out of range or out of reach, costs do not fit, or the samples are too few.
 
     Example:
 
