@@ -117,5 +117,11 @@ def test_split(policy, format, positions, tmp_path):
     assert_same(run_chain(parts, {"pixel_values": images.numpy()}), model(images))
     described = json.loads((tmp_path / "parts" / "part1" / "part.json").read_text(encoding="utf-8"))
     assert described["schema"] == 2
+    if format == "onnx":
+        name = "accuracies" if policy == "calibrated_confidence" else "models"
+        held = described["policy"]
+        parts[1].set_policy({**held, "threshold": 0.3})
+        with pytest.raises(ValueError, match=f"policy: {name} of '{held['name']}' is in the files of this part"):
+            parts[1].set_policy({**held, name: held[name][::-1]})
     if policy == "gate":
         assert described["takes"]["memory.probabilities"]["shape"] == [3, model.config.num_labels]

@@ -215,11 +215,7 @@ def check_rows(num_tested: int, max_accuracy_drop: float | None, delta: float | 
 
 
 def _check_table(table: ExitTable) -> None:
-    unknown = int((~table.logits.isfinite()).any(-1).any(0).sum())
-    if unknown:
-        raise ValueError(
-            f"{unknown} of {len(table)} samples have NaN or infinite logits; leave them out, or repair the model"
-        )
+    table.check_finite()
     strange = table.labels[(table.labels < 0) | (table.labels >= table.logits.shape[-1])]
     if len(strange):
         raise ValueError(f"labels: {int(strange[0])} is none of the {table.logits.shape[-1]} classes, from 0")

@@ -93,6 +93,14 @@ class ExitTable:
         """The table with the full model's answers for labels."""
         return replace(self, labels=self.logits[-1].argmax(-1))
 
+    def check_finite(self) -> None:
+        """Raise `ValueError` where logits are NaN or infinite: nothing is fitted to such samples."""
+        unknown = int((~self.logits.isfinite()).any(-1).any(0).sum())
+        if unknown:
+            raise ValueError(
+                f"{unknown} of {len(self)} samples have NaN or infinite logits; leave them out, or repair the model"
+            )
+
     def with_exits(self, exits: Sequence[int]) -> ExitTable:
         """The same samples with only some of the early exits, by index from 0 in ascending order; without costs."""
         kept = [*exits, len(self.depths) - 1]

@@ -58,9 +58,7 @@ def fit_gate(
         raise ValueError(f"exits={exits}: at least one of the table's {early} early exits, from 0, is needed")
     if len(table) < 4:
         raise ValueError(f"{len(table)} samples are too few to fit a gate: at least 4 are needed")
-    unknown = int((~table.logits.isfinite()).any(-1).any(0).sum())
-    if unknown:
-        raise ValueError(f"{unknown} of {len(table)} samples have NaN or infinite logits; leave them out")
+    table.check_finite()
     features = gate_features(table, exits, temperatures)
     models = [_fitted(each, _kept(table, index)) for each, index in zip(features, exits, strict=True)]
     return {

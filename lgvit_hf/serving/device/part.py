@@ -59,10 +59,17 @@ class Part:
         """Give the policy other numbers; its name and the exits that it evaluates stay.
 
         Raises:
-            ValueError: It is of another name.
+            ValueError: It is of another name, or was fitted anew: what was fitted is in the files.
         """
-        if policy["name"] != self.info.policy["name"]:
-            raise ValueError(f"policy: this part decides by {self.info.policy['name']!r}, not by {policy['name']!r}")
+        held = self.info.policy
+        if policy["name"] != held["name"]:
+            raise ValueError(f"policy: this part decides by {held['name']!r}, not by {policy['name']!r}")
+        for name, value in policy.items():
+            fitted = isinstance(value, list) and any(isinstance(each, (list, dict)) for each in value)
+            if fitted and value != held.get(name):
+                raise ValueError(
+                    f"policy: {name} of {held['name']!r} is in the files of this part; split the model again"
+                )
         self.info = replace(self.info, policy=policy)
 
     def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
