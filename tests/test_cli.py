@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -35,7 +36,7 @@ def test_help_is_quick():
 
 @pytest.mark.version_independent
 def test_every_command_is_run_and_only_those():
-    assert set(commands()) == set(build_parser().get_default("commands"))
+    assert set(commands()) == set(build_parser()._subparsers._group_actions[0].choices)
 
 
 @pytest.mark.version_independent
@@ -101,6 +102,36 @@ def test_config_file_and_override(tmp_path, photos):
 
 @pytest.mark.version_independent
 @pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("", [], (1, None, False, [0.9])),
+        ("batch-size: 3\nall_exits: true\n", [], (3, None, True, [0.9])),
+        ("batch_size: 3\nlabels: null\nnumbers: [0.5, 1]\n", ["--batch-size", "1"], (1, None, False, [0.5, 1.0])),
+        ("numbers: 2\nlabels: a\n", ["--numbers", "0.9", "--labels", "b"], (1, "b", False, [0.9])),
+    ],
+)
+def test_defaults_then_file_then_command_line(text, words, expected, tmp_path, monkeypatch):
+    """A value that was typed wins even where it is the default; words are read once."""
+    found, read = [], []
+
+    def add_options(command):
+        command.add_argument("--batch-size", type=lambda word: read.append(word) or int(word), default=1)
+        command.add_argument("--labels")
+        command.add_argument("--all-exits", action="store_true")
+        command.add_argument("--numbers", type=float, nargs="+", default=[0.9])
+
+    def run(options):
+        found.append((options.batch_size, options.labels, options.all_exits, options.numbers))
+
+    module = SimpleNamespace(HELP="test", EXAMPLE="", add_options=add_options, run=run)
+    monkeypatch.setattr("lgvit_hf.cli.main.commands", lambda: {"evaluate": module})
+    (tmp_path / "run.yaml").write_text(text or "{}")
+    assert lgvit("evaluate", "--config", tmp_path / "run.yaml", *words) == 0
+    assert found == [expected] and read.count("1") == words.count("1")
+
+
+@pytest.mark.version_independent
+@pytest.mark.parametrize(
     "text, message",
     [
         ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
@@ -159,6 +190,12 @@ def test_debug_shows_where_an_error_comes_from(arguments, capsys, tmp_path, monk
         ),
         (["evaluate", "EMPTY", "--data", "digits"], "no config.json there"),
         (["evaluate", "EMPTY", "--data", "digits", "--threshold", "0.5"], "--threshold goes with --policy"),
+        (["evaluate", "EMPTY", "--treshold", "0.5"], "unknown option --treshold; did you mean --threshold?"),
+        (["convert", "EMPTY", "OUT", "--form=lgvit"], "unknown option --form; did you mean --from?"),
+        (["serve", "EMPTY", "--wxyz"], "unknown option --wxyz; see lgvit serve --help"),
+        (["evaluate", "EMPTY", "stray"], "'stray' is not understood; options are --name value"),
+        (["train", "--batch-sise", "8"], "unknown option --batch-sise; did you mean --batch-size?"),
+        (["train", "--max_step=8"], "unknown option --max_step; did you mean --max_steps?"),
         (["convert", "EMPTY", "OUT"], "no model.safetensors or pytorch_model.bin"),
     ],
 )

@@ -11,10 +11,10 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .. import __version__
-from ..data.settings import apply_settings, read_yaml
+from ..data.settings import read_settings, read_yaml, refuse_unknown
 from ..training.recipe import read_recipe, read_training
 
 # of this folder, what is no command
@@ -41,22 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if arguments[:1] == ["train"] and arguments[-1] == "--debug":
         del arguments[-1]
-    parser = build_parser()
     try:
-        options, others = parser.parse_known_args(arguments)
-        module, training = commands()[options.command], options.command == "train"
-        settings: dict[str, Any] = {}
-        if options.config:
-            command = parser.get_default("commands")[options.command]
-            read = read_recipe if training else read_yaml
-            settings = apply_settings(command, read(options.config), options.config, keep_unknown=training)
-            options, others = parser.parse_known_args(arguments)
+        given, words = build_parser().parse_known_args(arguments)
+        module, command, where = commands()[given.command], given.parser, getattr(given, "config", None)
+        training = given.command == "train"
+        read = read_recipe if training else read_yaml
+        settings, keys = read_settings(command, read(where), where) if where else ({}, {})
+        options = argparse.Namespace(**(given.defaults | settings | vars(given)))
         if training:
-            options.training = read_training(settings, others, where=options.config)
-        elif others:
-            parser.error(f"unrecognized arguments: {' '.join(others)}")
+            options.training = read_training(keys, words, where)
+        else:
+            refuse_unknown([command], keys, words, where)
         for name in getattr(module, "REQUIRED", ()):
-            if getattr(options, name) is None and not (name == "output" and getattr(options, "dry_run", False)):
+            if getattr(options, name, None) is None and not (name == "output" and getattr(options, "dry_run", False)):
                 raise ValueError(f"lgvit {options.command} needs --{name}")
         return module.run(options) or 0
     except (ValueError, OSError, ImportError) as error:
@@ -96,5 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "train":  # whose `--debug` is that of `TrainingArguments`, where a word follows it
             command.add_argument("--debug", action="store_true", help="show where an error comes from")
         module.add_options(command)
-    parser.set_defaults(commands=choices.choices)
+        # what is parsed is what was typed: it wins over a file, which wins over these
+        defaults = {action.dest: action.default for action in command._actions if action.default != argparse.SUPPRESS}
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+        command.set_defaults(parser=command, defaults=defaults)
     return parser

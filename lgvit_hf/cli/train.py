@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command and print the result."""
     import torch.distributed
 
-    train(Recipe(**{each.name: getattr(options, each.name) for each in fields(Recipe)}))
+    train(Recipe(**{each.name: getattr(options, each.name) for each in fields(Recipe) if each.name in options}))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # a group that is still held when the interpreter ends now and then aborts it
         torch.distributed.destroy_process_group()

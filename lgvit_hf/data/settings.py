@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,50 +115,70 @@ def names_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {name: action for name, action in actions.items() if name not in ("help", "config")}
 
 
-def apply_settings(
-    command: argparse.ArgumentParser, settings: dict[str, Any], where: str | Path, *, keep_unknown: bool = False
-) -> dict[str, Any]:
-    """Make `settings` the defaults of a command, each checked as on the command line.
+def read_settings(
+    command: argparse.ArgumentParser, settings: dict[str, Any], where: str | Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of `settings` that are options of a command, each as the command line would have read it; and the others.
 
     Args:
         command (`argparse.ArgumentParser`): The command.
-        settings (`dict`): By name, with `-` or `_`.
+        settings (`dict`): By name, with `-` or `_`; one that is `None` keeps its default.
         where (`str` or `Path`): What an error names.
-        keep_unknown (`bool`, *optional*, defaults to `False`): Whether other names are returned, and no error.
 
     Raises:
-        ValueError: An unknown name, with the nearest one; a value of the wrong type.
+        ValueError: A name that is there twice; a value of the wrong type.
 
     Example:
 
         >>> command = argparse.ArgumentParser()
         >>> _ = command.add_argument("--batch-size", type=int)
-        >>> apply_settings(command, {"batch_size": 8}, "run.yaml"), command.parse_args([]).batch_size
-        ({}, 8)
+        >>> read_settings(command, {"batch-size": "8", "epoch": 3}, "run.yaml")
+        ({'batch_size': 8}, {'epoch': 3})
     """
-    known, left = names_of(command), {}
-    spelt: dict[str, Any] = {}
+    known = names_of(command)
+    typed, others, spelt = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for key, value in settings.items():
         name = str(key).replace("-", "_")
         if name in spelt:
             raise ValueError(f"{where}: {spelt[name]!r} and {key!r} are one key; leave one of them out")
         spelt[name] = key
-        action = known.get(name)
-        if action is not None:
-            command.set_defaults(**{action.dest: _as_typed(action, key, value, where)})
-        elif keep_unknown:
-            left[str(key)] = value
-        else:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-    return left
+        if name not in known:
+            others[str(key)] = value
+        elif value is not None:
+            typed[name] = _as_typed(known[name], key, value, where)
+    return typed, others
 
 
-def _as_typed(action: argparse.Action, key: str, value: Any, where: str | Path) -> Any:
+def refuse_unknown(
+    commands: Sequence[argparse.ArgumentParser], keys: Iterable[str], words: Iterable[str], where: str | Path | None
+) -> None:
+    """Raise `ValueError` for a key of a file, or a word of a command line, that is no option; with the nearest one.
+
+    Example:
+
+        >>> command = argparse.ArgumentParser()
+        >>> _ = command.add_argument("--threshold")
+        >>> refuse_unknown([command], [], ["--treshold", "0.5"], None)
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown option --treshold; did you mean --threshold?
+    """
+
+    def hint(wrong: str, names: Callable[[argparse.ArgumentParser], Iterable[str]], spell: Any = str) -> str:
+        close = difflib.get_close_matches(wrong, chain(*map(names, commands)), n=1)
+        return f"did you mean {spell(close[0])}?" if close else f"see {commands[0].prog} --help"
+
+    for key in keys:
+        raise ValueError(f"{where}: unknown key {key!r}; {hint(key, names_of, repr)}")
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not understood; options are --name value")
+        option = word.partition("=")[0]
+        raise ValueError(f"unknown option {option}; {hint(option, lambda command: command._option_string_actions)}")
+
+
+def _as_typed(action: argparse.Action, key: str, value: Any, where: str | Path | None) -> Any:
     """A YAML value as the command line would have read it."""
-    if value is None:
-        return action.default
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"{where}: {key}: {value!r} must be true or false")

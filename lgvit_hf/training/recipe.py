@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from ..data.settings import apply_settings, names_of, parse_yaml, read_yaml, real, whole
+from ..data.settings import parse_yaml, read_settings, read_yaml, real, refuse_unknown, whole
 from ..hub.eevit_config import is_eevit, translate_eevit
 from .recipe_text import exit_accuracies_text, exit_lines, halting_lines, halting_text
 
@@ -114,7 +113,7 @@ class Recipe:
     strategy: str | None = _option("how exits share the loss; default alternating_weighted, distillation_lgvit")
     augment: str = _option("crops of training images", "none", choices=("random_resized", "pad", "none"))
     crop_scale: list[float] | None = _many("shares of the image that random_resized takes (0.08 1.0)", real())
-    flip: bool = _option("mirror half of the augmented images", True, action=argparse.BooleanOptionalAction)
+    flip: bool = _option("mirror half of the augmented images (default)", True, action=argparse.BooleanOptionalAction)
     image_column: str | None = _option("where the images are, if that is not clear")
     label_column: str | None = _option("where the labels are")
     validation_share: float = _option("of the training samples, if there is no split (0.15)", 0.15, type=real())
@@ -162,14 +161,15 @@ class Recipe:
                 raise ValueError(f"model_settings: {name!r} is for exits, which an A-ViT has not; leave it out")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `lgvit train`; any other is one of `HighwayTrainingArguments`."""
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options of `lgvit train`, with the recipe's defaults; any other is one of `HighwayTrainingArguments`."""
     for each in fields(Recipe):
         if each.metadata:
-            parser.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, **each.metadata)
+            parser.add_argument("--" + each.name.replace("_", "-"), default=argparse.SUPPRESS, **each.metadata)
+    return parser
 
 
-def read_training(settings: Settings, words: Sequence[str] = (), where: str | Path = "") -> Settings:
+def read_training(settings: Settings, words: Sequence[str] = (), where: str | Path | None = None) -> Settings:
     """Options of `HighwayTrainingArguments` with their types, from YAML or Python, or from a command line, which wins.
 
     Args:
@@ -204,17 +204,10 @@ def read_training(settings: Settings, words: Sequence[str] = (), where: str | Pa
             parser._actions.remove(action)
             for option in action.option_strings:
                 del parser._option_string_actions[option]
-    told = {name: value for name, value in settings.items() if value is not None}
-    left = apply_settings(parser, told, where, keep_unknown=True)
+    given, keys = read_settings(parser, settings, where)
     found, stray = parser.parse_known_args(words)
-    for word in (*left, *stray):
-        if word not in left and not word.startswith("--"):
-            raise ValueError(f"{word!r} is not understood; options are --name value")
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        close = difflib.get_close_matches(name, [*(each.name for each in fields(Recipe)), *names_of(parser)], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see lgvit train --help"
-        raise ValueError(f"{f'{where}: ' if left else ''}unknown key {name!r}; {hint}")
-    return vars(found)
+    refuse_unknown([add_options(argparse.ArgumentParser("lgvit train")), parser], keys, stray, where)
+    return given | vars(found)
 
 
 def train_recipe(config: str | Path | None = None, **options: Any) -> dict[str, Any] | None:
@@ -240,13 +233,13 @@ def train_recipe(config: str | Path | None = None, **options: Any) -> dict[str, 
         >>> result["steps"]
         2
     """
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    training: dict[str, Any] = {}
+    parser = add_options(argparse.ArgumentParser())
+    given, training = Settings(), Settings()
     for settings, where in (({} if config is None else read_recipe(config), config), (options, "train_recipe")):
-        left = apply_settings(parser, settings, str(where), keep_unknown=True)
-        training |= read_training(left, where=str(where))
-    recipe = Recipe(**vars(parser.parse_args([])), training=training)
+        known, others = read_settings(parser, settings, str(where))
+        given |= known
+        training |= read_training(others, where=str(where))
+    recipe = Recipe(**given, training=training)
     for name in REQUIRED:
         if getattr(recipe, name) is None and not recipe.dry_run:
             raise ValueError(f"train_recipe needs {name}")
