@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ def arguments_of_one_test():
     accelerate = sys.modules.get("accelerate.state")
     if accelerate and accelerate.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
         accelerate.AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_steps_are_translated_once():
+    """To ONNX, in all the tests of a process; each export is still traced, and has its own weights."""
+    from lgvit_hf.export import segment_graphs
+
+    exported, translated = segment_graphs._exported, {}
+
+    @wraps(exported)
+    def with_what_is_known(*arguments):
+        *before, _, called = arguments
+        return exported(*before, translated, called)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment_graphs, "_exported", with_what_is_known)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from tests.tiny import HEADS, IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
 onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
+from lgvit_hf.export import segment_graphs  # noqa: E402
 from lgvit_hf.export.composition import compose_single  # noqa: E402
 from lgvit_hf.export.onnx_export import EXPORTABLE, export_onnx, verify  # noqa: E402
 from lgvit_hf.export.segment_graphs import export_decision, export_parts, weight_bytes  # noqa: E402
@@ -599,6 +600,8 @@ def test_weights_are_counted_as_the_files_hold_them(small, tmp_path, monkeypatch
 @version_independent
 @torch.no_grad()
 def test_equal_blocks_are_translated_once(monkeypatch):
+    # without what other tests have translated
+    monkeypatch.setattr(segment_graphs, "_exported", segment_graphs._exported.__wrapped__)
     translated, translate = [], torch.onnx.export
     monkeypatch.setattr(
         torch.onnx, "export", lambda *given, **named: translated.append(1) or translate(*given, **named)

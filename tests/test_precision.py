@@ -26,6 +26,7 @@ pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
 from lgvit_hf.export.infer import write_infer  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
 from lgvit_hf.export.verification import compare  # noqa: E402
 from lgvit_hf.runtimes.manifest import PRECISIONS, Manifest  # noqa: E402
 from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
@@ -61,14 +62,30 @@ def wide():
     return model, [{"pixel_values": image, "labels": i % NUM_LABELS} for i, image in enumerate(images[chosen])]
 
 
+@pytest.fixture(scope="module")
+def parts_of_wide():
+    """Its parts, which are the same in every layout; those of each dtype are exported once, and copied."""
+    exported = {}
+
+    def parts(model, exits):
+        key = model.dtype, tuple(exits)
+        if key not in exported:
+            exported[key] = export_parts(model, exits)
+        return copy.deepcopy(exported[key])
+
+    return parts
+
+
 @pytest.fixture(scope="module", params=["single", "segments"])
-def exports(request, wide, tmp_path_factory):
+def exports(request, wide, parts_of_wide, tmp_path_factory):
     """Layout, folders and manifests in each precision."""
     layout, (model, samples), found = request.param, wide, {}
-    for precision in PRECISIONS:
-        folder = tmp_path_factory.mktemp(layout) / precision
-        manifest = export_onnx(model, folder, layout, precision=precision, images=samples, max_accuracy_drop=1)
-        found[precision] = folder, manifest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lgvit_hf.export.onnx_export.export_parts", parts_of_wide)
+        for precision in PRECISIONS:
+            folder = tmp_path_factory.mktemp(layout) / precision
+            manifest = export_onnx(model, folder, layout, precision=precision, images=samples, max_accuracy_drop=1)
+            found[precision] = folder, manifest
     return layout, found
 
 
