@@ -8,11 +8,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..data.settings import apply_settings, names_of, parse_yaml, read_yaml, real, whole
 from ..hub.eevit_config import is_eevit, translate_eevit
 from .recipe_text import exit_accuracies_text, exit_lines, halting_lines, halting_text
+
+if TYPE_CHECKING:
+    from ..data.held_out import TrainingData
 
 Settings: TypeAlias = dict[str, Any]
 REQUIRED = ("data", "output")
@@ -277,13 +280,17 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
 def run(recipe: Recipe) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
     from ..data.datasets import load_images
+    from ..data.held_out import TrainingData, training_data_as_json
     from ..data.processing import ProcessedImages
     from ..files import locked, write_json
     from .run import train
 
     arguments = training_arguments(recipe)
     names = ("validation_share", "seed", "image_column", "label_column")
-    splits = load_images(recipe.data, **{name: getattr(recipe, name) for name in names})
+    splitting = {name: getattr(recipe, name) for name in names}
+    splits = load_images(recipe.data, **splitting)
+    data = TrainingData.of(splits, recipe.data, **splitting, max_train_samples=recipe.max_train_samples)
+    history = [*_trained_on_before(recipe.model, splits.label_names), data]
     model, processor = _open(recipe, splits.label_names)
 
     def images(samples: Any, most: int | None, **training: Any) -> ProcessedImages:
@@ -310,6 +317,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
             resume=recipe.resume or False,
             **arguments,
         )
+        result["data"] = training_data_as_json(history)
         if result.pop("main_process"):
             write_json(Path(recipe.output) / "training.json", result)
             test = result["test"]
@@ -317,6 +325,21 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
             steps = f"{result['steps']} steps, mean loss {result['loss']:.3f}"
             print(f"{steps}; model and training.json in {recipe.output}")
     return result
+
+
+def _trained_on_before(checkpoint: str | None, label_names: list[str]) -> list[TrainingData]:
+    """What the model that a stage begins with was trained on.
+
+    One that has the classes of the data, and does not say, was trained on data that are not known. One that has others
+    gets a new classifier here: what it was pretrained on does not count.
+    """
+    from ..data.held_out import TrainingData, read_training_data
+    from ..hub.loading import class_order, read_config
+
+    if checkpoint is None:
+        return []
+    is_trained = class_order(read_config(checkpoint), label_names) is not None
+    return read_training_data(checkpoint) or ([TrainingData(None)] if is_trained else [])
 
 
 def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:
