@@ -97,7 +97,7 @@ def load_images(
         found["test"] = found.pop("validation")
     for split in ("test", "validation"):
         if split not in found:
-            found["train"], found[split] = _hold_out(found["train"], validation_share, seed)
+            found["train"], found[split] = _hold_out(found["train"], validation_share, seed, source)
     return ImageSplits(**found, label_names=label_names)
 
 
@@ -228,11 +228,11 @@ def _load_digits(seed: int) -> dict[str, Any]:
     classes = datasets.ClassLabel(names=list(map(str, digits.target_names)))
     features = datasets.Features({"image": datasets.Image(), "label": classes})
     whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    train, test = _hold_out(whole, 0.2, seed)
+    train, test = _hold_out(whole, 0.2, seed, "digits")
     return {"train": train, "test": test}
 
 
-def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+def _hold_out(dataset: Any, share: float, seed: int, source: str) -> tuple[Any, Any]:
     per_class = Counter(dataset["label"][:])
     # every class on both sides, where there are enough samples for that
     enough = len(dataset) * min(share, 1 - share) >= len(per_class) and min(per_class.values()) >= 2
@@ -240,8 +240,8 @@ def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     held_out = math.ceil(share * len(dataset))
     if not 0 < share < 1 or not 0 < held_out < len(dataset):
         raise ValueError(
-            f"validation_share: {share:g} of {len(dataset)} samples leaves none to train on or none to hold out; "
-            "give more images, or another share between 0 and 1"
+            f"{source}: validation_share {share:g} of {len(dataset)} training samples leaves none to train on or "
+            "none to hold out; give more images, or another share between 0 and 1"
         )
     parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column="label" if enough else None)
     return parts["train"], parts["test"]

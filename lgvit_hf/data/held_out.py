@@ -57,6 +57,7 @@ class TrainingData:
             _check(name, getattr(self, name), isinstance(getattr(self, name), str | None), "text or null")
         is_seed = isinstance(self.seed, int) and 0 <= self.seed < 2**32
         _check("seed", self.seed, is_seed, "a whole number from 0 to 2 ** 32 - 1")
+        _check("samples", self.samples, isinstance(self.samples, dict | None), "a mapping or null")
         share = self.validation_share
         _check("validation_share", share, isinstance(share, float) and 0 < share < 1, "a number between 0 and 1")
         is_known = isinstance(self.used, list | tuple) and all(name in SPLITS for name in self.used)

@@ -25,6 +25,8 @@ EXIT_OPTIONS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weight
 # our short words for `TrainingArguments`
 TRAINING_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 TRAINING_DEFAULTS = {
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
     "lr_scheduler_type": "cosine",
     "save_strategy": "epoch",
     "save_total_limit": 2,
@@ -123,8 +125,8 @@ class Recipe:
     validation_share: float = _option("of the training samples, if there is no split (0.15)", 0.15, type=real())
     max_train_samples: int | None = _option("train on that many random images only", type=whole())
     max_eval_samples: int | None = _option("validate and test on that many", type=whole())
-    epochs: float = _option("default: 10", 10, type=real())
-    batch_size: int = _option("per process (default: 32)", 32, type=whole())
+    epochs: float | None = _option("default: 10", type=real())
+    batch_size: int | None = _option("per process (default: 32)", type=whole())
     learning_rate: float = _option("default: 5e-4", 5e-4, type=real())
     warmup_steps: int = _option("default: 20", 20, type=whole(0))
     weight_decay: float = _option("default: 0.05", 0.05, type=real())
@@ -140,6 +142,10 @@ class Recipe:
             self._refuse_exits()
         elif self.halting is not None:
             raise ValueError(f"halting: {self.halting} is for --stage avit, this is stage {self.stage}")
+        if self.model is not None and self.image_size is not None:
+            raise ValueError(
+                f"image_size: {self.image_size} is of a new --backbone; {self.model} has its own; leave it out"
+            )
         # each field of a new model is given once
         given = dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")
         given |= dict.fromkeys(self.halting or (), "--halting")
@@ -272,9 +278,17 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
     arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
     if recipe.early_stopping_patience:
         arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
-    for ours in ("epochs", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "seed", "strategy"):
-        arguments[TRAINING_NAMES.get(ours, ours)] = getattr(recipe, ours)
-    return arguments | {"per_device_eval_batch_size": recipe.batch_size} | recipe.training
+    for ours in ("learning_rate", "warmup_steps", "weight_decay", "seed", "strategy"):
+        arguments[ours] = getattr(recipe, ours)
+    for ours, name in TRAINING_NAMES.items():
+        value = getattr(recipe, ours)
+        if value is not None:
+            arguments[name] = value
+            if name in recipe.training:
+                raise ValueError(
+                    f"{name}: {recipe.training[name]!r} and {ours}: {value!r} are the same option; give one"
+                )
+    return {**arguments, "per_device_eval_batch_size": arguments["per_device_train_batch_size"], **recipe.training}
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
