@@ -398,7 +398,7 @@ def test_one_class_is_not_enough(tmp_path):
 @version_independent
 def test_too_few_rows_to_split(tmp_path):
     write_parquet(tmp_path / "train.parquet", ["a", "b"])
-    with pytest.raises(ValueError, match="train set will be empty"):
+    with pytest.raises(ValueError, match="validation_share 0.15 of 1 training samples leaves none to train on"):
         load_images(str(tmp_path))
 
 

@@ -189,7 +189,7 @@ def test_int8_on_a_real_model(shared, tmp_path):
     model.save_pretrained(tmp_path / "model")
     make_processor(28).from_pretrained(shared / "models" / "fashion_vit").save_pretrained(tmp_path / "model")
     data = str(shared / "data" / "fashion_mnist")
-    model, processor, dataset = open_highway(str(tmp_path / "model"), data)
+    model, _, dataset, _ = open_highway(str(tmp_path / "model"), data)
     images = Subset(dataset, range(1000))
     checks = export_onnx(model, tmp_path / "int8", precision="int8", images=images).checks["images"]
     assert checks["accuracy_of_model"] > 0.8 and checks["accuracy"] >= checks["accuracy_of_model"] - 0.005

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 from lgvit_hf import AViT, AViTConfig
 from lgvit_hf.cli import main
 from lgvit_hf.cli.main import build_parser
-from lgvit_hf.data import datasets
+from lgvit_hf.data import held_out
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, make_processor
 from lgvit_hf.evaluation import plots
@@ -57,7 +57,8 @@ def few_digits(**settings):
 
 @pytest.fixture
 def digits(monkeypatch):
-    monkeypatch.setattr(datasets, "load_images", lambda data, **settings: SimpleNamespace(test=few_digits(**settings)))
+    few = SimpleNamespace(splits=SimpleNamespace(test=few_digits()))
+    monkeypatch.setattr(held_out, "load_known", lambda *_, **__: few)
 
 
 @pytest.fixture(scope="module")

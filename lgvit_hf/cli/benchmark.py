@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         check_can_draw(options.plot)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, _, dataset = open_options(options, has_policy=True)
+    model, _, dataset, _ = open_options(options, has_policy=True)
     table = None if options.table is None else table_of(model, dataset, options.table)
     settings = {name: getattr(options, name) for name in ("batch_sizes", "repeats", "limit")}
     report = benchmark(model, dataset, table=table, progress=progress_bar, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from .options import add_data
 if TYPE_CHECKING:
     from ..evaluation.calibration_report import Calibration
     from ..evaluation.exit_table import ExitTable
+
+logger = logging.getLogger(__name__)
 
 HELP = "choose temperatures, thresholds and exits, and write them down"
 EXAMPLE = (
@@ -45,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command and print the result."""
+    from ..data.held_out import read_training_data, write_training_data
     from ..evaluation.calibration import calibrate, check_request, check_rows
     from ..evaluation.cost_table import CostTable, architecture
     from .drawing import check_can_draw
@@ -60,7 +64,10 @@ def run(options: argparse.Namespace) -> None:
     names = ("policy", "max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta", "bound")
     wanted = {name: getattr(options, name) for name in names}
     check_request(**wanted, has_cost_table=options.cost_table is not None)
-    model, processor, dataset = open_options(options)
+    model, processor, dataset, known = open_options(options)
+    warning = known.warning(options.split)
+    if warning is not None:
+        logger.warning(warning)
     check_rows(len(dataset) - len(dataset) // 2, options.max_accuracy_drop, options.delta, options.bound)
     costs = None
     if options.cost_table is not None:
@@ -78,20 +85,20 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         labelled = table.without_labels() if options.ignore_labels else table
         plot_calibration(options.plot, labelled, report, not options.ignore_labels, options.max_accuracy_drop)
-    found = {"what": "lgvit calibrate", "data": options.data, "split": options.split, "samples": len(table)}
-    found |= report.to_dict()
+    found = {"what": "lgvit calibrate", **known.samples(options.split), **report.to_dict()}
     if options.output is not None:
         model.set_exit_policy(report.policy)
         with replace_folder(options.output) as new:
             model.save_pretrained(new)  # type: ignore[attr-defined]  # of exported ones too
             processor.save_pretrained(new)
+            write_training_data(new, read_training_data(options.checkpoint))
             write_json(new / "calibration.json", found)
     else:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # the report first: whatever the config says then is explained beside it
         write_json(folder / "calibration.json", found)
         write_json(folder / "config.json", {**config, "exit_policy": report.policy})
-    print(report.as_text())
+    print(f"{known.as_text(options.split)}\n\n{report.as_text()}")
     print(f"\nwritten to {options.output or options.checkpoint}: config.json, and calibration.json with the report")
 
 

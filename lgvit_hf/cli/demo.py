@@ -80,6 +80,7 @@ def _run(folder: Path, quick: bool, seed: int) -> None:
 
     from ..configuration import ViTHighwayConfig
     from ..data.datasets import load_images
+    from ..data.held_out import TrainingData, write_training_data
     from ..data.processing import ProcessedImages, make_processor
     from ..evaluation.calibration import calibrate
     from ..evaluation.exit_table import collect
@@ -125,6 +126,7 @@ def _run(folder: Path, quick: bool, seed: int) -> None:
     chosen = calibrate(collect(model, validation_set), policy="auto", max_accuracy_drop=0.005)
     model.set_exit_policy(chosen.policy)
     model.save_pretrained(folder / "model")
+    write_training_data(folder / "model", [TrainingData.of(splits, "digits", seed=seed)])
     print(f"\nchosen in validation, for an accuracy drop of at most half a point\n\n{chosen.as_text()}")
     report = evaluate(model, test_set, progress=progress_bar)
     curve = threshold_curve(collect(model, test_set))

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.plots is not None:
         check_can_draw()
-    model, _, dataset = open_options(options, has_policy=True)
+    model, _, dataset, _ = open_options(options, has_policy=True)
     if options.plots is not None and decides_inside(model):
         hint = "figures show what every exit answers; export with --layout segments for that"
         raise ValueError(f"{options.checkpoint}: {hint}")

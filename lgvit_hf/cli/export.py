@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from torch.utils.data import Subset
 
-    from ..data.datasets import load_images
+    from ..data.held_out import load_known, read_training_data, write_training_data
     from ..data.processing import ProcessedImages
     from ..export.onnx_export import export_onnx
     from ..hub.loading import check_class_names
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
     model, processor = open_checkpoint(options)
     images: Any = None
     if options.data is not None:
-        splits = load_images(options.data, validation_share=options.validation_share, seed=options.seed)
+        splitting = {"validation_share": options.validation_share, "seed": options.seed}
+        splits = load_known(options.data, options.checkpoint, **splitting).splits
         check_class_names(options.checkpoint, model.config, splits.label_names)
         images = every = ProcessedImages(getattr(splits, options.split), processor)
         if options.limit is not None:
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> None:
         images=images,
         max_accuracy_drop=options.max_accuracy_drop,
     )
+    write_training_data(options.output, read_training_data(options.checkpoint))
     print(export_as_text(manifest, options.output))
 
 

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="candidates, from 1")
     add("--exit-types", nargs="+", default=["conv1_1"], metavar="HEAD", help="one for all, or one each (conv1_1)")
     add("--max-accuracy-drop", type=real(), default=0.01, help="on images held out (default: 0.01)")
-    add("--validation-share", type=real(), default=0.2, help="of the images, held out (default: 0.2)")
+    add("--validation-share", type=real(), help="of the images, held out (default: as in training, or 0.2)")
     add("--epochs", type=whole(), help="of the exits' training (default: from 5 to 20, by the images)")
     add("--cost", choices=("time", "macs"), default="time", help="what to save (default: time)")
     add("--cache-limit", type=real(), default=20, help="GB of disk for cached states (default: 20)")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
-from ..data.datasets import load_images
+from ..data.held_out import KnownSplits, load_known
 from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import ExitTable, collect, weights_digest
@@ -19,16 +19,24 @@ from ..hub.loading import check_class_names, load_highway, open_model
 from ..runtimes.onnxruntime import ORTHighway, is_exported
 from .options import policy_of
 
-Opened: TypeAlias = tuple[Highway, BaseImageProcessor, ProcessedImages]
 progress_bar = partial(logging.tqdm, desc="timing", leave=False)
+
+
+class Opened(NamedTuple):
+    """A highway, its image processor, one split as the model takes it, and how the data were split."""
+
+    model: Highway
+    processor: BaseImageProcessor
+    dataset: ProcessedImages
+    known: KnownSplits
 
 
 def open_highway(
     checkpoint: str,
     data: str,
     which: str = "test",
-    validation_share: float = 0.15,
-    seed: int = 0,
+    validation_share: float | None = None,
+    seed: int | None = None,
     threads: int | None = None,
 ) -> Opened:
     """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
@@ -37,11 +45,11 @@ def open_highway(
         checkpoint (`str`): Folder or Hub id of a highway, or folder of an exported one.
         data (`str`): See `load_images`.
         which (`str`, *optional*, defaults to `"test"`): Or `"validation"`, `"train"`.
-        validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
-            See `load_images`; those of the training keep its validation samples apart.
+        validation_share (`float`, *optional*), seed (`int`, *optional*): See `load_known`.
         threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
     """
-    splits = load_images(data, validation_share=validation_share, seed=seed)
+    known = load_known(data, checkpoint, validation_share=validation_share, seed=seed)
+    splits = known.splits
     model: Any
     if is_exported(checkpoint):
         model = ORTHighway.from_pretrained(checkpoint, threads=threads)
@@ -52,7 +60,7 @@ def open_highway(
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if not model.config.exits:
         raise ValueError(f"{checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
-    return model, processor, ProcessedImages(getattr(splits, which), processor)
+    return Opened(model, processor, ProcessedImages(getattr(splits, which), processor), known)
 
 
 def open_options(options: argparse.Namespace, *, has_policy: bool = False) -> Opened:
@@ -60,10 +68,10 @@ def open_options(options: argparse.Namespace, *, has_policy: bool = False) -> Op
     policy = policy_of(options) if has_policy else None
     splitting = (options.split, options.validation_share, options.seed)
     threads = getattr(options, "threads", None)
-    model, processor, dataset = open_highway(options.checkpoint, options.data, *splitting, threads)
+    opened = open_highway(options.checkpoint, options.data, *splitting, threads)
     if policy is not None:
-        model.set_exit_policy(policy)
-    return model, processor, dataset
+        opened.model.set_exit_policy(policy)
+    return opened
 
 
 def open_checkpoint(options: argparse.Namespace) -> tuple[Any, BaseImageProcessor]:

@@ -52,10 +52,10 @@ def one_or_all(values: Any) -> Any:
 
 def add_data(command: argparse.ArgumentParser, which: str, why: str, checkpoint: str = "a highway") -> None:
     """A checkpoint, a dataset, which of its splits, and how it is split."""
-    share = "of the training samples, where the data have no such split; as in training (default: 0.15)"
+    share = "of the training samples, where the data have no such split (default: as in training, or 0.15)"
     command.add_argument("checkpoint", help=f"folder or Hub id of {checkpoint}")
     command.add_argument("--data", help="digits, a folder of images, parquet files or a Hub id")
     splits = ("train", "validation", "test")
     command.add_argument("--split", choices=splits, default=which, help=f"{why} (default: {which})")
-    command.add_argument("--validation-share", type=real(), default=0.15, help=share)
-    command.add_argument("--seed", type=SEED, default=0, help="of the split; as in training (default: 0)")
+    command.add_argument("--validation-share", type=real(), help=share)
+    command.add_argument("--seed", type=SEED, help="of the split (default: as in training, or 0)")

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
     parameter, values, policies = _policies(options)
     folder, file = Path(options.output), Path(options.output) / "sweep.jsonl"
-    model, _, dataset = open_options(options)
+    model, _, dataset, _ = open_options(options)
     for settings in policies:
         build_policy(settings, len(model.segments()) - 1)
     folder.mkdir(parents=True, exist_ok=True)

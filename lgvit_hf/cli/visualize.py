@@ -69,12 +69,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _split_or_all(options: argparse.Namespace) -> Any:
     """One split, where there are labels by which to split; otherwise all images."""
-    from ..data.datasets import class_names, load_images, load_unlabelled
+    from ..data.datasets import class_names, load_unlabelled
+    from ..data.held_out import load_known
 
     data, seed = options.data, options.seed
-    if class_names(load_unlabelled(data, limit=1, seed=seed)) is None:
-        return load_unlabelled(data, seed=seed)
-    return getattr(load_images(data, validation_share=options.validation_share, seed=seed), options.split)
+    if class_names(load_unlabelled(data, limit=1)) is None:
+        return load_unlabelled(data)
+    known = load_known(data, options.checkpoint, validation_share=options.validation_share, seed=seed)
+    return getattr(known.splits, options.split)
 
 
 def _draw_tokens(folder: Path, model: Any, dataset: ProcessedImages, count: int) -> list[str]:

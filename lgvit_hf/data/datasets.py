@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def load_images(
         found["test"] = found.pop("validation")
     for split in ("test", "validation"):
         if split not in found:
-            found["train"], found[split] = _hold_out(found["train"], validation_share, seed)
+            found["train"], found[split] = _hold_out(found["train"], validation_share, seed, source)
     return ImageSplits(**found, label_names=label_names)
 
 
@@ -135,7 +136,7 @@ def load_unlabelled(source: str, *, limit: int | None = None, seed: int = 0) -> 
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(sorted(np.random.default_rng(seed).permutation(len(dataset))[:limit]))
     if Path(source).is_dir():
-        _refuse_broken(dataset)
+        refuse_broken(dataset)
     return dataset
 
 
@@ -227,14 +228,21 @@ def _load_digits(seed: int) -> dict[str, Any]:
     classes = datasets.ClassLabel(names=list(map(str, digits.target_names)))
     features = datasets.Features({"image": datasets.Image(), "label": classes})
     whole = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    train, test = _hold_out(whole, 0.2, seed)
+    train, test = _hold_out(whole, 0.2, seed, "digits")
     return {"train": train, "test": test}
 
 
-def _hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+def _hold_out(dataset: Any, share: float, seed: int, source: str) -> tuple[Any, Any]:
     per_class = Counter(dataset["label"][:])
     # every class on both sides, where there are enough samples for that
     enough = len(dataset) * min(share, 1 - share) >= len(per_class) and min(per_class.values()) >= 2
+    # as the splitting library rounds
+    held_out = math.ceil(share * len(dataset))
+    if not 0 < share < 1 or not 0 < held_out < len(dataset):
+        raise ValueError(
+            f"{source}: validation_share {share:g} of {len(dataset)} training samples leaves none to train on or "
+            "none to hold out; give more images, or another share between 0 and 1"
+        )
     parts = dataset.train_test_split(test_size=share, seed=seed, stratify_by_column="label" if enough else None)
     return parts["train"], parts["test"]
 
@@ -356,7 +364,7 @@ def _with_labels(dataset: Any, names: list[str], where: str) -> Any:
     return dataset.remove_columns("label").add_column("label", classes.str2int(labels)).cast_column("label", classes)
 
 
-def _refuse_broken(dataset: Any) -> None:
+def refuse_broken(dataset: Any) -> None:
     """Raise for the first image that cannot be read, by its header and checksums."""
     for index, image in enumerate(_undecoded(dataset)["image"]):
         path, content = image["path"], image["bytes"]

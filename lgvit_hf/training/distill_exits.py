@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
-from ..data.datasets import class_names, find_columns, load_unlabelled, with_columns
+from ..data.datasets import class_names, find_columns, with_columns
+from ..data.held_out import write_training_data
 from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
 from ..evaluation.costs import model_macs
@@ -37,6 +38,7 @@ from ..losses import check_labels
 from ..modeling_highway import HighwayMixin
 from . import cached_states
 from .cached_states import HeadTraining, OtherStates, Samples, StateCache
+from .grow_images import ToGrow, images_to_grow
 from .grow_report import candidate_rows, grow_as_text
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ def grow(
     max_accuracy_drop: float = 0.01,
     limit: int | None = None,
     ignore_labels: bool = False,
-    validation_share: float = 0.2,
+    validation_share: float | None = None,
     training: HeadTraining | None = None,
     cost: str = "time",
     cache_limit: float = 20.0,
@@ -77,14 +79,18 @@ def grow(
 
     The frozen backbone runs once on the images. The features for the exits are kept on disk, and each exit is trained
     from there to answer as the full model does. On images that were not trained on, the exits worth their cost and one
-    confidence threshold are chosen. A stopped run goes on when it is started again with the same arguments.
+    confidence threshold are chosen; nor was the backbone trained on them, where its folder says on what it was
+    (`training.json`). A stopped run goes on when it is started again with the same arguments.
 
     Args:
         checkpoint (`str`, path or `PreTrainedModel`):
             A plain ViT, DeiT or Swin, or a highway without exits: folder, Hub id, or in memory.
         dataset (`str` or `Dataset`):
             Images for `load_unlabelled` (a folder, parquet files, a Hub id, `"digits"`), a `datasets.Dataset` with a
-            column `image`, or items `{"pixel_values": [C, H, W], "labels": int}`. Labels are not needed: where they
+            column `image`, or items `{"pixel_values": [C, H, W], "labels": int}`. Where a source has labels, exits are
+            trained on the training split of `load_images` and chosen on its validation split, by the seed and the
+            share of the backbone's training where that had the same data; a warning says where the samples that the
+            backbone was trained on cannot be told apart. Labels are not needed: where they
             are, the accuracy drop is counted with them, otherwise it is what the full model's own probabilities expect
             it to be (`answer_worth`). Exits are never trained on labels.
         output (`str` or `Path`, *optional*):
@@ -97,7 +103,8 @@ def grow(
         max_accuracy_drop (`float`, *optional*, defaults to 0.01): On the held-out images, a point estimate.
         limit (`int`, *optional*): Use at most this many images, drawn at random.
         ignore_labels (`bool`, *optional*, defaults to `False`): Do as if there were no labels.
-        validation_share (`float`, *optional*, defaults to 0.2): Share of the images that is held out for the choice.
+        validation_share (`float`, *optional*): Share of the images that is held out for the choice; by default that of
+            the backbone's training where it had the same data, otherwise 0.2.
         training (`HeadTraining`, *optional*): Epochs, learning rate and so on.
         cost (`str`, *optional*, defaults to `"time"`):
             `"time"` chooses by the wall-clock of blocks and heads on this machine, at batch sizes 1 and 32; `"macs"`
@@ -127,7 +134,7 @@ def grow(
     """
     if cost not in ("time", "macs"):
         raise ValueError(f"cost: {cost!r} must be 'time' or 'macs'")
-    if not 0 < validation_share < 1:
+    if validation_share is not None and not 0 < validation_share < 1:
         raise ValueError(f"validation_share: {validation_share!r} must be between 0 and 1")
     if not 0 <= max_accuracy_drop <= 1:
         raise ValueError(f"max_accuracy_drop: {max_accuracy_drop!r} must be from 0 to 1, such as 0.01 for one point")
@@ -141,15 +148,20 @@ def grow(
         model = _candidates(checkpoint, exit_positions, exit_types)
         if processor is None and not isinstance(checkpoint, PreTrainedModel):
             processor = open_processor(checkpoint)
-        images = load_unlabelled(dataset, limit=limit, seed=seed) if isinstance(dataset, str) else dataset
-        items = _items(images, model, processor, ignore_labels)
-        settings: dict[str, Any] = {"checkpoint": _digest(model), "images": len(items), "seed": seed}
+        place = None if isinstance(checkpoint, PreTrainedModel) else checkpoint
+        data = images_to_grow(
+            dataset, place, limit=limit, ignore_labels=ignore_labels, validation_share=validation_share, seed=seed
+        )
+        items = _items(data.images, model, processor, ignore_labels)
+        settings: dict[str, Any] = {"checkpoint": _digest(model), "images": len(items), "seed": seed, **data.settings}
         settings |= {name: getattr(model.config, name) for name in ("exit_positions", "exit_types")}
         wanted = min(len(items), limit or len(items))
-        cache, indices = _cache_for(model, items, folder, wanted, cache_limit, settings, say)
+        cache, order = _cache_for(model, items, folder, wanted, cache_limit, settings, say)
         stack.enter_context(_gone_if_it_fails(folder))
-        num_held_out = max(1, round(len(indices) * validation_share))
-        num_trained = len(indices) - num_held_out
+        indices, num_trained = data.drawn(order, cache.num_samples)
+        num_held_out = len(indices) - num_trained
+        if data.samples:
+            say(data.as_text())
         say(f"{num_trained} images to train {len(model.exits)} exits on, {num_held_out} to choose on")
         cached_states.fill_cache(cache, model, items, indices, progress=partial(tqdm, desc="backbone"))
         if cache.labels is not None:
@@ -169,6 +181,7 @@ def grow(
             "settings": {**settings, "max_accuracy_drop": max_accuracy_drop, "cost": cost},
             "training": asdict(training),
             "images": {"trained": num_trained, "held_out": num_held_out, "labels": labels is not None},
+            "samples": data.samples,
             "choice": asdict(choice),
             "candidates": candidate_rows(model, logits, labels, costs, choice),
         }
@@ -176,7 +189,7 @@ def grow(
         report |= _report(model, items, indices[num_trained:], logits[[*choice.exits, -1]], labels)
         report["seconds"] = time.perf_counter() - started
         if output is not None:
-            _save(model, processor, report, Path(output))
+            _save(model, processor, report, data, Path(output))
     say(grow_as_text(report))
     return Grown(model, report)
 
@@ -313,7 +326,7 @@ def _gone_if_it_fails(folder: Path) -> Iterator[None]:
 def _cache_for(
     model: HighwayMixin, items: Samples, folder: Path, wanted: int, max_gb: float, settings: dict[str, Any], say: Say
 ) -> tuple[StateCache, list[int]]:
-    """An open cache for as many random samples as it may hold, and their indices."""
+    """An open cache for as many samples as it may hold, and all indices in a random order."""
     if len(items) < FEWEST_IMAGES:
         raise ValueError(f"{len(items)} images are too few to train and choose exits with; give {FEWEST_IMAGES}")
     pixels = torch.as_tensor(items[0]["pixel_values"])[None]
@@ -335,7 +348,7 @@ def _cache_for(
         )
     cache = cached_states.open_cache(folder, shapes, fitting, model.config.num_labels, settings)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(settings["seed"]))
-    return cache, order[:fitting].tolist()
+    return cache, order.tolist()
 
 
 # -- the highway and its report -------------------------------------------------------------------------------
@@ -363,11 +376,14 @@ def _report(
     return {**report, "curve": threshold_curve(table)}
 
 
-def _save(model: HighwayMixin, processor: BaseImageProcessor | None, report: dict[str, Any], output: Path) -> None:
+def _save(
+    model: HighwayMixin, processor: BaseImageProcessor | None, report: dict[str, Any], data: ToGrow, output: Path
+) -> None:
     with replace_folder(output) as folder:
         model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
+        write_training_data(folder, data.history)
         write_json(folder / "grow.json", report)
         if importlib.util.find_spec("matplotlib"):
             measure = "accuracy" if report["images"]["labels"] else "agreement with the full model"

@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..data.settings import parse_yaml, read_settings, read_yaml, real, refuse_unknown, whole
 from ..hub.eevit_config import is_eevit, translate_eevit
 from .recipe_text import exit_accuracies_text, exit_lines, halting_lines, halting_text
+
+if TYPE_CHECKING:
+    from ..data.held_out import TrainingData
 
 Settings: TypeAlias = dict[str, Any]
 REQUIRED = ("data", "output")
@@ -21,6 +24,8 @@ EXIT_OPTIONS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weight
 # our short words for `TrainingArguments`
 TRAINING_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 TRAINING_DEFAULTS = {
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
     "lr_scheduler_type": "cosine",
     "save_strategy": "epoch",
     "save_total_limit": 2,
@@ -119,8 +124,8 @@ class Recipe:
     validation_share: float = _option("of the training samples, if there is no split (0.15)", 0.15, type=real())
     max_train_samples: int | None = _option("train on that many random images only", type=whole())
     max_eval_samples: int | None = _option("validate and test on that many", type=whole())
-    epochs: float = _option("default: 10", 10, type=real())
-    batch_size: int = _option("per process (default: 32)", 32, type=whole())
+    epochs: float | None = _option("default: 10", type=real())
+    batch_size: int | None = _option("per process (default: 32)", type=whole())
     learning_rate: float = _option("default: 5e-4", 5e-4, type=real())
     warmup_steps: int = _option("default: 20", 20, type=whole(0))
     weight_decay: float = _option("default: 0.05", 0.05, type=real())
@@ -136,6 +141,10 @@ class Recipe:
             self._refuse_exits()
         elif self.halting is not None:
             raise ValueError(f"halting: {self.halting} is for --stage avit, this is stage {self.stage}")
+        if self.model is not None and self.image_size is not None:
+            raise ValueError(
+                f"image_size: {self.image_size} is of a new --backbone; {self.model} has its own; leave it out"
+            )
         # each field of a new model is given once
         given = dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")
         given |= dict.fromkeys(self.halting or (), "--halting")
@@ -262,21 +271,33 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
     arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
     if recipe.early_stopping_patience:
         arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
-    for ours in ("epochs", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "seed", "strategy"):
-        arguments[TRAINING_NAMES.get(ours, ours)] = getattr(recipe, ours)
-    return arguments | {"per_device_eval_batch_size": recipe.batch_size} | recipe.training
+    for ours in ("learning_rate", "warmup_steps", "weight_decay", "seed", "strategy"):
+        arguments[ours] = getattr(recipe, ours)
+    for ours, name in TRAINING_NAMES.items():
+        value = getattr(recipe, ours)
+        if value is not None:
+            arguments[name] = value
+            if name in recipe.training:
+                raise ValueError(
+                    f"{name}: {recipe.training[name]!r} and {ours}: {value!r} are the same option; give one"
+                )
+    return {**arguments, "per_device_eval_batch_size": arguments["per_device_train_batch_size"], **recipe.training}
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
     """Load the images, open the model, train one stage, report on the test split."""
     from ..data.datasets import load_images
+    from ..data.held_out import TrainingData, training_data_as_json
     from ..data.processing import ProcessedImages
     from ..files import locked, write_json
     from .run import train
 
     arguments = training_arguments(recipe)
     names = ("validation_share", "seed", "image_column", "label_column")
-    splits = load_images(recipe.data, **{name: getattr(recipe, name) for name in names})
+    splitting = {name: getattr(recipe, name) for name in names}
+    splits = load_images(recipe.data, **splitting)
+    data = TrainingData.of(splits, recipe.data, **splitting, max_train_samples=recipe.max_train_samples)
+    history = [*_trained_on_before(recipe.model, splits.label_names), data]
     model, processor = _open(recipe, splits.label_names)
 
     def images(samples: Any, most: int | None, **training: Any) -> ProcessedImages:
@@ -303,6 +324,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
             resume=recipe.resume or False,
             **arguments,
         )
+        result["data"] = training_data_as_json(history)
         if result.pop("main_process"):
             write_json(Path(recipe.output) / "training.json", result)
             test = result["test"]
@@ -310,6 +332,21 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
             steps = f"{result['steps']} steps, mean loss {result['loss']:.3f}"
             print(f"{steps}; model and training.json in {recipe.output}")
     return result
+
+
+def _trained_on_before(checkpoint: str | None, label_names: list[str]) -> list[TrainingData]:
+    """What the model that a stage begins with was trained on.
+
+    One that has the classes of the data, and does not say, was trained on data that are not known. One that has others
+    gets a new classifier here: what it was pretrained on does not count.
+    """
+    from ..data.held_out import TrainingData, read_training_data
+    from ..hub.loading import class_order, read_config
+
+    if checkpoint is None:
+        return []
+    is_trained = class_order(read_config(checkpoint), label_names) is not None
+    return read_training_data(checkpoint) or ([TrainingData(None)] if is_trained else [])
 
 
 def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:

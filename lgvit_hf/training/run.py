@@ -152,6 +152,8 @@ def _save(model: PreTrainedModel, processor: BaseImageProcessor, output: Path) -
     Weights move last. Where what goes with them changes, the old ones are removed first: a run that is killed in
     between leaves the old model, the new one, or none (resume the run), but never weights under another config.
     """
+    # what it says is of the model before
+    (output / "training.json").unlink(missing_ok=True)
     for unfinished in output.glob(".writing-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     try:
