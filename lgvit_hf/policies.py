@@ -231,8 +231,9 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
         super().check(num_exits)
 
     def skips(self, exit_index: int) -> bool:
-        """No bin of this exit is more accurate."""
-        return number_at(self.threshold, exit_index, math.inf) >= max(self.accuracies[exit_index])
+        """No bin of this exit is more accurate; the final classifier has none."""
+        bins = self.accuracies[exit_index] if exit_index < len(self.accuracies) else []
+        return number_at(self.threshold, exit_index, math.inf) >= max(bins, default=-math.inf)
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         confidence = self.probabilities(logits, exit_index).amax(-1)
