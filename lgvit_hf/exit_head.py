@@ -142,6 +142,8 @@ class ExitHead(nn.Module):
     """Reads tokens and classifies: the mean over one classifier per prefix token.
 
     `read` gives one vector per classifier, and the features that distillation compares; `summarise` only the vectors.
+    A head that needs a few vectors alone, which no weight changes, gives them in `reduce` and goes on from there in
+    `read_reduced`: on a frozen backbone these vectors are all that has to be kept to train it.
     """
 
     def __init__(self, shape: HeadShape):
@@ -159,6 +161,14 @@ class ExitHead(nn.Module):
         """`[B, D]` for each classifier."""
         return self.read(tokens)[0]
 
+    def reduce(self, tokens: Tokens) -> Tensor | None:
+        """All that the head needs of the tokens, `[B, V, D]`, whatever its weights; `None`: it needs the tokens."""
+        return None
+
+    def read_reduced(self, reduced: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What `read` gives, from what `reduce` gave."""
+        raise NotImplementedError
+
     def forward(self, tokens: Tokens, with_features: bool = True) -> tuple[Tensor, Tensor | None]:
         """Logits `[B, C]` and features; without these (`None`), at the least cost."""
         tokens = self._in_own_dtype(tokens)
@@ -170,6 +180,10 @@ class ExitHead(nn.Module):
     def answer(self, tokens: Tokens) -> Tensor:
         """Logits `[B, C]` alone."""
         return cast(Tensor, self(tokens, with_features=False)[0])
+
+    def answer_reduced(self, reduced: Tensor) -> Tensor:
+        """Logits `[B, C]` from what `reduce` gave."""
+        return self._classify(self.read_reduced(reduced)[0])
 
     def _in_own_dtype(self, tokens: Tokens) -> Tokens:
         """A head in float32 reads what a backbone in bfloat16 gives; autocast sees to that itself."""

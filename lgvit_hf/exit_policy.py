@@ -139,6 +139,8 @@ class ExitPolicy:
     differs_by_exit = False
     # the `problem_type` whose answers it can judge; None for any
     problem_type: ClassVar[str | None] = None
+    # the parameters that may be a list with a value for each exit
+    per_exit: ClassVar[tuple[str, ...]] = ("threshold", "entropy_threshold", "temperature")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -160,7 +162,7 @@ class ExitPolicy:
         exits = getattr(self, "exits", None) or ()
         if any(index >= num_exits for index in exits):
             raise ValueError(f"exit_policy: exits={list(exits)}: the model has {num_exits}, 0 to {num_exits - 1}")
-        for name in ("threshold", "entropy_threshold", "temperature"):
+        for name in self.per_exit:
             value = getattr(self, name, None)
             # a temperature may also be given for the final classifier, which has no threshold
             lengths = (num_exits, num_exits + 1) if name == "temperature" else (num_exits,)
@@ -169,6 +171,36 @@ class ExitPolicy:
                     f"exit_policy: {name} has {len(value)} values, but the model has {num_exits} exits; "
                     f"give one for all or {num_exits}"
                 )
+
+    def with_exits(self, exits: Sequence[int], num_exits: int) -> ExitPolicy:
+        """The same policy of the same highway with only some of its exits: each sample exits where it did.
+
+        Args:
+            exits (`Sequence[int]`): Which are left, by index from 0 in ascending order: at least those it evaluates.
+            num_exits (`int`): How many there are.
+
+        Raises:
+            ValueError: It evaluates one that is not left.
+
+        Example:
+
+            >>> build_policy({"name": "confidence", "threshold": [1.0, 0.8, 1.0]}, 3).with_exits([1], 3).to_dict()
+            {'name': 'confidence', 'threshold': [0.8], 'temperature': 1.0}
+        """
+        lost = [index for index in range(num_exits) if index not in exits and not self.skips(index)]
+        if lost:
+            raise ValueError(
+                f"exits={list(exits)}: the policy {self.name!r} evaluates exit {lost[0]} too; leave it in"
+            )
+        kept = [*exits, num_exits]  # a temperature may also be given for the final classifier
+        changes: dict[str, Any] = {}
+        for name in self.per_exit:
+            value = getattr(self, name, None)
+            if isinstance(value, Sequence):
+                changes[name] = [value[index] for index in kept if index < len(value)]
+        if getattr(self, "exits", None) is not None:
+            changes["exits"] = [kept.index(index) for index in cast(Any, self).exits]
+        return cast(ExitPolicy, dataclasses.replace(cast(Any, self), **changes)) if changes else self
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         """Decide for each sample.

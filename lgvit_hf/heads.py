@@ -60,6 +60,21 @@ __all__ = [
 ]
 
 
+def _all_tokens(tokens: Tokens) -> Tensor:
+    """Prefix tokens and patches, `[B, P + N, D]`."""
+    return torch.cat([tokens.prefix, tokens.patches], dim=1) if tokens.prefix.shape[1] else tokens.patches
+
+
+def _standardise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm without its scale and shift, which commute with a mean."""
+    return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+
+
+def _scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The scale and shift of a layer norm."""
+    return x * norm.weight + norm.bias
+
+
 @register_head("linear")
 class LinearHead(ExitHead):
     """What the backbone's own classifier would be here; no feature map.
@@ -70,23 +85,39 @@ class LinearHead(ExitHead):
 
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
-        self.pools_one_token = shape.pool == "cls" and shape.num_prefix == 1
+        self.reads_prefixes = shape.pool == "cls" and shape.num_prefix > 0
+        self.pools_one_token = self.reads_prefixes and shape.num_prefix == 1
         if self.pools_one_token:
             self.dense: Layer = nn.Linear(shape.width, shape.width)
             self.dropout: Layer = nn.Dropout(shape.dropout)
         else:
-            self.norm: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+            self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
         prefixes = self.prefixes(tokens)
+        if prefixes:
+            return self._read_prefixes(prefixes)
+        pooled = self.norm(torch.cat([tokens.prefix, tokens.patches], dim=1)).mean(1)
+        return [pooled], pooled
+
+    def reduce(self, tokens: Tokens) -> Tensor | None:
+        prefixes = self.prefixes(tokens)
+        if prefixes:
+            return torch.stack(prefixes, dim=1)
+        return _standardise(self.norm, torch.cat([tokens.prefix, tokens.patches], dim=1)).mean(1, keepdim=True)
+
+    def read_reduced(self, reduced: Tensor) -> tuple[list[Tensor], Tensor]:
+        if self.reads_prefixes:
+            return self._read_prefixes(list(reduced.unbind(1)))
+        pooled = _scale(self.norm, reduced[:, 0])
+        return [pooled], pooled
+
+    def _read_prefixes(self, prefixes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         if self.pools_one_token:
             pooled = self.dropout(torch.tanh(self.dense(prefixes[0])))
             return [pooled], pooled
-        if prefixes:
-            normed = [self.norm(prefix) for prefix in prefixes]
-            return normed, torch.stack(normed, dim=1)
-        pooled = self.norm(torch.cat([tokens.prefix, tokens.patches], dim=1)).mean(1)
-        return [pooled], pooled
+        normed = [self.norm(prefix) for prefix in prefixes]
+        return normed, torch.stack(normed, dim=1)
 
 
 @register_head("average")
@@ -100,16 +131,20 @@ class AverageHead(ExitHead):
 
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
-        self.norm: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
+        return self.read_reduced(self.reduce(tokens))
+
+    def reduce(self, tokens: Tokens) -> Tensor:
         prefixes = self.prefixes(tokens)
         if prefixes:
-            vectors = [self.norm(tokens.patches.mean(1) + prefix) for prefix in prefixes]
-            return vectors, vectors[0] if len(vectors) == 1 else torch.stack(vectors, dim=1)
-        everything = torch.cat([tokens.prefix, tokens.patches], dim=1) if tokens.prefix.shape[1] else tokens.patches
-        pooled = self.norm(everything.mean(1))
-        return [pooled], pooled
+            return torch.stack([tokens.patches.mean(1) + prefix for prefix in prefixes], dim=1)
+        return _all_tokens(tokens).mean(1, keepdim=True)
+
+    def read_reduced(self, reduced: Tensor) -> tuple[list[Tensor], Tensor]:
+        vectors = [self.norm(vector) for vector in reduced.unbind(1)]
+        return vectors, vectors[0] if len(vectors) == 1 else torch.stack(vectors, dim=1)
 
 
 @register_head("concat")
@@ -123,18 +158,33 @@ class ConcatHead(ExitHead):
 
     def __init__(self, shape: HeadShape):
         super().__init__(shape)
-        num_vectors = 1 + (shape.num_prefix if shape.pool == "cls" and shape.num_prefix else 1)
-        self.norm: Layer = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
+        self.reads_prefixes = shape.pool == "cls" and shape.num_prefix > 0
+        num_vectors = 1 + (shape.num_prefix if self.reads_prefixes else 1)
+        self.norm = nn.LayerNorm(shape.width, eps=shape.layer_norm_eps)
         self.classifiers = nn.ModuleList([nn.Linear(num_vectors * shape.width, shape.num_labels)])
 
     def read(self, tokens: Tokens) -> tuple[list[Tensor], Tensor]:
-        num_prefix = tokens.prefix.shape[1]
-        normed = self.norm(torch.cat([tokens.prefix, tokens.patches], dim=1) if num_prefix else tokens.patches)
-        if num_prefix and self.pool == "cls":
+        num_prefix, normed = tokens.prefix.shape[1], self.norm(_all_tokens(tokens))
+        if self.reads_prefixes:
             vectors = [*normed[:, :num_prefix].unbind(1), normed[:, num_prefix:].mean(1)]
         else:
             vectors = [normed.mean(1), normed.amax(1)]
         joined = torch.cat(vectors, dim=-1)
+        return [joined], joined
+
+    def reduce(self, tokens: Tokens) -> Tensor:
+        num_prefix, standard = tokens.prefix.shape[1], _standardise(self.norm, _all_tokens(tokens))
+        if self.reads_prefixes:
+            return torch.cat([standard[:, :num_prefix], standard[:, num_prefix:].mean(1, keepdim=True)], dim=1)
+        # a channel whose scale is negative is largest where the channel was smallest
+        return torch.stack([standard.mean(1), standard.amax(1), standard.amin(1)], dim=1)
+
+    def read_reduced(self, reduced: Tensor) -> tuple[list[Tensor], Tensor]:
+        vectors = _scale(self.norm, reduced)
+        if not self.reads_prefixes:
+            mean, *ends = vectors.unbind(1)
+            vectors = torch.stack([mean, torch.maximum(*ends)], dim=1)
+        joined = vectors.flatten(1)
         return [joined], joined
 
 
@@ -150,6 +200,9 @@ class ViTHead(LinearHead):
         num_prefix = tokens.prefix.shape[1]
         mixed = self.block(torch.cat([tokens.prefix, tokens.patches], dim=1))
         return super().read(Tokens(mixed[:, num_prefix:], tokens.grid, mixed[:, :num_prefix]))
+
+    def reduce(self, tokens: Tokens) -> None:
+        """The block needs all tokens."""
 
 
 class TransformerBlock(nn.Module):

@@ -209,6 +209,7 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
     accuracies: Sequence[Sequence[float]]
 
     differs_by_exit = True
+    per_exit = ("threshold", "temperature", "edges", "accuracies")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,13 +226,14 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
 
     def check(self, num_exits: int) -> None:
         """There must be bins for each exit."""
-        super().check(num_exits)
         if len(self.edges) != num_exits:
             raise ValueError(f"exit_policy: edges of {len(self.edges)} exits, but the model has {num_exits}")
+        super().check(num_exits)
 
     def skips(self, exit_index: int) -> bool:
-        """No bin of this exit is more accurate."""
-        return number_at(self.threshold, exit_index, math.inf) >= max(self.accuracies[exit_index])
+        """No bin of this exit is more accurate; the final classifier has none."""
+        bins = self.accuracies[exit_index] if exit_index < len(self.accuracies) else []
+        return number_at(self.threshold, exit_index, math.inf) >= max(bins, default=-math.inf)
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         confidence = self.probabilities(logits, exit_index).amax(-1)
@@ -358,7 +360,7 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         # the final classifier has no threshold of its own, and counts by the last one
-        last = self.threshold[-1] if isinstance(self.threshold, Sequence) else self.threshold
+        last = [-math.inf, *self.threshold][-1] if isinstance(self.threshold, Sequence) else self.threshold
         confident = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, last)
         score = torch.where(confident, memory["score"] + 1, 0.0)
         return score >= self.patience, {"score": score}
@@ -394,6 +396,12 @@ class FixedPolicy(ExitPolicy):
     def skips(self, exit_index: int) -> bool:
         """Shallower exits are not run."""
         return exit_index < self.exit_index
+
+    def with_exits(self, exits: Sequence[int], num_exits: int) -> FixedPolicy:
+        """See `ExitPolicy`; deeper exits may go too."""
+        if self.exit_index not in [*exits, num_exits]:
+            raise ValueError(f"exits={list(exits)}: the policy 'fixed' evaluates exit {self.exit_index}; leave it in")
+        return FixedPolicy([*exits, num_exits].index(self.exit_index))
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         # at a deeper one where `min_depth` forbids this

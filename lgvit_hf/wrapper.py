@@ -57,7 +57,9 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         after (`Sequence[str]`): Names of the submodules, as `module.named_modules()` has them, in order of running.
         heads (`str`, `nn.Module` or a list of these, *optional*, defaults to `"auto"`):
             Of each exit, or one name for all: a head of `lgvit_hf.heads`, or a module of your own that takes the
-            submodule's output and gives logits. `"auto"` is `"average"`: mean over all places, layer norm, classifier.
+            submodule's output and gives logits. `"auto"` is `"concat"` of a sequence of tokens (layer norm,
+            then a classifier of each channel's mean and largest value) and `"average"` of all else (mean over all
+            places, layer norm, classifier).
         example (`Tensor`, *optional*):
             One input `[1, C, H, W]`; by default of the size that `module.config` says.
         settings: Fields of `HighwayWrapperConfig`: `exit_policy`, `exit_loss_weights`, `id2label`, ...
@@ -114,7 +116,10 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         with evaluating(module):
             pieces, shapes, num_labels = proven_pieces(module, names, images)
         if config is None:
-            own: Sequence[Any] = _one_per_exit(heads, len(names))
+            own: Sequence[Any] = [
+                _automatic(shape) if head == "auto" else head
+                for head, shape in zip(_one_per_exit(heads, len(names)), shapes, strict=True)
+            ]
             config = config_of_wrapped(module, names, own, shapes, num_labels, images, settings)
         else:
             own = _own_of(config, heads)
@@ -412,7 +417,12 @@ def _one_per_exit(heads: str | nn.Module | Sequence[str | nn.Module], num_exits:
     modules = [head for head in heads if isinstance(head, nn.Module)]
     if len(set(map(id, modules))) < len(modules):
         raise ValueError("heads: one module stands at several exits; give each its own")
-    return ["average" if head == "auto" else head for head in heads]
+    return list(heads)
+
+
+def _automatic(shape: list[int]) -> str:
+    """The head of an exit for which none was chosen: of tokens `[N, D]`, or of a map or a vector."""
+    return "concat" if len(shape) == 2 else "average"
 
 
 def _own_of(config: HighwayWrapperConfig, heads: Any) -> list[nn.Module | None]:

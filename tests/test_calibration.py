@@ -14,11 +14,9 @@ from scipy.special import softmax
 
 from lgvit_hf import ExitTable, calibrate
 from lgvit_hf.evaluation import calibration
-from lgvit_hf.evaluation import choice as choosing
 from lgvit_hf.evaluation import cost_table as cost_tables
 from lgvit_hf.evaluation import search as searching
 from lgvit_hf.evaluation.calibration import fit_temperature, split_table
-from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
 from lgvit_hf.evaluation.search import (
@@ -693,86 +691,7 @@ def test_expected_drop_is_the_mean_of_the_full_model_s_probabilities(policy):
     assert found.calibration_errors[-1]["before"] == pytest.approx(0, abs=1e-6)
 
 
-# -- exits that are worth their cost ---------------------------------------------------------------------------
-
-
-def choice_by_hand(exits, scores, worth, costs, max_drop):
-    """The least cost of all thresholds that tell rows apart, and the drop that comes with it; row by row."""
-    seen, best = np.unique(np.maximum.accumulate(scores[exits], 0)), (np.inf, 0.0)
-    for threshold in [*((seen[1:] + seen[:-1]) / 2), 1.0]:
-        left = [next((e for e in exits if scores[e, row] > threshold), -1) for row in range(scores.shape[1])]
-        cost = np.mean([costs.of_exit(len(scores) if e < 0 else e, exits) for e in left])
-        drop = np.mean([worth[-1, row] - worth[e, row] for row, e in enumerate(left)])
-        best = min(best, (cost, drop)) if drop <= max_drop + 1e-7 else best
-    return best
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_exits_are_chosen_as_by_hand(labelled):
-    numbers = rng()
-    for _ in range(6):
-        table, costs = (
-            synthetic(12, seed=int(numbers.integers(100))),
-            Costs([0.25] * 4, [*numbers.uniform(0, 0.1, 3), 0.0]),
-        )
-        worth = answer_worth(table.logits, table.labels if labelled else None)
-        chances = softmax(table.logits.numpy(), -1)
-        scores, answers = chances[:-1].max(-1), chances.argmax(-1)
-        expected = answers == table.labels.numpy() if labelled else [chances[-1][range(12), row] for row in answers]
-        assert worth.numpy() == pytest.approx(np.array(expected, float), abs=1e-6)
-        path = []
-        for size in (3, 2, 1):
-            smaller = itertools.combinations(path[-1][2] if path else range(3), size)
-            path.append(
-                min((*choice_by_hand(list(exits), scores, worth.numpy(), costs, 0.25), exits) for exits in smaller)
-            )
-            found = _best_threshold(path[-1][2], torch.from_numpy(scores), worth, costs, 0.25)
-            assert (found.cost, found.drop) == pytest.approx(path[-1][:2], abs=1e-6)
-        cost, drop, exits = [one for one in path if one[0] <= 1.01 * min(path)[0]][-1]
-        found = choose_exits(table.logits, worth, costs, 0.25)
-        assert found.exits == exits and (found.cost, found.drop) == pytest.approx((cost, drop), abs=1e-6)
-
-
-def two_exits(first, second):
-    """Ten rows: how many each exit answers surely and rightly; of the others it is unsure, and wrong."""
-    sure, unsure = torch.tensor([5.0, 0.0]), torch.tensor([0.0, 0.1])
-    early = [torch.stack([sure if row < rows else unsure for row in range(10)]) for rows in (first, second)]
-    return torch.stack([*early, torch.stack([sure] * 10)])
-
-
-@version_independent
-def test_an_exit_that_gains_less_than_a_hundredth_goes():
-    logits, labels = two_exits(5, 6), torch.zeros(10, dtype=torch.long)
-    worth = answer_worth(logits, labels)
-    assert worth.sum(1).tolist() == [5, 6, 10]
-    # the first exit alone: 0.4 + 0.5 * 0.6 = 0.7; the second as well: five rows pay its head, one saves 0.4
-    for head, exits, cost in ((0.067, (0,), 0.7), (0.065, (0, 1), 0.7 + 0.5 * 0.065 - 0.04)):
-        choice = choose_exits(logits, worth, Costs([0.4, 0.2, 0.4], [0.0, head, 0.0]), 0.0)
-        assert choice.exits == exits and choice.cost == pytest.approx(cost) and choice.drop == 0
-        assert 0.525 < choice.threshold < 0.993
-    # a gain of half a hundredth is one: leaving early at no exit is no choice
-    choice = choose_exits(two_exits(1, 1)[[0, 2]], worth[[0, 2]], Costs([0.4, 0.6], [0.055, 0.0]), 0.4)
-    assert choice.exits == (0,) and choice.cost == pytest.approx(0.995)
-    # the first exit never pays: it goes, and the second stays
-    choice = choose_exits(logits, worth, Costs([0.4, 0.2, 0.4], [0.5, 0.0, 0.0]), 0.0)
-    assert choice.exits == (1,) and choice.cost == pytest.approx(0.4 + 0.2 + 0.4 * 0.4)
-
-
-@version_independent
-def test_as_much_may_be_lost_as_was_allowed():
-    """One of eight rows is wrong at the exit, and surest of all; four are sure and right, three unsure."""
-    logits = torch.tensor([[[0.0, 9.0], *[[4.0, 0.0]] * 4, *[[0.1, 0.0]] * 3], [[9.0, 0.0]] * 8])
-    worth, costs = answer_worth(logits, torch.zeros(8, dtype=torch.long)), Costs([0.5, 0.5], [0.0, 0.0])
-    choice = choose_exits(logits, worth, costs, 0.125)
-    assert (choice.exits, choice.drop, choice.cost) == ((0,), 0.125, 0.5 + 0.5 * 3 / 8)
-    # no row is surer than 1, however sure
-    with pytest.raises(ValueError, match="no exit is cheaper"):
-        choose_exits(torch.tensor([[[200.0, 0.0]] * 2] * 2), torch.ones(2, 2), costs, 1.0)
-    # what remains costs as much as the full model, or more, which is no gain
-    with pytest.raises(ValueError, match="no exit is cheaper than the full model within .* drop of 0.124"):
-        choose_exits(logits, worth, costs, 0.124)
-    with pytest.raises(ValueError, match="no exit is cheaper"):
-        choose_exits(logits, worth, Costs([0.5, 0.5], [0.1, 0.0]), 0.124)
+# -- measured costs -------------------------------------------------------------------------------------------
 
 
 def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
@@ -794,11 +713,11 @@ def test_costs_are_the_mean_of_one_image_and_of_all(monkeypatch):
         return times.scaled(factor)
 
     monkeypatch.setattr(cost_tables, "time_parts", clock)
-    costs = choosing.measured_costs(model, pixels, repeats=3)
+    costs = cost_tables.measured_costs(model, pixels, repeats=3)
     assert costs.backbone_costs == pytest.approx([0.4, 0.2, 0.2]) and costs.heads == pytest.approx([0.1, 0.2, 0.2])
     assert costs.backbone == pytest.approx(1)
     assert calls.count(1) == calls.count(5) == len(calls) / 2 == 5
-    assert choosing.relative(Costs([4.0, 2.0, 2.0], [1.0, 3.0, 2.0])) == Costs([0.4, 0.2, 0.2], [0.1, 0.3, 0.2])
+    assert Costs([4.0, 2.0, 2.0], [1.0, 3.0, 2.0]).relative() == Costs([0.4, 0.2, 0.2], [0.1, 0.3, 0.2])
 
 
 # -- what cannot be calibrated ---------------------------------------------------------------------------------

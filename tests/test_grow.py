@@ -16,7 +16,8 @@ from lgvit_hf import ViTHighway, grow
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.evaluation import cost_table as cost_tables
-from lgvit_hf.evaluation.choice import _best_threshold, answer_worth, choose_exits, measured_costs
+from lgvit_hf.evaluation.calibration import calibrate
+from lgvit_hf.evaluation.cost_table import measured_costs
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.timing import PartTimes
 from lgvit_hf.heads import HEADS, HeadShape, build_head
@@ -25,7 +26,7 @@ from lgvit_hf.segments import Tokens
 from lgvit_hf.training import cached_states as cached
 from lgvit_hf.training import distill_exits as growth
 from lgvit_hf.training.cached_states import HeadTraining, TokenShape, bytes_per_image, open_cache, token_shapes
-from tests.seeds import generator, seeded
+from tests.seeds import seeded
 from tests.tiny import IMAGE_SIZE, KINDS, NUM_LABELS, tiny_dataset, tiny_images, tiny_model, tiny_native
 
 version_independent = pytest.mark.version_independent
@@ -78,7 +79,7 @@ def test_final_answers_are_the_plain_checkpoint_s(kind, images, tmp_path):
     }
     native = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
-    assert model.exit_policy == grown.model.exit_policy and model.exit_policy.name == "confidence"
+    assert model.exit_policy == grown.model.exit_policy
     pixels = tiny_images(9, seed=3)
     with torch.no_grad():
         expected = native(pixels).logits
@@ -217,7 +218,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(where, whole, plain, images, tm
 
     batches, trained = [], []
     pack, train_head = TokenShape.pack, cached.train_head
-    monkeypatch.setattr(TokenShape, "pack", lambda self, tokens: batches.append(1) or pack(self, tokens))
+    monkeypatch.setattr(TokenShape, "pack", lambda *given: batches.append(1) or pack(*given))
     monkeypatch.setattr(cached, "train_head", lambda *args: trained.append(1) or train_head(*args))
     grow(plain, rows, tmp_path / "out", **SMALL)
     # of three batches at three exits, and of three exits
@@ -312,7 +313,7 @@ def test_the_cache_stays_within_its_limit(plain, images, tmp_path, monkeypatch):
 @version_independent
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(cached.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
-    shapes = [TokenShape(1, (4, 4), 32, True)]
+    shapes = [TokenShape(1, (4, 4), 32)]
     with pytest.raises(OSError, match="the disk has 0.0 GB left"):
         open_cache(tmp_path / "states", shapes, 1000, 5, {})
     assert not (tmp_path / "states").exists()
@@ -328,16 +329,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_a_head_reads_is_kept(kind):
-    model = tiny_model(kind, exit_positions=[1, 4], exit_types=["linear", "mlp"])
-    first, second = token_shapes(model, tiny_images(2))
-    # Swin has no prefix token: its linear head averages the patches
-    assert first.keeps_patches == (kind == "swin") and second.keeps_patches
+    names = ["linear", "average", "concat", "mlp"]
+    model = tiny_model(kind, exit_positions=[1, 2, 4, 5], exit_types=names)
+    shapes = token_shapes(model, tiny_images(2))
+    # Swin has no prefix token: a mean, and of concat the largest and the smallest value of each channel as well
     prefix = {"vit": 1, "deit": 2, "deit_plain": 1, "swin": 0}[kind]
-    assert first.of_sample[0] == (64 if kind == "swin" else prefix)
-    assert (
-        bytes_per_image([first, second], NUM_LABELS)
-        == 2 * sum(np.prod(shape.of_sample) for shape in (first, second)) + 28
-    )
+    assert [shape.reduced for shape in shapes] == [prefix or 1, prefix or 1, prefix + 1 if prefix else 3, None]
+    assert shapes[-1].of_sample[0] == prefix + shapes[-1].grid[0] * shapes[-1].grid[1]
+    assert bytes_per_image(shapes, NUM_LABELS) == 2 * sum(np.prod(shape.of_sample) for shape in shapes) + 28
 
 
 @version_independent
@@ -346,18 +345,18 @@ def test_half_precision_changes_no_answer(name):
     seeded()
     head = build_head(name, HeadShape(32, 1, 5, num_attention_heads=4, intermediate_size=64)).eval()
     tokens = Tokens(torch.randn(64, 16, 32), (4, 4), torch.randn(64, 1, 32))
-    shape = TokenShape(1, (4, 4), 32, True)
     with torch.no_grad():
-        torch.testing.assert_close(
-            head.answer(shape.unpack(shape.pack(tokens))), head.answer(tokens), atol=3e-3, rtol=0
-        )
-    huge = shape.pack(Tokens(tokens.patches * 1e6, (4, 4), tokens.prefix))
+        reduced = head.reduce(tokens)
+        shape = TokenShape(1, (4, 4), 32, None if reduced is None else reduced.shape[1])
+        cached = shape.answer(head, shape.pack(head, tokens).float())
+        torch.testing.assert_close(cached, head.answer(tokens), atol=3e-3, rtol=0)
+        huge = shape.pack(head, Tokens(tokens.patches * 1e6, (4, 4), tokens.prefix))
     assert huge.isfinite().all()
 
 
 @version_independent
 def test_an_epoch_is_distillation_on_every_stretch():
-    shape, states, teacher = TokenShape(1, (2, 2), 8, True), torch.randn(40, 5, 8).half(), torch.randn(40, 3)
+    shape, states, teacher = TokenShape(1, (2, 2), 8), torch.randn(40, 5, 8).half(), torch.randn(40, 3)
     head, seen = build_head("mlp", HeadShape(8, 1, 3)), []
 
     def step():
@@ -387,60 +386,47 @@ def test_every_epoch_begins_at_another_sample_and_in_another_order():
 # -- the choice ----------------------------------------------------------------------------------------------------
 
 
-def random_table(num_exits=4, num_rows=400, num_labels=5):
-    """Exits that agree with the last ever more."""
-    numbers = generator()
-    final = 3 * torch.randn(num_rows, num_labels, generator=numbers)
-    noise = torch.randn(num_exits, num_rows, num_labels, generator=numbers)
-    return torch.stack([*(final + 3 * noise[index] / (index + 1) for index in range(num_exits)), final])
+def tables_of(monkeypatch):
+    """What `grow` calibrates on, and what comes of it."""
+    calls = []
+
+    def recording(table, **wanted):
+        calls.append((table, wanted, calibrate(table, **wanted)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(growth, "calibrate", recording)
+    return calls
 
 
-def cost_by_hand(exits, threshold, logits, worth, costs):
-    scores = logits[:-1].softmax(-1).amax(-1)
-    total = drop = 0.0
-    for row in range(logits.shape[1]):
-        cost = 0.0
-        for index in range(len(logits)):
-            cost += costs.backbone_costs[index]
-            if index in exits or index == len(logits) - 1:
-                cost += costs.heads[index]
-                if index == len(logits) - 1 or scores[index, row] > threshold:
-                    break
-        total += cost
-        drop += (worth[-1, row] - worth[index, row]).item()
-    return total / logits.shape[1], drop / logits.shape[1]
-
-
-@version_independent
 @pytest.mark.parametrize("labelled", [True, False])
-def test_choice_against_a_count_by_hand(labelled):
-    logits = random_table()
-    labels = logits[-1].argmax(-1) if labelled else None
-    worth, costs = answer_worth(logits, labels), Costs([0.19] * 5, [0.02, 0.02, 0.2, 0.02, 0.05])
-    choice = choose_exits(logits, worth, costs, 0.02)
-    cost, drop = cost_by_hand(choice.exits, choice.threshold, logits, worth, costs)
-    assert (cost, drop) == pytest.approx((choice.cost, choice.drop), abs=1e-5)
-    assert drop <= 0.02 and 2 not in choice.exits, "a head that costs more than a block is not worth asking"
-    subsets = [exits for size in (1, 2, 3, 4) for exits in itertools.combinations(range(4), size)]
-    scores = logits[:-1].softmax(-1).amax(-1)
-    best = min(_best_threshold(exits, scores, worth, costs, 0.02).cost for exits in subsets)
-    assert choice.cost <= 1.02 * best
+def test_the_model_answers_as_its_calibration_on_all_candidates(labelled, monkeypatch):
+    calls, rows = tables_of(monkeypatch), tiny_dataset(120)
+    grown = grow(tiny_native("vit"), rows, ignore_labels=not labelled, **SMALL)
+    [(table, wanted, found)] = calls
+    assert wanted["labels"] == (True if labelled else "expected") and wanted["policy"] == "auto"
+    choice, config = grown.report["choice"], grown.model.config
+    assert config.exit_positions == [SMALL["exit_positions"][index] for index in found.exits]
+    assert choice["policy"] == grown.model.exit_policy.to_dict() == config.exit_policy
+    assert (choice["cost"], choice["drop"]) == (found.mean_macs, found.full_accuracy - found.accuracy)
+    assert choice["samples_tested"] == 12 and table.costs.backbone == pytest.approx(1)
+    for rung, whole in zip(choice["ladder"], found.ladder, strict=True):
+        restricted = table.with_exits(found.exits).replay(rung["policy"])
+        assert torch.equal(restricted.exit_layer, table.replay(whole["policy"]).exit_layer)
+    # the heads read cached states in half precision
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    with torch.no_grad():
+        segments = grown.model(pixels, early_exit=False).exit_logits
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))[96:]
+    torch.testing.assert_close(
+        table.with_exits(found.exits).logits, torch.stack(segments)[:, order], atol=1e-2, rtol=0
+    )
 
 
 @version_independent
-def test_expected_drop_is_exact_for_a_calibrated_model():
-    # enough for the bound to be eight standard deviations
-    logits = random_table(num_rows=160_000)
-    labels = torch.distributions.Categorical(logits=logits[-1]).sample()
-    counted, expected = (answer_worth(logits, known).mean(1) for known in (labels, None))
-    torch.testing.assert_close(counted, expected, atol=0.01, rtol=0)
-
-
-@version_independent
-def test_no_exit_that_pays_is_an_error():
-    logits = random_table()
-    with pytest.raises(ValueError, match="no exit is cheaper than the full model"):
-        choose_exits(logits, answer_worth(logits, None), Costs([0.19] * 5, [1.0, 1.0, 1.0, 1.0, 0.05]), 0.5)
+def test_no_exit_that_pays_is_an_error(images, monkeypatch):
+    monkeypatch.setattr(growth, "model_macs", lambda model: Costs([1.0] * 4, [10.0, 10.0, 10.0, 0.0]))
+    with pytest.raises(ValueError, match="no exit is cheaper than the full model within an accuracy drop of 1;"):
+        grow(tiny_native("vit"), images, **SMALL)
 
 
 def test_measured_costs_are_shares_of_the_full_model(monkeypatch):
@@ -480,6 +466,7 @@ def test_measured_costs_are_shares_of_the_full_model(monkeypatch):
         ({"exit_types": "conv9"}, "unknown head 'conv9'"),
         ({"cost": "euros"}, "cost: 'euros' must be"),
         ({"validation_share": 1.5}, "validation_share: 1.5"),
+        ({"validation_share": 0.1}, "0.1 of 60 images are 6, and 8 are needed to choose on"),
         ({"max_accuracy_drop": -0.01}, "max_accuracy_drop: -0.01 must be from 0 to 1"),
         ({"max_accuracy_drop": 1.5}, "max_accuracy_drop: 1.5"),
         ({"max_accuracy_drop": float("nan")}, "max_accuracy_drop: nan"),
@@ -509,7 +496,7 @@ def test_bad_training_settings():
 
 
 @version_independent
-@pytest.mark.parametrize("where", ["fill_cache", "train_exits", "choose_exits", "judge"])
+@pytest.mark.parametrize("where", ["fill_cache", "train_exits", "calibrate", "judge"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_states_do_not_outlive_a_run_that_fails(where, error, plain, images, tmp_path, monkeypatch):
     def fail(*_, **__):

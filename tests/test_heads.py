@@ -23,6 +23,7 @@ from lgvit_hf.heads import (
     register_head,
 )
 from lgvit_hf.segments import Tokens
+from tests.seeds import generator
 from tests.tiny import scrambled
 
 pytestmark = pytest.mark.version_independent
@@ -392,6 +393,38 @@ class TestAttentionR2(TestAttentionR1):
 
 
 # -- what does not belong to one head --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("num_prefix", [0, 1, 2])
+@pytest.mark.parametrize("name", sorted({*HEADS, "attention_r2"} - {"attention"}))
+def test_what_a_head_needs_gives_its_answer_and_its_gradients(name, num_prefix, pool):
+    numbers = generator(7)
+    head = build_head(
+        name, HeadShape(8, num_prefix, 3, num_attention_heads=2, intermediate_size=16, pool=pool)
+    ).double()
+    tokens = Tokens(
+        torch.randn(5, 6, 8, generator=numbers, dtype=torch.float64),
+        (2, 3),
+        torch.randn(5, num_prefix, 8, generator=numbers, dtype=torch.float64),
+    )
+    reduced = head.reduce(tokens)
+    assert (reduced is not None) == (name in ("linear", "average", "concat"))
+    if reduced is None:
+        return
+    with torch.no_grad():
+        # trained scales may be negative, and a channel's largest value is then that of its smallest
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=numbers))
+    again, expected = head.answer_reduced(head.reduce(tokens)), head(tokens)[0]
+    torch.testing.assert_close(again, expected, atol=1e-12, rtol=1e-12)
+    weights = torch.randn(5, 3, generator=numbers, dtype=torch.float64)
+    found = torch.autograd.grad((again * weights).sum(), list(head.parameters()))
+    wanted = torch.autograd.grad((expected * weights).sum(), list(head.parameters()))
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+    # it does not depend on what is trained
+    assert torch.equal(head.reduce(tokens), reduced)
+    assert reduced.shape[1] <= max(3, num_prefix + 1)
 
 
 def test_registry_is_covered():

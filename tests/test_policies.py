@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lgvit_hf.engine import run_early
+from lgvit_hf.evaluation.exit_table import ExitTable
 from lgvit_hf.policies import (
     POLICIES,
     ExitPolicy,
@@ -814,6 +816,54 @@ def test_patience_with_some_exits_is_as_if_the_others_were_not_there(settings, e
     assert torch.equal(found.logits, fewer.logits) and torch.equal(found.exit_score, fewer.exit_score)
     assert found.exit_index.tolist() == [[*exits, NUM_EXITS][index] for index in fewer.exit_index.tolist()]
     assert set(asked) <= {*exits, NUM_EXITS}
+
+
+def with_skipped_exits(name, evaluated):
+    """Settings of a built-in policy that evaluates some exits, other numbers at each."""
+
+    def each(numbers, skipped):
+        return [number if index in evaluated else skipped for index, number in enumerate(numbers)]
+
+    temperature, thresholds = [0.5, 1.0, 2.0, 3.0, 1.5], each([0.7, 0.5, 0.6, 0.8], 1.0)
+    nats = each([0.8, 0.9, 0.7, 1.0], 0.0)
+    bins = {"edges": [[0.6], [0.5, 0.8], [], [0.7]], "accuracies": [[0.5, 0.9], [0.4, 0.8, 0.95], [0.75], [0.6, 0.9]]}
+    return {
+        "confidence": {"threshold": thresholds, "temperature": temperature},
+        "margin": {"threshold": each([0.5, 0.2, 0.3, 0.6], 1.0), "temperature": temperature[:4]},
+        "entropy": {"threshold": nats},
+        "label_confidence": {"threshold": thresholds},
+        "confidence_entropy": {"threshold": [0.3] * 4, "entropy_threshold": nats},
+        "calibrated_confidence": {**bins, "threshold": thresholds, "temperature": temperature},
+        "patience": {"patience": 2, "exits": evaluated},
+        "patience_confidence": {"patience": 2, "exits": evaluated, "threshold": [0.8, 0.9, 0.7, 1.0]},
+        "gate": {**gate_settings(evaluated or [1], 5, threshold=0.5), "temperature": temperature},
+        "fixed": {"exit_index": [*evaluated, NUM_EXITS][0]},
+        "never": {},
+    }[name]
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_sample_exits_where_it_did_once_skipped_exits_are_gone(name):
+    every, logits = range(NUM_EXITS), random_logits()
+    full = ExitTable(logits, torch.zeros(NUM_ROWS, dtype=torch.long), [1, 2, 3, 4, 5])
+    subsets = [list(exits) for size in range(NUM_EXITS + 1) for exits in itertools.combinations(every, size)]
+    for settings in (with_skipped_exits(name, evaluated) for evaluated in subsets):
+        policy = build_policy({"name": name, **settings}, NUM_EXITS)
+        expected = full.replay(policy)
+        needed = {
+            index for index in every if not policy.skips(index) and (name != "fixed" or index in [policy.exit_index])
+        }
+        for exits in subsets:
+            if needed <= set(exits):
+                restricted = policy.with_exits(exits, NUM_EXITS)
+                assert restricted == build_policy(restricted.to_dict(), len(exits))
+                found = full.with_exits(exits).replay(restricted)
+                assert torch.equal(found.exit_layer, expected.exit_layer)
+                early = found.exit_index < len(exits)
+                assert torch.equal(found.exit_score[early], expected.exit_score[early])
+            else:
+                with pytest.raises(ValueError, match=f"{name!r} evaluates exit"):
+                    policy.with_exits(exits, NUM_EXITS)
 
 
 def test_exits_are_saved_where_there_are_some():

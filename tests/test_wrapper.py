@@ -579,6 +579,11 @@ def test_heads_of_the_package(heads):
             assert logits.shape == (3, NUM_LABELS) and logits.isfinite().all() and logits.std(0).min() > 0
 
 
+@pytest.mark.parametrize(("family", "head"), [("vgg", "average"), ("convnext", "average"), ("dinov2", "concat")])
+def test_the_head_of_a_sequence_of_tokens_and_of_a_map(family, head):
+    assert set(wrapped(family).config.exit_types) == {head}
+
+
 # -- training --------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ MODEL = {
     "num_attention_heads": 3,
     # digits are easy: many can exit long before LGViT's first exit, after block 4
     "exit_positions": [1, 2, 3, 4, 5, 6, 8, 10],
+    "exit_types": "concat",
 }
 # stage, what it trains, epochs, learning rate
 STAGES = (
@@ -53,7 +54,7 @@ WHAT = "lgvit demo"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, choose a threshold, evaluate and save a 12-block ViT with LGViT's eight exits on handwritten digits.
+    """Train, choose a threshold, evaluate and save a 12-block ViT with eight exits on handwritten digits.
 
     The folder `options.output` gets `model/`, `results.json` and `highway.png`; an earlier demo's is replaced.
     """

@@ -23,7 +23,7 @@ from ..data.devices import device_name
 from ..files import write_json
 from ..hub.report_keys import current_names
 from ..modes import evaluating
-from ..policies import ExitPolicy
+from ..policies import ConfidencePolicy, ExitPolicy
 from ..segments import Segment, State, height_width
 from .costs import Costs, Highway, export_of
 from .environment import processor_name
@@ -243,6 +243,19 @@ def measure_cost_table(
     with evaluating(model):
         segments = timed_segments(model)
         return cost_table(model, time_walks(segments, model.exit_policy, to_model(pixels, model), sizes, repeats))
+
+
+def measured_costs(model: Highway, pixels: Tensor, *, repeats: int = 15) -> Costs:
+    """Wall-clock of each segment's blocks, and of evaluating its head and a policy, in units of the plain model's.
+
+    The mean of two batch sizes: one image, where each operation of a head costs about as much as one of a block, and
+    all of `pixels` `[B, C, H, W]`, where the arithmetic counts.
+    """
+    sizes, policy = sorted({1, len(pixels)}), ConfidencePolicy(threshold=1.0)
+    table = cost_table(model, time_walks(model.segments(), policy, to_model(pixels, model), sizes, repeats))
+    both = [table.at(size).relative() for size in sizes]
+    backbone_costs = np.mean([costs.backbone_costs for costs in both], axis=0).tolist()
+    return Costs(backbone_costs, np.mean([costs.heads for costs in both], axis=0).tolist())
 
 
 @torch.no_grad()

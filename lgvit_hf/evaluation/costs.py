@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +79,19 @@ class Costs:
         starts = [0, *(index + 1 for index in exits)]
         backbone = [sum(self.backbone_costs[start : end + 1]) for start, end in zip(starts, ends, strict=True)]
         return Costs(backbone, [self.heads[index] for index in ends], self.fused)
+
+    def relative(self) -> Costs:
+        """The same costs in units of the plain model's.
+
+        Example:
+
+            >>> Costs([4.0, 3.0], [0.5, 1.0]).relative().of_exit(0)
+            0.5625
+        """
+        full = self.backbone
+        return replace(
+            self, backbone_costs=[c / full for c in self.backbone_costs], heads=[c / full for c in self.heads]
+        )
 
     @property
     def trunks(self) -> list[float]:  # old name

@@ -78,7 +78,9 @@ def replayed_exits(table: ExitTable, settings: Settings) -> tuple[Tensor, list[i
     """At which exit each sample of a table exits, `[N]`, and the early exits whose heads are run for it."""
     early = len(table.depths) - 1
     policy = build_policy(settings, early)
-    return table.replay(policy).exit_index, [index for index in range(early) if not policy.skips(index)]
+    evaluated = [index for index in range(early) if not policy.skips(index)]
+    # no sample goes deeper than a fixed exit
+    return table.replay(policy).exit_index, evaluated[:1] if policy.name == "fixed" else evaluated
 
 
 def consequences(table: ExitTable, exit_index: Tensor, evaluated: list[int], costs: Costs) -> tuple[float, Tensor]:

@@ -54,32 +54,39 @@ class OtherStates(ValueError):
 
 @dataclass(frozen=True)
 class TokenShape:
-    """What is kept of the tokens at one exit: `prefix` tokens, then the patches of `grid`, each of `width` channels.
+    """What is kept of the tokens at one exit: those vectors that its head reduces them to, or all of them.
 
-    Patches that the head does not use are not kept.
+    Args:
+        prefix (`int`): Prefix tokens.
+        grid (`tuple[int, int]`): Of the patches after them.
+        width (`int`): Channels of each.
+        reduced (`int`, *optional*): Vectors that `ExitHead.reduce` gives; `None` where the head needs all tokens.
     """
 
     prefix: int
     grid: tuple[int, int]
     width: int
-    keeps_patches: bool
+    reduced: int | None = None
 
     @property
     def of_sample(self) -> tuple[int, int]:
         """`(tokens, width)`."""
-        patches = self.grid[0] * self.grid[1] if self.keeps_patches else 0
-        return self.prefix + patches, self.width
+        return self.prefix + self.grid[0] * self.grid[1] if self.reduced is None else self.reduced, self.width
 
-    def pack(self, tokens: Tokens) -> Tensor:
-        """`[B, tokens, width]` of the features of an exit, in half precision."""
-        kept = torch.cat([tokens.prefix, tokens.patches], dim=1) if self.keeps_patches else tokens.prefix
+    def pack(self, head: ExitHead, tokens: Tokens) -> Tensor:
+        """`[B, tokens, width]` of what a head needs, in half precision."""
+        reduced = head.reduce(tokens)
+        kept = torch.cat([tokens.prefix, tokens.patches], dim=1) if reduced is None else reduced
         # beyond the range of half precision lie only a few huge activations of large models
         return kept.clamp(-65504, 65504).half()
 
-    def unpack(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tokens:
-        """What `pack` kept, by default in single precision."""
-        packed = packed.to(dtype)
-        return Tokens(packed[:, self.prefix :], self.grid, packed[:, : self.prefix])
+    def answer(self, head: ExitHead, packed: Tensor) -> Tensor:
+        """Logits `[B, C]` of a head on what `pack` kept, in the head's precision."""
+        if self.reduced is not None:
+            return head.answer_reduced(packed)
+        tokens = Tokens(packed[:, self.prefix :], self.grid, packed[:, : self.prefix])
+        # in training the whole map goes through, as batch norm needs it
+        return head(tokens)[0] if head.training else head.answer(tokens)
 
 
 @torch.no_grad()
@@ -90,9 +97,8 @@ def token_shapes(model: HighwayMixin, pixels: Tensor) -> list[TokenShape]:
         state = segment.advance(state)
         tokens = model.tokens(state)
         prefix, width = tokens.prefix.shape[1:]
-        # a head that uses the patches answers NaN where they are
-        unknown = Tokens(torch.full_like(tokens.patches, torch.nan), tokens.grid, tokens.prefix)
-        shapes.append(TokenShape(prefix, tokens.grid, width, bool(head.answer(unknown).isnan().any())))
+        reduced = head.reduce(tokens)
+        shapes.append(TokenShape(prefix, tokens.grid, width, None if reduced is None else reduced.shape[1]))
     return shapes
 
 
@@ -101,7 +107,7 @@ def bytes_per_image(shapes: Sequence[TokenShape], num_labels: int) -> int:
 
     Example:
 
-        >>> bytes_per_image([TokenShape(prefix=1, grid=(2, 2), width=8, keeps_patches=True)], num_labels=3)
+        >>> bytes_per_image([TokenShape(prefix=1, grid=(2, 2), width=8)], num_labels=3)
         100
     """
     return 2 * sum(tokens * width for tokens, width in (shape.of_sample for shape in shapes)) + 4 * num_labels + 8
@@ -223,7 +229,9 @@ def fill_cache(
         for index, segment in enumerate(segments):
             state = segment.advance(state)
             if index < len(cache.shapes):
-                arrays[f"states-{index}"][start:stop] = cache.shapes[index].pack(model.tokens(state)).cpu().numpy()
+                head = cast(ExitHead, model.exits[index])
+                kept = cache.shapes[index].pack(head, model.tokens(state))
+                arrays[f"states-{index}"][start:stop] = kept.cpu().numpy()
         arrays["logits"][start:stop] = segments[-1].answer(state).float().cpu().numpy()
         arrays["labels"][start:stop] = labels.numpy()
         for array in arrays.values():
@@ -359,7 +367,7 @@ def run_epoch(
     # one buffer for all batches: fresh memory for each would cost more than the copy
     batch = torch.empty(batch_size, *shape.of_sample, device=device)
     for part in shuffled_slices(len(states), batch_size):
-        logits, _ = head(shape.unpack(batch.copy_(states[part])))
+        logits = shape.answer(head, batch.copy_(states[part]))
         distillation_loss(logits, teacher[part].to(device), temperature).backward()
         step()
 
@@ -387,12 +395,12 @@ def shuffled_slices(num_samples: int, batch_size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def exit_logits(model: HighwayMixin, cache: StateCache, part: slice) -> Tensor:
-    """What every exit of a highway, and the full model, answer to cached samples: `[E + 1, N, C]` float32."""
+def exit_logits(model: HighwayMixin, cache: StateCache, start: int) -> Tensor:
+    """What every exit of a highway, and the full model, answer to cached samples from `start` on: `[E + 1, N, C]`."""
     answers = []
     for index, head in enumerate(cast(Iterable[ExitHead], model.exits)):
         like, shape = next(head.parameters()), cache.shapes[index]
-        batches = cache.states(index)[part].split(SAMPLES_AT_ONCE)
-        tokens = (shape.unpack(batch.to(like.device), like.dtype) for batch in batches)
-        answers.append(torch.cat([head.answer(each).float().cpu() for each in tokens]))
-    return torch.stack([*answers, cache.logits[part].clone()])
+        batches = cache.states(index)[start:].split(SAMPLES_AT_ONCE)
+        logits = (shape.answer(head, batch.to(like.device, like.dtype)) for batch in batches)
+        answers.append(torch.cat([each.float().cpu() for each in logits]))
+    return torch.stack([*answers, cache.logits[start:].clone()])

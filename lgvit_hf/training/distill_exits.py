@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ from transformers.utils.logging import tqdm
 from ..data.datasets import class_names, find_columns, with_columns
 from ..data.held_out import write_training_data
 from ..data.processing import ProcessedImages, open_processor
-from ..evaluation.choice import Choice, answer_worth, choose_exits, measured_costs, relative
+from ..evaluation.calibration import calibrate
+from ..evaluation.cost_table import measured_costs
 from ..evaluation.costs import model_macs
 from ..evaluation.exit_table import ExitTable
 from ..evaluation.plots import plot_report
@@ -39,13 +40,17 @@ from ..modeling_highway import HighwayMixin
 from . import cached_states
 from .cached_states import HeadTraining, OtherStates, Samples, StateCache
 from .grow_images import ToGrow, images_to_grow
-from .grow_report import candidate_rows, grow_as_text
+from .grow_report import candidate_rows, choice_of, grow_as_text
 
 logger = logging.getLogger(__name__)
 
 # fewer do not show a drop of one point
 FEWEST_IMAGES = 50
+# one half of them is searched on, and four fit a harm gate
+FEWEST_HELD_OUT = 8
 TIMED_BATCH = 32
+# of the report; the plain model and the early exits take turns on the same ones
+TIMED_IMAGES = 64
 
 Say = Callable[[str], None]
 
@@ -64,7 +69,7 @@ def grow(
     *,
     processor: BaseImageProcessor | None = None,
     exit_positions: list[int] | None = None,
-    exit_types: list[str] | str = "conv1_1",
+    exit_types: list[str] | str = "concat",
     max_accuracy_drop: float = 0.01,
     limit: int | None = None,
     ignore_labels: bool = False,
@@ -78,9 +83,9 @@ def grow(
     """Make an early-exit model of a plain fine-tuned one; its final answers stay what they are, bit by bit.
 
     The frozen backbone runs once on the images. The features for the exits are kept on disk, and each exit is trained
-    from there to answer as the full model does. On images that were not trained on, the exits worth their cost and one
-    confidence threshold are chosen; nor was the backbone trained on them, where its folder says on what it was
-    (`training.json`). A stopped run goes on when it is started again with the same arguments.
+    from there to answer as the full model does. On images that were not trained on, `calibrate(policy="auto")` chooses
+    the exits that are worth their cost, and the policy; nor was the backbone trained on these, where its folder says
+    on what it was (`training.json`). A stopped run goes on when it is started again with the same arguments.
 
     Args:
         checkpoint (`str`, path or `PreTrainedModel`):
@@ -92,14 +97,14 @@ def grow(
             share of the backbone's training where that had the same data; a warning says where the samples that the
             backbone was trained on cannot be told apart. Labels are not needed: where they
             are, the accuracy drop is counted with them, otherwise it is what the full model's own probabilities expect
-            it to be (`answer_worth`). Exits are never trained on labels.
+            it to be (`calibrate(labels="expected")`). Exits are never trained on labels.
         output (`str` or `Path`, *optional*):
             Folder for the model, its image processor, `grow.json` and `highway.png`. The states of a run that was
             stopped wait in the hidden folder `.{output}-states` beside it; those of one that failed are removed.
             Without an output, nothing is saved.
         processor (`BaseImageProcessor`, *optional*): By default the checkpoint's.
         exit_positions (`list[int]`, *optional*): Candidates; all early blocks and every second later one by default.
-        exit_types (`list[str]` or `str`, *optional*, defaults to `"conv1_1"`): Head of each, or one for all.
+        exit_types (`list[str]` or `str`, *optional*, defaults to `"concat"`): Head of each, or one for all.
         max_accuracy_drop (`float`, *optional*, defaults to 0.01): On the held-out images, a point estimate.
         limit (`int`, *optional*): Use at most this many images, drawn at random.
         ignore_labels (`bool`, *optional*, defaults to `False`): Do as if there were no labels.
@@ -129,8 +134,8 @@ def grow(
         >>> plain = ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4))
         >>> images = [{"pixel_values": image} for image in torch.randn(60, 3, 8, 8)]
         >>> grown = grow(plain, images, training=HeadTraining(epochs=1), max_accuracy_drop=0.5, cost="macs")
-        >>> grown.model.exit_policy.name, grown.report["overall"]["samples"]
-        ('confidence', 12)
+        >>> grown.report["choice"]["cost"] < 1, grown.report["overall"]["samples"]
+        (True, 12)
     """
     if cost not in ("time", "macs"):
         raise ValueError(f"cost: {cost!r} must be 'time' or 'macs'")
@@ -160,6 +165,11 @@ def grow(
         stack.enter_context(_gone_if_it_fails(folder))
         indices, num_trained = data.drawn(order, cache.num_samples)
         num_held_out = len(indices) - num_trained
+        if num_held_out < FEWEST_HELD_OUT:
+            raise ValueError(
+                f"validation_share: {num_held_out} of {len(indices)} images are held out, and {FEWEST_HELD_OUT} are "
+                "needed to choose on; raise it, or give more images"
+            )
         if data.samples:
             say(data.as_text())
         say(f"{num_trained} images to train {len(model.exits)} exits on, {num_held_out} to choose on")
@@ -168,25 +178,38 @@ def grow(
             check_labels(cache.labels, model.config.num_labels)
         cached_states.train_exits(model, cache, num_trained, training, seed=seed, progress=partial(tqdm, desc="exits"))
 
-        logits, labels = cached_states.exit_logits(model, cache, slice(num_trained, None)), cache.labels
-        labels = None if labels is None else labels[num_trained:]
+        is_labelled, logits = cache.labels is not None, cached_states.exit_logits(model, cache, num_trained)
+        labels = logits[-1].argmax(-1) if cache.labels is None else cache.labels[num_trained:]
         if cost == "time":
             timed = [torch.as_tensor(items[index]["pixel_values"]) for index in indices[:TIMED_BATCH]]
             costs = measured_costs(model, torch.stack(timed))
         else:
-            costs = relative(model_macs(model))
-        choice = choose_exits(logits, answer_worth(logits, labels), costs, max_accuracy_drop)
+            costs = model_macs(model).relative()
+        table = ExitTable(logits, labels, [*model.config.exit_positions, model.config.num_blocks], costs)
+        found = calibrate(
+            table,
+            policy="auto",
+            max_accuracy_drop=max_accuracy_drop,
+            labels=True if is_labelled else "expected",
+        )
+        if not found.exits:
+            raise ValueError(
+                f"no exit is cheaper than the full model within an accuracy drop of {max_accuracy_drop:g}; allow more "
+                "with max_accuracy_drop, or give more images"
+            )
+        choice = choice_of(found, len(model.exits))
         report: dict[str, Any] = {
             "what": "lgvit grow",
             "settings": {**settings, "max_accuracy_drop": max_accuracy_drop, "cost": cost},
             "training": asdict(training),
-            "images": {"trained": num_trained, "held_out": num_held_out, "labels": labels is not None},
+            "images": {"trained": num_trained, "held_out": num_held_out, "labels": is_labelled},
             "samples": data.samples,
-            "choice": asdict(choice),
-            "candidates": candidate_rows(model, logits, labels, costs, choice),
+            "choice": choice,
+            "candidates": candidate_rows(model.config.exits, table, is_labelled, found.exits),
         }
-        keep_exits(model, choice)
-        report |= _report(model, items, indices[num_trained:], logits[[*choice.exits, -1]], labels)
+        keep_exits(model, found.exits, choice["policy"])
+        kept = replace(table.with_exits(found.exits), costs=model_macs(model))
+        report |= _report(model, _Relabelled(items, indices[num_trained:][:TIMED_IMAGES], labels), kept)
         report["seconds"] = time.perf_counter() - started
         if output is not None:
             _save(model, processor, report, data, Path(output))
@@ -354,25 +377,21 @@ def _cache_for(
 # -- the highway and its report -------------------------------------------------------------------------------
 
 
-def keep_exits(model: HighwayMixin, choice: Choice) -> None:
-    """Leave only the chosen exits in a highway, with the confidence policy at the chosen threshold."""
+def keep_exits(model: HighwayMixin, exits: Sequence[int], policy: dict[str, Any]) -> None:
+    """Leave only some exits in a highway, by index from 0, with a policy for these."""
     config = model.config
     config.exit_policy = {"name": "never"}
-    config.exit_positions = [config.exit_positions[index] for index in choice.exits]
-    config.exit_types = [config.exit_types[index] for index in choice.exits]
-    model.exits = nn.ModuleList(model.exits[index] for index in choice.exits)
+    config.exit_positions = [config.exit_positions[index] for index in exits]
+    config.exit_types = [config.exit_types[index] for index in exits]
+    model.exits = nn.ModuleList(model.exits[index] for index in exits)
     config.validate_exits()
-    model.set_exit_policy("confidence", threshold=choice.threshold)
+    model.set_exit_policy(policy)
 
 
-def _report(
-    model: HighwayMixin, items: Samples, indices: Sequence[int], logits: Tensor, labels: Tensor | None
-) -> dict[str, Any]:
-    """What `lgvit evaluate` measures, on held-out samples, against the full model's answers if there are no labels."""
-    target = logits[-1].argmax(-1) if labels is None else labels
-    table = ExitTable(logits, target, [*model.config.exit_positions, model.config.num_blocks], model_macs(model))
-    answers, images = table.replay(model.exit_policy), _Relabelled(items, indices, target)
-    report = judge(model, images, table, answers, progress=partial(tqdm, desc="timing", leave=False))
+def _report(model: HighwayMixin, timed: Samples, table: ExitTable) -> dict[str, Any]:
+    """What `lgvit evaluate` measures, on the table of held-out images, some of which are timed."""
+    answers = table.replay(model.exit_policy)
+    report = judge(model, timed, table, answers, progress=partial(tqdm, desc="timing", leave=False))
     return {**report, "curve": threshold_curve(table)}
 
 

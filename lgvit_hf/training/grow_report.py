@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from ..evaluation.choice import Choice
-from ..evaluation.costs import Costs
+from ..evaluation.calibration_report import Calibration
+from ..evaluation.exit_table import ExitTable
 from ..evaluation.report import evaluate_as_text
-from ..modeling_highway import HighwayMixin
+from ..evaluation.report_text import policy_in_words
+from ..exit_settings import Exit
+from ..policies import build_policy
 
 
 def candidate_rows(
-    model: HighwayMixin, logits: Tensor, labels: Tensor | None, costs: Costs, choice: Choice
+    exits: Sequence[Exit], table: ExitTable, is_labelled: bool, kept: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Every candidate exit: its answers on the held-out images, its cost, and whether it is kept."""
-    answers = logits.argmax(-1)
-    right = (answers == (answers[-1] if labels is None else labels)).float().mean(-1)
+    costs = table.known_costs
     return [
         {
             "exit_layer": exit.after,
             "head": exit.head,
-            "agreement" if labels is None else "accuracy": share,
+            "accuracy" if is_labelled else "agreement": share,
             "cost": costs.of_exit(index, ()),
             "head_cost": costs.heads[index],
-            "kept": index in choice.exits,
+            "kept": index in kept,
         }
-        for index, (exit, share) in enumerate(zip(model.config.exits, right.tolist(), strict=False))
+        for index, (exit, share) in enumerate(zip(exits, table.accuracies(), strict=False))
     ]
+
+
+def choice_of(found: Calibration, num_exits: int) -> dict[str, Any]:
+    """What was calibrated on all of `num_exits` candidates, as policies of a model with the exits that stay.
+
+    Costs are shares of the plain model's, as those of the table were.
+    """
+
+    def restricted(policy: dict[str, Any]) -> dict[str, Any]:
+        return build_policy(policy, num_exits).with_exits(found.exits, num_exits).to_dict()
+
+    return {
+        "exits": list(found.exits),
+        "policy": restricted(found.policy),
+        "accuracy": found.accuracy,
+        "drop": found.full_accuracy - found.accuracy,
+        "cost": found.mean_macs,
+        "samples_tested": found.samples_tested,
+        "ladder": [
+            {"policy": restricted(rung["policy"]), "accuracy": rung["accuracy"], "cost": rung["mean_macs"]}
+            for rung in found.ladder
+        ],
+    }
 
 
 def grow_as_text(report: dict[str, Any]) -> str:
@@ -44,8 +67,9 @@ def grow_as_text(report: dict[str, Any]) -> str:
     of_what = "counted with the labels" if images["labels"] else "expected by the full model's own probabilities"
     lines += [
         "",
-        f"threshold {choice['threshold']:.3f}: {choice['cost']:.1%} of the full model's cost for an accuracy drop of "
-        f"{100 * choice['drop']:.2f} points, {of_what}",
+        f"{policy_in_words(choice['policy'])}",
+        f"{choice['cost']:.1%} of the full model's cost for an accuracy drop of {100 * choice['drop']:.2f} points, "
+        f"{of_what}, on the {choice['samples_tested']} images held out that the search has not seen",
         "",
         f"on the {images['held_out']} images held out"
         + ("" if images["labels"] else ', where "right" means: as the full model answers'),

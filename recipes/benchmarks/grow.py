@@ -1,6 +1,6 @@
 """What an epoch of `lgvit grow` costs beside the least it could: its heads' own forward and backward.
 
-    python recipes/benchmarks/grow.py --models deit-tiny swin-tiny --heads conv1_1 mlp linear
+    python recipes/benchmarks/grow.py --models deit-tiny swin-tiny --heads concat conv1_1 mlp
 
 The epoch reads cached states from memory-mapped files, makes them single precision, runs the exits and the
 distillation loss and goes back. The least it could cost is the same exits' forward and backward on tokens that are in
@@ -38,7 +38,7 @@ def measure(name, head_name, batch_size, num_images, repeats, folder):
     model.train()
     states, teacher = [cache.states(index) for index in range(len(shapes))], cache.logits
     in_memory = [
-        (head, [shape.unpack(part.clone()) for part in kept.split(batch_size)])
+        (head, shape, [part.float() for part in kept.split(batch_size)])
         for head, kept, shape in zip(model.exits, states, shapes, strict=True)
     ]
     gradient = torch.randn(batch_size, model.config.num_labels) / batch_size
@@ -48,10 +48,10 @@ def measure(name, head_name, batch_size, num_images, repeats, folder):
             run_epoch(head, kept, teacher, shape, batch_size, 1.0, head.zero_grad)
 
     def least():
-        for head, batches in in_memory:
+        for head, shape, batches in in_memory:
             # as many batches as the epoch has
             for number, _ in enumerate(shuffled_slices(num_images, batch_size)):
-                head(batches[number])[0].backward(gradient)
+                shape.answer(head, batches[number]).backward(gradient)
                 head.zero_grad()
 
     times = time_interleaved({"epoch": epoch, "least": least}, repeats=repeats)
@@ -64,7 +64,7 @@ def measure(name, head_name, batch_size, num_images, repeats, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deit-tiny", "swin-tiny"])
-    parser.add_argument("--heads", nargs="+", default=["conv1_1", "mlp", "linear"])
+    parser.add_argument("--heads", nargs="+", default=["concat", "conv1_1", "mlp"])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=10)
