@@ -84,10 +84,8 @@ class GatePolicy(ExitPolicy):
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No exit evaluated: probabilities `[B, K, C]` of the last `K` exits, all unknown."""
         kept = min(NUM_EARLIER, len(self.exits) - 1)
-        memory = {"score": torch.zeros(batch_size, device=device)}
-        if kept:
-            memory["probabilities"] = torch.full((batch_size, kept, self.num_labels), _UNKNOWN, device=device)
-        return memory
+        shape = (batch_size, kept, self.num_labels)
+        return {"probabilities": torch.full(shape, _UNKNOWN, device=device)} if kept else {}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         """See `ExitPolicy`; the score is the probability that nothing is lost."""
@@ -130,7 +128,7 @@ def own_features(logits: Tensor, probs: Tensor) -> list[Tensor]:
     top, largest = best[:, :1], logits.amax(-1, keepdim=True)
     margin = top - best[:, 1:] if best.shape[-1] > 1 else top
     # the smallest normal number stands in for a probability of 0, whose logarithm times 0 is NaN
-    entropy = -(probs * (probs + _TINY).log()).sum(-1, keepdim=True)
+    entropy = -(probs * probs.clamp(min=_TINY).log()).sum(-1, keepdim=True)
     return [top, margin, entropy, largest - top.log(), largest]
 
 
