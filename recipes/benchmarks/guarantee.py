@@ -76,7 +76,7 @@ def uniform_curve(truth):
 
 
 def promises(truth, curve, policy, rows, splits, **asked):
-    """Draws after which the truth is worse than promised, those with early exits, speed-ups, and those over `curve`."""
+    """Draws that broke the promise, draws with early exits, speed-ups, and speed-ups over `curve`."""
     broken, early, speed_ups, gains = 0, 0, [], []
     for seed in range(splits):
         drawn = torch.randint(len(truth), (rows,), generator=torch.Generator().manual_seed(seed))
