@@ -27,8 +27,9 @@ OWN_FEATURES = ("top_probability", "margin", "entropy", "logsumexp", "largest_lo
 # of each of the evaluated exits before, the nearest first
 EARLIER_FEATURES = ("top_probability", "agrees", "probability_of_this_label")
 NUM_EARLIER = 3
-# stands in the memory for an exit that was not evaluated, or whose logits were NaN
+# stands in the memory for an exit that was not evaluated
 _UNKNOWN = -1.0
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @register_policy("gate")
@@ -83,10 +84,8 @@ class GatePolicy(ExitPolicy):
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No exit evaluated: probabilities `[B, K, C]` of the last `K` exits, all unknown."""
         kept = min(NUM_EARLIER, len(self.exits) - 1)
-        memory = {"score": torch.zeros(batch_size, device=device)}
-        if kept:
-            memory["probabilities"] = torch.full((batch_size, kept, self.num_labels), _UNKNOWN, device=device)
-        return memory
+        shape = (batch_size, kept, self.num_labels)
+        return {"probabilities": torch.full(shape, _UNKNOWN, device=device)} if kept else {}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         """See `ExitPolicy`; the score is the probability that nothing is lost."""
@@ -97,19 +96,18 @@ class GatePolicy(ExitPolicy):
         if logits.shape[-1] != self.num_labels:
             raise ValueError(f"exit_policy: the gate is of {self.num_labels} labels, the logits of {logits.shape[-1]}")
         place = list(self.exits).index(exit_index)
-        scaled = logits.float() / number_at(self.temperature, exit_index, 1.0)
-        probs = probabilities(scaled)
-        features = [own_features(scaled, probs)]
+        temperature = number_at(self.temperature, exit_index, 1.0)
+        scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+        probs, earlier = probabilities(scaled), memory.get("probabilities")
         weights, bias, mean = self._regression_at(place, logits.device)
-        earlier = memory.get("probabilities")
+        features = own_features(scaled, probs)
         if earlier is not None and place:
-            features.append(earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :]))
+            features += earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :])
         # no matrix product, whose rounding may depend on the other samples of the batch
         score = torch.sigmoid((torch.cat(features, 1)[:, None] * weights).sum(-1) + bias).mean(-1)
         after = {"score": score}
         if earlier is not None:
-            known = torch.where(probs.isnan(), _UNKNOWN, probs)[:, None]
-            after["probabilities"] = torch.cat([known, earlier[:, :-1]], 1)
+            after["probabilities"] = torch.cat([probs[:, None], earlier[:, :-1]], 1)
         return score > number_at(self.threshold, exit_index, math.inf), after
 
     def _is_final(self, exit_index: int) -> bool:
@@ -124,28 +122,29 @@ class GatePolicy(ExitPolicy):
         return known[device][place]
 
 
-def own_features(logits: Tensor, probs: Tensor) -> Tensor:
-    """`OWN_FEATURES` of logits `[B, C]` and their softmax, `[B, 5]`."""
-    top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
-    margin = top[:, 0] - top[:, -1] if top.shape[-1] > 1 else top[:, 0]
-    entropy = torch.special.entr(probs).sum(-1)
-    return torch.stack([top[:, 0], margin, entropy, torch.logsumexp(logits, -1), logits.amax(-1)], 1)
+def own_features(logits: Tensor, probs: Tensor) -> list[Tensor]:
+    """`OWN_FEATURES` of logits `[B, C]` and their softmax, `[B, 1]` each."""
+    best = probs.topk(min(2, probs.shape[-1]), dim=-1).values
+    top, largest = best[:, :1], logits.amax(-1, keepdim=True)
+    margin = top - best[:, 1:] if best.shape[-1] > 1 else top
+    # the smallest normal number stands in for a probability of 0, whose logarithm times 0 is NaN
+    entropy = -(probs * probs.clamp(min=_TINY).log()).sum(-1, keepdim=True)
+    return [top, margin, entropy, largest - top.log(), largest]
 
 
-def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> Tensor:
+def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> list[Tensor]:
     """`EARLIER_FEATURES` of `K` exits before, `[B, K * 3]`, nearest first; their `mean` where an exit is unknown.
 
     Args:
         probs (`Tensor`): `[B, C]`, of the exit that is judged.
-        earlier (`Tensor`): `[B, K, C]`, below 0 where an exit was not evaluated.
+        earlier (`Tensor`): `[B, K, C]`, below 0 where an exit was not evaluated, NaN where its logits were.
         mean (`Tensor`): `[K * 3]`.
     """
     label = probs.argmax(-1)[:, None, None].expand(-1, earlier.shape[1], 1)
-    top, of_label = earlier.amax(-1), earlier.gather(2, label).squeeze(2)
+    top, of_label = earlier.amax(-1, keepdim=True), earlier.gather(2, label)
     # an exit agrees where this label is its own: no other probability there is larger
-    features = torch.stack([top, (of_label == top).float(), of_label], 2).flatten(1)
-    unknown = (top < 0)[:, :, None].expand(-1, -1, len(EARLIER_FEATURES)).flatten(1)
-    return torch.where(unknown, mean, features)
+    features = torch.cat([top, (of_label == top).float(), of_label], 2)
+    return [torch.where(top >= 0, features, mean.unflatten(0, (-1, len(EARLIER_FEATURES)))).flatten(1)]
 
 
 def num_features(place: int) -> int:

@@ -4,7 +4,13 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import Subset
+from transformers import ViTImageProcessor
 
+from lgvit_hf import ProcessedImages, ViTHighway, load_images
+from lgvit_hf.evaluation.exit_table import collect
+from lgvit_hf.evaluation.gate_fitting import fit_gate
+from lgvit_hf.policies import build_policy
 from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain, split
 from tests.gates import random_models
@@ -18,6 +24,7 @@ from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
 
 pytestmark = pytest.mark.version_independent
 
+COMPARED = ("logits", "exit_score")
 EXITS = 4
 SMALL = {"num_hidden_layers": 5, "exit_positions": [1, 2, 3, 4], "exit_types": "linear"}
 
@@ -125,3 +132,47 @@ def test_split(policy, format, positions, tmp_path):
             parts[1].set_policy({**held, name: held[name][::-1]})
     if policy == "gate":
         assert described["takes"]["memory.probabilities"]["shape"] == [3, model.config.num_labels]
+
+
+def scores_of(policy, exit_logits):
+    """The gate's score of each sample at each early exit, none of which stops a sample, `[E - 1, N]`."""
+    memory, scores = policy.start(exit_logits.shape[1], "cpu"), []
+    for index, logits in enumerate(exit_logits[:-1]):
+        _, memory = policy(logits, memory, index)
+        scores.append(memory["score"])
+    return torch.stack(scores)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_fitted_gate_on_a_thousand_real_images(shared, tmp_path):
+    """Heads were not trained: what is compared is PyTorch and ONNX Runtime."""
+    folder = shared / "models" / "cifar10_vit_s"
+    model = ViTHighway.from_pretrained(folder, exit_positions=[4, 7, 10], exit_types="concat").float().eval()
+    processor = ViTImageProcessor.from_pretrained(folder)
+    images = Subset(ProcessedImages(load_images(shared / "data" / "cifar10_jpeg").test, processor), range(1000))
+    table = collect(model, images)
+    fitted = fit_gate(table)
+    scores = scores_of(build_policy(fitted, 3), table.logits)
+    thresholds = scores.quantile(0.7, dim=1)
+    model.set_exit_policy({**fitted, "threshold": thresholds.tolist()})
+    decided = ((scores - thresholds[:, None]).abs() > 1e-5).all(0)
+    assert decided.sum() > 950
+    pixels = torch.stack([torch.as_tensor(image["pixel_values"]) for image in images]).split(50)
+    expected = [model(batch) for batch in pixels]
+    exits = torch.cat([answers.exit_index for answers in expected])
+    assert set(exits.tolist()) == {0, 1, 2, 3}
+    for layout in ("single", "segments", "all_exits"):
+        export_onnx(model, tmp_path / layout, layout)
+        exported = ORTHighway.from_pretrained(tmp_path / layout)
+        found = [exported(batch) for batch in pixels]
+        same = torch.cat([answers.exit_index for answers in found]) == exits
+        assert same[decided].all(), layout
+        pairs = ((torch.cat([getattr(a, name) for a in each]) for each in (found, expected)) for name in COMPARED)
+        differences = [(one - other)[same].abs().max().item() for one, other in pairs]
+        print(
+            layout,
+            f"{len(same) - int(same.sum())} of {len(same)} elsewhere",
+            dict(zip(COMPARED, differences, strict=True)),
+        )
+        assert max(differences) < 1e-4, layout

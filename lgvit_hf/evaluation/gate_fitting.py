@@ -78,10 +78,10 @@ def gate_features(table: ExitTable, exits: Sequence[int], temperatures: Sequence
     for place, index in enumerate(exits):
         logits = table.logits[index].float() / number_at(temperatures, index, 1.0)
         probs = probabilities(logits)
-        parts = [own_features(logits, probs)]
+        parts = own_features(logits, probs)
         if before:
             unused = torch.zeros(num_features(place) - len(OWN_FEATURES))
-            parts.append(earlier_features(probs, torch.stack(before[::-1][:3], 1), unused))
+            parts += earlier_features(probs, torch.stack(before[::-1][:3], 1), unused)
         before.append(probs)
         found.append(torch.cat(parts, 1).double().numpy())
     return found
