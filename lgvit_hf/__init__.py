@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .training.avit_trainer import AViTTrainer
     from .training.distill_exits import grow
     from .training.recipe import train_recipe
+    from .training.shorten import shorten
     from .training.trainer import DistillationTrainer, HighwayTrainer
     from .wrapper import HighwayWrapper
 
@@ -66,6 +67,7 @@ _HOMES = {
     "export.onnx_export": ("export_onnx",),
     "runtimes.onnxruntime": ("ORTHighway",),
     "training.distill_exits": ("grow",),
+    "training.shorten": ("shorten",),
     "token_halting": ("token_macs",),
     "heads": ("HEADS", "register_head"),
     "modeling_avit": ("AViT", "AViTForImageClassification", "AViTOutput"),

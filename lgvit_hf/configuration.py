@@ -12,7 +12,14 @@ from transformers import DeiTConfig, SwinConfig, ViTConfig
 
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Rule
-from .exit_settings import Exit, check_loss_weights, checked_positions, checked_types, lgvit_positions
+from .exit_settings import (
+    Exit,
+    check_loss_weights,
+    checked_linear_blocks,
+    checked_positions,
+    checked_types,
+    lgvit_positions,
+)
 from .gate import GatePolicy  # noqa: F401
 from .heads import lgvit_heads
 from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
@@ -24,7 +31,16 @@ if TYPE_CHECKING:
 
 EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
-OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
+OWN_FIELDS = (
+    *EXIT_FIELDS,
+    *PERFORMER_FIELDS,
+    "pool",
+    "truncated",
+    "linear_blocks",
+    "distilled",
+    "num_labels",
+    "attn_implementation",
+)
 DEFAULT_FEATURES = 256
 
 
@@ -47,6 +63,9 @@ class HighwayConfig(SafeConfig):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
             Written by `model.truncate`: the one exit stands after the last block and is the model's only answer.
+        linear_blocks (`list[int]`, *optional*):
+            Written by `lgvit_hf.shorten`: first and last of the blocks, from 1, whose place one linear map of each
+            token takes. All blocks keep their numbers; between these there is no exit.
         feature_map_dim (`int`, *optional*):
             Random features of `attn_implementation="performer"`, 256 by default there; not given, attention is exact.
             transformers saves no `attn_implementation`: this field is how a saved model knows that it is a Performer.
@@ -83,6 +102,7 @@ class HighwayConfig(SafeConfig):
         exit_loss_weights: str | list[float]
         pool: str
         truncated: bool
+        linear_blocks: list[int] | None
         image_size: int | Sequence[int]
         patch_size: int | Sequence[int]
         num_channels: int
@@ -99,10 +119,15 @@ class HighwayConfig(SafeConfig):
         exit_loss_weights: Any,
         pool: str | None,
         truncated: bool,
+        linear_blocks: Any = None,
     ) -> None:
         # lists of anything: `validate_exits` looks at them
         self.truncated = truncated
-        self.exit_positions = self._preset_positions() if exit_positions == "lgvit" else exit_positions
+        self.linear_blocks = linear_blocks
+        self.validate_linear_blocks()
+        if exit_positions == "lgvit":
+            exit_positions = [each for each in self._preset_positions() if each not in self.replaced_positions]
+        self.exit_positions = exit_positions
         num_exits = len(self.exit_positions) if isinstance(self.exit_positions, Sequence) else 0
         if exit_types == "lgvit":
             exit_types = self._preset_types(num_exits)
@@ -162,6 +187,11 @@ class HighwayConfig(SafeConfig):
         return self.num_hidden_layers
 
     @property
+    def replaced_positions(self) -> range:
+        """Depths at which no exit can be: between the blocks that are one linear map."""
+        return range(*self.linear_blocks) if self.linear_blocks else range(0)
+
+    @property
     def exits(self) -> tuple[Exit, ...]:
         """The early exits, shallowest first."""
         return tuple(map(Exit, self.exit_positions, self.exit_types))
@@ -181,13 +211,28 @@ class HighwayConfig(SafeConfig):
         rows, columns = height_width(self.patch_size)
         return height // rows, width // columns
 
+    def validate_linear_blocks(self) -> None:
+        """Check `linear_blocks`, which is copied and made plain.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        self.linear_blocks = checked_linear_blocks(self.linear_blocks, self.num_blocks)
+
     def validate_exits(self) -> None:
         """Check all exit settings against each other and the backbone; lists are copied and made plain.
 
         Raises:
             ValueError: Naming the field, its value and what it may be.
         """
+        self.validate_linear_blocks()
         self.exit_positions = checked_positions(self.exit_positions, self.num_blocks, self.truncated)
+        inside = [position for position in self.exit_positions if position in self.replaced_positions]
+        if inside:
+            raise ValueError(
+                f"exit_positions: {inside} lie between blocks {self.linear_blocks[0]} and {self.linear_blocks[1]}, "
+                "which are one linear map (linear_blocks); exits can be before them and after them"
+            )
         num_exits = len(self.exit_positions)
         self.exit_types = checked_types(self.exit_types, self.exit_positions, self.other_types)
         check_loss_weights(self.exit_loss_weights, num_exits)
@@ -218,7 +263,7 @@ class HighwayConfig(SafeConfig):
         settings = dict(config_dict)
         if kwargs.get("attn_implementation") not in (None, "performer"):
             settings = {key: value for key, value in settings.items() if key not in PERFORMER_FIELDS}
-        names = ("exits", "pool", "truncated", *PERFORMER_FIELDS)
+        names = ("exits", "pool", "truncated", "linear_blocks", *PERFORMER_FIELDS)
         ours = [key for key in kwargs if key.startswith("exit_") or key in names]
         settings.update((key, kwargs.pop(key)) for key in ours)
         if "exit_positions" in ours and "exit_types" not in ours:
@@ -266,12 +311,13 @@ class ViTHighwayConfig(HighwayConfig, ViTConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        linear_blocks=None,
         feature_map_dim=None,
         feature_map_seed=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, linear_blocks)
         self._set_performer(feature_map_dim, feature_map_seed)
 
 
@@ -299,6 +345,7 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        linear_blocks=None,
         feature_map_dim=None,
         feature_map_seed=None,
         distilled=None,
@@ -308,7 +355,7 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
             distilled = "DeiTForImageClassification" not in (kwargs.get("architectures") or [])
         super().__init__(**_own_settings(kwargs))
         self.distilled = distilled
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, linear_blocks)
         self._set_performer(feature_map_dim, feature_map_seed)
 
     @property
@@ -338,10 +385,11 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        linear_blocks=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, linear_blocks)
         self.validate_performer()
 
     @property
@@ -355,6 +403,20 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
             if after <= sum(self.depths[: stage + 1]):
                 return stage
         raise ValueError(f"block {after} is beyond the {self.num_blocks} blocks of {list(self.depths)}")
+
+    def validate_linear_blocks(self) -> None:
+        """Check `linear_blocks`, which must be of one stage; it is copied and made plain.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        super().validate_linear_blocks()
+        first, last = map(self.stage_of, self.linear_blocks or (1, 1))
+        if first != last:
+            raise ValueError(
+                f"linear_blocks: {self.linear_blocks} lie in stages {first + 1} and {last + 1} (depths "
+                f"{list(self.depths)}), between which grid and width change; take blocks of one stage"
+            )
 
     def cut_to(self, num_blocks: int) -> dict[str, Any]:
         """The settings of the same backbone with only its first `num_blocks` blocks."""

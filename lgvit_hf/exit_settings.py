@@ -60,6 +60,24 @@ def checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list[
     return checked
 
 
+def checked_linear_blocks(blocks: Any, num_blocks: int) -> list[int] | None:
+    """First and last of the blocks that are one linear map, as plain integers; `ValueError` for none there."""
+    if blocks is None:
+        return None
+    good = isinstance(blocks, Sequence) and len(blocks) == 2
+    if not good or any(not isinstance(block, int) or isinstance(block, bool) for block in blocks):
+        raise ValueError(f"linear_blocks: {blocks!r} must be the first and the last block, such as [4, 6]")
+    first, last = blocks
+    if not 1 <= first <= last <= num_blocks:
+        raise ValueError(
+            f"linear_blocks: {[first, last]} must be a first and a last block, in that order, from 1 to {num_blocks} "
+            f"(the backbone has {num_blocks} blocks)"
+        )
+    if last - first + 1 == num_blocks:
+        raise ValueError(f"linear_blocks: {[first, last]} are all blocks of the backbone; at least one must stay")
+    return [first, last]
+
+
 def checked_types(types: Any, positions: list[int], others: Sequence[str] = ()) -> list[str]:
     """One known head per exit, or `ValueError`; `others` may stand beside those of the registry."""
     if isinstance(types, (str, bytes)) or not isinstance(types, Sequence) or len(types) != len(positions):

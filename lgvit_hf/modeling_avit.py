@@ -386,9 +386,10 @@ def _natives(name: str, model_type: str | None) -> tuple[Any, ...]:
 
 
 def _kind_of(model: PreTrainedModel) -> str:
-    """The model type; of a highway that has no exits and reads the class token, that of its backbone."""
+    """The model type; of a highway of blocks alone that reads the class token, that of its backbone."""
     config = model.config
     plain = not getattr(config, "exit_positions", None) and getattr(config, "pool", "cls") == "cls"
+    plain = plain and getattr(config, "linear_blocks", None) is None
     attends = getattr(config, "_attn_implementation", None) != "performer"
     return config.model_type.removesuffix("_highway") if plain and attends else config.model_type
 

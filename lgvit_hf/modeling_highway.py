@@ -87,9 +87,14 @@ def all_exits_output(
 
 def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
     """One transformer block of `[B, N, D]` hidden states, as ViT's and DeiT's are."""
-    # what a layer is given beside the state goes to the attention function as it is
-    given = () if feature_map is None else (feature_map.random_features,)
+    # what a layer is given beside the state goes to the attention function as it is; a linear map has none
+    given = () if feature_map is None or is_replaced(layer) else (feature_map.random_features,)
     return State({"hidden": layer(state["hidden"], *given)}, state.grid)
+
+
+def is_replaced(block: nn.Module) -> bool:
+    """Whether a linear map of each token (`config.linear_blocks`) stands in the place of a transformer block."""
+    return isinstance(block, (nn.Linear, nn.Identity))
 
 
 class PolicyHolder:
@@ -160,6 +165,7 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
     def __init__(self, config: Any):
         config.validate_exits()
         super().__init__(config)
+        self._replace_blocks()
         self.exits = nn.ModuleList(map(self.build_exit, config.exits))
         if config.truncated:
             self._remove_final()
@@ -179,6 +185,10 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
 
     def blocks(self) -> list[Block]:
         """One callable `State -> State` per block."""
+        raise NotImplementedError
+
+    def block_lists(self) -> list[nn.ModuleList]:
+        """The lists of modules, one per stage, in which the blocks are."""
         raise NotImplementedError
 
     def tokens(self, state: State) -> Tokens:
@@ -368,6 +378,16 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
             self.feature_maps.extend(
                 FeatureMap(features, head_dim, seed + block) for block in range(config.num_blocks)
             )
+
+    def _replace_blocks(self) -> None:
+        """What `config.linear_blocks` asks for: the first is the linear map, the others do nothing."""
+        if self.config.linear_blocks is None:
+            return
+        first, last = self.config.linear_blocks
+        width = self.head_shape(first).width
+        places = [(blocks, index) for blocks in self.block_lists() for index in range(len(blocks))]
+        for number, (blocks, index) in enumerate(places[first - 1 : last]):
+            blocks[index] = nn.Identity() if number else nn.Linear(width, width)
 
     def _remove_final(self) -> None:
         self.base_model.layernorm = nn.Identity()

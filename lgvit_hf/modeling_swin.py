@@ -19,7 +19,7 @@ from .files import add_files  # noqa: F401
 from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape
 from .losses import task_loss  # noqa: F401
-from .modeling_highway import HighwayMixin
+from .modeling_highway import HighwayMixin, is_replaced
 from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401
@@ -59,7 +59,8 @@ class SwinHighwayStage(SwinStage):
             return super().forward(hidden_states, input_dimensions, *args, **kwargs)
         if part == "merge":
             return self.downsample(hidden_states, input_dimensions)
-        return self.blocks[part](hidden_states, input_dimensions)[0]
+        block = self.blocks[part]
+        return block(hidden_states) if is_replaced(block) else block(hidden_states, input_dimensions)[0]
 
 
 def _grid_of(state: State) -> tuple[int, int]:
@@ -123,6 +124,9 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
             before = stage
         return runs
 
+    def block_lists(self) -> list[nn.ModuleList]:
+        return [stage.blocks for stage in self.swin.encoder.layers]
+
     def tokens(self, state: State) -> Tokens:
         return Tokens(state["hidden"], _grid_of(state), state["hidden"][:, :0])
 
@@ -151,7 +155,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
         if name == "hidden_states":
             merges = [stage.downsample for stage in stages[:-1]]
             return [self.swin.embeddings, *merges, stages[-1].blocks[-1]]
-        attentions = [stage.blocks[-1].attention for stage in stages]
+        attentions = [stage.blocks[-1].attention for stage in stages if not is_replaced(stage.blocks[-1])]
         # transformers 4 gives the weights only on request; its dropout sees them in any case
         return [attention.self.dropout if hasattr(attention, "self") else attention for attention in attentions]
 

@@ -170,7 +170,7 @@ class PretrainedHighway(SafeCheckpoint):
         model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
             stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_arguments(kwargs))
-            for field in ("exit_positions", "exit_types", "feature_map_dim", "feature_map_seed"):
+            for field in ("exit_positions", "exit_types", "linear_blocks", "feature_map_dim", "feature_map_seed"):
                 asked = getattr(model.config, field, None)
                 if asked is not None and stored.get(field) not in (None, asked):
                     raise ValueError(
@@ -312,7 +312,8 @@ class PretrainedHighway(SafeCheckpoint):
         if exit_index == num_exits:
             settings.update(exit_positions=[], exit_types=[])
         else:
-            exit = self.config.exits[exit_index]
+            exit, replaced = self.config.exits[exit_index], self.config.linear_blocks
+            settings["linear_blocks"] = replaced if replaced and replaced[1] <= exit.after else None
             settings.update(self.config.cut_to(exit.after), truncated=True)
             settings.update(exit_positions=[exit.after], exit_types=[exit.head])
             state |= {f"exits.0.{name}": tensor for name, tensor in self.exits[exit_index].state_dict().items()}

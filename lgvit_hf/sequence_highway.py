@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .heads import HeadShape
-from .modeling_highway import HighwayMixin, run_block
+from .modeling_highway import HighwayMixin, is_replaced, run_block
 from .segments import Block, State, Tokens
 
 
@@ -44,6 +44,10 @@ class SequenceHighway(HighwayMixin):
         """One callable per layer."""
         return [partial(run_block, layer) for layer in self.layers]
 
+    def block_lists(self) -> list[nn.ModuleList]:
+        """All blocks are in one."""
+        return [self.layers]
+
     def tokens(self, state: State) -> Tokens:
         """Patches, and the prefix tokens that the classifiers read."""
         assert state.grid is not None, "the stem says it"
@@ -66,7 +70,12 @@ class SequenceHighway(HighwayMixin):
         )
 
     def recorded_modules(self, name: str) -> list[nn.Module]:
-        """Embeddings and layers; of attention weights `attention.attention` in transformers 4, `attention` in 5."""
+        """Embeddings and layers; of attention weights `attention.attention` in transformers 4, `attention` in 5.
+
+        A linear map in the place of blocks has no attention.
+        """
         if name == "hidden_states":
             return [self.base_model.embeddings, *self.layers]
-        return [getattr(layer.attention, "attention", layer.attention) for layer in self.layers]
+        return [
+            getattr(layer.attention, "attention", layer.attention) for layer in self.layers if not is_replaced(layer)
+        ]

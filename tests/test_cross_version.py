@@ -20,6 +20,7 @@ from tests.tiny import KINDS, MODELS, tiny_images, tiny_model, tiny_native
 
 OTHER_PYTHON = os.environ.get("LGVIT_OTHER_PYTHON")
 EXITS = {"exit_positions": [2, 3, 5], "exit_types": ["conv1_1", "vit", "attention_r2"]}
+HIGHWAYS = {"highway": {}, "shortened": {"linear_blocks": [1, 2]}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # names that transformers 4 gives, and that stand in every file on the Hub
@@ -65,13 +66,15 @@ def save_all(folder):
         model.save_pretrained(folder / f"{backbone}-avit")
         save_file({"avit": model(tiny_images(4)).logits.detach()}, folder / f"{backbone}-avit.safetensors")
     for kind in KINDS:
-        highway, native = tiny_model(kind, seed=1, **EXITS), tiny_native(kind, seed=2)
-        highway.save_pretrained(folder / f"{kind}-highway")
+        native, logits = tiny_native(kind, seed=2), {}
         native.save_pretrained(folder / f"{kind}-plain")
         with torch.no_grad():
-            exit_logits = highway(tiny_images(4), early_exit=False).exit_logits
-            plain_logits = native(tiny_images(4)).logits
-        save_file({"highway": torch.stack(exit_logits), "plain": plain_logits}, folder / f"{kind}.safetensors")
+            logits["plain"] = native(tiny_images(4)).logits
+            for name, settings in HIGHWAYS.items():
+                highway = tiny_model(kind, seed=1, **EXITS, **settings)
+                highway.save_pretrained(folder / f"{kind}-{name}")
+                logits[name] = torch.stack(highway(tiny_images(4), early_exit=False).exit_logits)
+        save_file(logits, folder / f"{kind}.safetensors")
 
 
 def compare_all(folder):
@@ -82,17 +85,19 @@ def compare_all(folder):
         torch.testing.assert_close(model(tiny_images(4)).logits, expected, atol=1e-5, rtol=0)
     for kind in KINDS:
         expected = load_file(folder / f"{kind}.safetensors")
-        highway, info = AutoModelForImageClassification.from_pretrained(
-            folder / f"{kind}-highway", output_loading_info=True
-        )
-        # Swin's index of relative positions is computed anew
-        differ = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
-        assert all(name.endswith("relative_position_index") for name in differ), (kind, info)
         grown = MODELS[kind].from_backbone(folder / f"{kind}-plain", **EXITS)
         with torch.no_grad():
-            exit_logits = highway.eval()(tiny_images(4), early_exit=False).exit_logits
-            plain_logits = grown(tiny_images(4), early_exit=False).logits
-        for name, ours in (("highway", torch.stack(exit_logits)), ("plain", plain_logits)):
+            logits = {"plain": grown(tiny_images(4), early_exit=False).logits}
+        for name in HIGHWAYS:
+            highway, info = AutoModelForImageClassification.from_pretrained(
+                folder / f"{kind}-{name}", output_loading_info=True
+            )
+            # Swin's index of relative positions is computed anew
+            differ = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
+            assert all(name.endswith("relative_position_index") for name in differ), (kind, info)
+            with torch.no_grad():
+                logits[name] = torch.stack(highway.eval()(tiny_images(4), early_exit=False).exit_logits)
+        for name, ours in logits.items():
             difference = (ours - expected[name]).abs().max() / expected[name].abs().max()
             assert difference <= 1e-6, (kind, name, difference.item())
 

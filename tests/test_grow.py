@@ -157,12 +157,12 @@ def test_labels_are_matched_by_name(plain, photos):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["c3", "c0"])}
     pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 200)]
     rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]}, datasets.Features(features))
-    items = growth._items(rows, model, make_processor(IMAGE_SIZE), False)
+    items = growth.labelled_items(rows, model, make_processor(IMAGE_SIZE), False)
     assert [item["labels"] for item in (items[0], items[1])] == [3, 0]
-    assert "labels" not in growth._items(rows, model, make_processor(IMAGE_SIZE), True)[0]
+    assert "labels" not in growth.labelled_items(rows, model, make_processor(IMAGE_SIZE), True)[0]
     strange = rows.cast_column("label", datasets.ClassLabel(names=["c3", "cat"]))
     with pytest.raises(ValueError, match="class 'cat' is none of the model's"):
-        growth._items(strange, model, make_processor(IMAGE_SIZE), False)
+        growth.labelled_items(strange, model, make_processor(IMAGE_SIZE), False)
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
     if options.plots is not None and decides_inside(model):
         hint = "figures show what every exit answers; export with --layout segments for that"
         raise ValueError(f"{options.checkpoint}: {hint}")
+    if options.plots is not None and not model.config.exits:
+        raise ValueError(f"{options.checkpoint}: the figures of --plots compare exits, and it has none; leave it out")
     table, answers = look(model, dataset, batch_size=options.batch_size)
     timed = options.timed_batch_sizes
     report = judge(model, dataset, table, answers, timed_batch_sizes=timed, progress=progress_bar)

@@ -58,17 +58,21 @@ def open_highway(
     else:
         model, processor = open_model(checkpoint, label_names=splits.label_names, must_be_highway=True)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if not model.config.exits:
-        raise ValueError(f"{checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
     return Opened(model, processor, ProcessedImages(getattr(splits, which), processor), known)
 
 
 def open_options(options: argparse.Namespace, *, has_policy: bool = False) -> Opened:
-    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and those of `add_policy`."""
+    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and those of `add_policy`.
+
+    Raises:
+        ValueError: There are no exits, and the command chooses a policy instead of taking one.
+    """
     policy = policy_of(options) if has_policy else None
     splitting = (options.split, options.validation_share, options.seed)
     threads = getattr(options, "threads", None)
     opened = open_highway(options.checkpoint, options.data, *splitting, threads)
+    if not has_policy and not opened.model.config.exits:
+        raise ValueError(f"{options.checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
     if policy is not None:
         opened.model.set_exit_policy(policy)
     return opened

@@ -157,7 +157,7 @@ def grow(
         data = images_to_grow(
             dataset, place, limit=limit, ignore_labels=ignore_labels, validation_share=validation_share, seed=seed
         )
-        items = _items(data.images, model, processor, ignore_labels)
+        items = labelled_items(data.images, model, processor, ignore_labels)
         settings: dict[str, Any] = {"checkpoint": _digest(model), "images": len(items), "seed": seed, **data.settings}
         settings |= {name: getattr(model.config, name) for name in ("exit_positions", "exit_types")}
         wanted = min(len(items), limit or len(items))
@@ -248,7 +248,11 @@ def _candidates(
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"{name}: exits learn from class probabilities, and this model answers with other numbers")
     depth = sum(config.depths) if kind == "swin" else config.num_hidden_layers
-    positions = early_positions(depth) if exit_positions is None else exit_positions
+    if exit_positions is None:
+        replaced = getattr(config, "replaced_positions", ())
+        positions = [position for position in early_positions(depth) if position not in replaced]
+    else:
+        positions = exit_positions
     exits: dict[str, Any] = {"exit_positions": positions, "exit_types": exit_types, "exit_policy": "never"}
     highway_class: type[HighwayMixin] = BY_BACKBONE[kind]
     if is_highway:
@@ -265,7 +269,9 @@ def _candidates(
     return model
 
 
-def _items(images: Samples, model: HighwayMixin, processor: BaseImageProcessor | None, ignore_labels: bool) -> Samples:
+def labelled_items(
+    images: Samples, model: HighwayMixin, processor: BaseImageProcessor | None, ignore_labels: bool
+) -> Samples:
     """Items `pixel_values` and, where they are known and wanted, `labels` numbered as the model's."""
     image, label = find_columns(images.features) if hasattr(images, "features") else (None, None)
     if image is None:
