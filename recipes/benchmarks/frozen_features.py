@@ -1,4 +1,4 @@
-"""A frozen backbone run once: pooled vectors of every block, from which `frozen_exits.py` trains exit heads in seconds.
+"""A frozen backbone run once: pooled vectors of every block, from which `frozen_exits.py` trains heads in seconds.
 
     python recipes/benchmarks/frozen_features.py CHECKPOINT --data DATA --cache FOLDER --train 16384 --flip
 
@@ -8,6 +8,7 @@ the validation split that `load_images` holds out, and all is reported on the te
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.nn.functional import layer_norm
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, open_processor
 from lgvit_hf.hub.loading import BY_BACKBONE, load_highway, read_config, with_exits
+from lgvit_hf.segments import State
 from lgvit_hf.training.cached_states import StateCache, TokenShape, fill_cache, open_cache
 
 PART = 2048
@@ -51,7 +53,7 @@ class Mirrored:
 
 
 def open_frozen(checkpoint, heads, positions=None):
-    """A plain checkpoint, or what `lgvit train --stage backbone` saves, with new exits, by default after each block."""
+    """A plain checkpoint, or what `lgvit train --stage backbone` saves, with new exits; by default all it may have."""
     config = read_config(checkpoint)
     depth = sum(config.depths) if "swin" in config.model_type else config.num_hidden_layers
     exits = {"exit_positions": positions or list(range(1, depth)), "exit_types": heads, "exit_policy": "never"}
@@ -63,8 +65,6 @@ def open_frozen(checkpoint, heads, positions=None):
 @torch.no_grad()
 def pooled_shapes(model, pixels):
     """A `Pooled` for each exit, seen on images `[B, C, H, W]`."""
-    from lgvit_hf.segments import State
-
     state, shapes = State({"pixel_values": pixels}), []
     for segment in model.segments()[:-1]:
         state = segment.advance(state)
@@ -109,8 +109,6 @@ def read_features(folder, parts, num_classes, limit=None):
     for name in parts:
         for place in sorted((Path(folder) / name).iterdir()):
             if (place / "full").exists() and (limit is None or int(place.name) < limit):
-                import json
-
                 kept = json.loads((place / "made_from.json").read_text())
                 caches.append(
                     StateCache(place, [Pooled(**shape) for shape in kept["shapes"]], kept["rows"], num_classes)
