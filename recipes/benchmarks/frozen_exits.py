@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from frozen_features import open_frozen, read_features
+from frozen_features import open_frozen, read_features, samples_of
 from torch import nn
 
 from lgvit_hf import ExitTable
+from lgvit_hf.data.batches import in_batches
 from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
 from lgvit_hf.evaluation.costs import model_macs
@@ -40,7 +41,7 @@ from lgvit_hf.evaluation.search import (
 )
 from lgvit_hf.evaluation.timing import time_interleaved, time_parts
 from lgvit_hf.files import write_json
-from lgvit_hf.hub.loading import example_image
+from lgvit_hf.hub.loading import example_image, load_highway
 from lgvit_hf.losses import distillation_loss
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
@@ -48,6 +49,7 @@ from lgvit_hf.segments import State
 DROPS = (0.005, 0.01, 0.02)
 BATCH_SIZES = (1, 8, 32)
 RESAMPLES = 1000
+PLOTTED = [round(0.0025 * number, 4) for number in range(13)]
 # of linear classifiers: penalties of the squared weights, from the strongest, and steps of L-BFGS for each
 PENALTIES, STEPS, RIDGE = (1e-3, 3e-4, 1e-4), 25, 5e-3
 # of classifiers with a hidden layer: epochs times samples, and the batch size
@@ -205,6 +207,18 @@ def time_all(model, gate, static, repeats):
     return {"machine": machine(model), "tables": tables, "static": apart}
 
 
+def static_answers(folder, cache, checkpoint, data):
+    """Which test samples a model without exits (`lgvit shorten`) answers rightly, `[N]` bool, kept in the cache."""
+    file = cache / f"static-{Path(folder).name}.npy"
+    if not file.exists():
+        model, (images, _) = load_highway(folder).float().eval(), samples_of(checkpoint, data)["test"]
+        with torch.no_grad():
+            batches = in_batches(images, 64)
+            right = [model(batch["pixel_values"]).logits.argmax(-1) == batch["labels"] for batch in batches]
+        np.save(file, torch.cat(right).numpy())
+    return np.load(file)
+
+
 # -- curves -------------------------------------------------------------------------------------------------------
 
 
@@ -316,14 +330,44 @@ def report(name, cache, heads, seeds, others):
             curves = all_curves(cache, head, seeds, times, batch_size, others)
             plain = [Curve(0 * curve.drops[:1], curves["uniform"][0].costs[:1]) for curve in curves["static"]]
             rivals = {"plain": plain, "static": curves["static"], "uniform": curves["uniform"]}
-            for drop in DROPS:
-                for policy in curves:
+            for policy in curves:
+                for drop in DROPS:
                     ratios = {
                         f"over_{rival}": interval(paired_ratios(curves[policy], rivals[rival], weights, drop))
                         for rival in rivals
                         if rival != policy
                     }
-                    yield {**about, "batch_size": batch_size, "drop": drop, "policy": policy, **ratios}
+                    yield {**about, "batch_size": batch_size, "policy": policy, "drop": drop, **ratios}
+                read = [paired_ratios(curves[policy], plain, weights[:, :1], drop)[0] for drop in PLOTTED]
+                line = {**about, "batch_size": batch_size, "policy": policy, "drops": PLOTTED}
+                yield {**line, "speed_ups": np.round(read, 4).tolist()}
+
+
+def plot(lines, file, head="concat", batch_size=1):
+    """Speed-up over the plain backbone at each drop, of each model under `gate`, `uniform` and `static`."""
+    import matplotlib.pyplot as plt
+
+    names = {"gate": "gate", "uniform": "one confidence", "static": "static"}
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 3.4), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        for line in lines:
+            known = (line["model"], line["head"], line.get("batch_size")) == (model, head, batch_size)
+            if known and "speed_ups" in line and line["policy"] in names:
+                drawn = axis.plot([100 * drop for drop in line["drops"]], line["speed_ups"])[0]
+                where = (100 * line["drops"][-1], line["speed_ups"][-1])
+                axis.annotate(
+                    names[line["policy"]],
+                    where,
+                    (-4, 4),
+                    textcoords="offset points",
+                    ha="right",
+                    color=drawn.get_color(),
+                )
+        axis.set(title=model, xlabel="accuracy drop on test samples (points)")
+    axes[0][0].set_ylabel(f"speed-up by the clock, batch {batch_size}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
 
 
 def main():
@@ -336,9 +380,15 @@ def main():
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--read", action="store_true")
+    parser.add_argument(
+        "--static", nargs="*", default=[], help="folders of models without exits, as `lgvit shorten` saves"
+    )
+    parser.add_argument("--data", help="of the static models' answers")
+    parser.add_argument("--plot", type=Path, help="PNG file of what `--output` holds")
     parser.add_argument("--output", type=Path, help="JSON lines that are added to")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    static = {Path(folder).name: load_highway(folder).float().eval() for folder in options.static}
     for head in options.heads:
         model = open_frozen(options.checkpoint, head)
         if options.train:
@@ -346,13 +396,19 @@ def main():
                 train_tables(model, options.cache, head, seed)
         if options.time:
             half = fitted_half(ExitTable.load(options.cache / "tables" / f"{head}-0-held_out.safetensors"))
-            write_json(options.cache / f"times-{head}.json", time_all(model, fit_gate(half), {}, options.repeats))
+            write_json(options.cache / f"times-{head}.json", time_all(model, fit_gate(half), static, options.repeats))
     if options.read:
-        for line in report(Path(options.checkpoint).name, options.cache, options.heads, options.seeds, {}):
+        others = {
+            Path(folder).name: static_answers(folder, options.cache, options.checkpoint, options.data)
+            for folder in options.static
+        }
+        for line in report(Path(options.checkpoint).name, options.cache, options.heads, options.seeds, others):
             print(json.dumps(line), flush=True)
             if options.output:
                 with options.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+    if options.plot:
+        plot([json.loads(line) for line in options.output.read_text().splitlines()], options.plot)
 
 
 if __name__ == "__main__":
