@@ -340,7 +340,7 @@ def report(name, cache, heads, seeds, others):
                     yield {**about, "batch_size": batch_size, "policy": policy, "drop": drop, **ratios}
                 read = [paired_ratios(curves[policy], plain, weights[:, :1], drop)[0] for drop in PLOTTED]
                 line = {**about, "batch_size": batch_size, "policy": policy, "drops": PLOTTED}
-                yield {**line, "speed_ups": np.round(read, 4).tolist()}
+                yield {**line, "speed_ups": [round(float(ratio), 4) for ratio in read]}
 
 
 def plot(lines, file, head="concat", batch_size=1):
