@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DeiTConfig, SwinConfig, ViTConfig
 
+from .ensemble import build_ensemble
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Rule
 from .exit_settings import Exit, check_loss_weights, checked_positions, checked_types, lgvit_positions
 from .gate import GatePolicy  # noqa: F401
 from .heads import lgvit_heads
-from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
+from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default, problem_of
 from .safe_config import SafeConfig, check_num_labels
 from .segments import height_width
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
+EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights", "exit_ensemble")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
 OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, "pool", "truncated", "distilled", "num_labels", "attn_implementation")
 DEFAULT_FEATURES = 256
@@ -43,6 +44,10 @@ class HighwayConfig(SafeConfig):
         exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
             Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
             position), `"uniform"`, or a list of exits + 1 numbers.
+        exit_ensemble (`dict`, *optional*):
+            `{"weights": [...], "bias": [...]}`, as `fit_ensemble` gives it: with early exit, every answer and score is
+            that of the ensemble of the exits evaluated so far. One weight per exit, the final classifier's last, and
+            one bias per class.
         pool (`str`, *optional*):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
@@ -72,6 +77,7 @@ class HighwayConfig(SafeConfig):
     # what `exit_types` may hold beside the heads of `heads.py`
     other_types: tuple[str, ...] = ()
     takes_performer = True
+    exit_ensemble: dict[str, Any] | None = None
     feature_map_dim: int | None = None
     feature_map_seed: int | None = None
 
@@ -99,6 +105,7 @@ class HighwayConfig(SafeConfig):
         exit_loss_weights: Any,
         pool: str | None,
         truncated: bool,
+        exit_ensemble: dict[str, Any] | None,
     ) -> None:
         # lists of anything: `validate_exits` looks at them
         self.truncated = truncated
@@ -111,6 +118,7 @@ class HighwayConfig(SafeConfig):
             exit_policy = default_policy(self.num_labels, self.problem_type)
         self.exit_policy = {"name": exit_policy} if isinstance(exit_policy, str) else copy.deepcopy(exit_policy)
         self.exit_loss_weights = exit_loss_weights
+        self.exit_ensemble = copy.deepcopy(exit_ensemble)
         self.pool = self.pools[0] if pool is None else pool
         self.validate_exits()
         _offer_models()
@@ -201,6 +209,7 @@ class HighwayConfig(SafeConfig):
             )
         self.exit_policy = following_default(self.exit_policy, self.num_labels, self.problem_type)
         self.checked_policy(self.exit_policy)
+        self.check_ensemble()
 
     def checked_policy(self, policy: ExitPolicy | Rule | dict[str, Any] | str) -> ExitPolicy:
         """The policy that a name, dict or object stands for, if it suits these exits and this kind of answer.
@@ -211,6 +220,15 @@ class HighwayConfig(SafeConfig):
         built = build_policy(policy, len(self.exit_positions))
         check_problem(built, self.num_labels, self.problem_type)
         return built
+
+    def check_ensemble(self) -> None:
+        """Raise `ValueError` where `exit_ensemble` is of other exits, other classes or another kind of answer."""
+        if self.exit_ensemble is None:
+            return
+        problem = problem_of(self.num_labels, self.problem_type)
+        if problem != "single_label_classification":
+            raise ValueError(f"exit_ensemble: it averages answers of one label, and this model's are for {problem}")
+        build_ensemble(self.exit_ensemble, len(self.exit_positions) + (not self.truncated), self.num_labels)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
@@ -268,10 +286,11 @@ class ViTHighwayConfig(HighwayConfig, ViTConfig):
         truncated=False,
         feature_map_dim=None,
         feature_map_seed=None,
+        exit_ensemble=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble)
         self._set_performer(feature_map_dim, feature_map_seed)
 
 
@@ -302,13 +321,14 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         feature_map_dim=None,
         feature_map_seed=None,
         distilled=None,
+        exit_ensemble=None,
         **kwargs,
     ):
         if distilled is None:
             distilled = "DeiTForImageClassification" not in (kwargs.get("architectures") or [])
         super().__init__(**_own_settings(kwargs))
         self.distilled = distilled
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble)
         self._set_performer(feature_map_dim, feature_map_seed)
 
     @property
@@ -338,10 +358,11 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        exit_ensemble=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble)
         self.validate_performer()
 
     @property
