@@ -170,9 +170,9 @@ def test_ensembles_that_do_not_fit(ensemble, message):
 
 def test_an_ensemble_is_of_answers_with_one_label():
     with pytest.raises(ValueError, match="answers of one label.*multi_label_classification"):
-        tiny_config(
-            "vit", exit_ensemble={"weights": [1] * 5, "bias": [0] * 5}, problem_type="multi_label_classification"
-        )
+        config = tiny_config("vit", problem_type="multi_label_classification")
+        config.exit_ensemble = {"weights": [1] * 5, "bias": [0] * 5}
+        config.validate_exits()
 
 
 def random_ensemble(num_exits, num_labels=5, number=0):

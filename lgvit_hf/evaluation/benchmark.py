@@ -318,5 +318,6 @@ def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels
 
 
 def _environment(model: Highway, policy: ExitPolicy, repeats: int, num_images: int) -> dict[str, Any]:
-    about = {"model": architecture(model), "policy": policy.to_dict(), "image_size": model.config.image_size}
+    about = {"model": architecture(model), "policy": policy.to_dict(), "ensemble": model.config.exit_ensemble}
+    about["image_size"] = model.config.image_size
     return {**about, **machine(model), "images": num_images, "repeats": repeats}

@@ -184,6 +184,7 @@ def calibrate(
         max_accuracy_drop=max_accuracy_drop,
         ladder=tuple(result.figures(full_accuracy) for result in allowed if result.like(chosen)),
         frontier=tuple(result.figures(full_accuracy) for result in results),
+        ensemble=table.ensemble,
         calibration_errors=tuple(_errors(tested, chosen.exit_index, temperatures)),
     )
 

@@ -123,6 +123,8 @@ def _check_known(config: HighwayConfig, kind: str) -> None:
         raise ValueError("distilled: LGViT's DeiT always has a classifier for the distillation token")
     if config.feature_map_dim is not None:
         raise ValueError("attn_implementation: 'performer' is not in LGViT")
+    if config.exit_ensemble is not None:
+        raise ValueError("exit_ensemble: LGViT's exits answer alone; leave it out with exit_ensemble=None")
     if not isinstance(config.exit_loss_weights, str):
         raise ValueError(f"exit_loss_weights: {config.exit_loss_weights} must be 'depth' or 'uniform' for LGViT")
     for exit in config.exits:
