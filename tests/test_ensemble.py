@@ -1,5 +1,6 @@
 """The running ensemble: against a loop over single samples, in models and tables, and its fit against scipy's own."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,9 +12,15 @@ from scipy.special import log_softmax, softmax
 
 from lgvit_hf import ExitTable, collect, fit_ensemble
 from lgvit_hf.engine import replay, run_early
-from lgvit_hf.ensemble import Ensemble, EnsemblePolicy, build_ensemble
+from lgvit_hf.ensemble import Ensemble, EnsemblePolicy, build_ensemble, with_ensemble
+from lgvit_hf.evaluation.calibration import calibrate, split_table
+from lgvit_hf.evaluation.costs import Costs
+from lgvit_hf.evaluation.gate_fitting import fit_gate, gate_features
+from lgvit_hf.evaluation.search import SEARCHES, consequences, replayed_exits
 from lgvit_hf.evaluation.timing import time_parts
 from lgvit_hf.policies import build_policy
+from lgvit_hf.serving.open_part import open_part
+from lgvit_hf.serving.split import run_chain
 from tests.gates import typical_models
 from tests.seeds import generator
 from tests.test_engine import (
@@ -307,3 +314,145 @@ def test_samples_that_nothing_is_fitted_to():
     table.logits[1, 5, 0] = math.nan
     with pytest.raises(ValueError, match="1 of 300 samples have NaN"):
         fit_ensemble(table)
+
+
+def calibration_table(number=0, num_samples=600):
+    table = fitting_table(number, num_samples=num_samples)
+    return replace(table, costs=Costs([2.0, 1.0, 2.0, 3.0], [0.1] * 4))
+
+
+@pytest.mark.parametrize("policy", ["confidence", "entropy", "gate", "patience", "calibrated_confidence", "auto"])
+def test_calibration_measures_what_the_ensemble_answers(policy):
+    table = replace(calibration_table(), ensemble={"weights": [4, 9, 25, 64], "bias": [0.0, 0.0, 0.0]})
+    report = calibrate(table, policy=policy, max_accuracy_drop=0.03)
+    assert report.ensemble == table.ensemble and report.mean_macs < report.full_macs
+    tested = split_table(table)[1]
+    for rung in (report.frontier[0], report.frontier[-1], {"policy": report.policy, "accuracy": report.accuracy}):
+        found = tested.replay(rung["policy"]).logits.argmax(-1) == tested.labels
+        assert rung["accuracy"] == pytest.approx(found.double().mean().item())
+    assert report.full_accuracy == pytest.approx(tested.right[-1].double().mean().item())
+    assert report.accuracy >= report.full_accuracy - 0.03
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "gate"])
+def test_every_candidate_is_searched_with_the_exits_that_it_evaluates(policy):
+    table = replace(calibration_table(3), ensemble={"weights": [1, 2, 3, 4], "bias": [0.1, 0.0, -0.1]})
+    temperatures = (1.5, 1.0, 0.8, 1.0)
+    for cost, drop, settings in SEARCHES[policy](table, table.known_costs, policy, temperatures, True):
+        exits, evaluated = replayed_exits(table, settings)
+        again, drops = consequences(table, exits, evaluated, table.known_costs)
+        answers = table.replay(settings)
+        right = (answers.logits.argmax(-1) == table.labels).double()
+        assert drops.double().mean().item() == pytest.approx(table.right[-1].double().mean() - right.mean())
+        # of the folds the worse half, so never better than on the samples that it was fitted to
+        if policy != "gate":
+            assert cost >= again - 1e-9 and drop >= drops.double().mean().item() - 1e-9
+
+
+def test_a_bias_that_changes_the_final_answers_is_tested_too():
+    table = calibration_table(5)
+    biased = replace(table, ensemble={"weights": [1, 1, 1, 1], "bias": [9.0, 0.0, 0.0]})
+    with pytest.raises(ValueError, match="exit_ensemble: its bias changes the full model's own answers"):
+        calibrate(biased, max_accuracy_drop=0.05, delta=0.1)
+    with pytest.raises(ValueError, match="exit_ensemble: its bias changes the full model's own answers"):
+        calibrate(biased, max_accuracy_drop=0.05)
+    fitted = replace(table, ensemble=fit_ensemble(calibration_table(6)))
+    assert calibrate(fitted, max_accuracy_drop=0.2, delta=0.1).guaranteed_drop == 0.2
+
+
+def test_a_table_to_test_on_has_the_same_ensemble():
+    with pytest.raises(ValueError, match="tested is a table of another model: ensemble None"):
+        table = replace(calibration_table(1), ensemble={"weights": [1] * 4, "bias": [0] * 3})
+        calibrate(table, tested=calibration_table(2), max_accuracy_drop=0.1)
+
+
+def test_the_gate_reads_the_ensemble():
+    table = replace(calibration_table(4), ensemble={"weights": [1, 2, 3, 4], "bias": [0.0] * 3})
+    gate = fit_gate(table, exits=[0, 2])
+    features = gate_features(table, [0, 2], 1.0)
+    seen = table.policy_logits([0, 2])
+    np.testing.assert_allclose(features[1][:, 0], seen[2].softmax(-1).amax(-1).numpy(), atol=1e-6)
+    policy = with_ensemble(build_policy(gate, 3), table.ensemble, 4, 3)
+    memory = policy.start(len(table), "cpu")
+    for index in (0, 2):
+        _, memory = policy(table.logits[index], memory, index)
+    alone = build_policy(gate, 3)
+    inner = alone.start(len(table), "cpu")
+    for index in (0, 2):
+        _, inner = alone(seen[index], inner, index)
+    torch.testing.assert_close(memory["score"], inner["score"])
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = tiny_model("vit", num_hidden_layers=3, exit_positions=[1, 2], exit_types="linear")
+    exit_logits = model(tiny_images(32), early_exit=False).exit_logits
+    model.config.exit_ensemble = random_ensemble(3)
+    ensemble = model.config.exit_ensemble
+    table = ExitTable(torch.stack(exit_logits).detach(), torch.zeros(32), [1, 2, 3], ensemble=ensemble)
+    medians = table.policy_logits().softmax(-1).amax(-1).median(-1).values
+    model.set_exit_policy("confidence", threshold=medians[:2].tolist(), temperature=1.0)
+    return model
+
+
+@torch.no_grad()
+def test_exports_answer_as_the_model(small, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from lgvit_hf.export.onnx_export import export_onnx
+    from lgvit_hf.runtimes.onnxruntime import ORTHighway
+
+    images = tiny_images(16, seed=3)
+    expected = small(images)
+    for layout in ("single", "segments", "all_exits"):
+        manifest = export_onnx(small, tmp_path / layout, layout)
+        assert manifest.ensemble == small.config.exit_ensemble
+        found = ORTHighway.from_pretrained(tmp_path / layout)(images)
+        assert torch.equal(found.exit_index, expected.exit_index)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.exit_score, expected.exit_score, atol=1e-4, rtol=0)
+    exported = ORTHighway.from_pretrained(tmp_path / "single")
+    exported.set_exit_policy("confidence", threshold=0.5)
+    with pytest.raises(
+        ValueError, match="exit_policy: exits .1, 2. would be evaluated, and this file has the ensemble"
+    ):
+        exported.set_exit_policy("confidence", threshold=[1.0, 0.5])
+    config = json.loads((tmp_path / "single" / "config.json").read_text())
+    config["exit_ensemble"] = None
+    (tmp_path / "single" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="exit_ensemble: this file answers with"):
+        ORTHighway.from_pretrained(tmp_path / "single")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+@torch.no_grad()
+def test_parts_answer_as_the_model(small, format, tmp_path):
+    pytest.importorskip("onnxruntime")
+    images = tiny_images(16, seed=4)
+    infos = small.split([1, 2], tmp_path / "parts", format)
+    assert infos[0].memory == {"ensemble_sum": [0.0] * 5, "ensemble_weight": 0.0}
+    parts = [open_part(tmp_path / "parts" / f"part{index}") for index in range(3)]
+    expected, found = small(images), run_chain(parts, {"pixel_values": images.numpy()})
+    assert torch.equal(found.exit_index, expected.exit_index)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.exit_score, expected.exit_score, atol=1e-4, rtol=0)
+
+
+def test_nan_in_an_exported_decision():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from lgvit_hf.export.segment_graphs import export_decision
+
+    policy = ensembled({"name": "confidence", "threshold": 0.5})
+    decision = export_decision(policy, NUM_LABELS, 1, NUM_EXITS)
+    session = onnxruntime.InferenceSession(decision.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    logits = LOGITS[1, :60].clone()
+    logits[20], logits[21, 0], logits[22, 0] = math.nan, math.inf, -math.inf
+    _, memory = policy(LOGITS[0, :60], policy.start(60, "cpu"), 0)
+    exits, after = policy(logits, memory, 1)
+    feeds = {f"{name}_in": memory[name].numpy() for name in decision.memory}
+    numbers = {"temperature": np.ones(1, np.float32), "threshold": np.full(1, 0.5, np.float32)}
+    names = [entry.name for entry in session.get_outputs()]
+    found = dict(zip(names, session.run(names, {"logits": logits.numpy(), **numbers, **feeds}), strict=True))
+    assert found["leave"].tolist() == exits.tolist()
+    for name in ("answer", "score", "ensemble_sum", "ensemble_weight"):
+        given = found[name if name in found else f"{name}_out"]
+        np.testing.assert_allclose(given, after[name].numpy(), rtol=1e-5, atol=1e-5)

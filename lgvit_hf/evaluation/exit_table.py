@@ -107,6 +107,10 @@ class ExitTable:
         """Whether each exit answers each sample rightly, `[E, N]` bool; of an `expected` table, how likely it does."""
         return is_right(self.logits, self.labels)
 
+    def answered_right(self, exits: Sequence[int] | None = None) -> Tensor:
+        """As `right`, of what samples that exit are answered with `exits` evaluated; see `policy_logits`."""
+        return self.right if self.ensemble is None else is_right(self.policy_logits(exits), self.labels)
+
     def accuracies(self) -> list[float]:
         """Share of all samples that each exit's own head answers rightly, whatever the ensemble."""
         return self.right.float().mean(-1).tolist()
