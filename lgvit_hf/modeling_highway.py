@@ -35,7 +35,8 @@ class HighwayOutput(ModelOutput):
 
     Args:
         loss (`Tensor`, *optional*): When labels were given.
-        logits (`Tensor`): `[B, C]`, each sample's answer; the final classifier's when all exits ran.
+        logits (`Tensor`): `[B, C]`, each sample's answer, with early exit that of `config.exit_ensemble` if there is
+            one; the final classifier's when all exits ran.
         exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
         exit_index (`Tensor`): `[B]` int64, which exit answered, from 0, the final classifier last.
         exit_score (`Tensor`): `[B]` float32, the policy's score where the sample exited; `None` when all exits ran.

@@ -18,6 +18,8 @@ from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.gate_fitting import fit_gate, gate_features
 from lgvit_hf.evaluation.search import SEARCHES, consequences, replayed_exits
 from lgvit_hf.evaluation.timing import time_parts
+from lgvit_hf.hub.card import _check, card
+from lgvit_hf.hub.to_lgvit import lgvit_settings
 from lgvit_hf.policies import build_policy
 from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain
@@ -230,6 +232,21 @@ def test_a_change_of_the_config_is_checked_when_it_runs():
 def test_a_truncated_model_has_none():
     model = tiny_model("vit", exit_ensemble=random_ensemble(5))
     assert model.truncate(1).config.exit_ensemble is None
+
+
+@pytest.mark.parametrize("place", ["evaluate", "benchmark"])
+def test_a_card_is_of_the_ensemble_of_the_reports(place):
+    config = tiny_config("vit", exit_ensemble=random_ensemble(5))
+    made = {"policy": config.exit_policy, "ensemble": config.exit_ensemble}
+    exits = [{"exit_layer": depth} for depth in (*config.exit_positions, config.num_blocks)]
+    report = {"what": f"lgvit {place}", "exits": exits} | (made if place == "evaluate" else {"environment": made})
+    _check(report, config, "a report")
+    made["ensemble"] = None
+    with pytest.raises(ValueError, match="a report was made with the ensemble None, and the config says"):
+        _check({**report, **(made if place == "evaluate" else {})}, config, "a report")
+    assert "weighted mean of the log-probabilities" in card(config, name="me/vit").text
+    with pytest.raises(ValueError, match="exit_ensemble: LGViT's exits answer alone"):
+        lgvit_settings(tiny_config("vit", exit_types="linear", exit_ensemble=random_ensemble(5)))
 
 
 def test_cost_tables_time_the_ensemble_at_every_exit(monkeypatch):

@@ -47,29 +47,28 @@ def fit_ensemble(table: ExitTable) -> dict[str, Any]:
     start = np.append(2 * np.log(np.array(table.depths, dtype=np.float64)), np.zeros(num_labels))
 
     def loss_and_gradient(numbers: np.ndarray) -> tuple[float, np.ndarray]:
-        given = torch.tensor(numbers, requires_grad=True)
-        log_weights, bias = given[:num_exits], given[num_exits:]
-        loss = _PENALTY * bias.square().sum()
-        loss.backward()
-        total = loss.item()
-        for rows in torch.arange(len(table)).split(_SAMPLES_AT_ONCE):
-            part = _summed_loss(table.select(rows), log_weights.softmax(0), bias) / (num_exits * len(table))
-            part.backward()
-            total += part.item()
-        assert given.grad is not None
-        return total, given.grad.numpy()
+        total, gradient = 0.0, np.zeros_like(numbers)
+        for first in range(0, len(table), _SAMPLES_AT_ONCE):
+            part = table.select(torch.arange(first, min(first + _SAMPLES_AT_ONCE, len(table))))
+            given = torch.tensor(numbers, requires_grad=True)
+            loss = _loss(part, given[:num_exits].softmax(0), given[num_exits:]) * (len(part) / len(table))
+            total += loss.item()
+            gradient += torch.autograd.grad(loss, given)[0].numpy()
+        return total, gradient
 
-    bounds = [(-_LARGEST, _LARGEST)] * num_exits + [(None, None)] * num_labels
-    how = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
-    found = torch.from_numpy(minimize(loss_and_gradient, start, jac=True, bounds=bounds, options=how).x)
-    return {"weights": found[:num_exits].softmax(0).tolist(), "bias": found[num_exits:].tolist()}
+    bounds: list[tuple[float | None, float | None]] = [(-_LARGEST, _LARGEST)] * num_exits
+    bounds += [(None, None)] * num_labels
+    options: Any = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
+    found = minimize(loss_and_gradient, start, method="L-BFGS-B", jac=True, bounds=bounds, options=options).x
+    weights = torch.from_numpy(found[:num_exits]).softmax(0)
+    return {"weights": weights.tolist(), "bias": found[num_exits:].tolist()}
 
 
-def _summed_loss(table: ExitTable, weights: Tensor, bias: Tensor) -> Tensor:
-    """Cross-entropy of the ensemble at each exit, summed over exits and samples."""
-    labels = table.labels.double() if table.labels.is_floating_point() else table.labels
+def _loss(table: ExitTable, weights: Tensor, bias: Tensor) -> Tensor:
+    """What is minimised: the mean cross-entropy of the ensemble at all exits, with the penalty."""
+    labels = (table.labels.double() if table.labels.is_floating_point() else table.labels).cpu()
     loss = total = share = torch.zeros((), dtype=torch.float64)
     for logits, weight in zip(table.logits.cpu(), weights, strict=True):
         total, share = total + weight * torch.log_softmax(logits.double(), -1), share + weight
-        loss = loss + torch.nn.functional.cross_entropy(total / share + bias, labels.cpu(), reduction="sum")
-    return loss
+        loss = loss + torch.nn.functional.cross_entropy(total / share + bias, labels)
+    return loss / len(weights) + _PENALTY * bias.square().sum()
