@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation.calibration import calibrate
     from .evaluation.calibration_report import Calibration
     from .evaluation.cost_table import CostTable
+    from .evaluation.ensemble_fitting import fit_ensemble
     from .evaluation.evaluate_metric import HighwayMetric
     from .evaluation.exit_table import ExitTable, collect
     from .evaluation.gate_fitting import fit_gate
@@ -60,6 +61,7 @@ _HOMES = {
     "evaluation.calibration_report": ("Calibration",),
     "evaluation.cost_table": ("CostTable",),
     "evaluation.evaluate_metric": ("HighwayMetric",),
+    "evaluation.ensemble_fitting": ("fit_ensemble",),
     "evaluation.gate_fitting": ("fit_gate",),
     "evaluation.report": ("evaluate",),
     "evaluation.exit_table": ("ExitTable", "collect"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DeiTConfig, SwinConfig, ViTConfig
 
+from .ensemble import build_ensemble
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Rule
 from .exit_settings import (
@@ -22,25 +23,17 @@ from .exit_settings import (
 )
 from .gate import GatePolicy  # noqa: F401
 from .heads import lgvit_heads
-from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default
+from .policies import ExitPolicy, build_policy, check_problem, default_policy, following_default, problem_of
 from .safe_config import SafeConfig, check_num_labels
 from .segments import height_width
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights")
+EXIT_FIELDS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights", "exit_ensemble")
 PERFORMER_FIELDS = ("feature_map_dim", "feature_map_seed")
-OWN_FIELDS = (
-    *EXIT_FIELDS,
-    *PERFORMER_FIELDS,
-    "pool",
-    "truncated",
-    "linear_blocks",
-    "distilled",
-    "num_labels",
-    "attn_implementation",
-)
+OTHER_FIELDS = ("pool", "truncated", "linear_blocks")
+OWN_FIELDS = (*EXIT_FIELDS, *PERFORMER_FIELDS, *OTHER_FIELDS, "distilled", "num_labels", "attn_implementation")
 DEFAULT_FEATURES = 256
 
 
@@ -59,6 +52,10 @@ class HighwayConfig(SafeConfig):
         exit_loss_weights (`str` or `list[float]`, *optional*, defaults to `"depth"`):
             Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
             position), `"uniform"`, or a list of exits + 1 numbers.
+        exit_ensemble (`dict`, *optional*):
+            `{"weights": [...], "bias": [...]}`, as `fit_ensemble` gives it: with early exit, every answer and score is
+            that of the ensemble of the exits evaluated so far. One weight per exit, the final classifier's last, and
+            one bias per class.
         pool (`str`, *optional*):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
@@ -91,6 +88,7 @@ class HighwayConfig(SafeConfig):
     # what `exit_types` may hold beside the heads of `heads.py`
     other_types: tuple[str, ...] = ()
     takes_performer = True
+    exit_ensemble: dict[str, Any] | None = None
     feature_map_dim: int | None = None
     feature_map_seed: int | None = None
 
@@ -119,12 +117,12 @@ class HighwayConfig(SafeConfig):
         exit_loss_weights: Any,
         pool: str | None,
         truncated: bool,
+        exit_ensemble: dict[str, Any] | None,
         linear_blocks: Any = None,
     ) -> None:
         # lists of anything: `validate_exits` looks at them
         self.truncated = truncated
-        self.linear_blocks = linear_blocks
-        self.validate_linear_blocks()
+        self.linear_blocks = checked_linear_blocks(linear_blocks, self.num_blocks)
         if exit_positions == "lgvit":
             exit_positions = [each for each in self._preset_positions() if each not in self.replaced_positions]
         self.exit_positions = exit_positions
@@ -136,6 +134,7 @@ class HighwayConfig(SafeConfig):
             exit_policy = default_policy(self.num_labels, self.problem_type)
         self.exit_policy = {"name": exit_policy} if isinstance(exit_policy, str) else copy.deepcopy(exit_policy)
         self.exit_loss_weights = exit_loss_weights
+        self.exit_ensemble = copy.deepcopy(exit_ensemble)
         self.pool = self.pools[0] if pool is None else pool
         self.validate_exits()
         _offer_models()
@@ -211,28 +210,16 @@ class HighwayConfig(SafeConfig):
         rows, columns = height_width(self.patch_size)
         return height // rows, width // columns
 
-    def validate_linear_blocks(self) -> None:
-        """Check `linear_blocks`, which is copied and made plain.
-
-        Raises:
-            ValueError: Naming the field, its value and what it may be.
-        """
-        self.linear_blocks = checked_linear_blocks(self.linear_blocks, self.num_blocks)
-
     def validate_exits(self) -> None:
         """Check all exit settings against each other and the backbone; lists are copied and made plain.
 
         Raises:
             ValueError: Naming the field, its value and what it may be.
         """
-        self.validate_linear_blocks()
-        self.exit_positions = checked_positions(self.exit_positions, self.num_blocks, self.truncated)
-        inside = [position for position in self.exit_positions if position in self.replaced_positions]
-        if inside:
-            raise ValueError(
-                f"exit_positions: {inside} lie between blocks {self.linear_blocks[0]} and {self.linear_blocks[1]}, "
-                "which are one linear map (linear_blocks); exits can be before them and after them"
-            )
+        self.linear_blocks = checked_linear_blocks(self.linear_blocks, self.num_blocks)
+        self.exit_positions = checked_positions(
+            self.exit_positions, self.num_blocks, self.truncated, self.linear_blocks
+        )
         num_exits = len(self.exit_positions)
         self.exit_types = checked_types(self.exit_types, self.exit_positions, self.other_types)
         check_loss_weights(self.exit_loss_weights, num_exits)
@@ -246,6 +233,7 @@ class HighwayConfig(SafeConfig):
             )
         self.exit_policy = following_default(self.exit_policy, self.num_labels, self.problem_type)
         self.checked_policy(self.exit_policy)
+        self.check_ensemble()
 
     def checked_policy(self, policy: ExitPolicy | Rule | dict[str, Any] | str) -> ExitPolicy:
         """The policy that a name, dict or object stands for, if it suits these exits and this kind of answer.
@@ -257,13 +245,22 @@ class HighwayConfig(SafeConfig):
         check_problem(built, self.num_labels, self.problem_type)
         return built
 
+    def check_ensemble(self) -> None:
+        """Raise `ValueError` where `exit_ensemble` is of other exits, other classes or another kind of answer."""
+        if self.exit_ensemble is None:
+            return
+        problem = problem_of(self.num_labels, self.problem_type)
+        if problem != "single_label_classification":
+            raise ValueError(f"exit_ensemble: it averages answers of one label, and this model's are for {problem}")
+        build_ensemble(self.exit_ensemble, len(self.exit_positions) + (not self.truncated), self.num_labels)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As upstream's; exit settings among `kwargs` replace those of the dict and are checked with it."""
         settings = dict(config_dict)
         if kwargs.get("attn_implementation") not in (None, "performer"):
             settings = {key: value for key, value in settings.items() if key not in PERFORMER_FIELDS}
-        names = ("exits", "pool", "truncated", "linear_blocks", *PERFORMER_FIELDS)
+        names = ("exits", *OTHER_FIELDS, *PERFORMER_FIELDS)
         ours = [key for key in kwargs if key.startswith("exit_") or key in names]
         settings.update((key, kwargs.pop(key)) for key in ours)
         if "exit_positions" in ours and "exit_types" not in ours:
@@ -314,10 +311,13 @@ class ViTHighwayConfig(HighwayConfig, ViTConfig):
         linear_blocks=None,
         feature_map_dim=None,
         feature_map_seed=None,
+        exit_ensemble=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, linear_blocks)
+        self._set_exits(
+            exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble, linear_blocks
+        )
         self._set_performer(feature_map_dim, feature_map_seed)
 
 
@@ -349,13 +349,16 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         feature_map_dim=None,
         feature_map_seed=None,
         distilled=None,
+        exit_ensemble=None,
         **kwargs,
     ):
         if distilled is None:
             distilled = "DeiTForImageClassification" not in (kwargs.get("architectures") or [])
         super().__init__(**_own_settings(kwargs))
         self.distilled = distilled
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, linear_blocks)
+        self._set_exits(
+            exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble, linear_blocks
+        )
         self._set_performer(feature_map_dim, feature_map_seed)
 
     @property
@@ -386,10 +389,13 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
         pool=None,
         truncated=False,
         linear_blocks=None,
+        exit_ensemble=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
-        self._set_exits(exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, linear_blocks)
+        self._set_exits(
+            exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble, linear_blocks
+        )
         self.validate_performer()
 
     @property

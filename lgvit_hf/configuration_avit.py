@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import ViTConfig
 
 from .configuration import _offer_models
+from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .configuration import HighwayConfig, _own_settings
+from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401
@@ -69,6 +70,7 @@ class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
         exit_loss_weights="depth",
         pool=None,
         truncated=False,
+        exit_ensemble=None,
         **kwargs,
     ):
         super().__init__(**_own_settings(kwargs))
@@ -84,7 +86,7 @@ class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
             raise ValueError(
                 f"exit_positions: {exit_positions!r} must be {positions}: every cut has its exit; `after` says where"
             )
-        self._set_exits(positions, exit_types, exit_policy, exit_loss_weights, pool, truncated)
+        self._set_exits(positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble)
 
     @property
     def num_blocks(self) -> int:

@@ -127,7 +127,8 @@ def evaluate_exit(
 
 
 def answers_of_exit(segment: Segment, logits: Tensor, memory: Memory, index: int) -> Answers:
-    """What all samples at an exit would be answered there."""
+    """What all samples at an exit would be answered there: its logits, or what the policy puts in their place."""
+    logits = memory.get("answer", logits)
     score = memory["score"] if "score" in memory else probabilities(logits).amax(-1)
     return Answers.of(logits, index, segment.depth, score)
 

@@ -211,7 +211,8 @@ class ExitPolicy:
             exit_index (`int`): Which exit this is, from 0.
 
         Returns:
-            `exits` `[B]` bool, and the memory; its entry `score` `[B]` float32, when there, becomes `exit_score`.
+            `exits` `[B]` bool, and the memory; its entry `score` `[B]` float32, when there, becomes `exit_score`, and
+            its entry `answer` `[B, C]` takes the place of the logits of samples that exit.
         """
         raise NotImplementedError
 

@@ -36,7 +36,9 @@ def lgvit_positions(num_blocks: int) -> list[int]:
     return [first + round(i * (last - first) / (count - 1)) for i in range(count)]
 
 
-def checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list[int]:
+def checked_positions(
+    positions: Any, num_blocks: int, truncated: bool, linear_blocks: list[int] | None = None
+) -> list[int]:
     """Depths of the exits as plain integers; `ValueError` for none that the backbone has."""
     rule = f"a strictly increasing list of integers from 1 to {num_blocks - 1} (the backbone has {num_blocks} blocks)"
     wrong = f"exit_positions: {positions!r} must be {rule}, or 'lgvit'"
@@ -57,6 +59,12 @@ def checked_positions(positions: Any, num_blocks: int, truncated: bool) -> list[
         raise ValueError(f"{wrong}: {outside[0]} is outside")
     if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
         raise ValueError(f"{wrong}: it is not strictly increasing")
+    inside = [position for position in checked if linear_blocks and position in range(*linear_blocks)]
+    if linear_blocks and inside:
+        raise ValueError(
+            f"exit_positions: {inside} lie between blocks {linear_blocks[0]} and {linear_blocks[1]}, which are one "
+            "linear map (linear_blocks); exits can be before them and after them"
+        )
     return checked
 
 

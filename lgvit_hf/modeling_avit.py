@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from .configuration import OWN_FIELDS
 from .configuration_avit import AViTConfig
+from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401

@@ -10,6 +10,7 @@ from transformers import DeiTForImageClassification, DeiTForImageClassificationW
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .configuration import DeiTHighwayConfig
 from .engine import run_early  # noqa: F401
+from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .attention import FeatureMap
 from .engine import run_all_with_features, run_early
+from .ensemble import with_ensemble
 from .exit_settings import Exit
 from .heads import HeadShape, build_head
 from .losses import check_labels, loss_weights, task_loss, weighted_loss
@@ -34,7 +35,8 @@ class HighwayOutput(ModelOutput):
 
     Args:
         loss (`Tensor`, *optional*): When labels were given.
-        logits (`Tensor`): `[B, C]`, each sample's answer; the final classifier's when all exits ran.
+        logits (`Tensor`): `[B, C]`, each sample's answer, with early exit that of `config.exit_ensemble` if there is
+            one; the final classifier's when all exits ran.
         exit_layer (`Tensor`): `[B]` int64, blocks run before the answer, from 1.
         exit_index (`Tensor`): `[B]` int64, which exit answered, from 0, the final classifier last.
         exit_score (`Tensor`): `[B]` float32, the policy's score where the sample exited; `None` when all exits ran.
@@ -103,6 +105,7 @@ class PolicyHolder:
     config: Any
     _policy: ExitPolicy | None = None
     _policy_settings: dict[str, Any] | None = None
+    _answering: tuple[ExitPolicy, dict[str, Any], ExitPolicy] | None = None
 
     def _checked_policy(self, policy: Any) -> ExitPolicy:
         return self.config.checked_policy(policy)
@@ -114,6 +117,18 @@ class PolicyHolder:
             self._policy = self._checked_policy(self.config.exit_policy)
             self._policy_settings = copy.deepcopy(self.config.exit_policy)
         return self._policy
+
+    @property
+    def answering_policy(self) -> ExitPolicy:
+        """By what a run decides and answers: `exit_policy`, on the ensemble where `config.exit_ensemble` has one."""
+        policy, settings = self.exit_policy, self.config.exit_ensemble
+        if settings is None:
+            return policy
+        if self._answering is None or self._answering[0] is not policy or self._answering[1] != settings:
+            self.config.check_ensemble()
+            ensemble = with_ensemble(policy, settings, len(settings["weights"]), len(settings["bias"]))
+            self._answering = policy, copy.deepcopy(settings), ensemble
+        return self._answering[2]
 
     def set_exit_policy(self, policy: str | dict[str, Any] | ExitPolicy | Callable, **parameters: Any) -> None:
         """Choose when samples exit; stored in the config where it can be.
@@ -303,7 +318,7 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
         state = State({"pixel_values": images})
         segments = self.segments(bool(interpolate_pos_encoding))
         if early:
-            answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
+            answers = run_early(segments, state, self.answering_policy, min_depth=min_depth, max_depth=max_depth)
             loss = None if labels is None else task_loss(answers.logits, labels, config.problem_type)
             output = HighwayOutput(loss=loss, **vars(answers))
         else:

@@ -12,6 +12,7 @@ from transformers.models.swin.modeling_swin import SwinStage
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
 from .configuration import SwinHighwayConfig
 from .engine import run_early  # noqa: F401
+from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
 from .exit_settings import Exit  # noqa: F401

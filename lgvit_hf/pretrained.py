@@ -284,6 +284,8 @@ class PretrainedHighway(SafeCheckpoint):
     def truncate(self, exit_index: int) -> PretrainedHighway:
         """The smaller static model that always answers at one exit: deeper blocks and all other heads are left out.
 
+        Its answers are those of that exit's own head: an `exit_ensemble` is left out too.
+
         Args:
             exit_index (`int`): Which exit, from 0; the number of exits gives the plain backbone with its classifier.
 
@@ -317,7 +319,7 @@ class PretrainedHighway(SafeCheckpoint):
             settings.update(self.config.cut_to(exit.after), truncated=True)
             settings.update(exit_positions=[exit.after], exit_types=[exit.head])
             state |= {f"exits.0.{name}": tensor for name, tensor in self.exits[exit_index].state_dict().items()}
-        settings.update(exit_policy={"name": "never"}, exit_loss_weights="uniform")
+        settings.update(exit_policy={"name": "never"}, exit_loss_weights="uniform", exit_ensemble=None)
         model = type(self)(self.config_class(**settings)).to(device=self.device, dtype=self.dtype)
         model.load_state_dict({name: tensor for name, tensor in state.items() if name in model.state_dict()})
         return model.train(self.training)

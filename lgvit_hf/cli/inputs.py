@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,8 @@ def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) 
             raise ValueError(
                 f"{file} is a table of {len(table)} other samples than these {len(labels)}: another split?"
             )
-        return table
+        # of the model as it is now: the table holds what each exit says
+        return replace(table, ensemble=model.config.exit_ensemble)
     table = collect(model, dataset)
     if file is not None:
         table.save(file)

@@ -67,7 +67,7 @@ def _runs_to_compare(model: Highway, pixels: Tensor) -> dict[str, Callable[[], A
     if decides_inside(model):
         return {"early_exit": partial(model, pixels)}
     segments, state = model.segments(), State({"pixel_values": pixels})
-    policies = {"early_exit": model.exit_policy, "backbone": NeverPolicy()}
+    policies = {"early_exit": model.answering_policy, "backbone": NeverPolicy()}
     return {name: partial(run_early, segments, state, policy) for name, policy in policies.items()}
 
 
@@ -135,7 +135,7 @@ def benchmark(
         segments, policy = timed_segments(model), model.exit_policy
         table = table or collect(model, items, batch_size=sizes[-1])
         accuracies = _accuracy(table, policy)
-        policies: dict[str, ExitPolicy] = {"early_exit": policy, "backbone": NeverPolicy()}
+        policies: dict[str, ExitPolicy] = {"early_exit": model.answering_policy, "backbone": NeverPolicy()}
         if accuracies["static_exit"] is not None:
             policies["static"] = FixedPolicy(accuracies["static_exit"])
         pixels = to_model(stack(items)["pixel_values"], model)
@@ -318,5 +318,6 @@ def _memory(segments: Sequence[Segment], policies: dict[str, ExitPolicy], pixels
 
 
 def _environment(model: Highway, policy: ExitPolicy, repeats: int, num_images: int) -> dict[str, Any]:
-    about = {"model": architecture(model), "policy": policy.to_dict(), "image_size": model.config.image_size}
+    about = {"model": architecture(model), "policy": policy.to_dict(), "ensemble": model.config.exit_ensemble}
+    about["image_size"] = model.config.image_size
     return {**about, **machine(model), "images": num_images, "repeats": repeats}

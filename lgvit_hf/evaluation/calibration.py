@@ -162,11 +162,17 @@ def calibrate(
     if cost_table is not None:
         cost_table.check(len(table.depths))
         costs = cost_table.at(batch_size)
-    temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in searched.logits)
-    # safest first, and always within any drop: the full model
+    seen = searched.policy_logits()
+    temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in seen)
+    # safest first the full model, which is within any drop, unless an ensemble's bias changes its answers
     found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits)]
     results = [_result(tested, settings, cost_table, batch_size) for settings in found]
-    allowed = _within_drop(results, max_accuracy_drop, delta, bound)
+    allowed = _within_drop(results, max_accuracy_drop, delta, bound, is_sure=not _changes_final(table))
+    if not allowed:
+        raise ValueError(
+            "exit_ensemble: its bias changes the full model's own answers, and not even these are within "
+            f"max_accuracy_drop={max_accuracy_drop:g}; take a bias of 0, or leave it out with exit_ensemble=None"
+        )
     chosen = _choose(results, allowed, max_accuracy_drop, given)
     full_accuracy = tested.right[-1].cpu().double().mean().item()
     return Calibration(
@@ -184,15 +190,15 @@ def calibrate(
         max_accuracy_drop=max_accuracy_drop,
         ladder=tuple(result.figures(full_accuracy) for result in allowed if result.like(chosen)),
         frontier=tuple(result.figures(full_accuracy) for result in results),
-        calibration_errors=tuple(_errors(tested, chosen.exit_index, temperatures)),
+        ensemble=table.ensemble,
+        calibration_errors=tuple(_errors(tested, chosen, temperatures)),
     )
 
 
-def _errors(
-    table: ExitTable, exit_index: Tensor, temperatures: tuple[float, ...]
-) -> Iterator[dict[str, float | None]]:
-    for index, (logits, temperature) in enumerate(zip(table.logits, temperatures, strict=True)):
-        scaled, here = logits / temperature, exit_index == index
+def _errors(table: ExitTable, chosen: _Result, temperatures: tuple[float, ...]) -> Iterator[dict[str, float | None]]:
+    seen = table.policy_logits(chosen.evaluated)
+    for index, (logits, temperature) in enumerate(zip(seen, temperatures, strict=True)):
+        scaled, here = logits / temperature, chosen.exit_index == index
         yield {
             "before": expected_calibration_error(logits, table.labels),
             "after": expected_calibration_error(scaled, table.labels),
@@ -229,7 +235,7 @@ def _check_table(table: ExitTable) -> None:
 
 
 def _check_pair(table: ExitTable, tested: ExitTable) -> None:
-    for name in ("depths", "weights"):
+    for name in ("depths", "weights", "ensemble"):
         one, other = getattr(table, name), getattr(tested, name)
         if one != other:
             raise ValueError(f"tested is a table of another model: {name} {other}, not {one}")
@@ -305,13 +311,22 @@ def _result(table: ExitTable, settings: Settings, cost_table: CostTable | None, 
 
 
 def _within_drop(
-    results: list[_Result], max_accuracy_drop: float | None, delta: float | None, bound: str
+    results: list[_Result], max_accuracy_drop: float | None, delta: float | None, bound: str, is_sure: bool
 ) -> list[_Result]:
-    """Candidates that lose little enough; the first is the full model, the others go from safest to fastest."""
+    """Candidates that lose little enough; the first is the full model, the others go from safest to fastest.
+
+    `is_sure` says whether the first loses nothing; otherwise it is tested as the others are.
+    """
     if delta is not None and max_accuracy_drop is not None:
-        p_values = [_p_value(result.drops.numpy(), max_accuracy_drop, delta, bound) for result in results[1:]]
-        return results[: 1 + passed_in_order(p_values, delta)]
+        tested = results[is_sure:]
+        p_values = [_p_value(result.drops.numpy(), max_accuracy_drop, delta, bound) for result in tested]
+        return results[: is_sure + passed_in_order(p_values, delta)]
     return [result for result in results if max_accuracy_drop is None or result.drop <= max_accuracy_drop]
+
+
+def _changes_final(table: ExitTable) -> bool:
+    """Whether samples that no other exit was evaluated for may be answered otherwise than by the final classifier."""
+    return table.ensemble is not None and any(table.ensemble["bias"]) and table.ensemble["weights"][-1] > 0
 
 
 def _choose(

@@ -40,6 +40,7 @@ class Calibration:
             same samples, from the safest to the fastest.
         calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all samples `before`
             and `after` the temperature, and of those `exited` there, after it.
+        ensemble (`dict`, *optional*): The `exit_ensemble` on which the policy decides.
     """
 
     policy: dict[str, Any]
@@ -60,6 +61,7 @@ class Calibration:
     ladder: tuple[dict[str, Any], ...] = ()
     frontier: tuple[dict[str, Any], ...] = ()
     calibration_errors: tuple[dict[str, float | None], ...] = ()
+    ensemble: dict[str, Any] | None = None
 
     @property
     def n(self) -> int:
@@ -87,7 +89,7 @@ class Calibration:
                 f"{self.full_latency / self.mean_latency:.2f}x, as the cost table predicts"
             )
         return (
-            f"policy       {policy_in_words(self.policy)}\n"
+            f"policy       {policy_in_words(self.policy)}{', on the running ensemble' if self.ensemble else ''}\n"
             f"evaluated    exits {', '.join(map(str, self.exits)) or 'none: the full model answers'}\n"
             f"accuracy     {self.accuracy:.2%}, full model {self.full_accuracy:.2%}\n"
             f"mean depth   {self.mean_depth:.2f} blocks\n"

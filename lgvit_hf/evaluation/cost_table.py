@@ -242,7 +242,7 @@ def measure_cost_table(
     sizes = measured_sizes(batch_sizes, len(pixels))
     with evaluating(model):
         segments = timed_segments(model)
-        return cost_table(model, time_walks(segments, model.exit_policy, to_model(pixels, model), sizes, repeats))
+        return cost_table(model, time_walks(segments, model.answering_policy, to_model(pixels, model), sizes, repeats))
 
 
 def measured_costs(model: Highway, pixels: Tensor, *, repeats: int = 15) -> Costs:

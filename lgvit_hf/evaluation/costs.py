@@ -133,6 +133,10 @@ class Highway(Protocol):
         """The policy in force."""
 
     @property
+    def answering_policy(self) -> ExitPolicy:
+        """The same, on the running ensemble where the config has one."""
+
+    @property
     def device(self) -> torch.device:
         """Where it runs."""
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..data.batches import Samples, in_batches, to_model
 from ..engine import Answers, replay, run_all
+from ..ensemble import build_ensemble, with_ensemble
 from ..files import add_files
 from ..hub.report_keys import current_names
 from ..modes import evaluating
@@ -36,6 +37,8 @@ class ExitTable:
         depths (`list[int]`): Blocks run before each exit, from 1.
         costs (`Costs`, *optional*): MACs of each segment's blocks and head for one sample.
         weights (`str`, *optional*): Digest of the model's weights, by which a table of another model is known.
+        ensemble (`dict`, *optional*):
+            The model's `exit_ensemble`, with which policies are replayed; `logits` stay each exit's own.
 
     Example:
 
@@ -52,6 +55,7 @@ class ExitTable:
     depths: list[int]
     costs: Costs | None = None
     weights: str | None = None
+    ensemble: dict[str, Any] | None = None
 
     @property
     def known_costs(self) -> Costs:
@@ -73,16 +77,42 @@ class ExitTable:
         self, policy: ExitPolicy | dict[str, Any] | str, *, min_depth: int | None = None, max_depth: int | None = None
     ) -> Answers:
         """What the model would answer under `policy`: the same loop as the model's, on the stored logits."""
-        policy = build_policy(policy, len(self.depths) - 1)
+        policy = with_ensemble(build_policy(policy, len(self.depths) - 1), self.ensemble, *self._sizes)
         return replay(self.logits.unbind(), self.depths, policy, min_depth=min_depth, max_depth=max_depth)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Exits, the final classifier counted, and classes."""
+        return len(self.logits), self.logits.shape[-1]
+
+    def policy_logits(self, exits: Sequence[int] | None = None) -> Tensor:
+        """What a policy sees at each exit, `[E, N, C]`: its logits, or those of the ensemble up to it.
+
+        Args:
+            exits (`Sequence[int]`, *optional*): Of the early exits those that are evaluated, from 0; all by default.
+        """
+        if self.ensemble is None:
+            return self.logits
+        ensemble = build_ensemble(self.ensemble, *self._sizes)
+        evaluated = range(len(self.logits)) if exits is None else exits
+        seen, memory = [], ensemble.start(len(self), self.logits.device)
+        for index, logits in enumerate(self.logits):
+            answer, _, after = ensemble.combine(logits, memory, index)
+            seen.append(answer)
+            memory = after if index in evaluated else memory
+        return torch.stack(seen)
 
     @cached_property
     def right(self) -> Tensor:
         """Whether each exit answers each sample rightly, `[E, N]` bool; of an `expected` table, how likely it does."""
         return is_right(self.logits, self.labels)
 
+    def answered_right(self, exits: Sequence[int] | None = None) -> Tensor:
+        """As `right`, of what samples that exit are answered with `exits` evaluated; see `policy_logits`."""
+        return self.right if self.ensemble is None else is_right(self.policy_logits(exits), self.labels)
+
     def accuracies(self) -> list[float]:
-        """Share of all samples that each exit answers rightly."""
+        """Share of all samples that each exit's own head answers rightly, whatever the ensemble."""
         return self.right.float().mean(-1).tolist()
 
     def select(self, rows: Tensor) -> ExitTable:
@@ -104,7 +134,12 @@ class ExitTable:
     def with_exits(self, exits: Sequence[int]) -> ExitTable:
         """The same samples with only some of the early exits, by index from 0 in ascending order; without costs."""
         kept = [*exits, len(self.depths) - 1]
-        return replace(self, logits=self.logits[kept], depths=[self.depths[index] for index in kept], costs=None)
+        depths, ensemble = [self.depths[index] for index in kept], self.ensemble
+        if ensemble is not None:
+            weights = [ensemble["weights"][index] for index in kept]
+            # of exits without any weight it is none
+            ensemble = {**ensemble, "weights": weights} if any(weights) else None
+        return replace(self, logits=self.logits[kept], depths=depths, costs=None, ensemble=ensemble)
 
     def expected(self) -> ExitTable:
         """The table with the full model's probabilities for labels, `[N, C]`.
@@ -124,7 +159,7 @@ class ExitTable:
         """Write the table to one safetensors file, depths and costs as JSON in its header; all of it or nothing."""
         file, costs = Path(file), None if self.costs is None else asdict(self.costs)
         tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
-        settings = {"depths": list(self.depths), "costs": costs, "weights": self.weights}
+        settings = {"depths": list(self.depths), "costs": costs, "weights": self.weights, "ensemble": self.ensemble}
         with add_files(file.parent) as folder:
             save_file(tensors, folder / file.name, metadata={"exit_table": json.dumps(settings)})
 
@@ -152,7 +187,9 @@ class ExitTable:
                 settings = json.loads((stored.metadata() or {})["exit_table"])
                 costs = Costs(**current_names(settings["costs"])) if settings.get("costs") else None
                 logits, labels = stored.get_tensor("logits"), stored.get_tensor("labels")
-                table = cls(logits, labels, settings["depths"], costs, settings.get("weights"))
+                table = cls(
+                    logits, labels, settings["depths"], costs, settings.get("weights"), settings.get("ensemble")
+                )
         except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a table of exits as ExitTable.save writes it ({error})") from error
         shape = tuple(table.logits.shape)
@@ -160,6 +197,8 @@ class ExitTable:
             raise ValueError(
                 f"{file}: logits {shape} do not fit {len(table.depths)} exits, {len(table.labels)} labels"
             )
+        if table.ensemble is not None:
+            build_ensemble(table.ensemble, *table._sizes)
         if depths is not None and list(depths) != table.depths:
             raise ValueError(f"{file} is a table of exits at {table.depths}, but the model's are at {list(depths)}")
         if num_labels is not None and num_labels != shape[2]:
@@ -210,7 +249,7 @@ def collect(model: Highway, dataset: Samples, *, batch_size: int = 64, num_worke
             labels.append(batch.get("labels", here[-1].argmax(-1)))
             costs, start = costs or model_macs(model, pixels[:1]), start + len(pixels)
     depths = [segment.depth for segment in segments]
-    return ExitTable(logits, torch.cat(labels), depths, costs, weights_digest(model))
+    return ExitTable(logits, torch.cat(labels), depths, costs, weights_digest(model), model.config.exit_ensemble)
 
 
 def weights_digest(model: Highway) -> str | None:

@@ -60,7 +60,8 @@ def fit_gate(
         raise ValueError(f"{len(table)} samples are too few to fit a gate: at least 4 are needed")
     table.check_finite()
     features = gate_features(table, exits, temperatures)
-    models = [_fitted(each, _kept(table, index)) for each, index in zip(features, exits, strict=True)]
+    kept = _kept(table, exits)
+    models = [_fitted(each, kept[index]) for each, index in zip(features, exits, strict=True)]
     return {
         "name": "gate",
         "threshold": threshold if isinstance(threshold, float) else list(threshold),
@@ -74,9 +75,9 @@ def fit_gate(
 def gate_features(table: ExitTable, exits: Sequence[int], temperatures: Sequence[float] | float) -> list[np.ndarray]:
     """What the regression of each of `exits` reads, `[N, F]` float64, by the policy's own arithmetic."""
     before: list[Tensor] = []
-    found = []
+    found, seen = [], table.policy_logits(exits)
     for place, index in enumerate(exits):
-        logits = table.logits[index].float() / number_at(temperatures, index, 1.0)
+        logits = seen[index].float() / number_at(temperatures, index, 1.0)
         probs = probabilities(logits)
         parts = own_features(logits, probs)
         if before:
@@ -97,10 +98,10 @@ def cross_fitted_scores(table: ExitTable, gate: dict[str, Any]) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-np.array(scores))), dtype=np.float32)
 
 
-def _kept(table: ExitTable, index: int) -> np.ndarray:
-    """Where nothing is lost at an exit, or how likely that is, `[N]`."""
-    right = table.right.double()
-    kept: np.ndarray = (1 - (1 - right[index]) * right[-1]).numpy()
+def _kept(table: ExitTable, exits: Sequence[int]) -> np.ndarray:
+    """Where nothing is lost at each exit if `exits` are evaluated, or how likely that is, `[E, N]`."""
+    answered = table.answered_right(exits).double()
+    kept: np.ndarray = (1 - (1 - answered) * table.right[-1].double()).numpy()
     return kept
 
 

@@ -105,7 +105,7 @@ def scores_by_exit(model: Highway, pixel_values: Tensor) -> Tensor:
     Returns:
         `[E, N]` float32 on the CPU, the final classifier last; NaN at exits that the policy skips.
     """
-    pixels, policy = to_model(pixel_values, model), model.exit_policy
+    pixels, policy = to_model(pixel_values, model), model.answering_policy
     logits_by_exit = run_all(model.segments(), State({"pixel_values": pixels}))
     memory, scores = policy.start(len(pixels), pixels.device), []
     for index, logits in enumerate(logits_by_exit):

@@ -103,7 +103,8 @@ def judge(
         str(size): wall_clock_speed_up(model, torch.split(pixels, size), repeats=3, progress=progress)
         for size in timed_batch_sizes
     }
-    report["policy"], report["exported"] = model.exit_policy.to_dict(), export_facts(model)
+    report["policy"], report["ensemble"] = model.exit_policy.to_dict(), model.config.exit_ensemble
+    report["exported"] = export_facts(model)
     if decides_inside(model):  # it does not say what exits answer where samples do not exit
         for exit, bins in zip(report["exits"], report["reliability"], strict=True):
             exit["accuracy_all"] = exit["calibration_error_all"] = bins["reliability_all"] = None
@@ -145,7 +146,8 @@ def evaluate_as_text(report: dict[str, Any]) -> str:
             f"{backbone * 1e3:.0f} ms)"
         )
         lines.append(f"wall-clock, batch {size:>3} {told}")
-    lines.append(f"policy                {policy_in_words(typed['policy'])}")
+    ensemble = ", on the running ensemble" if typed.get("ensemble") else ""
+    lines.append(f"policy                {policy_in_words(typed['policy'])}{ensemble}")
     if exported is not None:
         lines.append(f"files                 {export_in_words(exported)}")
         if exported["layout"] == "all_exits":

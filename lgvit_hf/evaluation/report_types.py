@@ -57,6 +57,7 @@ class EvaluationReport(TypedDict):
     overall: Overall
     wall_clock: dict[str, SpeedUp]
     policy: dict[str, Any]
+    ensemble: dict[str, Any] | None
     exported: ExportFacts | None
 
 

@@ -29,8 +29,8 @@ _FEW_THRESHOLDS = 8
 _FEW_PRICES = _PRICES[::3]
 # of a reliability diagram, and of the accuracies that are tried as threshold
 _MOST_BINS, _FEWEST_IN_BIN, _MOST_LEVELS = 50, 20, 30
-# sets of exits for which the gate is fitted
-_MOST_GATES = 8
+# sets of exits, where scores depend on which are evaluated
+_MOST_SETS = 8
 
 Settings = dict[str, Any]
 # mean cost and mean drop of settings on the table that is searched on
@@ -88,8 +88,8 @@ def consequences(table: ExitTable, exit_index: Tensor, evaluated: list[int], cos
 
     Of an `expected` table, the expected drop, in [-1, 1].
     """
-    right = table.right if table.right.is_floating_point() else table.right.long()
-    drops = right[-1] - right.gather(0, exit_index[None])[0]
+    answered, full = table.answered_right(evaluated).gather(0, exit_index[None])[0], table.right[-1]
+    drops = full - answered if full.is_floating_point() else full.long() - answered.long()
     return costs.mean(shares(exit_index, len(table.depths)), evaluated), drops
 
 
@@ -104,8 +104,18 @@ def shares(exit_index: Tensor, num_exits: int) -> list[float]:
 def _thresholds(
     table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
 ) -> Iterator[Measured]:
-    sign, scores = -1 if policy == "entropy" else 1, confidence_scores(table, policy, temperatures).numpy()
-    for cost, drop, thresholds in _threshold_paths(table, costs, scores, RANGES[policy], choose_exits):
+    def fitted(part: ExitTable, exits: tuple[int, ...]) -> tuple[np.ndarray, Settings]:
+        kept = tuple(temperatures[index] for index in (*exits, -1))
+        return confidence_scores(part, policy, kept).numpy(), {}
+
+    limits, sign = RANGES[policy], -1 if policy == "entropy" else 1
+    if table.ensemble is None:
+        scores = confidence_scores(table, policy, temperatures).numpy()
+        found = _threshold_paths(table, costs, scores, limits, choose_exits)
+    else:
+        by_exits = _by_exits(table, costs, limits, choose_exits, fitted)
+        found = ((cost, drop, settings["threshold"]) for cost, drop, settings in by_exits)
+    for cost, drop, thresholds in found:
         numbers = [sign * number + 0.0 for number in thresholds]  # no negative zero
         yield cost, drop, {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
 
@@ -113,22 +123,41 @@ def _thresholds(
 def _gates(
     table: ExitTable, costs: Costs, policy: str, temperatures: tuple[float, ...], choose_exits: bool
 ) -> Iterator[Measured]:
-    """The harm gate, fitted anew for each set of exits: what is known at one depends on those evaluated before."""
-    every, limits = tuple(range(len(table.depths) - 1)), (0.0, 1.0)
+    """The harm gate."""
+
+    def fitted(part: ExitTable, exits: tuple[int, ...]) -> tuple[np.ndarray, Settings]:
+        gate = fit_gate(part, temperatures=[temperatures[index] for index in exits])
+        scores = cross_fitted_scores(part, gate)
+        return scores, gate | {"temperature": list(temperatures), "exits": list(exits)}
+
+    return _by_exits(table, costs, (0.0, 1.0), choose_exits, fitted)
+
+
+def _by_exits(
+    table: ExitTable,
+    costs: Costs,
+    limits: tuple[float, float],
+    choose_exits: bool,
+    fitted: Callable[[ExitTable, tuple[int, ...]], tuple[np.ndarray, Settings]],
+) -> Iterator[Measured]:
+    """Thresholds for several sets of exits, where what is known at one depends on those evaluated before.
+
+    `fitted` gives the scores `[exits, N]` and the other settings for the table of some exits. The next sets are those
+    that a search in this one keeps.
+    """
+    every = tuple(range(len(table.depths) - 1))
     waiting: list[tuple[int, ...]] = [every]
     tried: set[tuple[int, ...]] = set()
-    while waiting and len(tried) < _MOST_GATES:
+    while waiting and len(tried) < _MOST_SETS:
         exits = waiting.pop(0)
         tried.add(exits)
         part, prices = table.with_exits(exits), costs.with_exits(exits)
-        gate = fit_gate(part, temperatures=[temperatures[index] for index in exits])
-        gate |= {"temperature": list(temperatures), "exits": list(exits)}
-        scores = cross_fitted_scores(table, gate)
+        scores, settings = fitted(part, exits)
         for cost, drop, thresholds in _threshold_paths(part, prices, scores, limits, False):
             spread = dict(zip(exits, thresholds, strict=True))
-            yield cost, drop, {**gate, "threshold": [spread.get(index, limits[1]) for index in every]}
+            yield cost, drop, {**settings, "threshold": [spread.get(index, limits[1]) for index in every]}
         if choose_exits:
-            right = part.right.numpy()
+            right = part.answered_right().numpy()
             found = [search(scores, right, prices, price, limits) for price in _FEW_PRICES * costs.backbone]
             kept = [tuple(np.array(exits)[thresholds < limits[1]].tolist()) for thresholds in found]
             waiting += [each for each in dict.fromkeys(kept) if each and each not in tried and each not in waiting]
@@ -138,7 +167,7 @@ def _threshold_paths(
     table: ExitTable, costs: Costs, scores: np.ndarray, limits: tuple[float, float], choose_exits: bool
 ) -> Iterator[tuple[float, float, list[float]]]:
     """Thresholds for `scores` `[E - 1, N]` at many prices of a lost answer, with their mean cost and drop."""
-    right = table.right.numpy()
+    right, full = table.answered_right().numpy(), table.right[-1].numpy()
     fold_of, every = np.arange(len(table)) % _FOLDS, np.full(len(table), True)
     folds = [fold_of == fold for fold in range(_FOLDS)] if len(table) >= _FOLDS else [every]
 
@@ -151,7 +180,7 @@ def _threshold_paths(
         evaluated = np.flatnonzero(thresholds < limits[1]).tolist()
         exiting_at = np.bincount(exit_index, minlength=len(right)) / len(exit_index)
         answered = np.take_along_axis(right[:, samples], exit_index[None], 0)
-        return costs.mean(exiting_at.tolist(), evaluated), right[-1, samples].mean() - answered.mean()
+        return costs.mean(exiting_at.tolist(), evaluated), full[samples].mean() - answered.mean()
 
     def settings(thresholds: np.ndarray) -> list[float]:
         all_exit = np.flatnonzero(thresholds <= limits[0])
@@ -186,7 +215,7 @@ def confidence_scores(table: ExitTable, policy: str, temperatures: tuple[float, 
     """The confidence of each early exit in each sample, `[E - 1, N]`: the policy's score, minus it for the entropy."""
     # the policy's own arithmetic, so that no sample is on the other side of a threshold when the model runs
     judge = build_policy({"name": policy, "threshold": 0.0, "temperature": list(temperatures)}, len(temperatures) - 1)
-    scores = [judge(logits, {}, index)[1]["score"] for index, logits in enumerate(table.logits[:-1])]
+    scores = [judge(logits, {}, index)[1]["score"] for index, logits in enumerate(table.policy_logits()[:-1])]
     return (-1 if policy == "entropy" else 1) * torch.stack(scores)
 
 
@@ -363,7 +392,8 @@ def _combinations(table: ExitTable, policy: str, temperatures: tuple[float, ...]
 def _accuracies(table: ExitTable, scaled: Settings) -> list[Settings]:
     """Accuracies to demand of each exit, with the reliability diagrams that turn them into confidences."""
     scores = confidence_scores(table, "confidence", tuple(scaled["temperature"])).numpy()
-    bins = [_reliability(*pair) for pair in zip(scores, table.right.double().numpy(), strict=False)]
+    right = table.answered_right().double().numpy()
+    bins = [_reliability(*pair) for pair in zip(scores, right, strict=False)]
     fitted = {"edges": [edges for edges, _ in bins], "accuracies": [accuracies for _, accuracies in bins]}
     levels = np.unique(np.concatenate(fitted["accuracies"]))
     # half way between two levels, so that rounding moves no sample

@@ -68,8 +68,9 @@ def _body(
     inputs = [_at(graph, here, "exit_temperatures", part.exit_index)]
     for name in decision.parameters:
         inputs.append(_at(graph, here, PARAMETERS[name], 0 if name == "patience" else threshold))
-    exits, score, *memory = graph.inline(decision.model, f"{here}decide_", [logits, *inputs, *memory])
-    answers = [logits, exit_index, score]
+    exits, score, *after_it = graph.inline(decision.model, f"{here}decide_", [logits, *inputs, *memory])
+    memory, answer = after_it[: len(memory)], after_it[len(memory) :]
+    answers = [*(answer or [logits]), exit_index, score]
     if not deeper:
         return answers
 

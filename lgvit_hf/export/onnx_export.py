@@ -130,7 +130,7 @@ def write_onnx(
     _check_sizes(model, exits, names, precision)
     parts = export_parts(model, exits)
     if layout == "single":
-        decisions = export_decisions(policy, model.config.num_labels, exits, len(depths) - 1)
+        decisions = export_decisions(model.answering_policy, model.config.num_labels, exits, len(depths) - 1)
         models = {file: compose_single(parts, decisions, depths, parameter_inputs(policy, len(depths)))}
     elif layout == "all_exits":
         models = {file: compose_all_exits(parts)}
@@ -184,6 +184,7 @@ def verified(
         macs={"backbone_costs": macs.backbone_costs, "heads": macs.heads},
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
         checks={},
+        ensemble=model.config.exit_ensemble,
     )
     # without it, the folder would not open
     manifest.save(folder)

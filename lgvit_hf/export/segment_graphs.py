@@ -17,9 +17,10 @@ from torch.fx import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..ensemble import EnsemblePolicy, parts_of
 from ..hub.loading import example_image
 from ..modeling_highway import HighwayMixin
-from ..policies import ExitPolicy
+from ..policies import CustomPolicy, ExitPolicy, Memory
 from ..runtimes.manifest import PARAMETERS
 from ..segments import State
 
@@ -198,7 +199,8 @@ class _Decision(nn.Module):
 
     def __init__(self, policy: ExitPolicy, parameters: list[str], memory: list[str], exit_index: int, num_exits: int):
         super().__init__()
-        self.policy, self.adjustable, self.remembered = policy, parameters, memory
+        self.policy, self.ensemble = parts_of(policy)
+        self.adjustable, self.remembered = parameters, memory
         self.exit_index, self.num_exits = exit_index, num_exits
 
     def forward(
@@ -208,9 +210,16 @@ class _Decision(nn.Module):
         given = zip(self.adjustable, parameters, strict=True)
         numbers = {name: value if name == "patience" else [value] * self.num_exits for name, value in given}
         vars(policy).update({**vars(self.policy), "temperature": 1.0, **numbers})
-        index = self.exit_index
-        exited, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), index)
-        return [exited, after["score"].float(), *(after[name] for name in self.remembered)]
+        index, before = self.exit_index, dict(zip(self.remembered, memory, strict=True))
+
+        def decide(logits: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+            return policy(logits.float() / temperature, memory, index)
+
+        scaled = CustomPolicy(decide)
+        judge = scaled if self.ensemble is None else EnsemblePolicy(scaled, self.ensemble)
+        exited, after = judge(logits, before, index)
+        answer = [] if self.ensemble is None else [after["answer"]]
+        return [exited, after["score"].float(), *(after[name] for name in self.remembered), *answer]
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,7 @@ class Decision:
 
     Args:
         model (`onnx.ModelProto`): Inputs `logits`, `temperature`, the `parameters`, and the memory's names with `_in`;
-            outputs `leave`, `score`, and the memory's names with `_out`.
+            outputs `leave`, `score`, the memory's names with `_out`, and of an ensemble its logits, `answer`.
         parameters (`list[str]`): Fields of the policy that are inputs.
         memory (`dict[str, Tensor]`): Names, and what a sample starts with, `[1, ...]` each.
     """
@@ -233,7 +242,7 @@ def export_decisions(policy: ExitPolicy, num_labels: int, exits: Sequence[int], 
     """What a policy decides at each of `exits`; the same where its thresholds and temperatures are all that differs.
 
     Args:
-        policy (`ExitPolicy`): A built-in one.
+        policy (`ExitPolicy`): A built-in one, perhaps on an ensemble.
         num_labels (`int`): Classes of the logits.
         exits (`Sequence[int]`): Indices of exits, the final classifier's perhaps among them.
         num_exits (`int`): Early exits of the highway.
@@ -245,13 +254,14 @@ def export_decisions(policy: ExitPolicy, num_labels: int, exits: Sequence[int], 
 
 def export_decision(policy: ExitPolicy, num_labels: int, exit_index: int = 0, num_exits: int = 1) -> Decision:
     """What a policy decides at one exit; its thresholds and its temperature are inputs `[1]`."""
-    start = policy.start(1, "cpu")
-    parameters = [name for name in PARAMETERS if hasattr(policy, name)]
+    start, (decides, ensemble) = policy.start(1, "cpu"), parts_of(policy)
+    parameters = [name for name in PARAMETERS if hasattr(decides, name)]
     batch = {0: torch.export.Dim("batch")}
     module = _Decision(policy, parameters, list(start), exit_index, num_exits)
     numbers, memory = [torch.ones(1) for _ in parameters], [torch.cat([tensor, tensor]) for tensor in start.values()]
     inputs = ["logits", "temperature", *parameters, *(f"{name}_in" for name in start)]
     outputs = ["leave", "score", *(f"{name}_out" for name in start)]
+    outputs += [] if ensemble is None else ["answer"]
     arguments = (torch.randn(2, num_labels), torch.ones(1), numbers, memory)
     dynamic_shapes = (batch, None, [None for _ in numbers], [batch for _ in memory])
     return Decision(_exported(module, arguments, dynamic_shapes, inputs, outputs, {}, {}), parameters, start)

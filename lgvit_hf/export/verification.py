@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Samples, in_batches
-from ..engine import Answers, replay, run_all, run_early
+from ..engine import Answers, run_all, run_early
+from ..evaluation.exit_table import ExitTable
 from ..hub.loading import example_image
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy, build_policy
@@ -121,16 +122,19 @@ def trials(model: HighwayMixin, exits: list[int]) -> Iterator[Trial]:
     exit_logits = torch.stack(run_all(segments, State({"pixel_values": images})))
     depths = [segment.depth for segment in segments]
     scale = max(1.0, exit_logits.abs().max().item())
-    for settings in policies_to_try(model, exits, exit_logits):
+    table = ExitTable(exit_logits, exit_logits[-1].argmax(-1), depths, ensemble=model.config.exit_ensemble)
+    for settings in policies_to_try(model, exits, table.policy_logits(exits)):
         policy, is_own = build_policy(settings, num_policy_exits), not isinstance(settings, dict)
-        undecided = undecided_samples(policy, exit_logits, depths, num_policy_exits)
-        is_mixed = len(replay(exit_logits.unbind(), depths, policy).exit_index.unique()) > 1
+        if table.ensemble is not None and not is_own and exits_that_run(policy, len(depths)) != exits:
+            continue  # the files have the ensemble of these exits
+        undecided = undecided_samples(policy, exit_logits, depths, num_policy_exits, table.ensemble)
+        is_mixed = len(table.replay(policy).exit_index.unique()) > 1
         for size in BATCH_SIZES if is_own or is_mixed else BATCH_SIZES[:-1]:
             batch = images[:size]
             if is_own:
-                expected = run_early(segments, State({"pixel_values": batch}), policy)
+                expected = run_early(segments, State({"pixel_values": batch}), model.answering_policy)
             else:
-                expected = replay(exit_logits[:, :size].unbind(), depths, policy)
+                expected = table.select(torch.arange(size)).replay(policy)
             yield Trial(policy, batch, expected, undecided[:size], scale)
 
 
@@ -190,6 +194,9 @@ def policies_to_try(
             yield {**held, "patience": patience}
     if "threshold" in held:
         never, always = (-1.0, 1e6) if policy.name in ("entropy", "patience_confidence") else (2.0, -2.0)
+        if model.config.exit_ensemble is not None:
+            # evaluated, and so in the ensemble: 1 and 0 in float32, but not for `skips`
+            never = {"entropy": 1e-300, "patience_confidence": -1.0}.get(policy.name, 1 - 1e-16)
         if "entropy_threshold" in held:
             held["entropy_threshold"] = [1e6] * num_policy_exits
         # with the last target, no sample exits early
@@ -204,7 +211,13 @@ def policies_to_try(
     yield policy
 
 
-def undecided_samples(policy: ExitPolicy, exit_logits: Tensor, depths: list[int], num_policy_exits: int) -> Tensor:
+def undecided_samples(
+    policy: ExitPolicy,
+    exit_logits: Tensor,
+    depths: list[int],
+    num_policy_exits: int,
+    ensemble: dict[str, Any] | None = None,
+) -> Tensor:
     """Which samples exit elsewhere when every threshold, or a label that counts, moves by as much as rounding may.
 
     Args:
@@ -212,6 +225,7 @@ def undecided_samples(policy: ExitPolicy, exit_logits: Tensor, depths: list[int]
         exit_logits (`Tensor`): `[E, B, C]`.
         depths (`list[int]`): Blocks run before each exit.
         num_policy_exits (`int`): The final classifier not counted.
+        ensemble (`dict`, *optional*): What the policy sees.
 
     Returns:
         `[B]` bool.
@@ -225,8 +239,9 @@ def undecided_samples(policy: ExitPolicy, exit_logits: Tensor, depths: list[int]
         [True, False]
     """
     held = policy.to_dict() if policy.name in EXPORTABLE else {}
+    table = ExitTable(exit_logits, exit_logits[-1].argmax(-1), depths, ensemble=ensemble)
     if policy.name == "patience":
-        return _has_tie(policy, exit_logits)
+        return _has_tie(policy, table.policy_logits(exits_that_run(policy, len(depths))))
 
     def exited(step: float) -> Tensor:
         moved = {
@@ -235,7 +250,7 @@ def undecided_samples(policy: ExitPolicy, exit_logits: Tensor, depths: list[int]
             if name in ("threshold", "entropy_threshold")
         }
         judge = build_policy({**held, **moved}, num_policy_exits) if moved else policy
-        return replay(exit_logits.unbind(), depths, judge).exit_index
+        return table.replay(judge).exit_index
 
     return (exited(-ROUNDING) != exited(0.0)) | (exited(ROUNDING) != exited(0.0))
 

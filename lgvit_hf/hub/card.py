@@ -199,7 +199,12 @@ def _check(report: Mapping[str, Any], config: PretrainedConfig, where: str) -> N
         depths, ours = [exit["exit_layer"] for exit in report["exits"]], answer_depths(config)
         if depths != ours:
             raise ValueError(f"{where} is of a model that answers at depths {depths}, this one at {ours}")
-    policy = report["environment"]["policy"] if report["what"] == "lgvit benchmark" else report["policy"]
+    made = report["environment"] if report["what"] == "lgvit benchmark" else report
+    policy, ensemble = made["policy"], made.get("ensemble")
+    if ensemble != config.exit_ensemble:
+        raise ValueError(
+            f"{where} was made with the ensemble {ensemble}, and the config says {config.exit_ensemble}; make it again"
+        )
     now = build_policy(config.exit_policy, len(config.exits)).to_dict()
     if build_policy(dict(policy), len(config.exits)).to_dict() != now:
         raise ValueError(f"{where} was made under the policy {policy}, and the config says {now}; make it again")

@@ -295,7 +295,7 @@ def with_exits(checkpoint: str, model: HighwayMixin, exits: dict[str, Any]) -> H
 def _has_exits(config: HighwayConfig, settings: dict[str, Any], exits: dict[str, Any]) -> bool:
     """Whether a config with these settings has the exits asked for, presets resolved."""
     names = ("exit_positions", "exit_types", "pool")
-    others = {"exit_policy": "never", "exit_loss_weights": "uniform"}
+    others = {"exit_policy": "never", "exit_loss_weights": "uniform", "exit_ensemble": None}
     try:
         wanted = type(config)(**{**settings, **others, **{name: exits[name] for name in names if name in exits}})
     except ValueError:

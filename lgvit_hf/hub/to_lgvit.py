@@ -125,6 +125,8 @@ def _check_known(config: HighwayConfig, kind: str) -> None:
         raise ValueError("attn_implementation: 'performer' is not in LGViT")
     if config.linear_blocks is not None:
         raise ValueError(f"linear_blocks: {config.linear_blocks} are one linear map, which is not in LGViT")
+    if config.exit_ensemble is not None:
+        raise ValueError("exit_ensemble: LGViT's exits answer alone; leave it out with exit_ensemble=None")
     if not isinstance(config.exit_loss_weights, str):
         raise ValueError(f"exit_loss_weights: {config.exit_loss_weights} must be 'depth' or 'uniform' for LGViT")
     for exit in config.exits:

@@ -52,6 +52,7 @@ class Manifest(Description):
         macs (`dict[str, list[float]]`): `backbone_costs` and `heads` of the highway, MACs of one image.
         versions (`dict[str, str]`): Of the packages that wrote it.
         checks (`dict`): What was run against PyTorch, and how close it came.
+        ensemble (`dict`, *optional*): The `exit_ensemble` as exported; a single file answers with this one.
     """
 
     FILE = MANIFEST
@@ -68,6 +69,7 @@ class Manifest(Description):
     macs: dict[str, list[float]]
     versions: dict[str, str]
     checks: dict[str, Any]
+    ensemble: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
@@ -100,4 +102,5 @@ class Manifest(Description):
             and {type(number) for numbers in self.macs.values() for number in numbers} <= {int, float},
             "versions": isinstance(self.versions, dict),
             "checks": isinstance(self.checks, dict),
+            "ensemble": self.ensemble is None or isinstance(self.ensemble, dict),
         }

@@ -159,6 +159,11 @@ class ORTHighway(PolicyHolder, nn.Module):
         built = super()._checked_policy(policy)
         if self.layout != "single":
             return built
+        if self.config.exit_ensemble != self.manifest.ensemble:
+            raise ValueError(
+                f"exit_ensemble: this file answers with {self.manifest.ensemble}, not with "
+                f"{self.config.exit_ensemble}; export it again, or with the layout 'segments' ({self.folder})"
+            )
         held = self.manifest.policy["name"]
         if built.name != held:
             raise ValueError(
@@ -177,7 +182,13 @@ class ORTHighway(PolicyHolder, nn.Module):
                     f"exit_policy: {wrong} of {held!r} is in this file, which takes new thresholds and temperatures "
                     f"only; export it again ({self.folder})"
                 )
-        missing = sorted(set(exits_that_run(built, len(self.depths))) - set(self.manifest.exits))
+        evaluated = exits_that_run(built, len(self.depths))
+        if self.manifest.ensemble is not None and evaluated != self.manifest.exits:
+            raise ValueError(
+                f"exit_policy: exits {evaluated} would be evaluated, and this file has the ensemble of exits "
+                f"{self.manifest.exits}; export it again, or with the layout 'segments' ({self.folder})"
+            )
+        missing = sorted(set(evaluated) - set(self.manifest.exits))
         if missing:
             raise ValueError(
                 f"exit_policy: exit {missing[0]} was skipped when this file was exported and is not in it; "
@@ -244,7 +255,7 @@ class ORTHighway(PolicyHolder, nn.Module):
                 answers = self._run_single(state)
             else:
                 segments = self.segments()
-                answers = run_early(segments, state, self.exit_policy, min_depth=min_depth, max_depth=max_depth)
+                answers = run_early(segments, state, self.answering_policy, min_depth=min_depth, max_depth=max_depth)
             loss = None if labels is None else task_loss(answers.logits, labels, self.config.problem_type)
             output = HighwayOutput(loss=loss, **vars(answers))
         else:

@@ -144,8 +144,9 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: PixelSe
     """The parts; the blocks before a skipped exit join those after it."""
     segments, policy = model.segments(), model.exit_policy
     depths, evaluated = [segment.depth for segment in segments], exits_that_run(policy, len(segments))
-    settings = json.dumps({"policy": policy.to_dict(), "positions": positions, "depths": depths})
-    memory = policy.start(1, "cpu")
+    decides = {"policy": policy.to_dict(), "ensemble": model.config.exit_ensemble}
+    settings = json.dumps({**decides, "positions": positions, "depths": depths})
+    memory = model.answering_policy.start(1, "cpu")
     described = partial(
         PartInfo,
         model=hashlib.sha256(f"{weights_digest(cast(Highway, model))}{settings}".encode()).hexdigest(),
@@ -171,7 +172,11 @@ def _cuts(model: HighwayMixin, positions: list[int], format: str, image: PixelSe
         carried = {f"{MEMORY}{name}": tensor for name, tensor in memory.items()}
         gives = _arrays({**state.tensors, **carried}) if number < len(positions) else {}
         files = [f"segment_{index:02}.onnx" for index in indices]
-        files += [f"decision_{index:02}.onnx" for index in indices] if policy.differs_by_exit else ["decision.onnx"]
+        files += (
+            [f"decision_{index:02}.onnx" for index in indices]
+            if model.answering_policy.differs_by_exit
+            else ["decision.onnx"]
+        )
         info = described(
             index=number,
             takes=takes,
@@ -215,7 +220,7 @@ def _write_onnx(model: HighwayMixin, cuts: list[_Cut], folder: Path) -> None:
     sizes = zip(exits, weight_bytes(model, exits), strict=True)
     check_file_sizes({f"segment_{index:02}.onnx": size for index, size in sizes}, "use format='safetensors'")
     stretches = dict(zip(exits, export_parts(model, exits), strict=True))
-    policy = model.exit_policy
+    policy = model.answering_policy
     decisions = dict(
         zip(exits, export_decisions(policy, model.config.num_labels, exits, len(model.exits)), strict=True)
     )

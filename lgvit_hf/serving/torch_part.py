@@ -17,7 +17,7 @@ from torch import nn
 
 from ..hub.loading import HIGHWAYS, read_config
 from ..modeling_highway import HighwayMixin
-from ..policies import build_policy, probabilities
+from ..policies import probabilities
 from ..pretrained import RECOMPUTED
 from ..segments import Segment, State
 from .device.info import MEMORY, WEIGHTS, PartInfo
@@ -58,7 +58,7 @@ class TorchPart:
             if isinstance(held := getattr(module, attribute), nn.Parameter):
                 setattr(module, attribute, nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False))
         self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
-        self.policy = build_policy(self.info.policy, len(self.model.exits))
+        self.model.set_exit_policy(self.info.policy)
         indices = [exit["index"] for exit in self.info.exits]
         segments = merged_segments(self.model.segments(), indices, self.info.start)
         self._segments = [
@@ -87,18 +87,21 @@ class TorchPart:
 
     def set_policy(self, policy: dict[str, Any]) -> None:
         """Give the policy other numbers; the exits that it evaluates stay."""
-        self.policy = build_policy(policy, len(self.model.exits))
+        self.model.set_exit_policy(policy)
         self.info = replace(self.info, policy=policy)
 
     def _run(self, segment: Segment, grid: list[int] | None, tensors: Any) -> tuple[Any, np.ndarray]:
         state = segment.advance(State(tensors, None if grid is None else (grid[0], grid[1])))
         return state.tensors, segment.answer(state).float().cpu().numpy()
 
-    def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
+    def _decide(
+        self, logits: np.ndarray, memory: Arrays, index: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Arrays]:
         scores, before = torch.from_numpy(logits), {name: torch.tensor(array) for name, array in memory.items()}
-        exits, after = self.policy(scores, before, index)
-        score = after["score"] if "score" in after else probabilities(scores).amax(-1)
-        return exits.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
+        exits, after = self.model.answering_policy(scores, before, index)
+        answer = after.get("answer", scores)
+        score = after["score"] if "score" in after else probabilities(answer).amax(-1)
+        return answer.numpy(), exits.numpy(), score.float().numpy(), {name: after[name].numpy() for name in memory}
 
 
 def merged_segments(segments: Sequence[Segment], indices: Sequence[int], start: int = 0) -> list[Segment]:

@@ -137,7 +137,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
             return model(**inputs, **bounds)
         outputs = model(**inputs, **(bounds or {"early_exit": False}))
         exit_logits = outputs.exit_logits or (outputs.logits,)
-        answers = replay(exit_logits, metrics.depths.tolist(), highway.exit_policy)
+        answers = replay(exit_logits, metrics.depths.tolist(), highway.answering_policy)
         loss = task_loss(answers.logits, inputs["labels"], highway.config.problem_type)
         return {"loss": loss, "answers": sample_answers(exit_logits, answers)}
 

@@ -15,8 +15,8 @@ Arrays = dict[str, np.ndarray]
 ANSWERS = ("logits", "exit_index", "exit_layer", "exit_score")
 # state in; state and logits out
 Segment = Callable[[Arrays], tuple[Arrays, np.ndarray]]
-# logits, memory and exit index in; which samples exit, score and memory out
-Decision = Callable[[np.ndarray, Arrays, int], tuple[np.ndarray, np.ndarray, Arrays]]
+# logits, memory and exit index in; logits to answer with, which samples exit, score and memory out
+Decision = Callable[[np.ndarray, Arrays, int], tuple[np.ndarray, np.ndarray, np.ndarray, Arrays]]
 
 
 class Runs(Protocol):
@@ -61,7 +61,7 @@ def run_part(
     answers: Arrays = {}
     for exit, segment in zip(info.exits, segments, strict=True):
         state, logits = segment(state)
-        exits, score, memory = _decided(exit, decide, logits, memory)
+        logits, exits, score, memory = _decided(exit, decide, logits, memory)
         index = np.full(len(samples), exit["index"])
         layers = np.asarray(info.depths)[index]
         here = {"logits": logits, "exit_index": index, "exit_layer": layers, "exit_score": score}
@@ -83,13 +83,13 @@ def run_part(
 
 def _decided(
     exit: Exit, decide: Decision, logits: np.ndarray, memory: Arrays
-) -> tuple[np.ndarray, np.ndarray, Arrays]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Arrays]:
     if exit["leave"] == "nobody":
-        return np.zeros(len(logits), bool), softmax(logits).max(-1), memory
-    exits, score, memory = decide(logits, memory, exit["index"])
+        return logits, np.zeros(len(logits), bool), softmax(logits).max(-1), memory
+    answer, exits, score, memory = decide(logits, memory, exit["index"])
     if exit["leave"] == "everybody":
-        return np.ones(len(logits), bool), score, memory
-    return exits & ~np.isnan(logits).any(-1), score, memory
+        return answer, np.ones(len(logits), bool), score, memory
+    return answer, exits & ~np.isnan(logits).any(-1), score, memory
 
 
 def try_part(part: Runs) -> None:

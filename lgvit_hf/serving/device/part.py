@@ -72,12 +72,16 @@ class Part:
                 )
         self.info = replace(self.info, policy=policy)
 
-    def _decide(self, logits: np.ndarray, memory: Arrays, index: int) -> tuple[np.ndarray, np.ndarray, Arrays]:
+    def _decide(
+        self, logits: np.ndarray, memory: Arrays, index: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Arrays]:
         feeds = {"logits": logits, **{f"{name}_in": array for name, array in memory.items()}}
         names = {entry.name for entry in self._decisions[index].get_inputs()} - set(feeds)
         numbers = {name: np.array([self._number(name, index)], np.float32) for name in names}
         found = run_session(self._decisions[index], {**feeds, **numbers})
-        return found["leave"], found["score"], {name: found[f"{name}_out"] for name in memory}
+        after = {name: found[f"{name}_out"] for name in memory}
+        # of an ensemble, its own logits
+        return found.get("answer", logits), found["leave"], found["score"], after
 
     def _number(self, name: str, index: int) -> float:
         """A policy's number at an exit; past the end of a list a temperature is 1, and a threshold the last one."""
