@@ -39,8 +39,15 @@ def verify(model: HighwayMixin, folder: str | Path) -> dict[str, Any]:
         exported.set_exit_policy(policy)
         return exported(images)
 
-    is_exact = exported.manifest.precision == "float32"
-    return verify_answers(model, exported.manifest.exits, answer, "the export does not answer", is_exact=is_exact)
+    manifest = exported.manifest
+    return verify_answers(
+        model,
+        manifest.exits,
+        answer,
+        "the export does not answer",
+        is_exact=manifest.precision == "float32",
+        is_adjustable=manifest.thresholds != "fixed",
+    )
 
 
 @torch.no_grad()
@@ -51,6 +58,7 @@ def verify_answers(
     complaint: str,
     *,
     is_exact: bool = True,
+    is_adjustable: bool = True,
 ) -> dict[str, Any]:
     """Run what was made of a model against it: every exit forced, mixed batches, and batches of 1, 2, 7 and 32.
 
@@ -62,6 +70,7 @@ def verify_answers(
         answer (`Callable`): `logits`, `exit_index` and `exit_layer` under a policy for images `[B, C, H, W]`.
         complaint (`str`): Beginning of the error, up to "as the model does".
         is_exact (`bool`, *optional*, defaults to `True`): Otherwise the answers only have to be numbers.
+        is_adjustable (`bool`, *optional*, defaults to `True`): Otherwise only the model's own policy is tried.
 
     Returns:
         `batch_sizes`, and the `largest_difference` of logits of samples with the same exit.
@@ -71,6 +80,8 @@ def verify_answers(
     """
     largest = 0.0
     for trial in trials(model, exits):
+        if not is_adjustable and trial.policy is not model.exit_policy:
+            continue
         found, expected = answer(trial.policy, trial.images), trial.expected
         elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
         # not where rounding decides; and NaN is larger than any difference

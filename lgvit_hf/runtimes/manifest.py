@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..serving.device.info import Description, are_counts, are_digests
 
 LAYOUTS = ("single", "segments", "all_exits")
 PRECISIONS = ("float32", "float16", "int8")
+THRESHOLDS = ("optional", "input", "fixed")
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"\w[\w.-]*\.onnx")
 
@@ -52,6 +53,8 @@ class Manifest(Description):
         macs (`dict[str, list[float]]`): `backbone_costs` and `heads` of the highway, MACs of one image.
         versions (`dict[str, str]`): Of the packages that wrote it.
         checks (`dict`): What was run against PyTorch, and how close it came.
+        thresholds (`str`): One of `THRESHOLDS`: inputs of a single file that may be given, must be, or are none.
+        inputs (`dict[str, list[float]]`): Of a single file, these inputs with the policy's numbers.
     """
 
     FILE = MANIFEST
@@ -68,6 +71,8 @@ class Manifest(Description):
     macs: dict[str, list[float]]
     versions: dict[str, str]
     checks: dict[str, Any]
+    thresholds: str = "optional"
+    inputs: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
@@ -100,4 +105,8 @@ class Manifest(Description):
             and {type(number) for numbers in self.macs.values() for number in numbers} <= {int, float},
             "versions": isinstance(self.versions, dict),
             "checks": isinstance(self.checks, dict),
+            "thresholds": self.thresholds in THRESHOLDS,
+            "inputs": isinstance(self.inputs, dict)
+            and all(isinstance(numbers, list) for numbers in self.inputs.values())
+            and {type(number) for numbers in self.inputs.values() for number in numbers} <= {int, float},
         }

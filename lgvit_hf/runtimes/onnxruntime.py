@@ -160,6 +160,11 @@ class ORTHighway(PolicyHolder, nn.Module):
         if self.layout != "single":
             return built
         held = self.manifest.policy["name"]
+        if self.manifest.thresholds == "fixed" and built.to_dict() != self._exported_policy():
+            raise ValueError(
+                f"exit_policy: the numbers of this file are fixed; export it again, with thresholds='optional' or "
+                f"'input' (--thresholds) for others ({self.folder})"
+            )
         if built.name != held:
             raise ValueError(
                 f"exit_policy: this file decides by {held!r}, not by {built.name!r}; export it again, or with the "
@@ -169,7 +174,7 @@ class ORTHighway(PolicyHolder, nn.Module):
             numbers = ("threshold", "temperature")
             ours, theirs = (
                 {name: value for name, value in settings.items() if name not in numbers}
-                for settings in (built.to_dict(), build_policy(self.manifest.policy, len(self.depths) - 1).to_dict())
+                for settings in (built.to_dict(), self._exported_policy())
             )
             if ours != theirs:
                 wrong = next(name for name in ours if ours[name] != theirs.get(name))
@@ -184,6 +189,9 @@ class ORTHighway(PolicyHolder, nn.Module):
                 f"its exits: {self.manifest.exits} ({self.folder})"
             )
         return built
+
+    def _exported_policy(self) -> dict[str, Any]:
+        return build_policy(self.manifest.policy, len(self.depths) - 1).to_dict()
 
     def segments(self) -> list[Segment]:
         """The highway as a list of segments.
@@ -255,8 +263,9 @@ class ORTHighway(PolicyHolder, nn.Module):
     def _run_single(self, state: State) -> Answers:
         session, inputs = self.sessions[0], parameter_inputs(self.exit_policy, len(self.depths))
         # what this kind of policy has no use for is no input
-        known = [entry.name for entry in session.get_overridable_initializers() if entry.name in inputs]
-        feeds = {"pixel_values": state["pixel_values"].numpy(), **{name: inputs[name] for name in known}}
+        known = {entry.name for entry in (*session.get_inputs(), *session.get_overridable_initializers())}
+        feeds = {"pixel_values": state["pixel_values"].numpy()}
+        feeds |= {name: numbers for name, numbers in inputs.items() if name in known}
         return Answers(*map(torch.from_numpy, session.run(ANSWERS, feeds)))
 
     def _checked_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -280,7 +289,7 @@ def _open_sessions(folder: Path, manifest: Manifest, threads: int, providers: Se
         ValueError: A file does not open, or does not take what it is given or give what its layout promises.
     """
     sessions: list[Any] = []
-    given = {"pixel_values"}
+    given = {"pixel_values", *(manifest.inputs if manifest.thresholds == "input" else ())}
     for name in manifest.files:
         file = folder / name
         session = open_session(file, threads, providers)
