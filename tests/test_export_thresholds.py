@@ -69,7 +69,7 @@ def test_runtime_and_infer_take_each_kind(kind, exports, tmp_path):
     assert exported(images).exit_index.tolist() == expected.exit_index.tolist()
     exported.set_exit_policy(exported.exit_policy)
     if kind == "fixed":
-        with pytest.raises(ValueError, match="numbers of this file are fixed; export it again"):
+        with pytest.raises(ValueError, match="takes no new numbers for this file: its thresholds are .fixed."):
             exported.set_exit_policy("confidence", threshold=2.0)
         assert exported(images).exit_index.tolist() == expected.exit_index.tolist()
     else:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data.processing import ProcessedImages
     from ..export.onnx_export import export_onnx
     from ..hub.loading import check_class_names
-    from ..runtimes.onnxruntime import is_exported
+    from ..runtimes.manifest import is_exported
     from .inputs import open_checkpoint
 
     if is_exported(options.checkpoint):

@@ -16,7 +16,7 @@ from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import ExitTable, collect, weights_digest
 from ..hub.loading import check_class_names, load_highway, open_model
-from ..runtimes.onnxruntime import ORTHighway, is_exported
+from ..runtimes.open_exported import open_exported
 from .options import policy_of
 
 Opened: TypeAlias = tuple[Highway, BaseImageProcessor, ProcessedImages]
@@ -30,6 +30,7 @@ def open_highway(
     validation_share: float = 0.15,
     seed: int = 0,
     threads: int | None = None,
+    runtime: str | None = None,
 ) -> Opened:
     """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
 
@@ -40,11 +41,11 @@ def open_highway(
         validation_share (`float`, *optional*, defaults to 0.15), seed (`int`, *optional*, defaults to 0):
             See `load_images`; those of the training keep its validation samples apart.
         threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
+        runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
     """
     splits = load_images(data, validation_share=validation_share, seed=seed)
-    model: Any
-    if is_exported(checkpoint):
-        model = ORTHighway.from_pretrained(checkpoint, threads=threads)
+    model: Any = open_exported(checkpoint, runtime, threads)
+    if model is not None:
         check_class_names(checkpoint, model.config, splits.label_names)
         processor = open_processor(checkpoint)
     else:
@@ -56,11 +57,11 @@ def open_highway(
 
 
 def open_options(options: argparse.Namespace, *, has_policy: bool = False) -> Opened:
-    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and those of `add_policy`."""
+    """`open_highway` with the options of `add_data`, `add_policy`, and `--threads` and `--runtime` where they are."""
     policy = policy_of(options) if has_policy else None
     splitting = (options.split, options.validation_share, options.seed)
-    threads = getattr(options, "threads", None)
-    model, processor, dataset = open_highway(options.checkpoint, options.data, *splitting, threads)
+    running = (getattr(options, "threads", None), getattr(options, "runtime", None))
+    model, processor, dataset = open_highway(options.checkpoint, options.data, *splitting, *running)
     if policy is not None:
         model.set_exit_policy(policy)
     return model, processor, dataset

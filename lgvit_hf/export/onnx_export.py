@@ -16,8 +16,9 @@ from ..evaluation.costs import model_macs
 from ..files import replace_folder
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy
+from ..runtimes.exported import parameter_inputs
 from ..runtimes.manifest import LAYOUTS, PRECISIONS, THRESHOLDS, Manifest, exits_that_run
-from ..runtimes.onnxruntime import ORTHighway, parameter_inputs
+from ..runtimes.onnxruntime import ORTHighway
 from ..serving.device.info import file_digest
 from .infer import write_infer
 from .segment_graphs import EXPORTABLE, check_file_sizes, export_decisions, export_parts, weight_bytes

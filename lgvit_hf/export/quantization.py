@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ def quantize(model: Any) -> Any:
     Args:
         model (`onnx.ModelProto`): A part: tensors of a state in; these with `_out` and `logits` out.
     """
-    graph, source = Graph(), model.graph
+    source = copy.deepcopy(model.graph)
+    graph = Graph()
     held = {tensor.name: tensor for tensor in source.initializer}
     graph.constants.extend(source.initializer)
     numbers = {"scale_one": np.float32(1), "zero_point": np.uint8(128), "one_127th": np.float32(1 / 127)}

@@ -210,6 +210,10 @@ class _Decision(nn.Module):
         vars(policy).update({**vars(self.policy), "temperature": 1.0, **numbers})
         index = self.exit_index
         exited, after = policy(logits.float() / temperature, dict(zip(self.remembered, memory, strict=True)), index)
+        # said once more for runtimes in which NaN is greater than a threshold
+        exited = exited & ~logits.isnan().any(-1)
+        if "threshold" in self.adjustable:
+            exited = exited & ~after["score"].isnan()
         return [exited, after["score"].float(), *(after[name] for name in self.remembered)]
 
 

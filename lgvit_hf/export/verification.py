@@ -17,6 +17,7 @@ from ..engine import Answers, replay, run_all, run_early
 from ..hub.loading import example_image
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy, build_policy
+from ..runtimes.exported import ExportedHighway
 from ..runtimes.manifest import exits_that_run
 from ..runtimes.onnxruntime import ORTHighway
 from ..segments import State
@@ -147,13 +148,13 @@ def trials(model: HighwayMixin, exits: list[int]) -> Iterator[Trial]:
 
 @torch.no_grad()
 def compare(
-    model: HighwayMixin, exported: ORTHighway, images: Samples, max_accuracy_drop: float, *, batch_size: int = 64
+    model: HighwayMixin, exported: ExportedHighway, images: Samples, max_accuracy_drop: float, *, batch_size: int = 64
 ) -> dict[str, float]:
     """What an export is worth on real images, both with early exits under their policies.
 
     Args:
         model (`HighwayMixin`): What was exported.
-        exported (`ORTHighway`): The export.
+        exported (`ExportedHighway`): The export.
         images (`Dataset`): Items `pixel_values` and perhaps `labels`; otherwise the model's answers stand for them.
         max_accuracy_drop (`float`): Share of the samples by which the export may be right less often than the model.
         batch_size (`int`, *optional*, defaults to 64): Samples at a time.

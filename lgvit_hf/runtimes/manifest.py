@@ -27,6 +27,11 @@ PARAMETERS = {
 }
 
 
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds an exported highway: ONNX files and their manifest."""
+    return (Path(folder) / MANIFEST).is_file() and any(Path(folder).glob("*.onnx"))
+
+
 def exits_that_run(policy: ExitPolicy, num_exits: int) -> list[int]:
     """Indices of the exits that a policy evaluates, the one that answers all remaining samples included.
 
