@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .modeling_vit import ViTHighway, ViTHighwayForImageClassification
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
     from .runtimes.onnxruntime import ORTHighway
+    from .runtimes.openvino import OVHighway
     from .segments import Segment, State, Tokens
     from .serving.device.remote import RemoteHighway
     from .serving.open_part import open_part
@@ -68,6 +69,7 @@ _HOMES = {
     "exit_settings": ("Exit",),
     "export.onnx_export": ("export_onnx",),
     "runtimes.onnxruntime": ("ORTHighway",),
+    "runtimes.openvino": ("OVHighway",),
     "training.distill_exits": ("grow",),
     "training.shorten": ("shorten",),
     "token_halting": ("token_macs",),

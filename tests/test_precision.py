@@ -22,7 +22,7 @@ from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_dataset, tiny_images, tiny_model
 
 onnx = pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
-pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
+onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 
 from lgvit_hf.export.infer import write_infer  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
@@ -105,14 +105,15 @@ def test_smaller_files(exports, precision, share):
     assert judged["mean_depth"] == 1.5
 
     graphs = [onnx.load(folder / name).graph for name in small.files]
-    operators = [node.op_type for graph in graphs for node in every_node(graph)]
+    nodes = [node for graph in graphs for node in every_node(graph)]
     # query, key, value, output, and both layers of the MLP, in each block; and what heads have
-    matrices = 6 * NUM_BLOCKS
-    assert operators.count("MatMulInteger") >= matrices if precision == "int8" else "MatMulInteger" not in operators
-    assert operators.count("If") == (1 if layout == "single" else 0)
+    matrices, in_8_bits = 6 * NUM_BLOCKS, {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    products = [node for node in nodes if node.op_type == "MatMul" and set(node.input) <= in_8_bits]
+    assert len(products) >= matrices if precision == "int8" else not in_8_bits
+    assert sum(node.op_type == "If" for node in nodes) == (1 if layout == "single" else 0)
     if layout == "single" and precision == "int8":
-        outside = [node.op_type for graph in graphs for node in graph.node]
-        assert outside.count("MatMulInteger") < matrices, "what lies inside branches is quantized too"
+        outside = [node for graph in graphs for node in graph.node if node in products]
+        assert len(outside) < matrices, "what lies inside branches is quantized too"
 
     exported = ORTHighway.from_pretrained(folder)
     out = exported(tiny_images(5))
@@ -120,6 +121,60 @@ def test_smaller_files(exports, precision, share):
     for threshold, exit_index in ((-1.0, 0), (2.0, 1)):
         exported.set_exit_policy("confidence", threshold=threshold)
         assert set(exported(tiny_images(5)).exit_index.tolist()) == {exit_index}, "thresholds are still inputs"
+
+
+@independent
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_a_sample_does_not_meet_its_batch(exports, precision):
+    layout, found = exports
+    exported, good = ORTHighway.from_pretrained(found[precision][0]), tiny_images(8)
+    policies = [exported.exit_policy.to_dict()] + [{"name": "confidence", "threshold": t} for t in (-1.0, 2.0)]
+    bad = torch.stack([good[0] * 3e38, torch.full_like(good[0], torch.nan), good[0].clone(), good[0] * 1e4])
+    bad[2, 0, 0, 0] = torch.inf
+    for policy in policies:
+        exported.set_exit_policy(policy)
+        mixed = exported(torch.cat([good[:4], bad, good[4:]]))
+        for place, image in zip((0, 1, 2, 3, 8, 9, 10, 11), good, strict=True):
+            alone = exported(image[None])
+            # matrix products of other sizes may add in another order
+            torch.testing.assert_close(mixed.logits[place], alone.logits[0], atol=1e-5, rtol=1e-5)
+            assert alone.exit_index[0] == mixed.exit_index[place]
+        assert not mixed.logits[4:7].isfinite().any()
+        assert (mixed.exit_index[4:7] == 1).all(), "what is not a number never exits early"
+
+
+@independent
+def test_rounding_is_by_token_and_by_channel():
+    """Against the formulas in numpy, and against the product itself within half a step of each."""
+    from lgvit_hf.export.onnx_graph import Graph
+    from lgvit_hf.export.quantization import quantize
+
+    graph, random = Graph(), rng()
+    weight = random.normal(size=(24, 16)).astype(np.float32)
+    weight[:, 3] = 0
+    graph.add("MatMul", ["state", graph.constant("weight", weight)], "state_out")
+    graph.add("ReduceMean", ["state_out", graph.constant("axis", np.array([1]))], "logits", keepdims=0)
+    state, state_out = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 5, size])
+        for name, size in (("state", 24), ("state_out", 16))
+    )
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 16])
+    made = onnx.helper.make_graph(graph.nodes, "part", [state], [state_out, logits], graph.constants)
+    opset = [onnx.helper.make_opsetid("", 18)]
+    content = quantize(onnx.helper.make_model(made, opset_imports=opset, ir_version=9)).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    tokens = (random.normal(size=(3, 5, 24)) * 10.0 ** random.integers(-3, 4, (3, 5, 1))).astype(np.float32)
+    tokens[0, 0] = 0
+    (found,) = session.run(["state_out"], {"state": tokens})
+    step, channel = (
+        np.maximum(np.abs(array).max(axis, keepdims=True) / 127, 1e-30) for array, axis in ((tokens, -1), (weight, 0))
+    )
+    by_formula = np.rint(tokens / step) @ np.rint(weight / channel) * step * channel
+    np.testing.assert_allclose(found, by_formula, rtol=1e-4, atol=1e-4 * np.abs(by_formula).max())
+    bound = 0.5 * (
+        step * np.abs(weight).sum(0) + channel * np.abs(tokens).sum(-1, keepdims=True) + 24 * step * channel
+    )
+    assert (np.abs(found - tokens @ weight) <= bound + 1e-5 * np.abs(tokens).max()).all()
 
 
 @independent

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..data.settings import real, whole
 from ..files import replace_folder, write_json
-from .options import add_data
+from .options import add_data, add_runtime
 
 if TYPE_CHECKING:
     from ..evaluation.calibration_report import Calibration
@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lgvit calibrate`."""
     add = parser.add_argument
     add_data(parser, "validation", "samples it was not trained on")
+    add_runtime(parser)
     add("--policy", default="auto", help="a built-in policy, or the best of all (default: auto)")
     add("--max-accuracy-drop", type=real(), help="share of all samples, 0.01 for one point")
     add("--min-speedup", type=real(), help="cost of the plain model over the mean cost")
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_may_change(folder: Path) -> None:
-    from ..runtimes.onnxruntime import is_exported
+    from ..runtimes.manifest import is_exported
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no folder with a config.json to write the policy into; give --output FOLDER")

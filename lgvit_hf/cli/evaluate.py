@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.settings import whole
 from ..files import add_files, write_json
-from .options import add_data, add_policy
+from .options import add_data, add_policy, add_runtime
 
 if TYPE_CHECKING:
     from ..data.processing import ProcessedImages
@@ -24,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lgvit evaluate`."""
     add_data(parser, "test", "samples to report on")
     add_policy(parser)
+    add_runtime(parser)
     parser.add_argument("--batch-size", type=whole(), default=64, help="default: 64")
     parser.add_argument("--timed-batch-sizes", type=whole(), nargs="+", default=[1, 32], help="default: 1 32")
     parser.add_argument("--output", help="JSON file for the figures")

@@ -27,6 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     layouts = "one file with real branches, one per segment, or all exits' logits (default: single)"
     add("--layout", choices=("single", "segments", "all_exits"), default="single", help=layouts)
     add("--quantize", choices=("int8", "float16"), help="smaller and less exact; give --data to know how much")
+    kinds = "of one file: inputs with a default, required inputs, or fixed numbers (default: optional)"
+    add("--thresholds", choices=("optional", "input", "fixed"), default="optional", help=kinds)
     add("--limit", type=whole(), help="judge on that many of them, drawn at random")
     add("--max-accuracy-drop", type=real(), default=0.005, help="on these; more fails the export (default: 0.005)")
     add_processor(parser)
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data.processing import ProcessedImages
     from ..export.onnx_export import export_onnx
     from ..hub.loading import check_class_names
-    from ..runtimes.onnxruntime import is_exported
+    from ..runtimes.manifest import is_exported
     from .inputs import open_checkpoint
 
     if is_exported(options.checkpoint):
@@ -62,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         options.layout,
         precision=options.quantize or "float32",
+        thresholds=options.thresholds,
         processor=processor,
         images=images,
         max_accuracy_drop=options.max_accuracy_drop,

@@ -17,7 +17,7 @@ from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import ExitTable, collect, weights_digest
 from ..hub.loading import check_class_names, load_highway, open_model
-from ..runtimes.onnxruntime import ORTHighway, is_exported
+from ..runtimes.open_exported import open_exported
 from .options import policy_of
 
 progress_bar = partial(logging.tqdm, desc="timing", leave=False)
@@ -39,6 +39,7 @@ def open_highway(
     validation_share: float | None = None,
     seed: int | None = None,
     threads: int | None = None,
+    runtime: str | None = None,
 ) -> Opened:
     """A highway in `eval()` mode, its image processor, and one split of a dataset as the model takes it.
 
@@ -48,12 +49,12 @@ def open_highway(
         which (`str`, *optional*, defaults to `"test"`): Or `"validation"`, `"train"`.
         validation_share (`float`, *optional*), seed (`int`, *optional*): See `load_known`.
         threads (`int`, *optional*): Of an exported highway; by default as many as PyTorch uses.
+        runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
     """
     known = load_known(data, checkpoint, validation_share=validation_share, seed=seed)
     splits = known.splits
-    model: Any
-    if is_exported(checkpoint):
-        model = ORTHighway.from_pretrained(checkpoint, threads=threads)
+    model: Any = open_exported(checkpoint, runtime, threads)
+    if model is not None:
         check_class_names(checkpoint, model.config, splits.label_names)
         processor = open_processor(checkpoint)
     else:
@@ -63,15 +64,15 @@ def open_highway(
 
 
 def open_options(options: argparse.Namespace, *, has_policy: bool = False) -> Opened:
-    """`open_highway` with the options of `add_data`, `--threads` where a command has it, and those of `add_policy`.
+    """`open_highway` with the options of `add_data`, `add_policy`, and `--threads` and `--runtime` where they are.
 
     Raises:
         ValueError: There are no exits, and the command chooses a policy instead of taking one.
     """
     policy = policy_of(options) if has_policy else None
     splitting = (options.split, options.validation_share, options.seed)
-    threads = getattr(options, "threads", None)
-    opened = open_highway(options.checkpoint, options.data, *splitting, threads)
+    running = (getattr(options, "threads", None), getattr(options, "runtime", None))
+    opened = open_highway(options.checkpoint, options.data, *splitting, *running)
     if not has_policy and not opened.model.config.exits:
         raise ValueError(f"{options.checkpoint} has no exits; `lgvit grow` or `lgvit train --stage 1` gives it some")
     if policy is not None:

@@ -16,6 +16,12 @@ def add_processor(command: argparse.ArgumentParser) -> None:
     command.add_argument("--processor", metavar="FOLDER|NAME", help=text)
 
 
+def add_runtime(command: argparse.ArgumentParser) -> None:
+    """What runs an exported folder."""
+    names = ("onnxruntime", "openvino")
+    command.add_argument("--runtime", choices=names, help="of an exported folder (default: onnxruntime)")
+
+
 def add_policy(command: argparse.ArgumentParser) -> None:
     """An exit policy instead of the saved one; `policy_of` reads it."""
     command.add_argument("--policy", help="exit policy instead of the saved one")

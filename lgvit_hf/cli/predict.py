@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..data.settings import whole
-from .options import add_policy, policy_of
+from .options import add_policy, add_runtime, policy_of
 
 HELP = "answer images into one file; goes on where it stopped"
 EXAMPLE = (
@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--output", help=".parquet, .csv or .jsonl file")
     add("--split", help="of a dataset that has several")
     add_policy(parser)
+    add_runtime(parser)
     add("--batch-size", type=whole(), default=64, help="default: 64")
     add("--workers", type=whole(), default=1, help="processes; one thread each if several (default: 1)")
     add("--top-k", type=whole(), help="also write that many most probable labels")
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and print the result."""
     from ..serving.batch_predict import run_predict
 
-    names = ("split", "batch_size", "workers", "top_k", "probabilities")
+    names = ("split", "batch_size", "workers", "top_k", "probabilities", "runtime")
     report = run_predict(
         options.checkpoint,
         options.paths,

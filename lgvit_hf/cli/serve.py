@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 from ..data.settings import real, whole
-from .options import add_policy, policy_of
+from .options import add_policy, add_runtime, policy_of
 
 HELP = "answer images over HTTP, as a whole highway or as a part of one"
 EXAMPLE = (
@@ -43,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
     add("--threads", type=whole(1, 1024), help="of the processor")
     add_policy(parser)
+    add_runtime(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
     policy, most = policy_of(options), options.max_batch_size
     if not options.max_body_mb > 0:
         raise ValueError(f"max_body_mb={options.max_body_mb} must be positive")
-    part = open_any(options.path, policy=policy, max_batch_size=most, threads=options.threads)
+    running = {"threads": options.threads, "runtime": options.runtime}
+    part = open_any(options.path, policy=policy, max_batch_size=most, **running)
     sending = {name: getattr(options, name) for name in ("state_dtype", "timeout", "retries")}
     highway = RemoteHighway(part, options.next, **sending)
     missing, info = highway.check_next(), highway.info

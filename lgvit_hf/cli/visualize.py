@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data.processing import ProcessedImages, open_processor
     from ..hub.loading import HIGHWAYS, read_config
     from ..modeling_avit import AViT
-    from ..runtimes.onnxruntime import is_exported
+    from ..runtimes.manifest import is_exported
     from .drawing import check_can_draw
 
     check_can_draw()

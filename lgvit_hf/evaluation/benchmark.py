@@ -94,7 +94,7 @@ def benchmark(
 
     Args:
         model (`Highway`):
-            Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode on its device, with the
+            Of PyTorch, or an exported one of the layout `segments`; run in `eval()` mode on its device, with the
             threads that are set.
         images (`Dataset` or `Tensor`):
             Items `pixel_values` and perhaps `labels`, or pixels `[N, C, H, W]`. Real images: which samples exit

@@ -222,7 +222,7 @@ def measure_cost_table(
     """Time each part of a highway at several batch sizes, in turn, with the device and threads that are set.
 
     Args:
-        model (`Highway`): Of PyTorch, or an `ORTHighway` of the layout `segments`; run in `eval()` mode.
+        model (`Highway`): Of PyTorch, or an exported one of the layout `segments`; run in `eval()` mode.
         pixels (`Tensor`): `[B, C, H, W]`, at least as many images as the largest batch; their content does not matter.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 8, 32)`):
             The powers of two below the largest are measured too, since fewer and fewer samples of a batch go on.

@@ -123,7 +123,7 @@ class Exported:
 
 
 class Highway(Protocol):
-    """What evaluation takes: one of our models of PyTorch, or an `ORTHighway`, which has `exported` besides."""
+    """What evaluation takes: one of our models of PyTorch, or an exported one, which has `exported` besides."""
 
     config: Any
     training: bool

@@ -221,7 +221,7 @@ def collect(model: Highway, dataset: Samples, *, batch_size: int = 64, num_worke
     """Run every exit of a highway on every sample of a dataset, in `eval()` mode, and count the MACs of one sample.
 
     Args:
-        model (`Highway`): Of PyTorch, or an `ORTHighway` of the layouts `segments` and `all_exits`.
+        model (`Highway`): Of PyTorch, or an exported one of the layouts `segments` and `all_exits`.
         dataset (`Dataset`):
             Items `{"pixel_values": [C, H, W], "labels": int}`; where there are no labels, the full model's answers
             stand for them.

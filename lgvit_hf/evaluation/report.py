@@ -35,7 +35,7 @@ def evaluate(
     """Run a highway on a dataset, once with every exit and once exiting early, and time it.
 
     Args:
-        model (`Highway`): With the exit policy to be judged; of PyTorch, or an `ORTHighway` of any layout.
+        model (`Highway`): With the exit policy to be judged; of PyTorch, or an exported one of any layout.
         dataset (`Dataset`): Items `pixel_values` and `labels`.
         batch_size (`int`, *optional*, defaults to 64): Of the evaluation.
         timed_batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`):

@@ -123,6 +123,26 @@ def _logits_of(part: OnnxSegment) -> tuple[int, int]:
     return logits.elem_type, logits.shape.dim[-1].dim_value
 
 
+def set_thresholds(model: Any, thresholds: str) -> None:
+    """Make the adjustable inputs of a single file required, or take them away: the file then keeps their numbers.
+
+    OpenVINO and browsers know no inputs with a default.
+
+    Args:
+        model (`onnx.ModelProto`): As `compose_single` returns it; changed.
+        thresholds (`str`): `"input"` or `"fixed"`; `"optional"` is what it is already.
+    """
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    adjustable = {entry.name for entry in graph.input} & constants
+    held = {"optional": None, "input": graph.initializer, "fixed": graph.input}[thresholds]
+    if held is not None:
+        kept = [entry for entry in held if entry.name not in adjustable]
+        del held[:]
+        held.extend(kept)
+    onnx.checker.check_model(model)
+
+
 def compose_all_exits(parts: Sequence[OnnxSegment]) -> Any:
     """One model that runs every exit: `logits` of the last and `exit_logits` `[E, B, C]` of all."""
     graph, state, found = Graph(), ["pixel_values"], []

@@ -16,8 +16,9 @@ from ..evaluation.costs import model_macs
 from ..files import replace_folder
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy
-from ..runtimes.manifest import LAYOUTS, PRECISIONS, Manifest, exits_that_run
-from ..runtimes.onnxruntime import ORTHighway, parameter_inputs
+from ..runtimes.exported import parameter_inputs
+from ..runtimes.manifest import LAYOUTS, PRECISIONS, THRESHOLDS, Manifest, exits_that_run
+from ..runtimes.onnxruntime import ORTHighway
 from ..serving.device.info import file_digest
 from .infer import write_infer
 from .segment_graphs import EXPORTABLE, check_file_sizes, export_decisions, export_parts, weight_bytes
@@ -30,6 +31,7 @@ def export_onnx(
     layout: str = "single",
     *,
     precision: str = "float32",
+    thresholds: str = "optional",
     processor: BaseImageProcessor | None = None,
     images: Samples | None = None,
     max_accuracy_drop: float = 0.005,
@@ -43,8 +45,12 @@ def export_onnx(
             `"single"`: one file whose exits are real branches and which drops exited samples; its thresholds are
             inputs with defaults. `"segments"`: one file per segment, for any policy. `"all_exits"`: all exits' logits.
         precision (`str`, *optional*, defaults to `"float32"`):
-            `"float16"`: weights and arithmetic of half the width. `"int8"`: weights of matrix products in 8 bits,
-            what they are multiplied with too, scaled as it comes. Pixels and logits are float32 in every case.
+            `"float16"`: weights and arithmetic of half the width. `"int8"`: matrix products in 8 bits, each token and
+            each output channel with its own scale, so that a sample's answer does not depend on its batch. Pixels and
+            logits are float32 in every case.
+        thresholds (`str`, *optional*, defaults to `"optional"`):
+            Of a single file: `"optional"`: inputs with a default, which ONNX Runtime knows; `"input"`: required
+            inputs, whose numbers are in the manifest; `"fixed"`: none. OpenVINO and onnxruntime-web take the last two.
         processor (`BaseImageProcessor`, *optional*): Saved beside the model.
         images (`Dataset`, *optional*):
             Items `pixel_values` and perhaps `labels`, on which the files are judged as well; where there are no
@@ -57,12 +63,16 @@ def export_onnx(
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        ValueError: An `AViT`, unknown layout, precision or policy, a file of more than 2 GB, the folder is in use, or
-            the files do not answer as the model does.
+        ValueError: An `AViT`, unknown layout, precision, thresholds or policy, a file of more than 2 GB, the folder is
+            in use, or the files do not answer as the model does.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
+    if thresholds not in THRESHOLDS:
+        raise ValueError(f"thresholds={thresholds!r} is none of {', '.join(THRESHOLDS)}")
     _check_exportable(model, layout)
+    if layout != "single" and thresholds != "optional":
+        raise ValueError(f"thresholds={thresholds!r} is for layout='single'; {layout!r} decides outside its files")
     model = copy.deepcopy(model).eval().cpu().float()
     with replace_folder(folder) as new:
         names = write_onnx(model, new, layout, precision=precision)
@@ -71,7 +81,26 @@ def export_onnx(
             processor.save_pretrained(new)
             if layout == "single":
                 write_infer(new, processor, model.config.num_channels)
-        return verified(model, new, names, layout, precision, images=images, max_accuracy_drop=max_accuracy_drop)
+        manifest = verified(model, new, names, layout, precision, images=images, max_accuracy_drop=max_accuracy_drop)
+        if thresholds == "optional":
+            return manifest
+        return _with_thresholds(model, new, manifest, thresholds)
+
+
+def _with_thresholds(model: HighwayMixin, folder: Path, manifest: Manifest, thresholds: str) -> Manifest:
+    """Change a single file that has been verified with all its inputs, and verify it again."""
+    import onnx
+
+    from .composition import set_thresholds
+
+    (name,) = manifest.files
+    content = onnx.load(folder / name)
+    set_thresholds(content, thresholds)
+    onnx.save(content, folder / name)
+    manifest = replace(manifest, files={name: file_digest(folder / name)}, thresholds=thresholds)
+    manifest.save(folder)
+    verify(model, folder)
+    return manifest
 
 
 def exits_in_files(policy: ExitPolicy, num_exits: int, layout: str) -> list[int]:
@@ -129,6 +158,8 @@ def write_onnx(
     names = [f"segment_{index:02}.onnx" for index in exits] if layout == "segments" else [file]
     _check_sizes(model, exits, names, precision)
     parts = export_parts(model, exits)
+    if precision == "int8":
+        parts = [replace(part, model=quantize(part.model)) for part in parts]
     if layout == "single":
         decisions = export_decisions(model.answering_policy, model.config.num_labels, exits, len(depths) - 1)
         models = {file: compose_single(parts, decisions, depths, parameter_inputs(policy, len(depths)))}
@@ -137,7 +168,7 @@ def write_onnx(
     else:
         models = {name: part.model for name, part in zip(names, parts, strict=True)}
     for name, content in models.items():
-        (quantize if precision == "int8" else onnx.save)(content, Path(folder) / name)
+        onnx.save(content, Path(folder) / name)
     return list(models)
 
 
@@ -174,6 +205,7 @@ def verified(
         ValueError: They do not answer as the model does.
     """
     policy, depths, macs = model.exit_policy, [segment.depth for segment in model.segments()], model_macs(model)
+    inputs = parameter_inputs(policy, len(depths)) if layout == "single" else {}
     manifest = Manifest(
         layout=layout,
         precision=precision,
@@ -185,6 +217,7 @@ def verified(
         versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
         checks={},
         ensemble=model.config.exit_ensemble,
+        inputs={name: numbers.tolist() for name, numbers in inputs.items()},
     )
     # without it, the folder would not open
     manifest.save(folder)

@@ -213,7 +213,12 @@ class _Decision(nn.Module):
         index, before = self.exit_index, dict(zip(self.remembered, memory, strict=True))
 
         def decide(logits: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-            return policy(logits.float() / temperature, memory, index)
+            exited, after = policy(logits.float() / temperature, memory, index)
+            # said once more for runtimes in which NaN is greater than a threshold
+            exited = exited & ~logits.isnan().any(-1)
+            if "threshold" in self.adjustable:
+                exited = exited & ~after["score"].isnan()
+            return exited, after
 
         scaled = CustomPolicy(decide)
         judge = scaled if self.ensemble is None else EnsemblePolicy(scaled, self.ensemble)

@@ -18,6 +18,7 @@ from ..evaluation.exit_table import ExitTable
 from ..hub.loading import example_image
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy, build_policy
+from ..runtimes.exported import ExportedHighway
 from ..runtimes.manifest import exits_that_run
 from ..runtimes.onnxruntime import ORTHighway
 from ..segments import State
@@ -40,8 +41,15 @@ def verify(model: HighwayMixin, folder: str | Path) -> dict[str, Any]:
         exported.set_exit_policy(policy)
         return exported(images)
 
-    is_exact = exported.manifest.precision == "float32"
-    return verify_answers(model, exported.manifest.exits, answer, "the export does not answer", is_exact=is_exact)
+    manifest = exported.manifest
+    return verify_answers(
+        model,
+        manifest.exits,
+        answer,
+        "the export does not answer",
+        is_exact=manifest.precision == "float32",
+        is_adjustable=manifest.thresholds != "fixed",
+    )
 
 
 @torch.no_grad()
@@ -52,6 +60,7 @@ def verify_answers(
     complaint: str,
     *,
     is_exact: bool = True,
+    is_adjustable: bool = True,
 ) -> dict[str, Any]:
     """Run what was made of a model against it: every exit forced, mixed batches, and batches of 1, 2, 7 and 32.
 
@@ -63,6 +72,7 @@ def verify_answers(
         answer (`Callable`): `logits`, `exit_index` and `exit_layer` under a policy for images `[B, C, H, W]`.
         complaint (`str`): Beginning of the error, up to "as the model does".
         is_exact (`bool`, *optional*, defaults to `True`): Otherwise the answers only have to be numbers.
+        is_adjustable (`bool`, *optional*, defaults to `True`): Otherwise only the model's own policy is tried.
 
     Returns:
         `batch_sizes`, and the `largest_difference` of logits of samples with the same exit.
@@ -72,6 +82,8 @@ def verify_answers(
     """
     largest = 0.0
     for trial in trials(model, exits):
+        if not is_adjustable and trial.policy is not model.exit_policy:
+            continue
         found, expected = answer(trial.policy, trial.images), trial.expected
         elsewhere = (found.exit_index != expected.exit_index) | (found.exit_layer != expected.exit_layer)
         # not where rounding decides; and NaN is larger than any difference
@@ -140,13 +152,13 @@ def trials(model: HighwayMixin, exits: list[int]) -> Iterator[Trial]:
 
 @torch.no_grad()
 def compare(
-    model: HighwayMixin, exported: ORTHighway, images: Samples, max_accuracy_drop: float, *, batch_size: int = 64
+    model: HighwayMixin, exported: ExportedHighway, images: Samples, max_accuracy_drop: float, *, batch_size: int = 64
 ) -> dict[str, float]:
     """What an export is worth on real images, both with early exits under their policies.
 
     Args:
         model (`HighwayMixin`): What was exported.
-        exported (`ORTHighway`): The export.
+        exported (`ExportedHighway`): The export.
         images (`Dataset`): Items `pixel_values` and perhaps `labels`; otherwise the model's answers stand for them.
         max_accuracy_drop (`float`): Share of the samples by which the export may be right less often than the model.
         batch_size (`int`, *optional*, defaults to 64): Samples at a time.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..serving.device.info import Description, are_counts, are_digests
 
 LAYOUTS = ("single", "segments", "all_exits")
 PRECISIONS = ("float32", "float16", "int8")
+THRESHOLDS = ("optional", "input", "fixed")
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"\w[\w.-]*\.onnx")
 
@@ -24,6 +25,11 @@ PARAMETERS = {
     "entropy_threshold": "exit_entropy_thresholds",
     "patience": "exit_patience",
 }
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds an exported highway: ONNX files and their manifest."""
+    return (Path(folder) / MANIFEST).is_file() and any(Path(folder).glob("*.onnx"))
 
 
 def exits_that_run(policy: ExitPolicy, num_exits: int) -> list[int]:
@@ -53,6 +59,8 @@ class Manifest(Description):
         versions (`dict[str, str]`): Of the packages that wrote it.
         checks (`dict`): What was run against PyTorch, and how close it came.
         ensemble (`dict`, *optional*): The `exit_ensemble` as exported; a single file answers with this one.
+        thresholds (`str`): One of `THRESHOLDS`: inputs of a single file that may be given, must be, or are none.
+        inputs (`dict[str, list[float]]`): Of a single file, these inputs with the policy's numbers.
     """
 
     FILE = MANIFEST
@@ -70,6 +78,8 @@ class Manifest(Description):
     versions: dict[str, str]
     checks: dict[str, Any]
     ensemble: dict[str, Any] | None = None
+    thresholds: str = "optional"
+    inputs: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
@@ -103,4 +113,8 @@ class Manifest(Description):
             "versions": isinstance(self.versions, dict),
             "checks": isinstance(self.checks, dict),
             "ensemble": self.ensemble is None or isinstance(self.ensemble, dict),
+            "thresholds": self.thresholds in THRESHOLDS,
+            "inputs": isinstance(self.inputs, dict)
+            and all(isinstance(numbers, list) for numbers in self.inputs.values())
+            and {type(number) for numbers in self.inputs.values() for number in numbers} <= {int, float},
         }

@@ -56,6 +56,7 @@ def run_predict(
     workers: int = 1,
     top_k: int | None = None,
     probabilities: bool = False,
+    runtime: str | None = None,
 ) -> dict[str, Any]:
     """Answer images, a row of `output` each; what cannot be read is a row with an `error`.
 
@@ -77,6 +78,7 @@ def run_predict(
             Processes; several have one thread each, one has as many as PyTorch uses.
         top_k (`int`, *optional*): Also write the most probable labels, `top_labels` and `top_scores`.
         probabilities (`bool`, *optional*, defaults to `False`): Also write those of all labels, in the model's order.
+        runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
 
     Returns:
         `dict`: `images`, `errors`, `mean_depth`, `num_blocks`, `answered_now`, `images_per_second` (of those).
@@ -95,7 +97,7 @@ def run_predict(
         if target.exists():
             raise ValueError(f"{output} is there already; choose another output, or delete it")
         images = _find_images(paths, split)
-        predictor = Predictor(checkpoint, policy, max_batch_size=batch_size)
+        predictor = Predictor(checkpoint, policy, max_batch_size=batch_size, runtime=runtime)
         return _predict(_Work(predictor, predictor.label_names, top_k, probabilities), images, target, workers)
 
 
@@ -110,6 +112,7 @@ def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
     plan = {
         "what": "lgvit predict",
         "model": weights_digest(predictor.model),
+        "runtime": predictor.runtime,
         "policy": predictor.model.exit_policy.to_dict(),
         "image processor": hashlib.sha256(predictor.processor.to_json_string().encode()).hexdigest(),
         "class names": labels,

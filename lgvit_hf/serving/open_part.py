@@ -36,7 +36,12 @@ def open_part(folder: str | Path, *, threads: int | None = None) -> Part | Torch
 
 
 def open_any(
-    path: str | Path, *, policy: dict[str, Any] | None = None, max_batch_size: int = 32, threads: int | None = None
+    path: str | Path,
+    *,
+    policy: dict[str, Any] | None = None,
+    max_batch_size: int = 32,
+    threads: int | None = None,
+    runtime: str | None = None,
 ) -> Part | TorchPart | Whole:
     """A part, or a whole highway as the only part there is.
 
@@ -45,18 +50,21 @@ def open_any(
         policy (`dict`, *optional*): Exit policy of a whole highway, instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 32): Samples that a whole highway runs at once.
         threads (`int`, *optional*): Of the processor.
+        runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
 
     Raises:
-        OSError, ValueError: There is no such thing, or it is damaged; a part was given another policy.
+        OSError, ValueError: There is no such thing, or it is damaged; a part was given another policy or a runtime.
     """
     if (Path(path) / PART_FILE).is_file():
         if policy is not None:
             raise ValueError(f"{path}: the policy of a part is that of its split; split the model again for another")
+        if runtime is not None:
+            raise ValueError(f"{path}: --runtime {runtime} is for a whole exported highway; a part has its format")
         return open_part(path, threads=threads)
     from .whole_model import Whole
 
     _use_threads(threads)
-    return Whole(path, policy, max_batch_size=max_batch_size)
+    return Whole(path, policy, max_batch_size=max_batch_size, runtime=runtime)
 
 
 def _use_threads(threads: int | None) -> None:

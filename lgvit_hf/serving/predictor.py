@@ -17,7 +17,7 @@ from ..data.processing import ProcessedImages, open_processor
 from ..evaluation.costs import Highway
 from ..hub.loading import load_highway
 from ..policies import number_at
-from ..runtimes.onnxruntime import ORTHighway, is_exported
+from ..runtimes.open_exported import open_exported
 from .device.info import is_text
 from .device.rgb import as_rgb, read_image
 
@@ -50,6 +50,7 @@ class Predictor:
         path (`str` or `Path`): Folder or Hub id of a highway, or a folder that `lgvit export` wrote.
         policy (`dict` or `str`, *optional*): Exit policy instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 64): Samples that run at once.
+        runtime (`str`, *optional*): Of an exported folder, see `open_exported`.
 
     Raises:
         ValueError:
@@ -71,11 +72,16 @@ class Predictor:
     """
 
     def __init__(
-        self, path: str | Path, policy: dict[str, Any] | str | None = None, *, max_batch_size: int = 64
+        self,
+        path: str | Path,
+        policy: dict[str, Any] | str | None = None,
+        *,
+        max_batch_size: int = 64,
+        runtime: str | None = None,
     ) -> None:
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size!r} must be an integer of at least 1")
-        self.path, self.policy, self.max_batch_size = path, policy, max_batch_size
+        self.path, self.policy, self.max_batch_size, self.runtime = path, policy, max_batch_size, runtime
         self._opened: tuple[Highway, ProcessedImages | None] | None = None
         self._process: int | None = None
 
@@ -166,7 +172,7 @@ class Predictor:
         A forked process opens its own, for threads and sessions do not survive a fork.
         """
         if self._opened is None or self._process != os.getpid():
-            self._opened, self._process = _opened(str(self.path), self.policy), os.getpid()
+            self._opened, self._process = _opened(str(self.path), self.policy, self.runtime), os.getpid()
         return self._opened
 
     def _preparation(self) -> ProcessedImages:
@@ -204,10 +210,13 @@ class Predictor:
         return dict(zip(ANSWERS, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
 
-def _opened(path: str, policy: dict[str, Any] | str | None) -> tuple[Highway, ProcessedImages | None]:
+def _opened(
+    path: str, policy: dict[str, Any] | str | None, runtime: str | None
+) -> tuple[Highway, ProcessedImages | None]:
     """A highway, and its image processor if it has one."""
-    opened: nn.Module = ORTHighway.from_pretrained(path) if is_exported(path) else load_highway(path)
-    if not isinstance(opened, ORTHighway):
+    opened: nn.Module | None = open_exported(path, runtime)
+    if opened is None:
+        opened = load_highway(path)
         opened.to("cuda" if torch.cuda.is_available() else "cpu")
     model = cast(Highway, opened)
     config = model.config

@@ -24,13 +24,22 @@ class Whole:
         path (`str` or `Path`): See `Predictor`.
         policy (`dict`, *optional*): Instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 32): Samples that run at once.
+        runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
 
     Raises:
         OSError, ValueError: See `Predictor`; also where it does not run, or its image processor does not fit it.
     """
 
-    def __init__(self, path: str | Path, policy: dict[str, Any] | None = None, *, max_batch_size: int = 32):
-        self.folder, self._predictor = Path(path), Predictor(path, policy, max_batch_size=max_batch_size)
+    def __init__(
+        self,
+        path: str | Path,
+        policy: dict[str, Any] | None = None,
+        *,
+        max_batch_size: int = 32,
+        runtime: str | None = None,
+    ):
+        self.folder = Path(path)
+        self._predictor = Predictor(path, policy, max_batch_size=max_batch_size, runtime=runtime)
         model, config = self._predictor.model, self._predictor.model.config
         height, width = height_width(config.image_size)
         self.info = PartInfo(

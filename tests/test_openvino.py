@@ -1,0 +1,140 @@
+"""Exported highways in OpenVINO: the answers of ONNX Runtime, which are the model's, in every layout and precision."""
+
+import json
+
+import pytest
+import torch
+
+from lgvit_hf.cli import main
+from lgvit_hf.data.processing import make_processor
+from tests.tiny import IMAGE_SIZE, tiny_images, tiny_model
+
+pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
+pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
+pytest.importorskip("openvino", reason='pip install "lgvit-hf[openvino]"')
+
+from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
+from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
+from lgvit_hf.runtimes.open_exported import open_exported  # noqa: E402
+from lgvit_hf.runtimes.openvino import OVHighway  # noqa: E402
+
+pytestmark = pytest.mark.version_independent
+SMALL = {"num_hidden_layers": 3, "exit_positions": [1, 2], "exit_types": "linear"}
+IMAGES = 24
+KINDS = [
+    ("single", "float32", "optional"),
+    ("single", "float32", "input"),
+    ("single", "int8", "input"),
+    ("segments", "float32", "optional"),
+    ("segments", "int8", "optional"),
+    ("all_exits", "float32", "optional"),
+]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A model whose samples exit at all three places, images, and where its exports of some kind are."""
+    images, model = tiny_images(IMAGES), tiny_model("vit", **SMALL)
+    with torch.no_grad():
+        scores = torch.stack(model(images, early_exit=False).exit_logits).softmax(-1).amax(-1)
+    # a third exits at the first, and half of the others at the second; half way between two scores
+    first = scores[0].sort().values[-9:-7].mean().item()
+    second = scores[1][scores[0] < first].sort().values[7:9].mean().item()
+    model.set_exit_policy("confidence", threshold=[first, second])
+    folder, parts = tmp_path_factory.mktemp("openvino"), export_parts(model, range(3))
+
+    def exported(layout, precision, thresholds):
+        target = folder / f"{layout}_{precision}_{thresholds}"
+        if not target.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("lgvit_hf.export.onnx_export.export_parts", lambda *_: parts)
+                how = {"precision": precision, "thresholds": thresholds}
+                export_onnx(model, target, layout, **how, processor=make_processor(IMAGE_SIZE))
+        return target
+
+    return model, images, exported
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_answers_are_those_of_onnx_runtime(kind, exports):
+    _, images, exported = exports
+    folder = exported(*kind)
+    ours, theirs = OVHighway.from_pretrained(folder, threads=1), ORTHighway.from_pretrained(folder, threads=1)
+    assert ours.exported.runtime.startswith("openvino 2") and ours.exported.threads == 1
+    found, expected = ours(images), theirs(images)
+    assert found.exit_index.tolist() == expected.exit_index.tolist() and len(set(expected.exit_index.tolist())) == 3
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.exit_score, expected.exit_score, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_sample_does_not_meet_its_batch(kind, exports):
+    _, images, exported = exports
+    model = OVHighway.from_pretrained(exported(*kind), threads=1)
+    bad = torch.stack([images[0] * 3e38, torch.full_like(images[0], torch.nan), images[0].clone()])
+    bad[2, 0, 0, 0] = torch.inf
+    mixed = model(torch.cat([images[:4], bad, images[4:8]]))
+    for place, image in zip((0, 1, 2, 3, 7, 8, 9, 10), images[:8], strict=True):
+        alone = model(image[None])
+        assert alone.exit_index[0] == mixed.exit_index[place]
+        torch.testing.assert_close(mixed.logits[place], alone.logits[0], atol=1e-5, rtol=1e-5)
+    assert not mixed.logits[4:7].isfinite().any() and (mixed.exit_index[4:7] == 2).all()
+
+
+@torch.no_grad()
+def test_new_numbers_where_the_file_takes_them(exports):
+    model, images, exported = exports
+    for kind in KINDS[1], KINDS[3], KINDS[5]:
+        opened = OVHighway.from_pretrained(exported(*kind))
+        opened.set_exit_policy("confidence", threshold=2.0)
+        assert set(opened(images).exit_index.tolist()) == {2}
+    optional = OVHighway.from_pretrained(exported(*KINDS[0]))
+    with pytest.raises(ValueError, match="openvino takes no new numbers .* 'optional'; export it with .*'input'"):
+        optional.set_exit_policy("confidence", threshold=2.0)
+    assert optional(images).exit_index.tolist() == model(images).exit_index.tolist()
+
+
+def test_bad_input(exports, tmp_path):
+    model, _, exported = exports
+    folder = exported(*KINDS[0])
+    with pytest.raises(ValueError, match="runtime='tensorrt' is none of onnxruntime, openvino"):
+        open_exported(folder, "tensorrt")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="runtime='openvino' is for an exported folder"):
+        open_exported(tmp_path / "model", "openvino")
+    assert open_exported(tmp_path / "model") is None
+    opened = OVHighway.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"pixel_values: shape \(1, 3, 5, 5\) must be \(batch, 3, "):
+        opened(torch.zeros(1, 3, 5, 5))
+
+
+def test_a_file_that_does_not_compile(tmp_path):
+    from lgvit_hf.runtimes.openvino import _open
+
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="model.onnx does not open in OpenVINO; export again"):
+        _open(tmp_path / "model.onnx", 1, None)
+
+
+def test_without_the_package(exports, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"pip install .lgvit-hf\[openvino\]"):
+        OVHighway.from_pretrained(exports[2](*KINDS[0]))
+
+
+def test_commands_take_a_runtime(exports, tmp_path, capsys):
+    folder = str(exports[2](*KINDS[0]))
+    command = ["predict", folder, "digits", "--output", str(tmp_path / "answers.jsonl")]
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    assert main([*command, "--split", "test", "--runtime", "openvino"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert main([*command[:-1], str(tmp_path / "others.jsonl"), "--split", "test"]) == 0
+    others = [json.loads(line) for line in (tmp_path / "others.jsonl").read_text().splitlines()]
+    assert len(found) > 100
+    assert sum(one["exit_index"] != other["exit_index"] for one, other in zip(found, others, strict=True)) <= 1
+    command = ["predict", str(tmp_path), "digits", "--split", "test", "--output", str(tmp_path / "no.csv")]
+    assert main([*command, "--runtime", "openvino"]) == 2
+    assert "is for an exported folder" in capsys.readouterr().err
