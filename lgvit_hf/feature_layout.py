@@ -83,3 +83,14 @@ def reading_of(shape: Sequence[int], image_size: tuple[int, int]) -> Reading:
         f"heads: an output of shape {list(shape)} (without the batch) is no map, sequence or vector; give a module of "
         "your own that turns it into logits"
     )
+
+
+def default_head(shape: Sequence[int]) -> str:
+    """The head of an exit for which none was chosen, by what it reads, without the batch.
+
+    Example:
+
+        >>> default_head([197, 384]), default_head([64, 8, 8])
+        ('concat', 'average')
+    """
+    return "concat" if len(shape) == 2 else "average"

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from .configuration_wrapper import OWN, HighwayWrapperConfig, class_name, config_of_wrapped
 from .exit_settings import Exit
-from .feature_layout import reading_of
+from .feature_layout import default_head, reading_of
 from .heads import ExitHead, HeadShape
 from .modeling_highway import HighwayMixin
 from .modes import evaluating
@@ -116,10 +116,7 @@ class HighwayWrapper(HighwayMixin, PreTrainedModel):
         with evaluating(module):
             pieces, shapes, num_labels = proven_pieces(module, names, images)
         if config is None:
-            own: Sequence[Any] = [
-                _automatic(shape) if head == "auto" else head
-                for head, shape in zip(_one_per_exit(heads, len(names)), shapes, strict=True)
-            ]
+            own: Sequence[Any] = _one_per_exit(heads, shapes)
             config = config_of_wrapped(module, names, own, shapes, num_labels, images, settings)
         else:
             own = _own_of(config, heads)
@@ -406,23 +403,20 @@ def _probes(module: nn.Module, example: Tensor | None) -> Tensor:
     return images.to(weight.device, weight.dtype)
 
 
-def _one_per_exit(heads: str | nn.Module | Sequence[str | nn.Module], num_exits: int) -> list[str | nn.Module]:
+def _one_per_exit(
+    heads: str | nn.Module | Sequence[str | nn.Module], shapes: list[list[int]]
+) -> list[str | nn.Module]:
     """A head for each exit; one name may stand for all."""
     if isinstance(heads, str):
-        heads = [heads] * num_exits
+        heads = [heads] * len(shapes)
     if isinstance(heads, nn.Module) and not isinstance(heads, nn.ModuleList):
         heads = [heads]
-    if len(heads) != num_exits:
-        raise ValueError(f"heads: {len(heads)} must be as many as exits, {num_exits}, or one name for all")
+    if len(heads) != len(shapes):
+        raise ValueError(f"heads: {len(heads)} must be as many as exits, {len(shapes)}, or one name for all")
     modules = [head for head in heads if isinstance(head, nn.Module)]
     if len(set(map(id, modules))) < len(modules):
         raise ValueError("heads: one module stands at several exits; give each its own")
-    return list(heads)
-
-
-def _automatic(shape: list[int]) -> str:
-    """The head of an exit for which none was chosen: of tokens `[N, D]`, or of a map or a vector."""
-    return "concat" if len(shape) == 2 else "average"
+    return [default_head(shape) if head == "auto" else head for head, shape in zip(heads, shapes, strict=True)]
 
 
 def _own_of(config: HighwayWrapperConfig, heads: Any) -> list[nn.Module | None]:
