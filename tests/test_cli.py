@@ -124,7 +124,7 @@ def test_defaults_then_file_then_command_line(text, words, expected, tmp_path, m
         found.append((options.batch_size, options.labels, options.all_exits, options.numbers))
 
     module = SimpleNamespace(HELP="test", EXAMPLE="", add_options=add_options, run=run)
-    monkeypatch.setattr("lgvit_hf.cli.main.commands", lambda: {"evaluate": module})
+    monkeypatch.setattr(sys.modules["lgvit_hf.cli.main"], "commands", lambda: {"evaluate": module})
     (tmp_path / "run.yaml").write_text(text or "{}")
     assert lgvit("evaluate", "--config", tmp_path / "run.yaml", *words) == 0
     assert found == [expected] and read.count("1") == words.count("1")

@@ -138,6 +138,7 @@ def test_exits_learn_from_the_full_model(images):
         assert row["agreement"] == 1.0, row
 
 
+@version_independent
 def test_labels_are_used_for_the_choice_alone(images):
     rows = tiny_dataset(160)
     with_labels = grow(tiny_native("vit"), rows, **SMALL)
@@ -237,6 +238,7 @@ def stopped(plain, images, tmp_path, monkeypatch):
     return tmp_path / ".out-states"
 
 
+@version_independent
 def test_states_of_another_run_are_not_mixed_in(stopped, plain, images, tmp_path):
     before = {file.name: file.read_bytes() for file in stopped.iterdir()}
     for changes, message in (
@@ -250,6 +252,7 @@ def test_states_of_another_run_are_not_mixed_in(stopped, plain, images, tmp_path
         assert {file.name: file.read_bytes() for file in stopped.iterdir()} == before
 
 
+@version_independent
 def test_states_of_other_images_or_weights_are_not_mixed_in(stopped, plain, images, tmp_path):
     changed = [*images[:70], {"pixel_values": images[70]["pixel_values"] + 1e-3}, *images[71:]]
     with pytest.raises(ValueError, match="other images or labels"):
@@ -260,6 +263,7 @@ def test_states_of_other_images_or_weights_are_not_mixed_in(stopped, plain, imag
         grow(tiny_native("vit", seed=1), images, tmp_path / "out", **SMALL)
 
 
+@version_independent
 def test_other_training_keeps_the_states(stopped, plain, images, tmp_path, monkeypatch):
     other = {**SMALL, "training": HeadTraining(epochs=3)}
     expected = grow(plain, images, **other).model.state_dict()
@@ -285,6 +289,7 @@ def test_ctrl_c_in_the_command(plain, photos, tmp_path, monkeypatch, capsys):
 # -- the cache -----------------------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_the_cache_stays_within_its_limit(plain, images, tmp_path, monkeypatch):
     sizes, train_exits, said = [], cached.train_exits, []
 
@@ -514,6 +519,7 @@ def test_states_do_not_outlive_a_run_that_fails(where, error, plain, images, tmp
     assert not any((tmp_path / "temporary").glob("lgvit-*"))
 
 
+@version_independent
 def test_a_wrong_setting_leaves_the_states_of_a_stopped_run(stopped, plain, images, tmp_path):
     before = {file.name: file.read_bytes() for file in stopped.iterdir()}
     for changes in ({"max_accuracy_drop": -1}, {"exit_types": "conv9"}, {"exit_positions": []}):
@@ -540,6 +546,7 @@ def test_bad_input_of_the_command(plain, tmp_path, capsys):
 # -- a real model --------------------------------------------------------------------------------------------------
 
 
+@version_independent
 def test_a_real_vit(shared, tmp_path):
     checkpoint, images = shared / "models" / "fashion_vit", shared / "data" / "fashion_mnist"
     if not (checkpoint.is_dir() and images.is_dir()):

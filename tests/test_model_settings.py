@@ -17,6 +17,7 @@ def error_of(words, capsys):
     return line
 
 
+@pytest.mark.version_independent
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
@@ -43,6 +44,7 @@ def test_what_is_told_twice_is_refused_before_anything_is_loaded(settings, optio
     assert message in error_of(words, capsys)
 
 
+@pytest.mark.version_independent
 def test_a_file_and_the_command_line_may_not_tell_a_model_setting_twice(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("image_size: 16\nmodel_settings: {1: 2}\n")
     words = [*NEW, "--config", tmp_path / "run.yaml"]

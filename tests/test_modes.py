@@ -12,6 +12,7 @@ from lgvit_hf.modes import evaluating
 from lgvit_hf.training.distill_exits import HeadTraining, grow
 from tests.tiny import tiny_dataset, tiny_images, tiny_model, tiny_native
 
+pytestmark = pytest.mark.version_independent
 LOOKS = {
     "evaluate": lambda model: evaluate(model, tiny_dataset(8), timed_batch_sizes=[4]),
     "answer_all": lambda model: answer_all(model, tiny_dataset(8)),

@@ -195,6 +195,7 @@ def half(tmp_path_factory):
         return model, folder, export_onnx(model, folder, processor=ViTImageProcessor(do_resize=False))
 
 
+@independent
 def test_a_model_in_half_precision_exports_as_float32(half):
     model, folder, manifest = half
     assert manifest.precision == "float32" and model.dtype == torch.float16

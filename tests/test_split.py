@@ -428,6 +428,7 @@ def exported(stretches, monkeypatch):
 
 @version_independent
 @torch.no_grad()
+@version_independent
 @pytest.mark.parametrize(
     "policy",
     [
