@@ -53,9 +53,8 @@ class HighwayConfig(SafeConfig):
             Share of each exit, and of the final classifier as the last, in the training loss: `"depth"` (the
             position), `"uniform"`, or a list of exits + 1 numbers.
         exit_ensemble (`dict`, *optional*):
-            `{"weights": [...], "bias": [...]}`, as `fit_ensemble` gives it: with early exit, every answer and score is
-            that of the ensemble of the exits evaluated so far. One weight per exit, the final classifier's last, and
-            one bias per class.
+            `{"weights": [...], "bias": [...]}`, as `fit_ensemble` gives it, one weight per exit, the final
+            classifier's last, and one bias per class: with early exit, answers are those of the exits evaluated so far together.
         pool (`str`, *optional*):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
@@ -122,7 +121,8 @@ class HighwayConfig(SafeConfig):
     ) -> None:
         # lists of anything: `validate_exits` looks at them
         self.truncated = truncated
-        self.linear_blocks = checked_linear_blocks(linear_blocks, self.num_blocks)
+        self.linear_blocks = linear_blocks
+        self.validate_linear_blocks()
         if exit_positions == "lgvit":
             exit_positions = [each for each in self._preset_positions() if each not in self.replaced_positions]
         self.exit_positions = exit_positions
@@ -210,13 +210,17 @@ class HighwayConfig(SafeConfig):
         rows, columns = height_width(self.patch_size)
         return height // rows, width // columns
 
+    def validate_linear_blocks(self) -> None:
+        """Check `linear_blocks`, which is copied and made plain; `ValueError` for none that there can be."""
+        self.linear_blocks = checked_linear_blocks(self.linear_blocks, self.num_blocks)
+
     def validate_exits(self) -> None:
         """Check all exit settings against each other and the backbone; lists are copied and made plain.
 
         Raises:
             ValueError: Naming the field, its value and what it may be.
         """
-        self.linear_blocks = checked_linear_blocks(self.linear_blocks, self.num_blocks)
+        self.validate_linear_blocks()
         self.exit_positions = checked_positions(
             self.exit_positions, self.num_blocks, self.truncated, self.linear_blocks
         )
@@ -411,11 +415,7 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
         raise ValueError(f"block {after} is beyond the {self.num_blocks} blocks of {list(self.depths)}")
 
     def validate_linear_blocks(self) -> None:
-        """Check `linear_blocks`, which must be of one stage; it is copied and made plain.
-
-        Raises:
-            ValueError: Naming the field, its value and what it may be.
-        """
+        """As of the base; both blocks must be in one stage."""
         super().validate_linear_blocks()
         first, last = map(self.stage_of, self.linear_blocks or (1, 1))
         if first != last:

@@ -144,7 +144,7 @@ def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> list[Tenso
     top, of_label = earlier.amax(-1, keepdim=True), earlier.gather(2, label)
     # an exit agrees where this label is its own: no other probability there is larger
     features = torch.cat([top, (of_label == top).float(), of_label], 2)
-    return [torch.where(top >= 0, features, mean.unflatten(0, (-1, len(EARLIER_FEATURES)))).flatten(1)]
+    return [torch.where(top >= 0, features, mean.reshape(-1, len(EARLIER_FEATURES))).flatten(1)]
 
 
 def num_features(place: int) -> int:

@@ -200,7 +200,7 @@ class KnownSplits:
 
     def samples(self, split: str) -> dict[str, Any]:
         """Which samples a split is, for a report."""
-        found = {"data": self.data.source, "split": split, "seed": self.data.seed}
+        found: dict[str, Any] = {"data": self.data.source, "split": split, "seed": self.data.seed}
         found |= {"validation_share": self.data.validation_share, "samples": len(getattr(self.splits, split))}
         return {**found, "warning": self.warning(split)}
 

@@ -104,16 +104,17 @@ def images_to_grow(
         checkpoint (`str` or path, *optional*): The backbone; `None` if it has no folder.
         limit, ignore_labels, validation_share, seed: See `grow`.
     """
-    history = [] if checkpoint is None else read_training_data(checkpoint)
+    folder = None if checkpoint is None else os.fspath(checkpoint)
+    history = [] if folder is None else read_training_data(folder)
     # where it is not known what a model was trained on, its history begins with that
     known = history or [TrainingData(None)]
     share = SHARE if validation_share is None else validation_share
     if not isinstance(dataset, str):
         return ToGrow(dataset, [*known, TrainingData(None)], validation_share=share)
-    given = {} if validation_share is None else {"validation_share": validation_share}
+    given: dict[str, Any] = {} if validation_share is None else {"validation_share": validation_share}
     labelled = class_names(load_unlabelled(dataset, limit=1)) is not None
     if labelled and (not ignore_labels or splits_of_training(dataset, history, given)):
-        found = load_known(dataset, checkpoint or "the model", **given, defaults=(seed, share))
+        found = load_known(dataset, folder or "the model", **given, defaults=(seed, share))
         splits = found.splits.train, found.splits.validation
         if limit is not None and limit < sum(map(len, splits)):
             number = _num_held_out(limit, *map(len, splits))

@@ -115,8 +115,8 @@ def shorten(
         fitted, held_out = _drawn(items, fit_images, limit, seed)
         say(f"{fit_images} images to fit the map on, {len(held_out)} to compare on")
 
-        first, last = shorter.config.linear_blocks or ()
-        place = _block_modules(shorter)[first - 1]
+        first, last = shorter.config.linear_blocks or blocks
+        place: Any = _block_modules(shorter)[first - 1]
         weight, bias = fit_linear_map(_tokens_around(full, first, last, _pixels(fitted, full, "fit")))
         with torch.no_grad():
             place.weight.copy_(weight)
