@@ -54,7 +54,7 @@ class HighwayConfig(SafeConfig):
             position), `"uniform"`, or a list of exits + 1 numbers.
         exit_ensemble (`dict`, *optional*):
             `{"weights": [...], "bias": [...]}`, as `fit_ensemble` gives it, one weight per exit, the final
-            classifier's last, and one bias per class: with early exit, answers are those of the exits evaluated so far together.
+            classifier's last, one bias per class: with early exit, the exits evaluated so far answer together.
         pool (`str`, *optional*):
             What the final classifier and the exits read: `"cls"`, or `"mean"` over all tokens.
         truncated (`bool`, *optional*, defaults to `False`):
