@@ -136,8 +136,8 @@ def test_a_sample_does_not_meet_its_batch(exports, precision):
         mixed = exported(torch.cat([good[:4], bad, good[4:]]))
         for place, image in zip((0, 1, 2, 3, 8, 9, 10, 11), good, strict=True):
             alone = exported(image[None])
-            # matrix products of other sizes may add in another order
-            torch.testing.assert_close(mixed.logits[place], alone.logits[0], atol=1e-5, rtol=1e-5)
+            # matrix products of other sizes may add in another order, and round to another of the 255 steps
+            torch.testing.assert_close(mixed.logits[place], alone.logits[0], atol=0.01, rtol=1e-5)
             assert alone.exit_index[0] == mixed.exit_index[place]
         assert not mixed.logits[4:7].isfinite().any()
         assert (mixed.exit_index[4:7] == 1).all(), "what is not a number never exits early"

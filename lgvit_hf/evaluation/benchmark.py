@@ -129,7 +129,7 @@ def benchmark(
         >>> report["batches"][0]["batch_size"], sorted(report["batches"][0]["early_exit"])
         (2, ['images_per_second', 'mean_ms', 'p50_ms', 'p95_ms', 'p99_ms'])
     """
-    items = _random_items(images, limit)
+    items = random_items(images, limit)
     sizes = measured_sizes(batch_sizes, len(items))
     with evaluating(model):
         segments, policy = timed_segments(model), model.exit_policy
@@ -161,7 +161,8 @@ def benchmark(
         }
 
 
-def _random_items(images: Samples | Tensor, limit: int) -> list[dict[str, Any]]:
+def random_items(images: Samples | Tensor, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` items, drawn at random, always the same."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     if isinstance(images, Tensor):
         return [{"pixel_values": images[index]} for index in chosen]

@@ -219,7 +219,7 @@ def policies_to_try(
             judge = build_policy({**held, "threshold": 0.0}, num_policy_exits)
             size = exit_logits.shape[1]
             scores = [judge(exit_logits[index], judge.start(size, "cpu"), index)[1]["score"] for index in indices]
-            yield {**held, "threshold": [_between(scores[index]) if index in exits else never for index in indices]}
+            yield {**held, "threshold": [between(scores[index]) if index in exits else never for index in indices]}
     yield policy
 
 
@@ -276,7 +276,7 @@ def _has_tie(policy: ExitPolicy, exit_logits: Tensor) -> Tensor:
     return (best - second <= ROUNDING * max(1.0, exit_logits.abs().max().item())).any(0)
 
 
-def _between(scores: Tensor) -> float:
+def between(scores: Tensor) -> float:
     """A number in the widest gap of the middle half of some scores, so that rounding decides nothing."""
     ranked = np.sort(scores.numpy())
     middle = ranked[len(ranked) // 4 : 3 * len(ranked) // 4 + 1]
