@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,11 @@ def equal_steps_are_translated_once():
 
     @wraps(exported)
     def with_what_is_known(*arguments):
+        if not translated:
+            # the exporter reads its whole library of operators every time
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         *before, _, called = arguments
         return exported(*before, translated, called)
 
