@@ -1,5 +1,6 @@
 """What `lgvit train` says of its data, and that calibration takes samples that were held out of it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -32,8 +33,13 @@ def lgvit(*arguments):
     return main([str(argument) for argument in arguments])
 
 
+def pixels(image):
+    """What an image shows, be it decoded or not."""
+    return np.asarray(Image.open(io.BytesIO(image["bytes"])) if isinstance(image, dict) else image).tobytes()
+
+
 def pictures(images):
-    return {np.asarray(image).tobytes() for image in images["image"]}
+    return set(map(pixels, images["image"]))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +127,7 @@ def test_a_chain_names_all_data(trained, tmp_path):
 def test_calibration_takes_samples_that_were_held_out(highway, trained, tmp_path, monkeypatch, capsys):
     used = spied(monkeypatch)
     assert lgvit("calibrate", highway, "--data", "digits", *CALIBRATED, "--output", tmp_path / "copy") == 0
-    ours = {np.asarray(image).tobytes() for image in used}
+    ours = set(map(pixels, used))
     assert ours == pictures(load_images("digits", **SPLIT).validation) and not ours & trained[1]["highway"]
     said = capsys.readouterr()
     assert CANNOT not in said.err and "too optimistic" not in said.err
@@ -229,7 +235,7 @@ def grown_images(monkeypatch):
     fill, train = cached.fill_cache, cached.train_exits
 
     def filling(cache, model, items, indices, **settings):
-        seen["all"] = [np.asarray(items.images[index]["image"]).tobytes() for index in indices]
+        seen["all"] = [pixels(items.images[index]["image"]) for index in indices]
         return fill(cache, model, items, indices, **settings)
 
     def training(model, cache, num_trained, *rest, **settings):

@@ -154,6 +154,10 @@ VOCABULARY = {
     # of what, and with what
     "what": text,
     "data": text,
+    "seed": count,
+    "validation_share": share,
+    "warning": either(text, nothing),
+    "ensemble": either(mapping, nothing),
     "split": text,
     "weights": either(text, nothing),
     "policy": lambda value: mapping(value) and text(value.get("name")),

@@ -62,6 +62,8 @@ class TrainingData:
         _check("validation_share", share, isinstance(share, float) and 0 < share < 1, "a number between 0 and 1")
         is_known = isinstance(self.used, list | tuple) and all(name in SPLITS for name in self.used)
         _check("used", self.used, is_known, f"a list of {', '.join(SPLITS)}")
+        # JSON has no tuples: an entry that was read equals the one that was written
+        object.__setattr__(self, "used", list(self.used))
 
     @classmethod
     def of(cls, splits: ImageSplits, source: str, **settings: Any) -> TrainingData:
