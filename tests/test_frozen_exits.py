@@ -28,7 +28,7 @@ def test_pooled_vectors_hold_what_the_head_reads(head, num_prefix):
     from frozen_features import Pooled
 
     tokens = Tokens(torch.randn(3, 6, 16), (2, 3), torch.randn(3, num_prefix, 16))
-    inputs = head_inputs(head, Pooled(num_prefix, (2, 3), 16, False).pack(tokens))
+    inputs = head_inputs(head, Pooled(num_prefix, (2, 3), 16).pack(None, tokens))
     built = build_head(head, HeadShape(width=16, num_prefix=num_prefix, num_labels=4, layer_norm_eps=1e-6))
     if head == "linear" and num_prefix:
         inputs = torch.tanh(built.dense(inputs))

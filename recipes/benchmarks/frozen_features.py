@@ -32,7 +32,7 @@ class Pooled(TokenShape):
     def of_sample(self):
         return self.prefix + 3, self.width
 
-    def pack(self, tokens):
+    def pack(self, head, tokens):
         normed = layer_norm(tokens.patches, (self.width,), eps=1e-6)
         pooled = torch.stack([tokens.patches.mean(1), normed.mean(1), normed.amax(1)], 1)
         return torch.cat([tokens.prefix, pooled], 1).clamp(-65504, 65504).half()
@@ -69,7 +69,7 @@ def pooled_shapes(model, pixels):
     for segment in model.segments()[:-1]:
         state = segment.advance(state)
         tokens = model.tokens(state)
-        shapes.append(Pooled(tokens.prefix.shape[1], tokens.grid, tokens.patches.shape[2], False))
+        shapes.append(Pooled(tokens.prefix.shape[1], tokens.grid, tokens.patches.shape[2]))
     return shapes
 
 
