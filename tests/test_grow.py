@@ -471,7 +471,7 @@ def test_measured_costs_are_shares_of_the_full_model(monkeypatch):
         ({"exit_types": "conv9"}, "unknown head 'conv9'"),
         ({"cost": "euros"}, "cost: 'euros' must be"),
         ({"validation_share": 1.5}, "validation_share: 1.5"),
-        ({"validation_share": 0.1}, "0.1 of 60 images are 6, and 8 are needed to choose on"),
+        ({"validation_share": 0.1}, "6 of 60 images are held out, and 8 are needed to choose on"),
         ({"max_accuracy_drop": -0.01}, "max_accuracy_drop: -0.01 must be from 0 to 1"),
         ({"max_accuracy_drop": 1.5}, "max_accuracy_drop: 1.5"),
         ({"max_accuracy_drop": float("nan")}, "max_accuracy_drop: nan"),

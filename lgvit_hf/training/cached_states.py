@@ -29,6 +29,7 @@ from ..heads import ExitHead
 from ..losses import distillation_loss
 from ..modeling_highway import HighwayMixin
 from ..segments import State, Tokens
+from .linear_fit import fit_head, is_linear
 
 # samples that pass through the backbone together, and that a stopped run loses at most
 SAMPLES_AT_ONCE = 64
@@ -247,7 +248,10 @@ def _stack(items: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How an exit is trained from the cache: AdamW, warm-up and cosine, distillation from the full model alone.
+    """How an exit is trained from the cache, by distillation from the full model alone: AdamW, warm-up and cosine.
+
+    Heads that are linear in a few vectors (`concat`, `average`) take the temperature alone: they are fitted to the
+    optimum, see `fit_head`.
 
     Args:
         epochs (`int`, *optional*):
@@ -336,6 +340,9 @@ def train_head(head: ExitHead, states: Tensor, teacher: Tensor, shape: TokenShap
         shape (`TokenShape`): Of the states.
         how (`HeadTraining`): Epochs, learning rate and so on.
     """
+    if shape.reduced is not None and is_linear(head):
+        fit_head(head, states, teacher, how.temperature)
+        return
     batch_size = max(1, min(how.batch_size, len(states) // 4))
     optimizer = torch.optim.AdamW(head.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay)
     epochs = how.epochs_for(len(states))
