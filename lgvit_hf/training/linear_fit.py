@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +109,8 @@ def fit_head(head: ExitHead, reduced: Tensor, teacher: Tensor, temperature: floa
         # the logits are the mean of the classifiers'
         vectors = [vector / len(head.classifiers) for vector in head.read_reduced(reduced.to(device).float())[0]]
     weight, bias = fit_linear(torch.cat(vectors, 1), teacher.to(device).float(), temperature)
+    classifiers = cast(Iterable[nn.Linear], head.classifiers)
     with torch.no_grad():
-        for classifier, part in zip(head.classifiers, weight.split([len(v[0]) for v in vectors], 1), strict=True):
+        for classifier, part in zip(classifiers, weight.split([len(v[0]) for v in vectors], 1), strict=True):
             classifier.weight.copy_(part)
             classifier.bias.copy_(bias)
