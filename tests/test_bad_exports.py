@@ -32,6 +32,7 @@ NO_VALUES = (None, 0, "", [], {}, True, "..", ["x"], {"x": None}, -1.5)
 # an empty note is a note
 ALLOWED = {
     ("inputs", "{}"),
+    ("ensemble", "None"),
     ("versions", "{}"),
     ("checks", "{}"),
     ("versions", "{'x': None}"),

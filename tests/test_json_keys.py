@@ -161,6 +161,7 @@ VOCABULARY = {
     "split": text,
     "weights": either(text, nothing),
     "policy": lambda value: mapping(value) and text(value.get("name")),
+    "ensemble": either(mapping, nothing),
     "environment": mapping,
     "exported": either(mapping, nothing),
     "model": text,
@@ -200,7 +201,7 @@ def strange(content, where="report"):
         elif key in BY_BATCH_SIZE:
             assert all(size.isdigit() for size in value)
             lines += strange(list(value.values()), here)
-        elif key != "policy":  # its settings are the policy's own
+        elif key not in ("policy", "ensemble"):  # their settings are their own
             lines += strange(value, here)
     return lines
 

@@ -20,6 +20,8 @@ from .strict import PROCESSOR
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+# fields of a config on which the figures of reports depend
+DECIDING = ("exit_policy", "exit_ensemble")
 
 
 def publish_folder(
@@ -45,11 +47,14 @@ def publish_folder(
     model.save_pretrained(folder, **sizes)
     if model.name_or_path and (source / "config.json").is_file():
         files = [source / PROCESSOR]
-        if getattr(read_config(str(source)), "exit_policy", None) == getattr(model.config, "exit_policy", None):
+        before = read_config(str(source))
+        if all(getattr(before, each, None) == getattr(model.config, each, None) for each in DECIDING):
             reports = reports_beside(source)
             files += [*reports, *source.glob("*.png"), source / CARD, *source.glob(".eval_results/*.yaml")]
         else:
-            logger.warning("the exit policy has changed since %s was saved: reports and card of it stay there", source)
+            logger.warning(
+                "the exit policy or ensemble has changed since %s was saved: reports and card of it stay there", source
+            )
             files += [source / CARD] if is_own(source / CARD) else []
     for file in files:
         if file.is_file():

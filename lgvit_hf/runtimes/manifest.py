@@ -112,7 +112,8 @@ class Manifest(Description):
             and {type(number) for numbers in self.macs.values() for number in numbers} <= {int, float},
             "versions": isinstance(self.versions, dict),
             "checks": isinstance(self.checks, dict),
-            "ensemble": self.ensemble is None or isinstance(self.ensemble, dict),
+            "ensemble": self.ensemble is None
+            or (isinstance(self.ensemble, dict) and set(self.ensemble) == {"weights", "bias"}),
             "thresholds": self.thresholds in THRESHOLDS,
             "inputs": isinstance(self.inputs, dict)
             and all(isinstance(numbers, list) for numbers in self.inputs.values())
