@@ -67,9 +67,10 @@ def phase_schedule(optimizer: Optimizer, args: HighwayTrainingArguments, max_ste
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
         if not isinstance(one_phase, LambdaLR):
+            name = SchedulerType(args.lr_scheduler_type).value
             raise ValueError(
-                f"lr_scheduler_type: {SchedulerType(args.lr_scheduler_type).value!r} cannot begin anew in each phase of strategy "
-                "'mixed'; choose cosine, linear or constant_with_warmup"
+                f"lr_scheduler_type: {name!r} cannot begin anew in each phase of strategy 'mixed'; choose cosine, "
+                "linear or constant_with_warmup"
             )
         factors.append(one_phase.lr_lambdas[0])
 
@@ -88,7 +89,7 @@ class MixedTraining:
     """
 
     def __init__(self, model: nn.Module):
-        self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
+        self.teacher: Any = copy.deepcopy(model).requires_grad_(False).eval()
         self.has_teacher = False
         self._frozen: list[nn.Parameter] = []
 

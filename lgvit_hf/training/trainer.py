@@ -124,7 +124,8 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         """As upstream's; of `mixed` one schedule for each phase."""
         if not self._mixed or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = phase_schedule(optimizer or self.optimizer, self.args, num_training_steps)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = phase_schedule(optimizer, self.args, num_training_steps)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -186,7 +187,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         if return_outputs:
             raise ValueError("return_outputs: a training step has no single output")
         phase = self._phase(self.state.global_step)
-        if self._mixed:
+        if self._mixed and phase:
             self._mixed.enter(phase, highway)
         trained = self._trained(highway, self.args, phase)
         if trained is not None:
@@ -216,21 +217,21 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         phase = self._phase(step)
         if phase == "heads":
             return stage_two_loss(model, config, pixel_values, labels, self.args, **inputs)
-        if phase == "joint":
-            inputs["teacher_logits"] = self._teacher_logits(model, pixel_values, **inputs)
+        if self._mixed and phase == "joint":
+            inputs["teacher_logits"] = self._teacher_logits(self._mixed, model, pixel_values, **inputs)
         backbone_only = phase == "backbone" or step < round(self.args.backbone_share * self.state.max_steps)
         return stage_one_loss(model, config, pixel_values, labels, self.args, step, backbone_only, **inputs)
 
-    def _teacher_logits(self, model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Tensor:
-        if not self._mixed.has_teacher:
+    def _teacher_logits(self, mixed: MixedTraining, model: nn.Module, pixel_values: Tensor, **inputs: Any) -> Tensor:
+        if not mixed.has_teacher:
             border = phase_borders(self.args, self.state.max_steps)[1]
             if self.state.global_step != border:
                 raise ValueError(
                     f"{TEACHER_FILE}: the checkpoint of step {self.state.global_step} has none, but exits joined at "
                     f"step {border}; go on from a checkpoint of a 'mixed' run with the same epochs"
                 )
-            self._mixed.take_teacher(self.accelerator.unwrap_model(model))
-        return self._mixed.teacher_logits(pixel_values, **inputs)
+            mixed.take_teacher(self.accelerator.unwrap_model(model))
+        return mixed.teacher_logits(pixel_values, **inputs)
 
 
 class DistillationTrainer(HighwayTrainer):
