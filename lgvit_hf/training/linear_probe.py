@@ -72,7 +72,7 @@ def train_classifier(
     samples: Any = ConcatDataset([train_dataset, validation_dataset])
     with cache_folder(output, say) as folder, ExitStack() as stack:
         width = classifiers[0].in_features
-        shape = TokenShape(len(classifiers), (0, 0), width, keeps_patches=False)
+        shape = TokenShape(0, (0, 0), width, reduced=len(classifiers))
         made_from = {"what": "features of the classifier", "checkpoint": backbone_digest(model.base_model)}
         cache = open_cache(folder, [shape], len(samples), num_labels, made_from)
         stack.enter_context(gone_if_it_fails(folder))
@@ -140,13 +140,14 @@ class ClassifierInputs:
     def __init__(self, model: HighwayMixin, classifiers: Sequence[nn.Linear]):
         self.model, self.classifiers = model, classifiers
         self.device, self.dtype = model.device, model.dtype
+        self.exits = [self]
 
     def segments(self) -> list[Segment]:
         """The whole backbone as one."""
         return self.model.segments()
 
     def tokens(self, state: State) -> Tokens:
-        """`[B, classifiers, D]` as prefix tokens, and no patches."""
+        """What each classifier is given of a state, as prefix tokens `[B, classifiers, D]`; no patches."""
         given: list[Tensor] = []
         hooks = [
             each.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])) for each in self.classifiers
@@ -158,6 +159,10 @@ class ClassifierInputs:
                 hook.remove()
         features = torch.stack(given, dim=1)
         return Tokens(features[:, :0], (0, 0), features)
+
+    def reduce(self, tokens: Tokens) -> Tensor:
+        """`[B, classifiers, D]` of these tokens, as a head reduces its own."""
+        return tokens.prefix
 
 
 def fit_linear(
