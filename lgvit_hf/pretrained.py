@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration import OWN_FIELDS, HighwayConfig
 from .files import leads_out
-from .remote_code import TRAINING_CHECKPOINT, auto_map, code_goes_with, write_code
+from .remote_code import auto_map, code_goes_with, write_code
 from .safe_config import without_attention_code
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ class PretrainedHighway(SafeCheckpoint):
     _keys_to_ignore_on_load_missing: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # None there
     _keys_to_ignore_on_load_unexpected: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # likewise
 
-    # rank and layers of adapters that are not merged
-    lora: Any = None
-
+    lora: Any = None  # adapters that are not merged
     if TYPE_CHECKING:
         exits: nn.ModuleList
         grown_from: str | None
@@ -207,10 +205,8 @@ class PretrainedHighway(SafeCheckpoint):
 
         Args:
             backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
-            lora (`int`, `dict`, `str` or path, *optional*):
-                Low-rank adapters in the blocks (extra `peft`), of that rank or with `rank`, `alpha` and
-                `target_modules`; the backbone beside them is frozen. A folder or Hub id: what was saved there with
-                `save_pretrained(..., adapters_only=True)`, exits and labels included.
+            lora (`int`, `dict`, `str` or path, *optional*): Adapters in the frozen blocks: a rank, fields of
+                `lgvit_hf.hub.lora.Lora`, or where `save_pretrained(..., adapters_only=True)` put some, exits and all.
             output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
             kwargs:
                 Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
@@ -220,7 +216,6 @@ class PretrainedHighway(SafeCheckpoint):
 
         Raises:
             ValueError: The checkpoint is of another kind, or lacks a tensor.
-            ImportError: Adapters are asked for, and peft is not installed.
 
         Example:
 
@@ -232,7 +227,7 @@ class PretrainedHighway(SafeCheckpoint):
             [1, 2]
         """
         if isinstance(lora, (str, os.PathLike)):
-            return cls._lora().load_adapters(cls, backbone, lora, **kwargs)
+            return import_module(f"{__package__}.hub.lora").load_adapters(cls, backbone, lora, **kwargs)
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         native = backbone if isinstance(backbone, PreTrainedModel) else load_native(backbone, hub, cls._natives)
@@ -268,38 +263,17 @@ class PretrainedHighway(SafeCheckpoint):
         if dtype is not None:
             model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if lora is not None:
-            cls._lora().add_lora(model, lora)
+            import_module(f"{__package__}.hub.lora").add_lora(model, lora)
         info = {"missing_keys": sorted(exits + reset), "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, adapters_only: bool = False, **kwargs: Any) -> None:
-        """As upstream's, with the code of the model beside its weights; see `SafeCheckpoint.save_pretrained`.
-
-        LoRA adapters are merged into a copy, which any program opens; those of the `checkpoint-N` folders of a
-        `Trainer` are not, so that the run can go on.
-
-        Args:
-            save_directory (`str` or path), args, kwargs: See `PreTrainedModel.save_pretrained`.
-            adapters_only (`bool`, *optional*, defaults to `False`):
-                Save adapters, exits and classifier alone, for `from_backbone(BACKBONE, lora=FOLDER)`.
-
-        Raises:
-            ValueError: There are no adapters, or no backbone by that name to put them on.
-        """
-        if adapters_only and kwargs.pop("push_to_hub", False):
-            return self.push_to_hub(kwargs.pop("repo_id", None) or Path(save_directory).name, adapters_only=True)
-        if adapters_only:
-            return self._lora().save_adapters(self, save_directory)
-        if self.lora is not None and not TRAINING_CHECKPOINT.fullmatch(Path(save_directory).name):
-            # a state dict of the model's own has the names of its adapters
-            kwargs.pop("state_dict", None)
-            return self._lora().merged(self).save_pretrained(save_directory, *args, **kwargs)
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def _lora(cls) -> Any:
-        # by its name: packages do not travel with a checkpoint
-        return import_module(f"{__package__}.hub.lora")
+        """See `SafeCheckpoint.save_pretrained`; adapters are merged, or saved alone: see `lgvit_hf.hub.lora.save`."""
+        if self.lora is None and not adapters_only:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        return import_module(f"{__package__}.hub.lora").save(
+            self, save_directory, *args, adapters_only=adapters_only, **kwargs
+        )
 
     @classmethod
     def _natives(cls, name: str, model_type: str | None) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 from lgvit_hf import DeiTHighway, HighwayTrainer, SwinHighway, ViTHighway, train_recipe
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
-from lgvit_hf.hub.lora import backbone_digest, has_lora, merged
+from lgvit_hf.hub.lora import add_lora, backbone_digest, has_lora, merged
 from tests.seeds import generator
 from tests.test_training import MIXED, arguments, losses
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_images, tiny_native
@@ -215,7 +215,7 @@ def test_adapters_that_cannot_go_alone(base, tmp_path):
     with pytest.raises(ValueError, match="weights beside the adapters have changed"):
         model.save_pretrained(tmp_path / "a", adapters_only=True)
     with pytest.raises(ValueError, match="has adapters already"):
-        model._lora().add_lora(model, 2)
+        add_lora(model, 2)
     assert not (tmp_path / "a").exists()
 
 

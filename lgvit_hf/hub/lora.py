@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..files import add_files
+from ..pretrained import SafeCheckpoint
+from ..remote_code import TRAINING_CHECKPOINT
 from ..safe_config import without_attention_code
 
 try:
@@ -151,6 +153,28 @@ def merged(model: Any) -> Any:
     plain.load_state_dict(state)
     plain.grown_from = getattr(model, "grown_from", None)
     return plain.train(model.training)
+
+
+def save(model: Any, folder: str | os.PathLike[str], *args: Any, adapters_only: bool = False, **kwargs: Any) -> None:
+    """`save_pretrained` of a highway with adapters: merged into a copy, which any program opens, or alone.
+
+    In the `checkpoint-N` folders of a `Trainer` they stay beside the weights, so that the run can go on.
+
+    Args:
+        model (`PretrainedHighway`): With adapters.
+        folder (`str` or path): Where to.
+        adapters_only (`bool`, *optional*, defaults to `False`): See `save_adapters`.
+        args, kwargs: See `PreTrainedModel.save_pretrained`.
+    """
+    if adapters_only:
+        if kwargs.pop("push_to_hub", False):
+            return model.push_to_hub(kwargs.pop("repo_id", None) or Path(folder).name, adapters_only=True)
+        return save_adapters(model, folder)
+    if TRAINING_CHECKPOINT.fullmatch(Path(folder).name):
+        return SafeCheckpoint.save_pretrained(model, folder, *args, **kwargs)
+    # a state dict that is given has the names of the adapters
+    kwargs.pop("state_dict", None)
+    return merged(model).save_pretrained(folder, *args, **kwargs)
 
 
 def save_adapters(model: Any, folder: str | os.PathLike[str]) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from ..data.settings import parse_yaml, read_settings, read_yaml, real, refuse_unknown, whole
+from ..data.settings import read_settings, read_yaml, real, refuse_unknown, whole
 from ..hub.eevit_config import is_eevit, translate_eevit
 from .recipe_text import exit_accuracies_text, exit_lines, halting_lines, halting_text
+from .recipe_values import adapters, boolean, integer, mapping, policy, position, resumption, text, weight
 
 if TYPE_CHECKING:
     from ..data.held_out import TrainingData
@@ -41,54 +40,6 @@ TRAINING_DEFAULTS = {
 }
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    """A mapping, or its YAML text."""
-    if isinstance(value, str):
-        value = parse_yaml(value, repr(value[:40]))
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is no mapping")
-    return value
-
-
-def policy(value: Any) -> Any:
-    """A policy's name or mapping."""
-    return mapping(value) if isinstance(value, dict) or "{" in str(value) else str(value)
-
-
-def adapters(value: Any) -> Any:
-    """The rank of LoRA adapters, or a mapping."""
-    return mapping(value) if isinstance(value, dict) or "{" in str(value) else whole(-(2**31))(value)
-
-
-def position(value: Any) -> int | str:
-    """A block, or `lgvit`."""
-    return value if value == "lgvit" else whole()(value)
-
-
-def weight(value: Any) -> float | str:
-    """A loss weight, or `depth` or `uniform` for all."""
-    return value if value in ("depth", "uniform") else real()(value)
-
-
-def resumption(value: Any) -> str | None:
-    """`auto`, a folder, or nothing; YAML's true and false mean the first and the last."""
-    return {True: "auto", False: None}[value] if isinstance(value, bool) else str(value)
-
-
-def boolean(value: Any) -> bool:
-    """True or false, in any of the words that `HfArgumentParser` knows."""
-    from transformers.hf_argparser import string_to_bool
-
-    return string_to_bool(str(value))
-
-
-def text(value: Any) -> str:
-    """The value as a word; a mapping as JSON."""
-    return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
-
-
-integer = whole(-(2**31))
-boolean.__name__, integer.__name__ = "true or false", "a whole number"
 # for the types that `HfArgumentParser` gives to options, as words are read and as values of YAML are; finite numbers
 _READERS = {"float": real(), "int": integer, "string_to_bool": boolean, "str": text, "<lambda>": text}
 
@@ -367,10 +318,6 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         result["data"] = training_data_as_json(history)
         if result.pop("main_process"):
             write_json(Path(recipe.output) / "training.json", result)
-            if importlib.util.find_spec("matplotlib") and any("eval_accuracy" in log for log in result["evaluations"]):
-                from ..evaluation.plots import plot_training
-
-                plot_training(Path(recipe.output) / "training.png", result["evaluations"])
             test = result["test"]
             print(halting_text(test, model) if recipe.stage == "avit" else exit_accuracies_text(test))
             steps = f"{result['steps']} steps, mean loss {result['loss']:.3f}"

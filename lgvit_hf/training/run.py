@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..evaluation.plots import plot_training
 from ..files import add_files
 from .arguments import HighwayTrainingArguments
 from .avit_trainer import AViTTrainer
@@ -35,7 +37,7 @@ def train(
     resume: bool | str | Path = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train a model for one stage and save model and image processor to `output`.
+    """Train a model for one stage and save model and image processor to `output`, with `training.png` if it can draw.
 
     Args:
         model (`PreTrainedModel`): A highway, or an `AViT` for the stage of that name; trained in place.
@@ -81,6 +83,9 @@ def train(
         save_trained(model, processor, Path(output))
     losses = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    known = [log for log in evaluations if "eval_accuracy" in log]
+    if known and trainer.is_world_process_zero() and importlib.util.find_spec("matplotlib"):
+        plot_training(Path(output) / "training.png", known)
     test = None
     if test_dataset is not None:
         figures = trainer.evaluate(test_dataset, metric_key_prefix="test")
