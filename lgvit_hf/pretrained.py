@@ -419,8 +419,7 @@ def check_files(path: str | os.PathLike | None, hub: Mapping[str, Any] | None = 
     # transformers would go on to the base model that such a file names, wherever that lies
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder}: adapter_config.json names a base model elsewhere; open it with from_backbone(BASE, "
-            f"lora={str(folder)!r}), or merge the adapter and save again"
+            f"{folder}: adapter_config.json names a base model elsewhere; from_backbone(BASE, lora=FOLDER) opens it"
         )
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles and not any(folder.glob("*.safetensors")):

@@ -155,7 +155,7 @@ def merged(model: Any) -> Any:
     return plain.train(model.training)
 
 
-def save(model: Any, folder: str | os.PathLike[str], *args: Any, adapters_only: bool = False, **kwargs: Any) -> None:
+def save(model: Any, folder: str | os.PathLike[str], adapters_only: bool, *args: Any, **kwargs: Any) -> None:
     """`save_pretrained` of a highway with adapters: merged into a copy, which any program opens, or alone.
 
     In the `checkpoint-N` folders of a `Trainer` they stay beside the weights, so that the run can go on.
@@ -163,7 +163,7 @@ def save(model: Any, folder: str | os.PathLike[str], *args: Any, adapters_only: 
     Args:
         model (`PretrainedHighway`): With adapters.
         folder (`str` or path): Where to.
-        adapters_only (`bool`, *optional*, defaults to `False`): See `save_adapters`.
+        adapters_only (`bool`): See `save_adapters`.
         args, kwargs: See `PreTrainedModel.save_pretrained`.
     """
     if adapters_only:
