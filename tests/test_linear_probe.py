@@ -8,11 +8,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from lgvit_hf import HeadTraining, grow, train_recipe
+from lgvit_hf import train_recipe
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.hub.loading import load_highway
 from lgvit_hf.training import linear_probe
+from lgvit_hf.training.distill_exits import HeadTraining, grow
 from lgvit_hf.training.linear_probe import final_classifiers, fit_linear
 from tests.seeds import generator
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_model, tiny_native

@@ -173,7 +173,7 @@ def test_lgvit_train_saves_merged(base, tmp_path, capsys):
     place = ["--data", "digits", "--output", str(tmp_path / "other")]
     for words, message in (
         (["--model", base(), "--lora", "0"], "lora: rank 0 must be a whole number of at least 1"),
-        (["--model", base(), "--lora", "2", "--stage", "2"], "lora: 2 adapts the backbone, which stage 2 leaves"),
+        (["--model", base(), "--lora", "2", "--stage", "2"], "lora: 2 is for stages backbone and 1, this is stage 2"),
         (["--backbone", "vit", "--lora", "2"], "lora: 2 adapts a trained backbone"),
         (
             ["--model", base(), "--lora", "{rank: 2, target_modules: [keys]}"],

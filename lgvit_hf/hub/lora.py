@@ -121,7 +121,8 @@ def add_lora(model: Any, lora: int | dict[str, Any]) -> None:
         )
     before = backbone_digest(model)
     alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
-    inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets), model)
+    scale: Any = alpha  # of any kind of number, though peft says int
+    inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=scale, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         if not name.startswith(f"{model.base_model_prefix}."):
             parameter.requires_grad_(True)

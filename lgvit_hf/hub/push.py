@@ -46,7 +46,7 @@ def publish_folder(
         adapters_only (`bool`, *optional*, defaults to `False`): Save LoRA adapters, exits and classifier alone.
     """
     if adapters_only:
-        model.save_pretrained(folder, adapters_only=True)  # type: ignore[call-arg]  # of a highway
+        model.save_pretrained(folder, adapters_only=True)
         made = f"{type(model).__name__}.from_backbone({getattr(model, 'grown_from', '')!r}, lora={name!r})"
         text = f"---\n{{}}\n---\n{MARK}\nLoRA adapters and early exits:\n\n```python\n{made}\n```\n"
         (folder / CARD).write_text(text, encoding="utf-8")

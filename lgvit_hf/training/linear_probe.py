@@ -71,9 +71,10 @@ def train_classifier(
     num_trained, num_labels = len(train_dataset), model.config.num_labels  # type: ignore[arg-type]  # has a length
     samples: Any = ConcatDataset([train_dataset, validation_dataset])
     with cache_folder(output, say) as folder, ExitStack() as stack:
+        backbone: Any = model.base_model
         width = classifiers[0].in_features
         shape = TokenShape(0, (0, 0), width, reduced=len(classifiers))
-        made_from = {"what": "features of the classifier", "checkpoint": backbone_digest(model.base_model)}
+        made_from = {"what": "features of the classifier", "checkpoint": backbone_digest(backbone)}
         cache = open_cache(folder, [shape], len(samples), num_labels, made_from)
         stack.enter_context(gone_if_it_fails(folder))
         say(f"{num_trained} images to fit the classifier on, {len(samples) - num_trained} to choose its L2 penalty")

@@ -57,14 +57,15 @@ def phase_schedule(optimizer: Optimizer, args: HighwayTrainingArguments, max_ste
     """
     starts = (0, *phase_borders(args, max_steps))
     lengths = [max(1, end - start) for start, end in zip(starts, (*starts[1:], max_steps), strict=True)]
-    factors = []
+    factors, options = [], args.lr_scheduler_kwargs
+    kwargs = None if isinstance(options, str) else options
     for length in lengths:
         one_phase = get_scheduler(
             args.lr_scheduler_type,
             optimizer=SGD([torch.zeros(1)], lr=args.learning_rate),
             num_warmup_steps=min(args.get_warmup_steps(length), length // 2),
             num_training_steps=length,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=kwargs,
         )
         if not isinstance(one_phase, LambdaLR):
             name = SchedulerType(args.lr_scheduler_type).value

@@ -103,7 +103,9 @@ class Recipe:
     def __post_init__(self) -> None:
         self.model_settings = dict(self.model_settings or {})
         if self.lora is not None and self.stage not in ("backbone", "1"):
-            raise ValueError(f"lora: {self.lora!r} adapts the backbone, which stage {self.stage} leaves as it is")
+            raise ValueError(
+                f"lora: {self.lora!r} is for stages backbone and 1, this is stage {self.stage}; leave it out"
+            )
         if self.lora is not None and self.backbone is not None:
             raise ValueError(f"lora: {self.lora!r} adapts a trained backbone, and a {self.backbone!r} would be new")
         if self.stage == "head":
