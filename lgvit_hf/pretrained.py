@@ -145,7 +145,6 @@ class PretrainedHighway(SafeCheckpoint):
     _keys_to_ignore_on_load_missing: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # None there
     _keys_to_ignore_on_load_unexpected: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # likewise
 
-    lora: Any = None  # adapters that are not merged
     if TYPE_CHECKING:
         exits: nn.ModuleList
         grown_from: str | None
@@ -269,7 +268,7 @@ class PretrainedHighway(SafeCheckpoint):
 
     def save_pretrained(self, save_directory: Any, *args: Any, adapters_only: bool = False, **kwargs: Any) -> None:
         """See `SafeCheckpoint.save_pretrained`; adapters are merged, or saved alone: see `lgvit_hf.hub.lora.save`."""
-        if self.lora is None and not adapters_only:
+        if not hasattr(self, "lora") and not adapters_only:
             return super().save_pretrained(save_directory, *args, **kwargs)
         return import_module(f"{__package__}.hub.lora").save(
             self, save_directory, *args, adapters_only=adapters_only, **kwargs
@@ -419,7 +418,7 @@ def check_files(path: str | os.PathLike | None, hub: Mapping[str, Any] | None = 
     # transformers would go on to the base model that such a file names, wherever that lies
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder}: adapter_config.json names a base model elsewhere; from_backbone(BASE, lora=FOLDER) opens it"
+            f"{folder}: adapter_config.json names a base model elsewhere: from_backbone(BASE, lora=FOLDER)"
         )
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles and not any(folder.glob("*.safetensors")):
