@@ -148,7 +148,6 @@ class PretrainedHighway(SafeCheckpoint):
     if TYPE_CHECKING:
         exits: nn.ModuleList
         grown_from: str | None
-
         config: HighwayConfig
 
     @classmethod
