@@ -553,7 +553,7 @@ def publish(output, log, last, num_labels):
     model = tiny_model("vit", seed=last, exit_positions=[2, 4], num_labels=num_labels)
     processor, writes = ViTImageProcessor(), Writes(log, last)
     writes.start()
-    training_run._save(model, processor, output)
+    training_run.save_trained(model, processor, output)
 
 
 def same_weights(model, other):
