@@ -281,7 +281,8 @@ def empty(file):
 
 def flip(file):
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    # of a manifest among the files, which come last
+    content[len(content) * 3 // 4] ^= 1
     file.write_bytes(content)
 
 

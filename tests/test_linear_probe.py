@@ -40,7 +40,9 @@ def test_the_classifier_is_the_optimum(l2):
     features = scale * torch.randn(200, 5, generator=numbers, dtype=torch.float64) + 3
     # the same for all: it says nothing
     features[:, 4] = 2.0
-    labels = (features[:, :3] / scale[:3] + torch.randn(200, 3, generator=numbers, dtype=torch.float64)).argmax(-1)
+    labels = ((features[:, :3] - 3) / scale[:3] + torch.randn(200, 3, generator=numbers, dtype=torch.float64)).argmax(
+        -1
+    )
     weight, bias = fit_linear(features, labels, 3, l2)
     oracle = LogisticRegression(C=1 / (l2 * len(features)), tol=1e-10, max_iter=10_000)
     scaled = StandardScaler().fit_transform(features.numpy())
