@@ -148,7 +148,6 @@ class PretrainedHighway(SafeCheckpoint):
     if TYPE_CHECKING:
         exits: nn.ModuleList
         grown_from: str | None
-
         config: HighwayConfig
 
     @classmethod
@@ -193,12 +192,19 @@ class PretrainedHighway(SafeCheckpoint):
 
     @classmethod
     def from_backbone(
-        cls, backbone: str | os.PathLike | PreTrainedModel, *, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        backbone: str | os.PathLike | PreTrainedModel,
+        *,
+        lora: int | dict[str, Any] | str | os.PathLike | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ):
         """Put exits on a plain ViT, DeiT or Swin checkpoint; its own answers stay what they are.
 
         Args:
             backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
+            lora (`int`, `dict`, `str` or path, *optional*): Adapters in the frozen blocks: a rank, fields of
+                `lgvit_hf.hub.lora.Lora`, or where `save_pretrained(..., adapters_only=True)` put some, exits and all.
             output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
             kwargs:
                 Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
@@ -218,6 +224,8 @@ class PretrainedHighway(SafeCheckpoint):
             >>> ViTHighway.from_backbone(plain, exit_positions=[1, 2]).config.exit_positions
             [1, 2]
         """
+        if isinstance(lora, (str, os.PathLike)):
+            return import_module(f"{__package__}.hub.lora").load_adapters(cls, backbone, lora, **kwargs)
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         native = backbone if isinstance(backbone, PreTrainedModel) else load_native(backbone, hub, cls._natives)
@@ -252,8 +260,18 @@ class PretrainedHighway(SafeCheckpoint):
         model.grown_from = native.name_or_path  # where its image processor is
         if dtype is not None:
             model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if lora is not None:
+            import_module(f"{__package__}.hub.lora").add_lora(model, lora)
         info = {"missing_keys": sorted(exits + reset), "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, adapters_only: bool = False, **kwargs: Any) -> None:
+        """See `SafeCheckpoint.save_pretrained`; adapters are merged, or saved alone: see `lgvit_hf.hub.lora.save`."""
+        if not hasattr(self, "lora") and not adapters_only:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        return import_module(f"{__package__}.hub.lora").save(
+            self, save_directory, *args, adapters_only=adapters_only, **kwargs
+        )
 
     @classmethod
     def _natives(cls, name: str, model_type: str | None) -> tuple[Any, ...]:
@@ -399,7 +417,7 @@ def check_files(path: str | os.PathLike | None, hub: Mapping[str, Any] | None = 
     # transformers would go on to the base model that such a file names, wherever that lies
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder}: adapter_config.json names a base model elsewhere; merge the adapter and save again"
+            f"{folder}: adapter_config.json names a base model elsewhere: from_backbone(BASE, lora=FOLDER)"
         )
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles and not any(folder.glob("*.safetensors")):

@@ -317,5 +317,5 @@ def test_either_name_counts(options, epochs, tmp_path, capsys):
 def test_a_model_saved_anew_says_nothing_of_the_one_before(tmp_path):
     """Until its own run is over."""
     write_training_data(tmp_path, [TrainingData("digits")])
-    training_run._save(tiny_model("vit"), make_processor(16), tmp_path)
+    training_run.save_trained(tiny_model("vit"), make_processor(16), tmp_path)
     assert ViTHighway.from_pretrained(tmp_path) is not None and read_training_data(tmp_path) == []

@@ -97,6 +97,16 @@ def latency_of(*sizes, ideal=1.5):
     ]
 
 
+def logs_of(number):
+    """Three evaluations; the first of a mixed run knows the deepest exit alone."""
+    logs = []
+    for epoch in (1.0, 2.0, 3.0):
+        exits = range(1, number + 1) if epoch > 1 else [number]
+        figures = {f"eval_exit_{depth}_accuracy": (0.4 + 0.02 * depth) * epoch / 3 for depth in exits}
+        logs.append({"epoch": epoch, "eval_accuracy": 0.3 * epoch, **figures})
+    return logs
+
+
 CURVE = [{"cost": cost, "accuracy": 0.8 + cost / 100} for cost in (3.0, 1.0, 2.0)]
 POINT = {"cost": 4.0, "accuracy": 0.85}
 OVERALL = {"accuracy": 0.8, "mean_macs": 2e6, "accuracy_full_model": 0.81, "backbone_macs": 4e6}
@@ -160,6 +170,9 @@ PLOTS = {
     "alive, 8 of 20": lambda file: plots.plot_tokens_alive(file, depths_of(20), shown=range(8), num_blocks=12),
     "alive, 20": lambda file: plots.plot_tokens_alive(file, depths_of(20), shown=range(20), num_blocks=12),
     "alive, 1": lambda file: plots.plot_tokens_alive(file, depths_of(1), shown=[0], num_blocks=24),
+    "training, 24 exits": lambda file: plots.plot_training(file, logs_of(24)),
+    "training, 1 exit": lambda file: plots.plot_training(file, logs_of(1)[:1]),
+    "training, tokens": lambda file: plots.plot_training(file, [{"epoch": 1.0, "eval_accuracy": 0.5}]),
     "latency": lambda file: plots.plot_latency(file, latency_of(1, 8, 32, 128)),
     "latency, no ideal": lambda file: plots.plot_latency(file, latency_of(1, ideal=None)),
 }
@@ -238,6 +251,18 @@ def test_pareto_says_what_was_chosen(draw):
     through = [line for line in axes.lines if line.get_linestyle() == "--" and list(line.get_ydata()) == [85, 85]]
     assert len(through) == 1
     assert axes.get_xlabel() == "ms per image" and axes.get_ylabel() == "accuracy, %"
+
+
+@version_independent
+def test_training_says_which_exit_is_how_good_when(draw):
+    (axes,) = draw(plots.plot_training, [*logs_of(2), {"epoch": 3.0, "eval_loss": 1.0}]).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines) == ["after block 1", "after block 2", "by the policy"]
+    assert lines["after block 1"].get_ydata() == pytest.approx([np.nan, 28, 42], nan_ok=True)
+    assert lines["after block 2"].get_ydata() == pytest.approx([44 / 3, 88 / 3, 44])
+    assert lines["by the policy"].get_ydata() == pytest.approx([30, 60, 90])
+    with pytest.raises(ValueError, match="evaluations is empty; give one evaluation with an accuracy"):
+        draw(plots.plot_training, [])
 
 
 def test_exits_that_nobody_takes(draw):

@@ -70,10 +70,12 @@ TRAINED = {
     "single_exit": ({"exits.1"}, {"exits.1"}),
     "backbone": ({"backbone", "final"}, {"backbone", "final"}),
 }
+# the first epoch without exits, the second with the backbone frozen, then two with both
+MIXED = {"strategy": "mixed", "backbone_epochs": 1, "head_epochs": 1, "num_train_epochs": 4}
 
 
 def test_every_strategy_is_covered():
-    assert set(TRAINED) == set(STAGE_ONE)
+    assert {*TRAINED, "mixed"} == set(STAGE_ONE)
 
 
 # names of parameters differ from backbone to backbone, what a strategy does with them does not
@@ -366,7 +368,7 @@ def test_strategy_of_the_other_stage(tmp_path):
     with pytest.raises(ValueError, match="strategy: 'distillation_lgvit'.*HighwayTrainer.*choices: uniform, weighted"):
         HighwayTrainer(highway(), arguments(tmp_path, strategy="distillation_lgvit"))
     for name in set(STAGE_ONE) - set(STAGE_TWO):
-        settings = {"strategy": name, "train_exit": 0}
+        settings = {"strategy": name, "train_exit": 0, "backbone_epochs": 0 if name == "mixed" else None}
         with pytest.raises(ValueError, match=f"strategy: '{name}'.*DistillationTrainer.*choices: distillation_lgvit"):
             DistillationTrainer(highway(), arguments(tmp_path, **settings))
 
@@ -480,6 +482,7 @@ def test_strategies_do_not_alternate_inside_a_step(tmp_path):
 
 
 LAUNCHED = {
+    "mixed": (HighwayTrainer, "mixed"),
     "plain": (Trainer, None),
     "weighted": (HighwayTrainer, "weighted"),
     "alternating_weighted": (HighwayTrainer, "alternating_weighted"),
@@ -510,6 +513,7 @@ def launched(folder, name, accumulation=1):
         "gradient_accumulation_steps": accumulation,
     }
     steps = {"max_steps": 4, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "strategy": strategy}
+    steps |= MIXED if strategy == "mixed" else {}
     args = arguments(Path(folder) / name, **batch, **steps)
     trainer = trainer_class(deep_highway("vit", MIXES["eight"]), args, train_dataset=rows)
     trainer.train()

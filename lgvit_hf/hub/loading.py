@@ -23,6 +23,7 @@ from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
 from ..segments import height_width
 from ..wrapper import HighwayWrapper
+from .lora import add_lora
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def open_model(
     label_names: list[str],
     exits: dict[str, Any] | None = None,
     must_be_highway: bool = False,
+    lora: int | dict[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[HighwayMixin, BaseImageProcessor]:
     """Open a highway and the image processor that goes with it.
@@ -125,6 +127,7 @@ def open_model(
             `exit_positions`, `exit_types`, `exit_policy`, `exit_loss_weights`, `pool`; LGViT's exits by default. Of a
             highway that has exits, only policy and weights may be set.
         must_be_highway (`bool`, *optional*, defaults to `False`): Whether a plain checkpoint is refused.
+        lora (`int` or `dict`, *optional*): Adapters for the blocks; see `from_backbone`.
         seed (`int`, *optional*, defaults to 0): Of new weights.
 
     Raises:
@@ -147,7 +150,37 @@ def open_model(
         model = _from_plain(source, config, label_names, partial(BY_BACKBONE[kind].from_backbone, source, **exits))
     else:
         raise ValueError(f"{source}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
+    if lora is not None:
+        add_lora(model, lora)
     return model, open_processor(source)
+
+
+def open_for_probing(checkpoint: str, label_names: list[str]) -> tuple[HighwayMixin, BaseImageProcessor]:
+    """A highway without exits for the classes of some data, whatever classes it had, and its image processor.
+
+    Args:
+        checkpoint (`str`): Folder or Hub id of a plain backbone, with or without a classifier, or of a highway.
+        label_names (`list[str]`): Classes of the data. The classifier, which is to be fitted, may be new.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    config, labels = read_config(checkpoint), _labels(label_names)
+    if config.model_type in HIGHWAYS:
+        old = load_highway(checkpoint)
+        settings = {**old.config.to_dict(), "attn_implementation": old.config._attn_implementation}
+        for name in ("model_type", "num_labels"):
+            settings.pop(name, None)
+        model = type(old)(type(old.config)(**{**settings, **labels})).eval()
+        ours = model.state_dict()
+        fitting = {name: each for name, each in old.state_dict().items() if each.shape == ours[name].shape}
+        model.load_state_dict(fitting, strict=False)
+    elif config.model_type in BY_BACKBONE:
+        none: dict[str, Any] = {"exit_positions": [], "exit_types": []}
+        model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **none, **labels)
+    else:
+        raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(BY_BACKBONE)}")
+    return model, open_processor(checkpoint)
 
 
 def open_avit(

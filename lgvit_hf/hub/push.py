@@ -13,8 +13,9 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
-from .card import card, has_card, is_own, reports_beside, write_card
+from .card import MARK, card, has_card, is_own, reports_beside, write_card
 from .loading import read_config
+from .lora import has_lora, merged
 from .strict import PROCESSOR
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,12 @@ DECIDING = ("exit_policy", "exit_ensemble")
 
 
 def publish_folder(
-    model: PreTrainedModel, folder: Path, name: str, tags: Sequence[str], max_shard_size: int | str | None
+    model: PreTrainedModel,
+    folder: Path,
+    name: str,
+    tags: Sequence[str],
+    max_shard_size: int | str | None,
+    adapters_only: bool = False,
 ) -> None:
     """Save a model as it is pushed: with what lies in the folder that it was loaded from.
 
@@ -39,7 +45,16 @@ def publish_folder(
         name (`str`): The Hub id, which the card's snippet loads.
         tags (`Sequence[str]`): Of a card that is made.
         max_shard_size (`int` or `str`, *optional*): Of a file of weights, by default upstream's.
+        adapters_only (`bool`, *optional*, defaults to `False`): Save LoRA adapters, exits and classifier alone.
     """
+    if adapters_only:
+        model.save_pretrained(folder, adapters_only=True)
+        made = f"{type(model).__name__}.from_backbone({getattr(model, 'grown_from', '')!r}, lora={name!r})"
+        text = f"---\n{{}}\n---\n{MARK}\nLoRA adapters and early exits:\n\n```python\n{made}\n```\n"
+        (folder / CARD).write_text(text, encoding="utf-8")
+        return
+    if has_lora(model):
+        model = merged(model)
     source = Path(model.name_or_path or "")
     files: list[Path] = []
     reports: list[Path] = []
@@ -79,6 +94,7 @@ def push(
     tags: str | Sequence[str] | None = None,
     safe_serialization: bool = True,
     use_temp_dir: bool | None = None,
+    adapters_only: bool = False,
 ) -> CommitInfo:
     """Push what `publish_folder` saves; a README that somebody wrote in the repository stays, but for `tags`.
 
@@ -88,6 +104,7 @@ def push(
         revision (`str`, *optional*): A branch, made where it is not there.
         commit_message, commit_description, private, token, create_pr, max_shard_size, tags: See `PreTrainedModel`.
         safe_serialization, use_temp_dir: See transformers 4; `True` is all there is.
+        adapters_only (`bool`, *optional*, defaults to `False`): Push LoRA adapters, exits and classifier alone.
 
     Raises:
         ValueError: Pickles, or a folder that is no temporary one, are asked for.
@@ -103,7 +120,7 @@ def push(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         readme = Path(folder) / CARD
-        publish_folder(model, Path(folder), repo_id, tags, max_shard_size)
+        publish_folder(model, Path(folder), repo_id, tags, max_shard_size, adapters_only)
         if (theirs := _own_card(repo_id, revision, token)) is not None:
             readme.unlink(missing_ok=True)
             if tags:

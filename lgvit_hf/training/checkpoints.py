@@ -158,7 +158,8 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         >>> differences({"lr_scheduler_type": "constant", "max_steps": 5}, {"max_steps": 9})
         []
     """
-    endless = then.get("lr_scheduler_type") in ENDLESS_SCHEDULES and not then.get("backbone_share")
+    has_phases = then.get("backbone_share") or then.get("strategy") == "mixed"
+    endless = then.get("lr_scheduler_type") in ENDLESS_SCHEDULES and not has_phases
     free = ("max_steps", "num_train_epochs") if endless else ()
     changed = [name for name in then if name in now and name not in free and then[name] != now[name]]
     return [f"{name}: {then[name]} then, {now[name]} now" for name in changed]

@@ -148,7 +148,7 @@ def grow(
     if not 0 < cache_limit < math.inf:
         raise ValueError(f"cache_limit: {cache_limit!r} must be a number of GB above 0")
     started, training = time.perf_counter(), training or HeadTraining()
-    with _cache_folder(output, say) as folder, ExitStack() as stack:
+    with cache_folder(output, say) as folder, ExitStack() as stack:
         set_seed(seed)
         model = _candidates(checkpoint, exit_positions, exit_types)
         if processor is None and not isinstance(checkpoint, PreTrainedModel):
@@ -158,11 +158,16 @@ def grow(
             dataset, place, limit=limit, ignore_labels=ignore_labels, validation_share=validation_share, seed=seed
         )
         items = labelled_items(data.images, model, processor, ignore_labels)
-        settings: dict[str, Any] = {"checkpoint": _digest(model), "images": len(items), "seed": seed, **data.settings}
+        settings: dict[str, Any] = {
+            "checkpoint": backbone_digest(model),
+            "images": len(items),
+            "seed": seed,
+            **data.settings,
+        }
         settings |= {name: getattr(model.config, name) for name in ("exit_positions", "exit_types")}
         wanted = min(len(items), limit or len(items))
         cache, order = _cache_for(model, items, folder, wanted, cache_limit, settings, say)
-        stack.enter_context(_gone_if_it_fails(folder))
+        stack.enter_context(gone_if_it_fails(folder))
         indices, num_trained = data.drawn(order, cache.num_samples)
         num_held_out = len(indices) - num_trained
         if num_held_out < FEWEST_HELD_OUT:
@@ -307,7 +312,7 @@ class _Relabelled(Dataset):
         return item if self.labels is None else {**item, "labels": int(self.labels[index])}
 
 
-def _digest(model: HighwayMixin) -> str:
+def backbone_digest(model: HighwayMixin) -> str:
     """What the weights of a backbone are, its exits left out."""
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, tensor in model.state_dict().items():
@@ -320,7 +325,7 @@ def _digest(model: HighwayMixin) -> str:
 
 
 @contextmanager
-def _cache_folder(output: str | Path | None, say: Say) -> Iterator[Path]:
+def cache_folder(output: str | Path | None, say: Say) -> Iterator[Path]:
     """A folder for the states: beside `output`, and left there when a run stops; a temporary one without output."""
     if output is None:
         with tempfile.TemporaryDirectory(prefix="lgvit-states-") as temporary:
@@ -341,7 +346,7 @@ def _cache_folder(output: str | Path | None, say: Say) -> Iterator[Path]:
 
 
 @contextmanager
-def _gone_if_it_fails(folder: Path) -> Iterator[None]:
+def gone_if_it_fails(folder: Path) -> Iterator[None]:
     """Remove the states of a run that fails: they may be gigabytes, and it would fail again. A stopped one goes on."""
     try:
         yield

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from ..data.settings import parse_yaml, read_settings, read_yaml, real, refuse_unknown, whole
+from ..data.settings import read_settings, read_yaml, real, refuse_unknown, whole
 from ..hub.eevit_config import is_eevit, translate_eevit
 from .recipe_text import exit_accuracies_text, exit_lines, halting_lines, halting_text
+from .recipe_values import adapters, boolean, integer, mapping, policy, position, resumption, text, weight
 
 if TYPE_CHECKING:
     from ..data.held_out import TrainingData
@@ -21,6 +21,11 @@ REQUIRED = ("data", "output")
 # what is held in memory of decoded images, so that small sets are decoded once
 KEPT_BYTES = 1_000_000_000
 EXIT_OPTIONS = ("exit_positions", "exit_types", "exit_policy", "exit_loss_weights", "pool")
+# what means nothing to a stage without steps
+STEPS = (
+    *(*EXIT_OPTIONS, "strategy", "augment", "crop_scale", "epochs", "batch_size", "learning_rate", "warmup_steps"),
+    *("weight_decay", "early_stopping_patience", "model_settings", "training"),
+)
 # our short words for `TrainingArguments`
 TRAINING_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 TRAINING_DEFAULTS = {
@@ -35,49 +40,6 @@ TRAINING_DEFAULTS = {
 }
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    """A mapping, or its YAML text."""
-    if isinstance(value, str):
-        value = parse_yaml(value, repr(value[:40]))
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is no mapping")
-    return value
-
-
-def policy(value: Any) -> Any:
-    """A policy's name or mapping."""
-    return mapping(value) if isinstance(value, dict) or "{" in str(value) else str(value)
-
-
-def position(value: Any) -> int | str:
-    """A block, or `lgvit`."""
-    return value if value == "lgvit" else whole()(value)
-
-
-def weight(value: Any) -> float | str:
-    """A loss weight, or `depth` or `uniform` for all."""
-    return value if value in ("depth", "uniform") else real()(value)
-
-
-def resumption(value: Any) -> str | None:
-    """`auto`, a folder, or nothing; YAML's true and false mean the first and the last."""
-    return {True: "auto", False: None}[value] if isinstance(value, bool) else str(value)
-
-
-def boolean(value: Any) -> bool:
-    """True or false, in any of the words that `HfArgumentParser` knows."""
-    from transformers.hf_argparser import string_to_bool
-
-    return string_to_bool(str(value))
-
-
-def text(value: Any) -> str:
-    """The value as a word; a mapping as JSON."""
-    return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
-
-
-integer = whole(-(2**31))
-boolean.__name__, integer.__name__ = "true or false", "a whole number"
 # for the types that `HfArgumentParser` gives to options, as words are read and as values of YAML are; finite numbers
 _READERS = {"float": real(), "int": integer, "string_to_bool": boolean, "str": text, "<lambda>": text}
 
@@ -102,7 +64,7 @@ class Recipe:
 
     data: str = _option("digits, a folder of images, parquet files or a Hub id")
     output: str = _option("folder for the model and its checkpoints")
-    stage: str = _option("what to train (default: 1)", "1", choices=("backbone", "1", "2", "avit"))
+    stage: str = _option("what to train (default: 1)", "1", choices=("backbone", "head", "1", "2", "avit"))
     model: str | None = _option("checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
     backbone: str | None = _option("or: start from a small new one", choices=("vit", "deit", "swin"))
     image_size: int | None = _option("of a new backbone (default: 32)", type=whole())
@@ -115,6 +77,9 @@ class Recipe:
     exit_loss_weights: list[float | str] | None = _many("depth, uniform, or exits + 1 numbers", weight, "W")
     pool: str | None = _option("what exits and classifier read", choices=("cls", "mean"))
     halting: Settings | None = _option("of stage avit, such as '{gate: tiny, target_depth: 8}'", type=mapping)
+    lora: int | Settings | None = _option(
+        "rank of adapters in the frozen blocks, or such as '{rank: 8, target_modules: [query]}'", type=adapters
+    )
     strategy: str | None = _option("how exits share the loss; default alternating_weighted, distillation_lgvit")
     augment: str = _option("crops of training images", "none", choices=("random_resized", "pad", "none"))
     crop_scale: list[float] | None = _many("shares of the image that random_resized takes (0.08 1.0)", real())
@@ -137,6 +102,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.model_settings = dict(self.model_settings or {})
+        if self.lora is not None and self.stage not in ("backbone", "1"):
+            raise ValueError(
+                f"lora: {self.lora!r} is for stages backbone and 1, this is stage {self.stage}; leave it out"
+            )
+        if self.lora is not None and self.backbone is not None:
+            raise ValueError(f"lora: {self.lora!r} adapts a trained backbone, and a {self.backbone!r} would be new")
+        if self.stage == "head":
+            self._refuse_steps()
         if self.stage == "avit":
             self._refuse_exits()
         elif self.halting is not None:
@@ -161,6 +134,17 @@ class Recipe:
                 self.image_size = whole()(self.model_settings.pop("image_size", 32))
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"model_settings: image_size: {error}") from None
+
+    def _refuse_steps(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in STEPS and value and value != each.default:
+                raise ValueError(
+                    f"{each.name}: {value!r} is for stages that train step by step; stage head fits the classifier to "
+                    "the optimum; leave it out"
+                )
+        if self.backbone is not None:
+            raise ValueError(f"backbone: {self.backbone!r} is new; stage head needs a trained one: --model CHECKPOINT")
 
     def _refuse_exits(self) -> None:
         for name in (*EXIT_OPTIONS, "strategy"):
@@ -311,6 +295,15 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.dry_run:
         print(_dry_run(recipe, arguments, model, train_images, {"validation": validation, "test": test}))
         return None
+    if recipe.stage == "head":
+        from .linear_probe import train_classifier
+
+        result = train_classifier(model, processor, train_images, validation, test, recipe.output, say=print)
+        result["data"] = training_data_as_json(history)
+        write_json(Path(recipe.output) / "training.json", result)
+        print(exit_accuracies_text(result["test"]))
+        print(f"model and training.json in {recipe.output}; exits: lgvit grow {recipe.output} {recipe.data} FOLDER")
+        return result
     with locked(recipe.output):
         result = train(
             model,
@@ -351,7 +344,12 @@ def _trained_on_before(checkpoint: str | None, label_names: list[str]) -> list[T
 
 def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:
     """The model that the stage trains, and its image processor."""
-    from ..hub.loading import open_avit, open_model
+    from ..hub.loading import open_avit, open_for_probing, open_model
+
+    if recipe.stage == "head":
+        if recipe.model is None:
+            raise ValueError("stage head needs a trained backbone: --model CHECKPOINT")
+        return open_for_probing(recipe.model, label_names)
 
     source = {name: getattr(recipe, name) for name in ("backbone", "image_size", "model_settings", "seed")}
     source["label_names"] = label_names
@@ -361,7 +359,7 @@ def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:
     if recipe.stage == "backbone" and "exit_positions" not in recipe.model_settings:
         # exits come with the stage that trains them
         exits.setdefault("exit_positions", [])
-    return open_model(recipe.model, exits=exits, **source)
+    return open_model(recipe.model, exits=exits, lora=recipe.lora, **source)
 
 
 def _one_or_all(value: Any) -> Any:
@@ -385,7 +383,8 @@ def _dry_run(recipe: Recipe, arguments: dict[str, Any], model: Any, images: Any,
     from ..data.processing import stack
     from .run import arguments_for
 
-    arguments["strategy"] = arguments_for(recipe.stage, recipe.output or "dry-run", arguments).strategy
+    if recipe.stage != "head":
+        arguments["strategy"] = arguments_for(recipe.stage, recipe.output or "dry-run", arguments).strategy
     hidden = {*TRAINING_NAMES, "output", "training", "dry_run", "resume"}
     settings = {name: value for name, value in vars(recipe).items() if name not in hidden and value not in (None, {})}
     if recipe.stage == "avit":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..evaluation.plots import plot_training
 from ..files import add_files
 from .arguments import HighwayTrainingArguments
 from .avit_trainer import AViTTrainer
@@ -35,7 +37,7 @@ def train(
     resume: bool | str | Path = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train a model for one stage and save model and image processor to `output`.
+    """Train a model for one stage and save model and image processor to `output`, with `training.png` if it can draw.
 
     Args:
         model (`PreTrainedModel`): A highway, or an `AViT` for the stage of that name; trained in place.
@@ -78,9 +80,12 @@ def train(
     finally:
         progress.close()
     if trainer.is_world_process_zero():
-        _save(model, processor, Path(output))
+        save_trained(model, processor, Path(output))
     losses = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    known = [log for log in evaluations if "eval_accuracy" in log]
+    if known and trainer.is_world_process_zero() and importlib.util.find_spec("matplotlib"):
+        plot_training(Path(output) / "training.png", known)
     test = None
     if test_dataset is not None:
         figures = trainer.evaluate(test_dataset, metric_key_prefix="test")
@@ -139,14 +144,27 @@ class ProgressLines(ProgressCallback):
                 f"{metrics['eval_mean_token_depth']:.2f} blocks"
             )
         else:
-            exits = [value for name, value in metrics.items() if re.fullmatch(r"eval_exit_\d+_accuracy", name)]
-            self.training_bar.write(
-                f"epoch {state.epoch:g}: % right in validation, by exit: {' '.join(f'{100 * x:.1f}' for x in exits)}; "
-                f"by the policy {100 * metrics['eval_accuracy']:.1f} after {metrics['eval_mean_depth']:.1f} blocks"
-            )
+            self.training_bar.write(f"epoch {state.epoch:g}: % right in validation, {accuracies_line(metrics)}")
 
 
-def _save(model: PreTrainedModel, processor: BaseImageProcessor, output: Path) -> None:
+def accuracies_line(metrics: dict[str, float]) -> str:
+    """The accuracy of each exit, by the blocks before it, and where there are several, that under the policy.
+
+    Example:
+
+        >>> accuracies_line({"eval_exit_2_accuracy": 0.5, "eval_exit_4_accuracy": 0.75, "eval_accuracy": 0.7,
+        ...     "eval_mean_depth": 2.5})
+        'after block 2: 50.0, 4: 75.0; by the policy 70.0 after 2.5 blocks'
+    """
+    found = {name: re.fullmatch(r"eval_exit_(\d+)_accuracy", name) for name in metrics}
+    exits = [f"{match[1]}: {100 * metrics[name]:.1f}" for name, match in found.items() if match]
+    line = f"after block {', '.join(exits)}"
+    if len(exits) < 2:
+        return line
+    return f"{line}; by the policy {100 * metrics['eval_accuracy']:.1f} after {metrics['eval_mean_depth']:.1f} blocks"
+
+
+def save_trained(model: PreTrainedModel, processor: BaseImageProcessor, output: Path) -> None:
     """The trained model, as a whole or not at all.
 
     Weights move last. Where what goes with them changes, the old ones are removed first: a run that is killed in

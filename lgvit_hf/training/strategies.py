@@ -20,6 +20,7 @@ def stage_one_loss(
     args: HighwayTrainingArguments,
     step: int = 0,
     backbone_only: bool = False,
+    teacher_logits: Tensor | None = None,
     **inputs,
 ) -> Tensor:
     """The loss of `HighwayTrainer` at optimizer step `step`.
@@ -28,7 +29,8 @@ def stage_one_loss(
     `uniform` is their mean; `weighted` is `(sum p_i L_i + D L) / (sum p_i + D)`, or weighted by the list in the
     config's `exit_loss_weights` where there is one; the alternating ones are `L` at even steps and the former at odd
     ones; `distillation` is `(1 - c) * uniform + c * mean KD_i`; `backbone` is `L`;
-    `single_exit` is one `L_i`. What does not enter the loss is not computed.
+    `single_exit` is one `L_i`; `mixed`, once exits have joined, is `(1 - c) * weighted + c * KD`, that of the final
+    classifier against itself as it was before, summed over classes. What does not enter the loss is not computed.
 
     Args:
         model (callable): The highway, or what a launcher wrapped around it.
@@ -37,6 +39,7 @@ def stage_one_loss(
         args (`HighwayTrainingArguments`): The strategy and its weights.
         step (`int`): From `trainer.state.global_step`, so that resuming, accumulation and several processes agree.
         backbone_only (`bool`): Whether this step trains the final classifier alone, whatever the strategy.
+        teacher_logits (`Tensor`, *optional*): `[B, C]`, which hold up the final classifier of `mixed`.
         inputs: Further arguments of the highway's forward.
     """
     check_labels(labels, config.num_labels)
@@ -50,13 +53,17 @@ def stage_one_loss(
 
     exit_logits = model(pixel_values, early_exit=False, **inputs).exit_logits
     shares: str | Sequence[float] = "uniform"
-    if strategy.endswith("weighted"):
+    if strategy == "mixed" or strategy.endswith("weighted"):
         shares = "depth" if isinstance(config.exit_loss_weights, str) else config.exit_loss_weights
     weights = loss_weights(shares, config.exit_positions, config.num_blocks)
     loss = weighted_loss(exit_logits, labels, weights, config.problem_type)
     if strategy == "distillation":
         kd = [distillation_loss(logits, exit_logits[-1], args.temperature) for logits in exit_logits[:-1]]
         loss = (1 - args.distillation_weight) * loss + args.distillation_weight * sum(kd) / len(kd)
+    if teacher_logits is not None:
+        # one of many terms: a mean over classes would be too weak to hold the final classifier
+        kept = distillation_loss(exit_logits[-1], teacher_logits, args.temperature) * config.num_labels
+        loss = (1 - args.distillation_weight) * loss + args.distillation_weight * kept
     return loss
 
 
@@ -77,7 +84,8 @@ def stage_two_loss(
 ) -> Tensor:
     """The loss of `DistillationTrainer`: the exits learn from the labels and from the frozen final classifier.
 
-    `distillation`: `(1 - c) * sum p_i L_i / sum p_i + c * mean KD_i`. `distillation_lgvit`:
+    `distillation`, and `mixed` while its backbone is frozen: `(1 - c) * sum p_i L_i / sum p_i + c * mean KD_i`.
+    `distillation_lgvit`:
     `(1 - c) * sum L_i + c * sum KD_i + heterogeneous_weight * L_hete + homogeneous_weight * L_homo`, the last two as
     `lgvit_feature_losses` gives them, for any number and kinds of exits. Arguments: see `stage_one_loss`.
     """
@@ -85,7 +93,7 @@ def stage_two_loss(
     out = model(pixel_values, early_exit=False, **inputs)
     exit_logits, share = out.exit_logits[:-1], args.distillation_weight
     kd = sum(distillation_loss(logits, out.exit_logits[-1], args.temperature) for logits in exit_logits)
-    if args.strategy == "distillation":
+    if args.strategy in ("distillation", "mixed"):
         hard = weighted_loss(exit_logits, labels, config.exit_positions, config.problem_type)
         return (1 - share) * hard + share * kd / len(exit_logits)
 

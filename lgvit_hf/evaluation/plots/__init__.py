@@ -11,6 +11,7 @@ from .images import plot_gallery, plot_scores
 from .latency import plot_latency
 from .reliability import plot_reliability
 from .tokens import plot_token_depths, plot_tokens_alive
+from .training import plot_training
 
 __all__ = [
     "plot_classes",
@@ -24,4 +25,5 @@ __all__ = [
     "plot_scores",
     "plot_token_depths",
     "plot_tokens_alive",
+    "plot_training",
 ]
