@@ -157,7 +157,6 @@ VOCABULARY = {
     "seed": count,
     "validation_share": share,
     "warning": either(text, nothing),
-    "ensemble": either(mapping, nothing),
     "split": text,
     "weights": either(text, nothing),
     "policy": lambda value: mapping(value) and text(value.get("name")),
