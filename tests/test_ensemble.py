@@ -191,6 +191,13 @@ def random_ensemble(num_exits, num_labels=5, number=0):
     return {"weights": weights.tolist(), "bias": torch.randn(num_labels, generator=numbers).tolist()}
 
 
+def assert_alike(answers, other):
+    """Of a model run twice, whose products round as memory lies."""
+    assert torch.equal(answers.exit_index, other.exit_index)
+    torch.testing.assert_close(answers.logits, other.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(answers.exit_score, other.exit_score, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["vit", "deit", "swin", "wrapped"])
 @torch.no_grad()
 def test_a_model_answers_alike_batched_alone_and_replayed(kind, tmp_path):
@@ -200,15 +207,15 @@ def test_a_model_answers_alike_batched_alone_and_replayed(kind, tmp_path):
     rows = [{"pixel_values": image, "labels": 0} for image in images]
     everything = model(images, early_exit=False)
     scores = torch.stack(everything.exit_logits[:-1]).softmax(-1).amax(-1)
-    model.set_exit_policy("confidence", threshold=scores.median(-1).values.tolist())
+    # half way between two samples, so that rounding decides nothing
+    middles = scores.sort(-1).values[:, 5:7].mean(-1)
+    model.set_exit_policy("confidence", threshold=middles.tolist())
     before = model(images)
 
     model.config.exit_ensemble = random_ensemble(num_exits, model.config.num_labels)
     found, table = model(images), collect(model, rows)
     replayed = table.replay(model.exit_policy)
-    assert torch.equal(found.exit_index, replayed.exit_index)
-    torch.testing.assert_close(found.logits, replayed.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.exit_score, replayed.exit_score, atol=1e-5, rtol=0)
+    assert_alike(found, replayed)
     for index, image in enumerate(images):
         alone = model(image[None])
         assert alone.exit_index.item() == found.exit_index[index].item()
@@ -219,11 +226,11 @@ def test_a_model_answers_alike_batched_alone_and_replayed(kind, tmp_path):
 
     model.save_pretrained(tmp_path / "model")
     module = {"module": plain("vgg")[0]} if kind == "wrapped" else {}
-    assert_same(found, type(model).from_pretrained(tmp_path / "model", **module).eval()(images))
+    assert_alike(found, type(model).from_pretrained(tmp_path / "model", **module).eval()(images))
     table.save(tmp_path / "table.safetensors")
     assert_same(replayed, ExitTable.load(tmp_path / "table.safetensors").replay(model.exit_policy))
     model.config.exit_ensemble = None
-    assert_same(before, model(images))
+    assert_alike(before, model(images))
 
 
 def test_a_change_of_the_config_is_checked_when_it_runs():

@@ -68,7 +68,8 @@ def publish_folder(
             files += [*reports, *source.glob("*.png"), source / CARD, *source.glob(".eval_results/*.yaml")]
         else:
             logger.warning(
-                "the exit policy or ensemble has changed since %s was saved: reports and card of it stay there", source
+                "the ensemble or the exit policy has changed since %s was saved: reports and card of it stay there",
+                source,
             )
             files += [source / CARD] if is_own(source / CARD) else []
     for file in files:
