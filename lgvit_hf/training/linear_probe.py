@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # penalties that are tried: few images want strong ones
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
-# the logit of a sample's class, all others 0: of another one in a million classes the probability is below 1e-7
+# the logit of a class, all others 0: of a million others together the probability is below 1e-6
 CERTAIN = 30.0
 # an eighth of them chooses the penalty
 FEWEST_IMAGES = 16
