@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from lgvit_hf import train_recipe
 from lgvit_hf.cli import main
@@ -14,7 +14,8 @@ from lgvit_hf.data.processing import make_processor
 from lgvit_hf.hub.loading import load_highway
 from lgvit_hf.training import linear_probe
 from lgvit_hf.training.distill_exits import HeadTraining, grow
-from lgvit_hf.training.linear_probe import final_classifiers, fit_linear
+from lgvit_hf.training.linear_fit import fit_linear, whitening
+from lgvit_hf.training.linear_probe import final_classifiers
 from tests.seeds import generator
 from tests.tiny import IMAGE_SIZE, tiny_dataset, tiny_model, tiny_native
 
@@ -33,23 +34,18 @@ def saved(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("l2", [1e-1, 1e-3])
-def test_the_classifier_is_the_optimum(l2):
-    numbers = generator(3)
-    scale = torch.tensor([0.1, 1.0, 5.0, 30.0, 1.0])
-    standard, noise = torch.randn(2, 200, 5, generator=numbers, dtype=torch.float64)
-    labels = (standard + noise)[:, :3].argmax(-1)
-    features = scale * standard + 3
-    # the same for all: it says nothing
-    features[:, 4] = 2.0
-    weight, bias = fit_linear(features, labels, 3, l2)
-    oracle = LogisticRegression(C=1 / (l2 * len(features)), tol=1e-10, max_iter=10_000)
-    scaled = StandardScaler().fit_transform(features.numpy())
-    expected = oracle.fit(scaled, labels.numpy()).predict_proba(scaled)
-    np.testing.assert_allclose((features @ weight.T + bias).softmax(-1).numpy(), expected, atol=1e-4)
-    # from another start it is the same
-    again = fit_linear(features, labels, 3, l2, start=(torch.randn(3, 5).double(), torch.randn(3).double()))
-    np.testing.assert_allclose((features @ again[0].T + again[1]).softmax(-1).numpy(), expected, atol=1e-4)
+def test_labels_are_a_certain_teacher():
+    """The classifier is that of logistic regression on the whitened features."""
+    numbers, penalty = generator(3), 1e-2
+    standard, noise = torch.randn(2, 400, 5, generator=numbers, dtype=torch.float64)
+    labels, features = (standard + noise)[:, :3].argmax(-1), standard * torch.tensor([0.1, 1.0, 5.0, 30.0, 1.0]) + 3
+    certain = linear_probe.CERTAIN * F.one_hot(labels, 3).double()
+    weight, bias = fit_linear(features, certain, 1.0, [penalty])
+    mean, matrix = whitening(features)
+    white = ((features - mean) @ matrix).numpy()
+    oracle = LogisticRegression(C=1 / (2 * penalty * len(white)), tol=1e-10, max_iter=10_000).fit(white, labels)
+    found = (features @ weight.T + bias).softmax(-1).numpy()
+    np.testing.assert_allclose(found, oracle.predict_proba(white), atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "swin", "bare", "highway"])
@@ -66,9 +62,8 @@ def test_the_classifier_alone_is_trained(kind, saved, tmp_path):
     after = model.base_model.state_dict()
     kept = [name for name in after if "pooler" not in name or kind == "swin"]
     assert all(torch.equal(after[name], before[name]) for name in kept)
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["l2"] == result["l2"]
-    losses = [each["loss"] for each in result["strengths"]]
-    assert result["l2"] == linear_probe.L2[losses.index(min(losses))]
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert written["test"] == result["test"] and 0 <= written["validation"]["accuracy"] <= 1 and written["data"]
     # random features of digits say more than chance; the states are gone
     assert result["test"]["accuracy"] > 0.3 and not list(tmp_path.glob(".*"))
 
@@ -128,6 +123,12 @@ def test_bad_starts(saved, tmp_path):
         train_recipe(output=str(tmp_path / "out"), **FEW)
     with pytest.raises(ValueError, match=r"has exits after \[2, 3, 4, 5\].*lgvit grow"):
         train_recipe(model=saved(tiny_model("vit")), output=str(tmp_path / "out"), **FEW)
+
+
+def test_too_few_images(saved, tmp_path):
+    with pytest.raises(ValueError, match="15 images are too few to fit a classifier on; give 16"):
+        few = {**FEW, "max_train_samples": 15}
+        train_recipe(model=saved(tiny_native("vit")), output=str(tmp_path / "out"), **few)
 
 
 def test_a_dry_run_writes_nothing(saved, tmp_path, capsys):

@@ -170,10 +170,16 @@ def test_lgvit_train_saves_merged(base, tmp_path, capsys):
     train_recipe(model=base(), lora=2, exit_positions=[2], exit_types="linear", output=str(out), **few)
     model = ViTHighway.from_pretrained(out)
     assert not has_lora(model) and model.config.num_labels == 10
+    alone = {"lora": 2, "adapters_only": True, "output": str(tmp_path / "alone"), "exit_positions": [2]}
+    train_recipe(model=base(), exit_types="linear", **alone, **few)
+    assert not (tmp_path / "alone" / "model.safetensors").exists()
+    again = ViTHighway.from_backbone(base(), lora=tmp_path / "alone")
+    assert has_lora(again) and again.config.num_labels == 10
     place = ["--data", "digits", "--output", str(tmp_path / "other")]
     for words, message in (
         (["--model", base(), "--lora", "0"], "lora: rank 0 must be a whole number of at least 1"),
         (["--model", base(), "--lora", "2", "--stage", "2"], "lora: 2 is for stages backbone and 1, this is stage 2"),
+        (["--model", base(), "--adapters-only"], "adapters_only: there are none without --lora RANK"),
         (["--backbone", "vit", "--lora", "2"], "lora: 2 adapts a trained backbone"),
         (
             ["--model", base(), "--lora", "{rank: 2, target_modules: [keys]}"],

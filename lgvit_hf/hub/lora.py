@@ -190,14 +190,7 @@ def save_adapters(model: Any, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: No adapters; a backbone that others cannot find, or that is not what it was.
     """
-    if not has_lora(model):
-        raise ValueError("adapters_only: the model has no adapters; from_backbone(..., lora=8) adds them")
-    base = getattr(model, "grown_from", None)
-    if not base:
-        raise ValueError(
-            "adapters_only: adapters go with the plain checkpoint they were trained on, and this model was not made "
-            "from one by its name; leave adapters_only out"
-        )
+    base = backbone_of(model)
     if backbone_digest(model) != model.lora_backbone:
         raise ValueError("adapters_only: the weights beside the adapters have changed; leave adapters_only out")
     prefix = f"{model.base_model_prefix}."
@@ -212,6 +205,23 @@ def save_adapters(model: Any, folder: str | os.PathLike[str]) -> None:
         model.config.save_pretrained(files)
         (files / SETTINGS).write_text(json.dumps(settings, indent=2), encoding="utf-8")
         save_file(state, files / WEIGHTS, metadata={"format": "pt", "backbone": model.lora_backbone})
+
+
+def backbone_of(model: Any) -> str:
+    """The plain checkpoint that the adapters of a model go with.
+
+    Raises:
+        ValueError: There are no adapters, or the backbone has no name by which others find it.
+    """
+    if not has_lora(model):
+        raise ValueError("adapters_only: the model has no adapters; from_backbone(..., lora=8) adds them")
+    base = getattr(model, "grown_from", None)
+    if not base:
+        raise ValueError(
+            "adapters_only: adapters go with the plain checkpoint they were trained on, and this model was not made "
+            "from one by its name; leave adapters_only out"
+        )
+    return str(base)
 
 
 def load_adapters(cls: Any, backbone: Any, source: str | os.PathLike[str], **arguments: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -37,7 +37,9 @@ def whitening(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return mean, directions * (variances.clamp_min(0) + RIDGE).rsqrt() / scale[:, None]
 
 
-def fit_linear(vectors: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def fit_linear(
+    vectors: Tensor, teacher: Tensor, temperature: float, penalties: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Weight `[C, F]` and bias `[C]` that give the teacher's answers from vectors, as closely as new samples allow.
 
     Of the penalties, the one is taken with which the last eighth of the samples is predicted best.
@@ -46,6 +48,7 @@ def fit_linear(vectors: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
         vectors (`Tensor`): `[N, F]`, in random order.
         teacher (`Tensor`): `[N, C]`, logits.
         temperature (`float`): Softens both predictions.
+        penalties (`Sequence[float]`, *optional*): Those that are tried, from the strongest; by default `PENALTIES`.
     """
     mean, matrix = whitening(vectors)
     white, num_fitted = (vectors - mean) @ matrix, len(vectors) - int(len(vectors) * JUDGED_SHARE)
@@ -68,7 +71,7 @@ def fit_linear(vectors: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
         optimizer.step(penalised)
 
     judged: dict[float, float] = {}
-    for penalty in PENALTIES:
+    for penalty in penalties or PENALTIES:
         fit(penalty, slice(num_fitted))
         with torch.no_grad():
             judged[penalty] = loss(slice(num_fitted, None)).item()

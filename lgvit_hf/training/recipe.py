@@ -80,6 +80,7 @@ class Recipe:
     lora: int | Settings | None = _option(
         "rank of adapters in the frozen blocks, or such as '{rank: 8, target_modules: [query]}'", type=adapters
     )
+    adapters_only: bool = _option("save adapters, exits and classifier alone", False, action="store_true")
     strategy: str | None = _option("how exits share the loss; default alternating_weighted, distillation_lgvit")
     augment: str = _option("crops of training images", "none", choices=("random_resized", "pad", "none"))
     crop_scale: list[float] | None = _many("shares of the image that random_resized takes (0.08 1.0)", real())
@@ -106,6 +107,8 @@ class Recipe:
             raise ValueError(
                 f"lora: {self.lora!r} is for stages backbone and 1, this is stage {self.stage}; leave it out"
             )
+        if self.adapters_only and self.lora is None:
+            raise ValueError("adapters_only: there are none without --lora RANK")
         if self.lora is not None and self.backbone is not None:
             raise ValueError(f"lora: {self.lora!r} adapts a trained backbone, and a {self.backbone!r} would be new")
         if self.stage == "head":
@@ -314,6 +317,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
             eval_dataset=validation,
             test_dataset=test,
             early_stopping_patience=recipe.early_stopping_patience,
+            adapters_only=recipe.adapters_only,
             resume=recipe.resume or False,
             **arguments,
         )
@@ -345,6 +349,7 @@ def _trained_on_before(checkpoint: str | None, label_names: list[str]) -> list[T
 def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:
     """The model that the stage trains, and its image processor."""
     from ..hub.loading import open_avit, open_for_probing, open_model
+    from ..hub.lora import backbone_of
 
     if recipe.stage == "head":
         if recipe.model is None:
@@ -359,7 +364,11 @@ def _open(recipe: Recipe, label_names: list[str]) -> tuple[Any, Any]:
     if recipe.stage == "backbone" and "exit_positions" not in recipe.model_settings:
         # exits come with the stage that trains them
         exits.setdefault("exit_positions", [])
-    return open_model(recipe.model, exits=exits, lora=recipe.lora, **source)
+    model, processor = open_model(recipe.model, exits=exits, lora=recipe.lora, **source)
+    if recipe.adapters_only:
+        # that they can be saved so is known before they are trained
+        backbone_of(model)
+    return model, processor
 
 
 def _one_or_all(value: Any) -> Any:

@@ -34,6 +34,7 @@ def train(
     eval_dataset: Dataset | None = None,
     test_dataset: Dataset | None = None,
     early_stopping_patience: int | None = None,
+    adapters_only: bool = False,
     resume: bool | str | Path = False,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def train(
         test_dataset (`Dataset`, *optional*): Evaluated at the end, under `test` of what is returned.
         early_stopping_patience (`int`, *optional*):
             Stop after that many evaluations in which `metric_for_best_model` did not get better.
+        adapters_only (`bool`, *optional*, defaults to `False`): Save LoRA adapters, exits and classifier alone.
         resume (`bool`, `str` or `Path`, *optional*, defaults to `False`):
             `True` or `"auto"`: go on from the newest complete checkpoint in `output`, from the start if there is none
             (what is skipped is warned of). A path: go on from that checkpoint.
@@ -80,7 +82,7 @@ def train(
     finally:
         progress.close()
     if trainer.is_world_process_zero():
-        save_trained(model, processor, Path(output))
+        save_trained(model, processor, Path(output), **({"adapters_only": True} if adapters_only else {}))
     losses = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     known = [log for log in evaluations if "eval_accuracy" in log]
@@ -164,8 +166,8 @@ def accuracies_line(metrics: dict[str, float]) -> str:
     return f"{line}; by the policy {100 * metrics['eval_accuracy']:.1f} after {metrics['eval_mean_depth']:.1f} blocks"
 
 
-def save_trained(model: PreTrainedModel, processor: BaseImageProcessor, output: Path) -> None:
-    """The trained model, as a whole or not at all.
+def save_trained(model: PreTrainedModel, processor: BaseImageProcessor, output: Path, **saving: Any) -> None:
+    """The trained model, as a whole or not at all; `saving` are arguments of its `save_pretrained`.
 
     Weights move last. Where what goes with them changes, the old ones are removed first: a run that is killed in
     between leaves the old model, the new one, or none (resume the run), but never weights under another config.
@@ -176,7 +178,7 @@ def save_trained(model: PreTrainedModel, processor: BaseImageProcessor, output: 
         shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with add_files(output) as weights:
-            model.save_pretrained(weights)
+            model.save_pretrained(weights, **saving)
             with add_files(output) as others:
                 processor.save_pretrained(others)
                 for file in [*weights.glob("*.json"), *weights.glob("*.py")]:
