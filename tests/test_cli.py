@@ -136,7 +136,7 @@ def test_defaults_then_file_then_command_line(text, words, expected, tmp_path, m
     [
         ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
         ("epochs: many", "epochs: 'many' must be a finite number"),
-        ("stage: 3", "must be one of backbone, 1, 2"),
+        ("stage: 3", "must be one of backbone, head, 1, 2"),
         ("dry_run: maybe", "must be true or false"),
         ("seed: [1, 2]", "must be one value"),
         ("seed: []", "must be one value"),
