@@ -24,14 +24,14 @@ def test_the_optimum_is_that_of_a_general_minimiser(monkeypatch):
     monkeypatch.setattr(linear_fit, "STEPS", 200)
     vectors, teacher = normal(60, 4), normal(60, 3, seed=1)
     weight, bias = fit_linear(vectors, teacher, 1.0)
-    mean, matrix = whitening(vectors)
-    white = (vectors - mean) @ matrix
+    mean, scale, matrix = whitening(vectors)
+    white = (vectors - mean) / scale @ matrix
 
     def objective(numbers):
         given = torch.tensor(numbers, requires_grad=True)
         found = given[:12].reshape(4, 3)
         logits = white @ found + given[12:]
-        value = distillation_loss(logits, teacher, 1.0) * 3 + 1e-2 * found.square().sum()
+        value = distillation_loss(logits, teacher, 1.0) * 3 + 1e-2 * (matrix @ found).square().sum()
         value.backward()
         return value.item(), given.grad.numpy()
 
