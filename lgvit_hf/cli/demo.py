@@ -36,9 +36,9 @@ MODEL = {
 }
 # stage, what it trains, epochs, learning rate
 STAGES = (
-    ("backbone", "backbone", 12, 1e-3),
-    ("1", "stage 1: backbone and exits", 8, 5e-4),
-    ("2", "stage 2: exits, backbone frozen", 6, 1e-3),
+    ("backbone", "backbone", 15, 1e-3),
+    ("1", "stage 1: backbone and exits", 10, 5e-4),
+    ("2", "stage 2: exits, backbone frozen", 7, 1e-3),
 )
 TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -50,6 +50,8 @@ TRAINING: dict[str, Any] = {
     "report_to": [],
 }
 # marks a folder that a later demo may replace
+# half of these samples are searched on and half are tested on, where one in a hundred may be lost
+VALIDATION_SHARE = 0.3
 WHAT = "lgvit demo"
 
 
@@ -93,7 +95,8 @@ def _run(folder: Path, quick: bool, seed: int) -> None:
     from .inputs import progress_bar
 
     set_seed(seed)
-    splits, processor = load_images("digits", seed=seed), make_processor(IMAGE_SIZE)
+    splitting: dict[str, Any] = {"seed": seed, "validation_share": VALIDATION_SHARE}
+    splits, processor = load_images("digits", **splitting), make_processor(IMAGE_SIZE)
     train_set, validation_set, test_set = (
         ProcessedImages(images, processor, keep=True) for images in (splits.train, splits.validation, splits.test)
     )
@@ -123,12 +126,11 @@ def _run(folder: Path, quick: bool, seed: int) -> None:
         print(f"{result['steps']} steps, {result['seconds']:.0f} s; % right in validation, by exit: {by_exit}")
         stages.append({"stage": stage, **result, "validation_accuracies": accuracies})
 
-    # a few more images are lost on new ones than on the few that were chosen on
-    chosen = calibrate(collect(model, validation_set), policy="auto", max_accuracy_drop=0.005)
+    chosen = calibrate(collect(model, validation_set), policy="auto", max_accuracy_drop=0.01)
     model.set_exit_policy(chosen.policy)
     model.save_pretrained(folder / "model")
-    write_training_data(folder / "model", [TrainingData.of(splits, "digits", seed=seed)])
-    print(f"\nchosen in validation, for an accuracy drop of at most half a point\n\n{chosen.as_text()}")
+    write_training_data(folder / "model", [TrainingData.of(splits, "digits", **splitting)])
+    print(f"\nchosen in validation, for an accuracy drop of at most one point\n\n{chosen.as_text()}")
     report = evaluate(model, test_set, progress=progress_bar)
     curve = threshold_curve(collect(model, test_set))
     plot_report(report, curve, folder / "highway.png")
