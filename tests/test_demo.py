@@ -84,7 +84,7 @@ for number in range(int(sys.argv[1])):
 @pytest.mark.version_independent
 def test_snippets_run(demo):
     found = [snippet for page in RUN_WITH_THE_DEMO for snippet in snippets(page, "python")]
-    assert len(found) == 5
+    assert len(found) == 7
     for number, snippet in enumerate(found):
         (demo[0] / f"snippet{number}.py").write_text(snippet)
     command = [sys.executable, "-c", ONE_BY_ONE, str(len(found))]

@@ -153,7 +153,7 @@ class HighwayTrainer(TakesImages, ResumableTrainer):
         return config.num_blocks if was_backbone else only_depth(self.args, config)
 
     def _measure(self, model: Any) -> None:
-        if self.compute_metrics is not None and not isinstance(self.compute_metrics, ExitMetrics):
+        if self.compute_metrics is not None and type(self.compute_metrics) is not ExitMetrics:
             return
         config: HighwayConfig = model.config
         depth = self._depth(config)
