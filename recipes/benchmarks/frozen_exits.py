@@ -347,7 +347,8 @@ def plot(lines, file, head="concat", batch_size=1):
     """Speed-up over the plain backbone at each drop, of each model under `gate`, `uniform` and `static`."""
     import matplotlib.pyplot as plt
 
-    names = {"gate": "gate", "uniform": "one confidence", "static": "static"}
+    # by policy: its label, at which of the drops it stands, and how far above the curve
+    names = {"gate": ("gate", 4, 8), "uniform": ("one confidence", 8, -16), "static": ("static", 12, -14)}
     models = list(dict.fromkeys(line["model"] for line in lines))
     figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 3.4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
@@ -355,13 +356,13 @@ def plot(lines, file, head="concat", batch_size=1):
             known = (line["model"], line["head"], line.get("batch_size")) == (model, head, batch_size)
             if known and "speed_ups" in line and line["policy"] in names:
                 drawn = axis.plot([100 * drop for drop in line["drops"]], line["speed_ups"])[0]
-                where = (100 * line["drops"][-1], line["speed_ups"][-1])
+                label, place, above = names[line["policy"]]
                 axis.annotate(
-                    names[line["policy"]],
-                    where,
-                    (-4, 4),
+                    label,
+                    (100 * line["drops"][place], line["speed_ups"][place]),
+                    (0, above),
                     textcoords="offset points",
-                    ha="right",
+                    ha="right" if above > 0 or place == 12 else "left",
                     color=drawn.get_color(),
                 )
         axis.set(title=model, xlabel="accuracy drop on test samples (points)")
