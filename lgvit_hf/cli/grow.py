@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=whole(), default=5000, help="use at most that many random images (default: 5000)")
     add("--ignore-labels", action="store_true", help="do as if the images had none")
     add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="candidates, from 1")
-    add("--exit-types", nargs="+", default=["concat"], metavar="HEAD", help="one for all, or one each (concat)")
+    add("--exit-types", nargs="+", default=["conv1_1"], metavar="HEAD", help="one for all, or one each (conv1_1)")
     add("--max-accuracy-drop", type=real(), default=0.01, help="on images held out (default: 0.01)")
     add("--validation-share", type=real(), help="of the images, held out (default: as in training, or 0.2)")
     add("--epochs", type=whole(), help="of the exits' training (default: from 5 to 20, by the images)")

@@ -69,7 +69,7 @@ def grow(
     *,
     processor: BaseImageProcessor | None = None,
     exit_positions: list[int] | None = None,
-    exit_types: list[str] | str = "concat",
+    exit_types: list[str] | str = "conv1_1",
     max_accuracy_drop: float = 0.01,
     limit: int | None = None,
     ignore_labels: bool = False,
@@ -104,7 +104,7 @@ def grow(
             Without an output, nothing is saved.
         processor (`BaseImageProcessor`, *optional*): By default the checkpoint's.
         exit_positions (`list[int]`, *optional*): Candidates; all early blocks and every second later one by default.
-        exit_types (`list[str]` or `str`, *optional*, defaults to `"concat"`): Head of each, or one for all.
+        exit_types (`list[str]` or `str`, *optional*, defaults to `"conv1_1"`): Head of each, or one for all.
         max_accuracy_drop (`float`, *optional*, defaults to 0.01): On the held-out images, a point estimate.
         limit (`int`, *optional*): Use at most this many images, drawn at random.
         ignore_labels (`bool`, *optional*, defaults to `False`): Do as if there were no labels.
