@@ -45,13 +45,14 @@ from lgvit_hf.hub.loading import example_image, load_highway
 from lgvit_hf.losses import distillation_loss
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
+from lgvit_hf.training.linear_fit import whitening
 
 DROPS = (0.005, 0.01, 0.02)
 BATCH_SIZES = (1, 8, 32)
 RESAMPLES = 1000
 PLOTTED = [round(0.0025 * number, 4) for number in range(13)]
 # of linear classifiers: penalties of the squared weights, from the strongest, and steps of L-BFGS for each
-PENALTIES, STEPS, RIDGE = (1e-3, 3e-4, 1e-4), 25, 5e-3
+PENALTIES, STEPS = (1e-3, 3e-4, 1e-4), 25
 # of classifiers with a hidden layer: epochs times samples, and the batch size
 SAMPLES_SEEN, BATCH = 300_000, 256
 TEMPERATURE = 2.0  # of the distillation
@@ -69,17 +70,6 @@ def head_inputs(head, vectors):
     if head == "average":
         return normalised(mean + prefix[0] if prefix else mean)
     return prefix[0] if prefix else normed_mean
-
-
-def whitening(inputs):
-    """Mean `[F]`, scale `[F]` and matrix `[F, F]` that make inputs `[N, F]` uncorrelated and nearly of one size.
-
-    On whitened inputs a fit converges in tens of steps; on standardised ones it is far from it after thousands.
-    """
-    mean, scale = inputs.mean(0), inputs.std(0) + 1e-6
-    standard = (inputs - mean) / scale
-    variances, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
-    return mean, scale, directions * (variances.clamp_min(0) + RIDGE).rsqrt()
 
 
 def half_distilled(logits, teacher, labels):
