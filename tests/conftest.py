@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,20 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeds_of_this_run():
     seeded()
+
+
+@pytest.fixture(scope="session")
+def modules_seen():
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def imports_are_no_garbage(modules_seen):
+    """Every run of `Trainer` collects garbage, which takes half a second where it looks at all that was imported."""
+    if len(sys.modules) > len(modules_seen) + 50:
+        modules_seen.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

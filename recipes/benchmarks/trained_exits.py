@@ -1,0 +1,247 @@
+"""What training the whole model gains over heads on a frozen backbone, after equal core-minutes from one checkpoint.
+
+    python recipes/benchmarks/trained_exits.py train plain --model CHECKPOINT --data DATA --runs RUNS
+    python recipes/benchmarks/trained_exits.py train mixed --model CHECKPOINT --data DATA --runs RUNS
+    python recipes/benchmarks/trained_exits.py compare --data DATA --runs RUNS --output docs/trained_exits.jsonl
+
+Rows: `plain`, the backbone alone; `frozen`, the backbone, then `lgvit grow`; `mixed`, the backbone, then exits, then
+both; `lora`, the same with adapters in place of the backbone's weights. One thread each. How many steps fit into a
+row's minutes is measured first, in CPU time; a run keeps a checkpoint about every ten minutes, and the same command
+goes on from the newest. `compare` keeps the exit tables of the held-out and the test samples beside each run, searches
+for policies on the held-out ones, and reads them all on the test samples against `plain`.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from frozen_exits import BATCH_SIZES, Curve, interval, paired_ratios, resample_weights
+from frozen_features import samples_of
+
+from lgvit_hf import ExitTable, grow
+from lgvit_hf.evaluation.calibration import fit_temperature
+from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
+from lgvit_hf.evaluation.ensemble_fitting import fit_ensemble
+from lgvit_hf.evaluation.exit_table import collect
+from lgvit_hf.evaluation.search import candidates, replayed_exits, shares
+from lgvit_hf.evaluation.timing import time_interleaved, time_parts
+from lgvit_hf.files import write_json
+from lgvit_hf.hub.loading import example_image, load_highway
+from lgvit_hf.policies import build_policy
+from lgvit_hf.segments import State
+from lgvit_hf.training.recipe import train_recipe
+
+POSITIONS, HEAD = [2, 4, 5, 6, 7, 8, 10], "conv1_1"
+BATCH, SAMPLES = 64, 42_500
+# core-minutes of each phase
+MINUTES = {
+    "plain": {"backbone": 40},
+    "frozen": {"backbone": 25, "grow": 15},
+    "mixed": {"backbone": 8, "heads": 6, "joint": 26},
+    "lora": {"backbone": 8, "heads": 6, "joint": 26},
+}
+GROWN_ON = 20_000  # images; what `grow` takes fifteen core-minutes for
+COMMON = {
+    "augment": "random_resized",
+    "crop_scale": [0.6, 1.0],
+    "batch_size": BATCH,
+    "learning_rate": 1e-4,
+    "warmup_steps": 20,
+    "eval_strategy": "no",
+    "logging_strategy": "steps",
+    "logging_steps": 50,
+    "max_eval_samples": 1000,
+    "disable_tqdm": True,
+}
+EXITS = {"exit_positions": POSITIONS, "exit_types": [HEAD], "exit_policy": "never"}
+MIXED = {**EXITS, "stage": "1", "strategy": "mixed", "head_learning_rate": 1e-3}
+ROWS = {
+    "plain": {"stage": "backbone"},
+    "frozen": {"stage": "backbone"},
+    "mixed": MIXED,
+    "lora": {**MIXED, "lora": 8, "learning_rate": 5e-4},
+}
+# a run in which (nearly) every step is of one phase
+ONLY = {"backbone": (98, 1), "heads": (0, 99), "joint": (0, 0.01)}
+DROPS = (0.005, 0.01)
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+def seconds_of_step(row, phase, place):
+    """CPU seconds of one training step of a phase."""
+    settings, spent = {**COMMON, **ROWS[row], **place, "save_strategy": "no", "epochs": 100}, []
+    if "strategy" in ROWS[row]:
+        settings |= dict(zip(("backbone_epochs", "head_epochs"), ONLY[phase], strict=True))
+    for steps in (2, 10):
+        with tempfile.TemporaryDirectory() as output:
+            start = time.process_time()
+            train_recipe(**{**settings, "max_eval_samples": 1, "output": output, "max_steps": steps})
+            spent.append(time.process_time() - start)
+    return (spent[1] - spent[0]) / 8
+
+
+def planned_epochs(row, place):
+    """Epochs of each phase that fit into the minutes."""
+    minutes = {phase: spent for phase, spent in MINUTES[row].items() if phase != "grow"}
+    seconds = {phase: seconds_of_step(row, phase, place) for phase in minutes}
+    epochs = {phase: 60 * minutes[phase] / seconds[phase] * BATCH / SAMPLES for phase in minutes}
+    return {"seconds_of_step": seconds, "epochs": epochs}
+
+
+def train_row(row, place, runs):
+    """Train a row to its end, from its newest checkpoint where there is one."""
+    home = runs / row
+    home.mkdir(parents=True, exist_ok=True)
+    plan = home / "plan.json"
+    if not plan.exists():
+        write_json(plan, planned_epochs(row, place))
+    epochs = json.loads(plan.read_text())["epochs"]
+    steps = sum(epochs.values()) * SAMPLES / BATCH
+    settings = {**COMMON, **ROWS[row], **place, "epochs": sum(epochs.values()), "resume": "auto"}
+    settings |= {"save_strategy": "steps", "save_steps": max(1, int(steps / sum(MINUTES[row].values()) * 10))}
+    if "strategy" in ROWS[row]:
+        settings |= {"backbone_epochs": epochs["backbone"], "head_epochs": epochs["heads"]}
+    trained = home / ("backbone" if row == "frozen" else "model")
+    start = time.process_time()
+    if not (trained / "training.json").exists():
+        train_recipe(**settings, output=str(trained))
+    if row == "frozen" and not (home / "model").exists():
+        grow(
+            trained,
+            place["data"],
+            home / "model",
+            exit_positions=POSITIONS,
+            exit_types=HEAD,
+            limit=GROWN_ON,
+            say=print,
+        )
+    spent = {"core_minutes_of_this_call": (time.process_time() - start) / 60}
+    write_json(home / f"spent-{int(time.time())}.json", spent)
+    for checkpoint in trained.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+# -- what came of it ----------------------------------------------------------------------------------------------
+
+
+def table_of(name, row, place, runs):
+    """The exit table of a row on the `held_out` or the `test` samples, kept beside its model."""
+    file = runs / row / f"{name}.safetensors"
+    if not file.exists():
+        model = load_highway(runs / row / "model").float().eval()
+        items, order = samples_of(runs / row / "model", place["data"])[name]
+        collect(model, torch.utils.data.Subset(items, list(order))).save(file)
+    return ExitTable.load(file)
+
+
+def time_rows(rows, runs, repeats):
+    """Cost tables of all rows, measured in turn."""
+    walks, calls = {}, {}
+    for row in rows:
+        model = load_highway(runs / row / "model").float().eval()
+        segments, policy = model.segments(), build_policy({"name": "confidence", "threshold": 0.5}, len(model.exits))
+        pixels, walks[row] = example_image(model, max(BATCH_SIZES)), (model, {})
+        for size in measured_sizes(BATCH_SIZES, len(pixels)):
+            calls[f"{row} {size}"] = partial(
+                time_part, walks[row][1].setdefault(size, []), segments, pixels[:size], policy
+            )
+    time_interleaved(calls, repeats=repeats)
+    for row, (model, found) in walks.items():
+        table = cost_table(model, {size: times[-repeats:] for size, times in found.items()})
+        write_json(runs / row / "times.json", {"machine": machine(model), "table": table.to_dict()})
+
+
+@torch.no_grad()
+def time_part(found, segments, pixels, policy):
+    """Add the times of one walk."""
+    found.append(time_parts(segments, State({"pixel_values": pixels}), policy))
+
+
+def curve_of(row, place, runs, plain_right, batch_size):
+    """The policies of `auto` on the test samples, at the measured costs of a batch size, or in MACs if that is 0."""
+    name = row.removesuffix("+ensemble")
+    held_out, test = (table_of(part, name, place, runs) for part in ("held_out", "test"))
+    if row != name:
+        ensemble = fit_ensemble(held_out)
+        held_out, test = replace(held_out, ensemble=ensemble), replace(test, ensemble=ensemble)
+    macs, times = test.known_costs, None
+    if batch_size:
+        times = CostTable(**json.loads((runs / name / "times.json").read_text())["table"])
+    costs = times.at(batch_size) if times else macs
+    found = [{"name": "never"}]
+    if len(test.depths) > 1:
+        seen = held_out.policy_logits()
+        temperatures = tuple(fit_temperature(logits, held_out.labels) for logits in seen)
+        found += candidates(held_out, costs, "auto", temperatures)
+    drops, spent = [], []
+    for settings in found:
+        left, evaluated = (
+            replayed_exits(test, settings) if len(test.depths) > 1 else (torch.zeros(len(test)).long(), [])
+        )
+        answered = test.answered_right(evaluated).gather(0, left[None])[0]
+        of_exit = np.array([costs.of_exit(index, evaluated) for index in range(len(test.depths))])[left.numpy()]
+        if times:
+            of_exit *= times.mean_latency(shares(left, len(test.depths)), evaluated, batch_size) / of_exit.mean()
+        drops.append(plain_right - answered.numpy().astype(np.float32))
+        spent.append(of_exit)
+    return Curve(np.array(drops, np.float32), np.array(spent, np.float32))
+
+
+def compare(rows, place, runs, batch_sizes):
+    """A line per row, and one per row, batch size (0: MACs) and drop below `plain`."""
+    plain = table_of("test", "plain", place, runs)
+    weights, right = resample_weights(len(plain), 1000), plain.right[-1].numpy().astype(np.float32)
+    for row in rows:
+        table = table_of("test", row.removesuffix("+ensemble"), place, runs)
+        yield {"row": row, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
+    for batch_size in batch_sizes:
+        curves = {row: curve_of(row, place, runs, right, batch_size) for row in dict.fromkeys(["plain", *rows])}
+        for row in rows:
+            for drop in DROPS:
+                ratios = {
+                    f"over_{rival}": interval(paired_ratios([curves[row]], [curves[rival]], weights, drop))
+                    for rival in ("plain", "frozen")
+                    if rival != row and rival in curves
+                }
+                yield {"row": row, "batch_size": batch_size, "drop": drop, **ratios}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("train", "time", "compare"))
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; by default all; compared also mixed+ensemble")
+    parser.add_argument("--model", help="a plain fine-tuned checkpoint")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--runs", type=Path, required=True, help="folder for models and tables")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds of timing")
+    parser.add_argument("--macs", action="store_true", help="compare in MACs, without `time` before")
+    parser.add_argument("--output", type=Path, help="JSON lines")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = options.rows or list(ROWS)
+    place = {"model": options.model, "data": options.data}
+    if options.action == "train":
+        for row in rows:
+            train_row(row, place, options.runs)
+    elif options.action == "time":
+        time_rows(rows, options.runs, options.repeats)
+    else:
+        lines = []
+        for line in compare(rows, place, options.runs, (0,) if options.macs else (0, *BATCH_SIZES)):
+            print(json.dumps(line), flush=True)
+            lines.append(json.dumps(line) + "\n")
+        if options.output:
+            options.output.write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()
