@@ -94,18 +94,24 @@ def consequences(table: ExitTable, exit_index: Tensor, evaluated: list[int], cos
     return costs.mean(shares(exit_index, len(table.depths)), evaluated), drops
 
 
-def predicted_drop(drops: np.ndarray, num_samples: int) -> float:
-    """The mean drop and its standard error on `num_samples`.
+def predicted_drop(drops: np.ndarray, early_share: float, num_samples: int) -> float:
+    """The mean drop and two standard errors of it on `num_samples`, one more loss assumed where all exit early.
 
     Of policies that seem equal on few samples, one that answers most of them as the full model does is safer than one
-    that loses some answers and happens to repair as many.
+    that loses some answers and happens to repair as many, and where none is lost, one with fewer early exits.
+
+    Args:
+        drops (`np.ndarray`): Of some or all samples, see `consequences`.
+        early_share (`float`): Share of them that exit early.
+        num_samples (`int`): Of the table.
 
     Example:
 
-        >>> round(predicted_drop(np.array([1, -1, 0, 0]), 4), 2), predicted_drop(np.zeros(4), 4)
-        (0.35, 0.0)
+        >>> drops = np.zeros(100)
+        >>> [round(predicted_drop(drops, share, 100), 3) for share in (0.0, 0.25, 1.0)]
+        [0.0, 0.01, 0.02]
     """
-    return float(drops.mean() + drops.std() / num_samples**0.5)
+    return float(drops.mean() + 2 * ((drops.var() + early_share / num_samples) / num_samples) ** 0.5)
 
 
 def shares(exit_index: Tensor, num_exits: int) -> list[float]:
@@ -195,7 +201,8 @@ def _threshold_paths(
         evaluated = np.flatnonzero(thresholds < limits[1]).tolist()
         exiting_at = np.bincount(exit_index, minlength=len(right)) / len(exit_index)
         answered = np.take_along_axis(right[:, samples], exit_index[None], 0)[0]
-        drop = predicted_drop(full[samples].astype(np.float64) - answered, len(table))
+        early = 1 - exiting_at[-1]
+        drop = predicted_drop(full[samples].astype(np.float64) - answered, early, len(table))
         return costs.mean(exiting_at.tolist(), evaluated), drop
 
     def settings(thresholds: np.ndarray) -> list[float]:
@@ -347,8 +354,10 @@ def _grid(
     @cache
     def judged(number: int, exits: tuple[int, ...]) -> tuple[float, float]:
         settings = _with_exits(combinations[number], exits, num_exits)
-        cost, drops = consequences(table, *replayed_exits(table, settings), costs)
-        return cost, predicted_drop(drops.cpu().double().numpy(), len(table))
+        exit_index, evaluated = replayed_exits(table, settings)
+        cost, drops = consequences(table, exit_index, evaluated, costs)
+        early = (exit_index < num_exits).double().mean().item()
+        return cost, predicted_drop(drops.cpu().double().numpy(), early, len(table))
 
     choose_exits = choose_exits and policy != "fixed"
     for number, exits in _with_fewer_exits(num_exits, len(combinations), judged, costs.backbone, choose_exits):

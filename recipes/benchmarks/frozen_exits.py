@@ -13,6 +13,7 @@ over the seeds. Static models: the backbone cut off after a block with the same 
 """
 
 import argparse
+import copy
 import json
 import statistics
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from frozen_features import open_frozen, read_features, samples_of
+from frozen_features import Pooled, open_caches, open_frozen, read_answers, read_states, samples_of
 from torch import nn
+from transformers import get_cosine_schedule_with_warmup
 
 from lgvit_hf import ExitTable
 from lgvit_hf.data.batches import in_batches
@@ -45,6 +47,7 @@ from lgvit_hf.hub.loading import example_image, load_highway
 from lgvit_hf.losses import distillation_loss
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
+from lgvit_hf.training.cached_states import TokenShape
 from lgvit_hf.training.linear_fit import whitening
 
 DROPS = (0.005, 0.01, 0.02)
@@ -56,6 +59,8 @@ PENALTIES, STEPS = (1e-3, 3e-4, 1e-4), 25
 # of classifiers with a hidden layer: epochs times samples, and the batch size
 SAMPLES_SEEN, BATCH = 300_000, 256
 TEMPERATURE = 2.0  # of the distillation
+# heads that read all tokens, from a cache of their own (`frozen_features.py --head`)
+MAP_HEADS, MAP_EPOCHS, MAP_BATCH = ("conv1_1",), 6, 64
 
 
 # -- heads --------------------------------------------------------------------------------------------------------
@@ -134,25 +139,56 @@ def train_exit(inputs, teacher, labels, seed, has_hidden, judged_on):
     return lambda raw: best(whitened(raw)).detach()
 
 
+def train_map_head(head, shape, states, teacher, labels, seed):
+    """As `train_exit`, of a head that reads all tokens: AdamW on raw states `[N, tokens, width]`."""
+    torch.manual_seed(seed)
+    head, drawn = copy.deepcopy(head).float().train(), torch.randperm(len(states))[: len(states) * 7 // 8]
+    for module in head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.05)
+    steps = MAP_EPOCHS * (len(drawn) // MAP_BATCH)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    for _ in range(MAP_EPOCHS):
+        for batch in drawn[torch.randperm(len(drawn))][: len(drawn) // MAP_BATCH * MAP_BATCH].split(MAP_BATCH):
+            optimizer.zero_grad()
+            half_distilled(shape.answer(head, states[batch].float()), teacher[batch], labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    head.eval()
+
+    @torch.no_grad()
+    def classify(raw):
+        return torch.cat([shape.answer(head, part.float()) for part in raw.split(MAP_BATCH)])
+
+    return classify
+
+
 def train_tables(model, cache, head, seed):
     """The exit tables of the held-out and of the test samples under new heads, kept in the cache."""
     folder, classes = cache / "tables", model.config.num_labels
     if (folder / f"{head}-{seed}-test.safetensors").exists():
         return
-    mirrored = ["mirrored"] if (cache / "mirrored").exists() else []
-    vectors, teacher, labels = read_features(cache, ["train", *mirrored], classes)
-    parts = {name: read_features(cache, [name], classes) for name in ("held_out", "test")}
-    answers = {name: [] for name in parts}
-    for index, exit_vectors in enumerate(vectors):
-        has_hidden = head == "linear" and model.head_shape(model.config.exit_positions[index]).num_prefix == 1
-        others = {name: head_inputs(head, part[index]) for name, (part, _, _) in parts.items()}
-        judged_on = [values[1::2] for values in (others["held_out"], *parts["held_out"][1:])]
-        classify = train_exit(head_inputs(head, exit_vectors), teacher, labels, seed, has_hidden, judged_on)
+    mirrored, kind = ["mirrored"] if (cache / "mirrored").exists() else [], TokenShape if head in MAP_HEADS else Pooled
+    seen = open_caches(cache, ["train", *mirrored], classes, kind)
+    teacher, labels = read_answers(seen)
+    parts = {name: open_caches(cache, [name], classes, kind) for name in ("held_out", "test")}
+    truths, answers = {name: read_answers(part) for name, part in parts.items()}, {name: [] for name in parts}
+    for index, position in enumerate(model.config.exit_positions):
+        states = read_states(seen, index)
+        others = {name: read_states(part, index) for name, part in parts.items()}
+        if head in MAP_HEADS:
+            classify = train_map_head(model.exits[index], seen[0].shapes[index], states, teacher, labels, seed)
+        else:
+            has_hidden = head == "linear" and model.head_shape(position).num_prefix == 1
+            others = {name: head_inputs(head, part) for name, part in others.items()}
+            judged_on = [values[1::2] for values in (others["held_out"], *truths["held_out"])]
+            classify = train_exit(head_inputs(head, states), teacher, labels, seed, has_hidden, judged_on)
         for name, values in others.items():
             answers[name].append(classify(values))
     depths, costs = [*model.config.exit_positions, model.config.num_blocks], model_macs(model)
     folder.mkdir(exist_ok=True)
-    for name, (_, logits, truth) in parts.items():
+    for name, (logits, truth) in truths.items():
         table = ExitTable(torch.stack([*answers[name], logits]), truth, depths, costs)
         table.save(folder / f"{head}-{seed}-{name}.safetensors")
     print(head, seed, " ".join(f"{share:.1%}" for share in table.accuracies()), flush=True)
@@ -366,6 +402,7 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("--cache", required=True, type=Path, help="what frozen_features.py filled")
     parser.add_argument("--heads", nargs="+", default=["concat", "average", "linear"])
+    parser.add_argument("--positions", type=int, nargs="+", help="blocks before the exits (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10, help="rounds of timing")
     parser.add_argument("--train", action="store_true")
@@ -381,7 +418,7 @@ def main():
     torch.set_num_threads(1)
     static = {Path(folder).name: load_highway(folder).float().eval() for folder in options.static}
     for head in options.heads:
-        model = open_frozen(options.checkpoint, head)
+        model = open_frozen(options.checkpoint, head, options.positions)
         if options.train:
             for seed in range(options.seeds):
                 train_tables(model, options.cache, head, seed)
