@@ -8,18 +8,20 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    # the settings of a policy are checked without PyTorch, which a service of an exported file does without
+    import torch
+    from torch import Tensor
 
-Memory = dict[str, Tensor]
+Memory = dict[str, "Tensor"]
 
 
 Numbers = float | Sequence[float]
 
 
-Rule = Callable[[Tensor, Memory], tuple[Tensor, Memory]]
+Rule = Callable[["Tensor", Memory], tuple["Tensor", Memory]]
 
 
 AnyPolicy = TypeVar("AnyPolicy", bound="ExitPolicy")
@@ -66,7 +68,7 @@ def register_policy(name: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`softmax(logits / temperature)` in float32, whatever the dtype of `logits` `[B, C]`."""
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
-    return torch.softmax(logits, dim=-1)
+    return logits.softmax(-1)
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -74,10 +76,13 @@ def entropy(probs: Tensor) -> Tensor:
 
     Example:
 
+        >>> import torch
         >>> entropy(probabilities(torch.tensor([[200.0, 0.0], [0.0, 0.0]]))).tolist()
         [0.0, 0.693...]
     """
-    return cast(Tensor, torch.special.entr(probs).sum(-1))
+    from torch.special import entr
+
+    return cast("Tensor", entr(probs).sum(-1))
 
 
 def margin(probs: Tensor) -> Tensor:

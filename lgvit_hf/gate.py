@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .exit_policy import (
     ExitPolicy,
@@ -23,13 +21,17 @@ from .exit_policy import (
     register_policy,
 )
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 OWN_FEATURES = ("top_probability", "margin", "entropy", "logsumexp", "largest_logit")
 # of each of the evaluated exits before, the nearest first
 EARLIER_FEATURES = ("top_probability", "agrees", "probability_of_this_label")
 NUM_EARLIER = 3
 # stands in the memory for an exit that was not evaluated
 _UNKNOWN = -1.0
-_TINY = torch.finfo(torch.float32).tiny
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @register_policy("gate")
@@ -51,6 +53,7 @@ class GatePolicy(ExitPolicy):
 
     Example:
 
+        >>> import torch
         >>> model = {"mean": [0.0] * 5, "scale": [1.0] * 5, "weights": [[0.0, 4.0, 0.0, 0.0, 0.0]] * 2}
         >>> gate = GatePolicy(0.9, exits=[0], models=[{**model, "bias": [0.0, 0.0]}], num_labels=2)
         >>> exits, memory = gate(torch.tensor([[0.0, 0.1], [9.0, 0.0]]), gate.start(2, "cpu"), 0)
@@ -79,16 +82,21 @@ class GatePolicy(ExitPolicy):
         if not isinstance(self.models, Sequence) or len(self.models) != len(self.exits):
             raise ValueError(f"exit_policy: models must be one for each of the {len(self.exits)} exits")
         regressions = [_regression(place, model) for place, model in enumerate(self.models)]
-        object.__setattr__(self, "_regressions", {torch.device("cpu"): regressions})
+        object.__setattr__(self, "_regressions", regressions)
+        object.__setattr__(self, "_on_device", {})
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No exit evaluated: probabilities `[B, K, C]` of the last `K` exits, all unknown."""
+        import torch
+
         kept = min(NUM_EARLIER, len(self.exits) - 1)
         shape = (batch_size, kept, self.num_labels)
         return {"probabilities": torch.full(shape, _UNKNOWN, device=device)} if kept else {}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         """See `ExitPolicy`; the score is the probability that nothing is lost."""
+        import torch
+
         if exit_index not in self.exits:
             # the final classifier loses nothing; of an exit that only `max_depth` makes answer nothing is known
             score = torch.full_like(logits[:, 0], float(self._is_final(exit_index)), dtype=torch.float32)
@@ -114,11 +122,13 @@ class GatePolicy(ExitPolicy):
         num_exits = len(self.threshold) if isinstance(self.threshold, Sequence) else max(self.exits) + 1
         return exit_index >= num_exits
 
-    def _regression_at(self, place: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        known: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = vars(self)["_regressions"]
+    def _regression_at(self, place: int, device: torch.device) -> list[Tensor]:
+        import torch
+
+        known: dict[torch.device, list[list[Tensor]]] = vars(self)["_on_device"]
         if device not in known:
-            of_cpu = known[torch.device("cpu")]
-            known[device] = [(one.to(device), two.to(device), three.to(device)) for one, two, three in of_cpu]
+            regressions: list[list[np.ndarray]] = vars(self)["_regressions"]
+            known[device] = [[torch.from_numpy(each).to(device) for each in one] for one in regressions]
         return known[device][place]
 
 
@@ -140,6 +150,8 @@ def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> list[Tenso
         earlier (`Tensor`): `[B, K, C]`, below 0 where an exit was not evaluated, NaN where its logits were.
         mean (`Tensor`): `[K * 3]`.
     """
+    import torch
+
     label = probs.argmax(-1)[:, None, None].expand(-1, earlier.shape[1], 1)
     top, of_label = earlier.amax(-1, keepdim=True), earlier.gather(2, label)
     # an exit agrees where this label is its own: no other probability there is larger
@@ -152,7 +164,7 @@ def num_features(place: int) -> int:
     return len(OWN_FEATURES) + len(EARLIER_FEATURES) * min(NUM_EARLIER, place)
 
 
-def _regression(place: int, model: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _regression(place: int, model: Mapping[str, Any]) -> list[np.ndarray]:
     """Weights `[2, F]` and bias `[2]` for features as they are, and the features' mean `[F]`."""
     length, names = num_features(place), ("mean", "scale", "weights", "bias")
     wanted = [(length,), (length,), (2, length), (2,)]
@@ -169,5 +181,4 @@ def _regression(place: int, model: Mapping[str, Any]) -> tuple[Tensor, Tensor, T
     if not all(np.isfinite(each).all() for each in (mean, scale, weights, bias)) or (scale <= 0).any():
         raise ValueError(f"exit_policy: models[{place}] must hold finite numbers, and a scale above 0")
     folded = weights / scale
-    numbers = (folded, bias - folded @ mean, mean)
-    return tuple(torch.from_numpy(each.astype(np.float32)) for each in numbers)  # type: ignore[return-value]  # three
+    return [each.astype(np.float32) for each in (folded, bias - folded @ mean, mean)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .exit_policy import (
     LEGACY_ALIASES,
@@ -32,6 +30,10 @@ from .exit_policy import (
     register_policy,
 )
 from .gate import GatePolicy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # the contract is imported from here, so that what this file registers is there
 __all__ = [
@@ -95,6 +97,7 @@ class ConfidencePolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> policy = ConfidencePolicy(threshold=[0.9, 0.6])
         >>> logits = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
         >>> policy(logits, {}, exit_index=0)[0].tolist(), policy(logits, {}, exit_index=1)[0].tolist()
@@ -117,6 +120,7 @@ class EntropyPolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> EntropyPolicy(threshold=0.5)(torch.tensor([[0.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
         [False, True]
     """
@@ -137,6 +141,7 @@ class MarginPolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> MarginPolicy(threshold=0.5)(torch.tensor([[0.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
         [False, True]
     """
@@ -159,6 +164,7 @@ class ConfidenceEntropyPolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> policy = ConfidenceEntropyPolicy(threshold=0.5, entropy_threshold=0.1)
         >>> policy(torch.tensor([[2.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
         [False, True]
@@ -200,6 +206,7 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> policy = CalibratedConfidencePolicy(0.9, edges=[[0.8]], accuracies=[[0.6, 0.95]])
         >>> policy(torch.tensor([[1.0, 0.0], [5.0, 0.0]]), {})[0].tolist()
         [False, True]
@@ -239,9 +246,7 @@ class CalibratedConfidencePolicy(_ThresholdPolicy):
         confidence = self.probabilities(logits, exit_index).amax(-1)
         if exit_index >= len(self.edges):
             return confidence > math.inf, {"score": confidence}  # the final classifier has no bins
-        edges, accuracies = (
-            torch.tensor(numbers[exit_index], device=logits.device) for numbers in (self.edges, self.accuracies)
-        )
+        edges, accuracies = (confidence.new_tensor(numbers[exit_index]) for numbers in (self.edges, self.accuracies))
         # a sum of steps: a quantizer would turn a table that is looked up into integers
         score = accuracies[:1] + ((confidence[:, None] > edges) * accuracies.diff()).sum(-1)
         return (score > number_at(self.threshold, exit_index, math.inf)) & ~confidence.isnan(), {"score": score}
@@ -261,6 +266,7 @@ class LabelConfidencePolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> policy = LabelConfidencePolicy(threshold=0.9)
         >>> policy(torch.tensor([[5.0, 5.0, -5.0], [5.0, 0.0, -5.0]]), {})[0].tolist()
         [True, False]
@@ -274,7 +280,7 @@ class LabelConfidencePolicy(_ThresholdPolicy):
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
         scaled = logits.float() / number_at(self.temperature, exit_index, 1.0)
-        score = torch.sigmoid(scaled.abs()).amin(-1)
+        score = scaled.abs().sigmoid().amin(-1)
         confident = score > number_at(self.threshold, exit_index, math.inf)
         # not every runtime's minimum passes NaN on
         return confident & ~logits.isnan().any(-1), {"score": score}
@@ -293,6 +299,7 @@ class PatiencePolicy(ExitPolicy):
 
     Example:
 
+        >>> import torch
         >>> policy = PatiencePolicy(patience=2)
         >>> memory = policy.start(batch_size=2, device="cpu")
         >>> exits, memory = policy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), memory)
@@ -313,10 +320,14 @@ class PatiencePolicy(ExitPolicy):
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No label seen, nothing counted."""
+        import torch
+
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return {"label": zeros - 1, "score": zeros.float()}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        import torch
+
         label = logits.argmax(-1)
         streak = torch.where(label == memory["label"], memory["score"] + 1, 1.0)
         unknown = logits.isnan().any(-1)
@@ -339,6 +350,7 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
 
     Example:
 
+        >>> import torch
         >>> policy = PatienceConfidencePolicy(threshold=0.5, patience=2)
         >>> memory = policy.start(batch_size=1, device="cpu")
         >>> exits, memory = policy(torch.tensor([[5.0, 0.0]]), memory)
@@ -356,9 +368,13 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """Nothing counted."""
+        import torch
+
         return {"score": torch.zeros(batch_size, device=device)}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        import torch
+
         # the final classifier has no threshold of its own, and counts by the last one
         last = [-math.inf, *self.threshold][-1] if isinstance(self.threshold, Sequence) else self.threshold
         confident = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, last)
@@ -376,6 +392,7 @@ class FixedPolicy(ExitPolicy):
 
     Example:
 
+        >>> import torch
         >>> FixedPolicy(exit_index=1)(torch.zeros(2, 3), {}, exit_index=1)[0].tolist()
         [True, True]
     """
@@ -404,6 +421,8 @@ class FixedPolicy(ExitPolicy):
         return FixedPolicy([*exits, num_exits].index(self.exit_index))
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        import torch
+
         # at a deeper one where `min_depth` forbids this
         exits = torch.full((logits.shape[0],), exit_index >= self.exit_index, device=logits.device)
         return exits, {"score": probabilities(logits).amax(-1)}
@@ -416,6 +435,7 @@ class NeverPolicy(ExitPolicy):
 
     Example:
 
+        >>> import torch
         >>> NeverPolicy()(torch.zeros(2, 3), {})[0].tolist()
         [False, False]
     """
@@ -425,5 +445,7 @@ class NeverPolicy(ExitPolicy):
         return True
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        import torch
+
         exits = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
         return exits, {"score": probabilities(logits).amax(-1)}
