@@ -83,7 +83,6 @@ class GatePolicy(ExitPolicy):
             raise ValueError(f"exit_policy: models must be one for each of the {len(self.exits)} exits")
         regressions = [_regression(place, model) for place, model in enumerate(self.models)]
         object.__setattr__(self, "_regressions", regressions)
-        object.__setattr__(self, "_on_device", {})
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No exit evaluated: probabilities `[B, K, C]` of the last `K` exits, all unknown."""
@@ -107,7 +106,9 @@ class GatePolicy(ExitPolicy):
         temperature = number_at(self.temperature, exit_index, 1.0)
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
         probs, earlier = probabilities(scaled), memory.get("probabilities")
-        weights, bias, mean = self._regression_at(place, logits.device)
+        # of lists, which a trace takes as constants
+        numbers: list[list[Any]] = vars(self)["_regressions"][place]
+        weights, bias, mean = (torch.tensor(each, dtype=torch.float32, device=logits.device) for each in numbers)
         features = own_features(scaled, probs)
         if earlier is not None and place:
             features += earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :])
@@ -121,15 +122,6 @@ class GatePolicy(ExitPolicy):
     def _is_final(self, exit_index: int) -> bool:
         num_exits = len(self.threshold) if isinstance(self.threshold, Sequence) else max(self.exits) + 1
         return exit_index >= num_exits
-
-    def _regression_at(self, place: int, device: torch.device) -> list[Tensor]:
-        import torch
-
-        known: dict[torch.device, list[list[Tensor]]] = vars(self)["_on_device"]
-        if device not in known:
-            regressions: list[list[np.ndarray]] = vars(self)["_regressions"]
-            known[device] = [[torch.from_numpy(each).to(device) for each in one] for one in regressions]
-        return known[device][place]
 
 
 def own_features(logits: Tensor, probs: Tensor) -> list[Tensor]:
@@ -164,8 +156,8 @@ def num_features(place: int) -> int:
     return len(OWN_FEATURES) + len(EARLIER_FEATURES) * min(NUM_EARLIER, place)
 
 
-def _regression(place: int, model: Mapping[str, Any]) -> list[np.ndarray]:
-    """Weights `[2, F]` and bias `[2]` for features as they are, and the features' mean `[F]`."""
+def _regression(place: int, model: Mapping[str, Any]) -> list[list[Any]]:
+    """Weights `[2, F]` and bias `[2]` for features as they are, and the features' mean `[F]`, as lists."""
     length, names = num_features(place), ("mean", "scale", "weights", "bias")
     wanted = [(length,), (length,), (2, length), (2,)]
     try:
@@ -181,4 +173,4 @@ def _regression(place: int, model: Mapping[str, Any]) -> list[np.ndarray]:
     if not all(np.isfinite(each).all() for each in (mean, scale, weights, bias)) or (scale <= 0).any():
         raise ValueError(f"exit_policy: models[{place}] must hold finite numbers, and a scale above 0")
     folded = weights / scale
-    return [each.astype(np.float32) for each in (folded, bias - folded @ mean, mean)]
+    return [each.tolist() for each in (folded, bias - folded @ mean, mean)]

@@ -33,12 +33,12 @@ from lgvit_hf.export.composition import compose_single  # noqa: E402
 from lgvit_hf.export.onnx_export import EXPORTABLE, export_onnx, verify  # noqa: E402
 from lgvit_hf.export.segment_graphs import export_decision, export_parts, weight_bytes  # noqa: E402
 from lgvit_hf.export.verification import trials, undecided_samples  # noqa: E402
-from lgvit_hf.runtimes.exported import parameter_inputs  # noqa: E402
 from lgvit_hf.runtimes.manifest import (  # noqa: E402
     Manifest,
     exits_that_run,  # noqa: E402
 )
 from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
+from lgvit_hf.runtimes.single_file import parameter_inputs  # noqa: E402
 from lgvit_hf.serving.device.info import file_digest  # noqa: E402
 
 version_independent = pytest.mark.version_independent

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def checked_pixel_settings(processor: BaseImageProcessor, num_channels: int) -> 
     """
     random, images = np.random.default_rng(0), ProcessedImages([], processor)
     try:
-        settings = pixels.pixel_settings(processor.to_dict(), num_channels)
+        settings = pixels.pixel_settings(json.loads(processor.to_json_string()), num_channels)
         for height, width in ((37, 53), (224, 224), (300, 80), (9, 9)):
             image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
             expected, found = images.pixels(image).numpy(), pixels.prepare(image, settings)
@@ -67,13 +67,8 @@ def checked_pixel_settings(processor: BaseImageProcessor, num_channels: int) -> 
     return settings
 
 
-def write_infer(folder: Path, processor: BaseImageProcessor, num_channels: int) -> None:
-    """Write `infer.py` and the files that it imports; a warning where it could not do what the processor does."""
-    try:
-        checked_pixel_settings(processor, num_channels)
-    except ValueError as error:
-        warnings.warn(f"infer.py is left out: it cannot do what the image processor does ({error})", stacklevel=3)
-        return
+def write_infer(folder: Path) -> None:
+    """Write `infer.py` and the files that it imports."""
     (folder / PIXELS).mkdir(exist_ok=True)
     (folder / PIXELS / "__init__.py").touch()
     for module in (pixels, rgb):

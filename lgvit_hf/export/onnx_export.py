@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,11 +17,12 @@ from ..evaluation.costs import model_macs
 from ..files import replace_folder
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy
-from ..runtimes.exported import parameter_inputs
 from ..runtimes.manifest import LAYOUTS, PRECISIONS, THRESHOLDS, Manifest, exits_that_run
 from ..runtimes.onnxruntime import ORTHighway
+from ..runtimes.single_file import parameter_inputs
 from ..serving.device.info import file_digest
-from .infer import write_infer
+from ..serving.device.pixels import PixelSettings
+from .infer import checked_pixel_settings, write_infer
 from .segment_graphs import EXPORTABLE, check_file_sizes, export_decisions, export_parts, weight_bytes
 from .verification import compare, verify
 
@@ -79,12 +81,26 @@ def export_onnx(
         model.config.save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)
-            if layout == "single":
-                write_infer(new, processor, model.config.num_channels)
-        manifest = verified(model, new, names, layout, precision, images=images, max_accuracy_drop=max_accuracy_drop)
+        image = None if processor is None else _image_settings(processor, model.config.num_channels)
+        if layout == "single" and image is not None:
+            write_infer(new)
+        judged = {"images": images, "max_accuracy_drop": max_accuracy_drop}
+        manifest = verified(model, new, names, layout, precision, image=image, **judged)
         if thresholds == "optional":
             return manifest
         return _with_thresholds(model, new, manifest, thresholds)
+
+
+def _image_settings(processor: BaseImageProcessor, num_channels: int) -> PixelSettings | None:
+    try:
+        return checked_pixel_settings(processor, num_channels)
+    except ValueError as error:
+        warnings.warn(
+            "infer.py is left out, and images are prepared in PyTorch: numpy and pillow cannot do what the image "
+            f"processor does ({error})",
+            stacklevel=3,
+        )
+        return None
 
 
 def _with_thresholds(model: HighwayMixin, folder: Path, manifest: Manifest, thresholds: str) -> Manifest:
@@ -190,6 +206,7 @@ def verified(
     layout: str = "single",
     precision: str = "float32",
     *,
+    image: PixelSettings | None = None,
     images: Samples | None = None,
     max_accuracy_drop: float = 0.005,
 ) -> Manifest:
@@ -199,6 +216,7 @@ def verified(
         model (`HighwayMixin`), folder (`Path`), layout (`str`, *optional*), precision (`str`, *optional*):
             As given to `write_onnx`.
         files (`Sequence[str]`): As it returned.
+        image (`dict`, *optional*): How images are prepared without PyTorch, see `checked_pixel_settings`.
         images (`Dataset`, *optional*), max_accuracy_drop (`float`, *optional*): See `export_onnx`.
 
     Raises:
@@ -218,6 +236,7 @@ def verified(
         checks={},
         ensemble=model.config.exit_ensemble,
         inputs={name: numbers.tolist() for name, numbers in inputs.items()},
+        image=image,
     )
     # without it, the folder would not open
     manifest.save(folder)

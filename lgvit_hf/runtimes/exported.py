@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -24,62 +21,14 @@ from ..files import add_files
 from ..hub.loading import answer_depths
 from ..losses import check_labels, task_loss
 from ..modeling_highway import HighwayOutput, PolicyHolder, all_exits_output
-from ..policies import ExitPolicy, Numbers, build_policy, number_at
+from ..policies import ExitPolicy
 from ..segments import Segment, State
-from ..serving.device.loop import ANSWERS
 from ..serving.device.session import run_segment
-from .manifest import MANIFEST, PARAMETERS, Manifest, exits_that_run
-
-OUTPUTS = {
-    "single": {*ANSWERS},
-    "segments": {"logits"},
-    "all_exits": {"logits", "exit_logits"},
-}
-
+from .manifest import MANIFEST, Manifest
+from .sessions import Session, open_sessions
+from .single_file import check_file_policy, run_file
 
 _Opened = TypeVar("_Opened", bound="ExportedHighway")
-
-
-class Session(Protocol):
-    """One ONNX file, open in a runtime: what is used of `onnxruntime.InferenceSession`."""
-
-    def get_inputs(self) -> list[Any]:
-        """Inputs that must be given: `name`, `type` and `shape`."""
-
-    def get_overridable_initializers(self) -> list[Any]:
-        """Inputs that may be given."""
-
-    def get_outputs(self) -> list[Any]:
-        """Outputs, likewise."""
-
-    def run(self, names: Sequence[str] | None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """These outputs, or all."""
-
-
-def parameter_inputs(policy: ExitPolicy, num_exits: int) -> dict[str, np.ndarray]:
-    """What the adjustable inputs of a single file hold for a policy, all float32.
-
-    Args:
-        policy (`ExitPolicy`): A built-in one.
-        num_exits (`int`): The final classifier counted.
-
-    Example:
-
-        >>> from lgvit_hf.policies import ConfidencePolicy
-        >>> inputs = parameter_inputs(ConfidencePolicy(threshold=0.5), num_exits=3)
-        >>> inputs["exit_thresholds"].tolist(), inputs["exit_temperatures"].tolist()
-        ([0.5, 0.5], [1.0, 1.0, 1.0])
-    """
-    inputs = {"exit_temperatures": _spread(getattr(policy, "temperature", 1.0), num_exits, 1.0)}
-    for name, called in PARAMETERS.items():
-        if hasattr(policy, name):
-            length = 1 if name == "patience" else max(1, num_exits - 1)
-            inputs[called] = _spread(getattr(policy, name), length, 0.0)
-    return inputs
-
-
-def _spread(value: Numbers, length: int, default: float) -> np.ndarray:
-    return np.array([number_at(value, index, default) for index in range(length)], dtype=np.float32)
 
 
 class ExportedHighway(PolicyHolder, nn.Module):
@@ -98,8 +47,6 @@ class ExportedHighway(PolicyHolder, nn.Module):
         exported (`Exported`): What evaluation asks of it.
     """
 
-    # kinds of `thresholds` whose numbers the runtime cannot change
-    FIXED: ClassVar[tuple[str, ...]] = ("fixed",)
     main_input_name = "pixel_values"
     # where tensors are taken from and given back
     device = torch.device("cpu")
@@ -125,7 +72,7 @@ class ExportedHighway(PolicyHolder, nn.Module):
         manifest = Manifest.load(folder)
         config = _config_of(folder, manifest)
         threads = torch.get_num_threads() if threads is None else threads
-        sessions = _open_sessions(folder, manifest, lambda file: open_file(file, threads))
+        sessions = open_sessions(folder, manifest, lambda file: open_file(file, threads))
         heads = manifest.macs["heads"]
         held = {*manifest.exits, len(heads) - 1}
         exported = Exported(
@@ -137,7 +84,7 @@ class ExportedHighway(PolicyHolder, nn.Module):
                 [macs if index in held else 0.0 for index, macs in enumerate(heads)],
                 fused=True,
             ),
-            digest=hashlib.sha256(json.dumps(manifest.files).encode()).hexdigest(),
+            digest=manifest.digest,
             file_bytes=sum((folder / name).stat().st_size for name in manifest.files),
             runtime=f"{runtime} {import_module(runtime).__version__}",
             threads=threads,
@@ -160,52 +107,10 @@ class ExportedHighway(PolicyHolder, nn.Module):
 
     def _checked_policy(self, policy: Any) -> ExitPolicy:
         built = super()._checked_policy(policy)
-        if self.layout != "single":
-            return built
-        if self.config.exit_ensemble != self.manifest.ensemble:
-            raise ValueError(
-                f"exit_ensemble: this file answers with {self.manifest.ensemble}, not with "
-                f"{self.config.exit_ensemble}; export it again, or with the layout 'segments' ({self.folder})"
-            )
-        held = self.manifest.policy["name"]
-        if self.manifest.thresholds in self.FIXED and built.to_dict() != self._exported_policy():
-            raise ValueError(
-                f"exit_policy: {self.exported.runtime.split()[0]} takes no new numbers for this file: its thresholds "
-                f"are {self.manifest.thresholds!r}; export it with thresholds='input' (--thresholds) ({self.folder})"
-            )
-        if built.name != held:
-            raise ValueError(
-                f"exit_policy: this file decides by {held!r}, not by {built.name!r}; export it again, or with the "
-                f"layout 'segments' ({self.folder})"
-            )
-        if built.differs_by_exit:
-            numbers = ("threshold", "temperature")
-            ours, theirs = (
-                {name: value for name, value in settings.items() if name not in numbers}
-                for settings in (built.to_dict(), self._exported_policy())
-            )
-            if ours != theirs:
-                wrong = next(name for name in ours if ours[name] != theirs.get(name))
-                raise ValueError(
-                    f"exit_policy: {wrong} of {held!r} is in this file, which takes new thresholds and temperatures "
-                    f"only; export it again ({self.folder})"
-                )
-        evaluated = exits_that_run(built, len(self.depths))
-        if self.manifest.ensemble is not None and evaluated != self.manifest.exits:
-            raise ValueError(
-                f"exit_policy: exits {evaluated} would be evaluated, and this file has the ensemble of exits "
-                f"{self.manifest.exits}; export it again, or with the layout 'segments' ({self.folder})"
-            )
-        missing = sorted(set(evaluated) - set(self.manifest.exits))
-        if missing:
-            raise ValueError(
-                f"exit_policy: exit {missing[0]} was skipped when this file was exported and is not in it; "
-                f"its exits: {self.manifest.exits} ({self.folder})"
-            )
+        if self.layout == "single":
+            runtime = self.exported.runtime.split()[0]
+            check_file_policy(built, self.config.exit_ensemble, self.manifest, runtime, self.folder)
         return built
-
-    def _exported_policy(self) -> dict[str, Any]:
-        return build_policy(self.manifest.policy, len(self.depths) - 1).to_dict()
 
     def segments(self) -> list[Segment]:
         """The highway as a list of segments.
@@ -263,7 +168,8 @@ class ExportedHighway(PolicyHolder, nn.Module):
         labels = None if labels is None else labels.to(self.device)
         if early:
             if self.layout == "single":
-                answers = self._run_single(state)
+                found = run_file(self.sessions[0], state["pixel_values"].numpy(), self.exit_policy, len(self.depths))
+                answers = Answers(*map(torch.from_numpy, found))
             else:
                 segments = self.segments()
                 answers = run_early(segments, state, self.answering_policy, min_depth=min_depth, max_depth=max_depth)
@@ -273,14 +179,6 @@ class ExportedHighway(PolicyHolder, nn.Module):
             output = all_exits_output(run_all(self.segments(), state), self.depths[-1], labels, self.config)
         keep_dict = self.config.return_dict if return_dict is None else return_dict
         return output if keep_dict else output.to_tuple()
-
-    def _run_single(self, state: State) -> Answers:
-        session, inputs = self.sessions[0], parameter_inputs(self.exit_policy, len(self.depths))
-        # what this kind of policy has no use for is no input
-        known = {entry.name for entry in (*session.get_inputs(), *session.get_overridable_initializers())}
-        feeds = {"pixel_values": state["pixel_values"].numpy()}
-        feeds |= {name: numbers for name, numbers in inputs.items() if name in known}
-        return Answers(*map(torch.from_numpy, session.run(ANSWERS, feeds)))
 
     def _checked_batch(self, pixel_values: Tensor | None, labels: Tensor | None) -> Tensor:
         if pixel_values is None:
@@ -294,35 +192,6 @@ class ExportedHighway(PolicyHolder, nn.Module):
         if labels is not None:
             check_labels(labels, self.config.num_labels)
         return pixel_values
-
-
-def _open_sessions(folder: Path, manifest: Manifest, open_file: Callable[[Path], Session]) -> list[Session]:
-    """Open the files of an exported folder, in the order in which they run, and check that they fit together.
-
-    Raises:
-        ValueError: A file does not open, or does not take what it is given or give what its layout promises.
-    """
-    sessions: list[Session] = []
-    given = {"pixel_values", *(manifest.inputs if manifest.thresholds == "input" else ())}
-    for name in manifest.files:
-        file = folder / name
-        session = open_file(file)
-        needed = {entry.name for entry in session.get_inputs()}
-        found = {entry.name for entry in session.get_outputs()}
-        missing = sorted((needed - given) | (OUTPUTS[manifest.layout] - found))
-        if not needed or missing:
-            raise ValueError(f"{file} is no {manifest.layout!r} highway: {missing or 'an input'} is missing")
-        if not sessions and not _takes_images(session):
-            raise ValueError(f"{file}: pixel_values is not (batch, channels, height, width)")
-        sessions.append(session)
-        given = {entry.removesuffix("_out") for entry in found}
-    return sessions
-
-
-def _takes_images(session: Any) -> bool:
-    entry = session.get_inputs()[0]
-    sizes = list(entry.shape)[1:]
-    return entry.type.startswith("tensor(float") and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
 
 
 def _config_of(folder: Path, manifest: Manifest) -> HighwayConfig:

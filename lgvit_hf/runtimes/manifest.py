@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ from ..files import leads_out, write_json
 from ..hub.report_keys import current_names
 from ..policies import ExitPolicy, FixedPolicy
 from ..serving.device.info import Description, are_counts, are_digests
+from ..serving.device.pixels import PixelSettings
 
 LAYOUTS = ("single", "segments", "all_exits")
 PRECISIONS = ("float32", "float16", "int8")
@@ -61,6 +64,8 @@ class Manifest(Description):
         ensemble (`dict`, *optional*): The `exit_ensemble` as exported; a single file answers with this one.
         thresholds (`str`): One of `THRESHOLDS`: inputs of a single file that may be given, must be, or are none.
         inputs (`dict[str, list[float]]`): Of a single file, these inputs with the policy's numbers.
+        image (`dict`, *optional*):
+            How `prepare` makes pixels of an image, tried against the image processor; nothing where that does more.
     """
 
     FILE = MANIFEST
@@ -80,6 +85,12 @@ class Manifest(Description):
     ensemble: dict[str, Any] | None = None
     thresholds: str = "optional"
     inputs: dict[str, list[float]] = field(default_factory=dict)
+    image: PixelSettings | None = None
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of the files."""
+        return hashlib.sha256(json.dumps(self.files).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
@@ -115,6 +126,7 @@ class Manifest(Description):
             "ensemble": self.ensemble is None
             or (isinstance(self.ensemble, dict) and set(self.ensemble) == {"weights", "bias"}),
             "thresholds": self.thresholds in THRESHOLDS,
+            "image": self.image is None or isinstance(self.image, dict),
             "inputs": isinstance(self.inputs, dict)
             and all(isinstance(numbers, list) for numbers in self.inputs.values())
             and {type(number) for numbers in self.inputs.values() for number in numbers} <= {int, float},

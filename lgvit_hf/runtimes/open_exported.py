@@ -8,6 +8,7 @@ from .exported import ExportedHighway
 from .manifest import is_exported
 from .onnxruntime import ORTHighway
 from .openvino import OVHighway
+from .sessions import check_runtime
 
 RUNTIMES: dict[str, type[ORTHighway] | type[OVHighway]] = {"onnxruntime": ORTHighway, "openvino": OVHighway}
 
@@ -26,8 +27,7 @@ def open_exported(
         ImportError: The runtime is not installed.
         OSError, ValueError: See `ORTHighway.from_pretrained`; an unknown runtime, or one for something else.
     """
-    if runtime not in (None, *RUNTIMES):
-        raise ValueError(f"runtime={runtime!r} is none of {', '.join(RUNTIMES)}")
+    check_runtime(runtime)
     if is_exported(folder):
         return RUNTIMES[runtime or "onnxruntime"].from_pretrained(folder, threads=threads)
     if runtime is not None:

@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers.utils import logging
+from tqdm import tqdm
 
 from ..data.datasets import load_encoded
 from ..data.folders import is_archive, is_saved
 from ..data.settings import check_counts
-from ..evaluation.exit_table import weights_digest
 from ..files import file_stamp, locked, replace_file, write_json
 from .answer_files import COLUMNS, check_format, write_predictions
 from .device.rgb import IMAGE_FORMATS
@@ -102,7 +100,9 @@ def run_predict(
 
 
 def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
-    predictor, labels, top_k = work.predictor, work.labels, work.top_k
+    predictor, opened, labels, top_k = work.predictor, work.predictor.opened, work.labels, work.top_k
+    if not opened.takes_images:
+        raise OSError(f"{predictor.path} has no image processor (preprocessor_config.json)")
     if top_k is not None and not 1 <= top_k <= len(labels):
         raise ValueError(f"top_k={top_k} must be from 1 to {len(labels)}, the labels of {predictor.path}")
     left_out = {"top_labels": top_k is None, "top_scores": top_k is None, "probabilities": not work.probabilities}
@@ -111,10 +111,10 @@ def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
     size = predictor.max_batch_size * max(1, SHARD // predictor.max_batch_size)
     plan = {
         "what": "lgvit predict",
-        "model": weights_digest(predictor.model),
+        "model": opened.digest,
         "runtime": predictor.runtime,
-        "policy": predictor.model.exit_policy.to_dict(),
-        "image processor": hashlib.sha256(predictor.processor.to_json_string().encode()).hexdigest(),
+        "policy": opened.policy,
+        "image processor": opened.processor_digest,
         "class names": labels,
         "images": images.digest(),
         "batch_size": predictor.max_batch_size,
@@ -139,7 +139,7 @@ def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
         "images": len(images),
         "errors": errors,
         "mean_depth": sum((depth or 0) * samples for depth, samples in depths.items()) / max(1, depths.total()),
-        "num_blocks": predictor.model.config.num_blocks,
+        "num_blocks": opened.depths[-1],
         "answered_now": answered,
         "images_per_second": answered / seconds,
     }
@@ -151,7 +151,7 @@ def _answer(work: _Work, images: _Images, waiting: dict[Path, range], columns: S
     tasks = ((file, [images[number] for number in numbers]) for file, numbers in waiting.items())
     try:
         with (
-            logging.tqdm(total=len(images), initial=kept, unit=" images", desc="predict", leave=False) as progress,
+            tqdm(total=len(images), initial=kept, unit=" images", desc="predict", leave=False) as progress,
             closing(_answered(work, tasks, min(workers, len(waiting)))) as answered,
         ):
             for file, rows in answered:
@@ -402,10 +402,10 @@ def _start_worker(work: _Work, reader: Connection) -> None:
     # Ctrl-C is for the first process, which tells the others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with, args=(reader,), daemon=True).start()
-    # what there is to say of opening the checkpoint, the first process has said
-    logging.set_verbosity(logging.ERROR)
+    # what there is to say of opening the checkpoint, the first process has said; transformers reads this when imported
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     # several processes with several threads each would wait for one another
-    torch.set_num_threads(1)
+    work.predictor.threads = 1
     _here = work
 
 

@@ -31,8 +31,7 @@ def open_part(folder: str | Path, *, threads: int | None = None) -> Part | Torch
         return Part(folder, threads=threads)
     from .torch_part import TorchPart
 
-    _use_threads(threads)
-    return TorchPart(folder)
+    return TorchPart(folder, threads=threads)
 
 
 def open_any(
@@ -63,11 +62,4 @@ def open_any(
         return open_part(path, threads=threads)
     from .whole_model import Whole
 
-    _use_threads(threads)
-    return Whole(path, policy, max_batch_size=max_batch_size, runtime=runtime)
-
-
-def _use_threads(threads: int | None) -> None:
-    import torch
-
-    torch.set_num_threads(threads or torch.get_num_threads())
+    return Whole(path, policy, max_batch_size=max_batch_size, runtime=runtime, threads=threads)

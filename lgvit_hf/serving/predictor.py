@@ -5,23 +5,60 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import BaseImageProcessor
 
-from ..data.processing import ProcessedImages, open_processor
-from ..evaluation.costs import Highway
-from ..hub.loading import load_highway
-from ..policies import number_at
-from ..runtimes.open_exported import open_exported
+from ..runtimes.manifest import Manifest, is_exported
+from .device import loop
 from .device.info import is_text
+from .device.loop import Arrays, scaled_softmax
 from .device.rgb import as_rgb, read_image
+from .single_file import SingleFile
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from ..evaluation.costs import Highway
+    from .torch_model import TorchModel
 
 ANSWERS = ("logits", "label", "exit_index", "exit_layer", "exit_score")
+
+
+class Opened(Protocol):
+    """What a `Predictor` opened: `TorchModel`, or `SingleFile`, which needs no PyTorch.
+
+    `labels` are the classes, `depths` the blocks run before each answer, `shape` `[C, H, W]` is that of one sample,
+    `digest` a SHA-256 of the weights.
+    """
+
+    labels: list[str]
+    depths: list[int]
+    shape: list[int]
+    problem_type: str | None
+
+    @property
+    def digest(self) -> str | None:
+        """Of the weights."""
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """The exit policy in force."""
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether there is an image processor."""
+
+    @property
+    def processor_digest(self) -> str:
+        """By which another image processor is known."""
+
+    def __call__(self, pixels: np.ndarray) -> Arrays:
+        """Logits, exits and scores of `pixels` `[B, C, H, W]` float32."""
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """One image as the model takes it, float32 `[C, H, W]`."""
 
 
 class Predictor:
@@ -51,6 +88,9 @@ class Predictor:
         policy (`dict` or `str`, *optional*): Exit policy instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 64): Samples that run at once.
         runtime (`str`, *optional*): Of an exported folder, see `open_exported`.
+        threads (`int`, *optional*): Of the processor; by default as PyTorch or the runtime chooses.
+
+    An exported folder of the layout `single` answers without PyTorch, see `SingleFile`.
 
     Raises:
         ValueError:
@@ -78,11 +118,13 @@ class Predictor:
         *,
         max_batch_size: int = 64,
         runtime: str | None = None,
+        threads: int | None = None,
     ) -> None:
         if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size!r} must be an integer of at least 1")
-        self.path, self.policy, self.max_batch_size, self.runtime = path, policy, max_batch_size, runtime
-        self._opened: tuple[Highway, ProcessedImages | None] | None = None
+        self.path, self.policy, self.max_batch_size = path, policy, max_batch_size
+        self.runtime, self.threads = runtime, threads
+        self._opened: Opened | None = None
         self._process: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,25 +135,26 @@ class Predictor:
 
     @property
     def model(self) -> Highway:
-        """The highway, opened on first use."""
-        return self._here()[0]
+        """The highway in PyTorch, opened on first use; from then on it is what answers."""
+        return self._in_torch().model
 
     @property
     def processor(self) -> BaseImageProcessor:
-        """The checkpoint's image processor, opened on first use."""
-        return self._preparation().processor
+        """The checkpoint's image processor of transformers, opened on first use."""
+        self._check_takes_images()
+        images = self._in_torch().images
+        assert images is not None  # as was checked
+        return images.processor
 
     @property
     def takes_images(self) -> bool:
         """Whether the checkpoint has an image processor; without one it answers `pixel_values` alone."""
-        return self._here()[1] is not None
+        return self.opened.takes_images
 
     @property
     def label_names(self) -> list[str]:
         """What the numbers in `label` stand for."""
-        config = self.model.config
-        names = config.id2label or {}
-        return [str(names[index]) for index in range(config.num_labels)]
+        return list(self.opened.labels)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Answer a batch, as the class says; an empty one gets empty arrays."""
@@ -153,7 +196,8 @@ class Predictor:
             OSError: The checkpoint has no image processor.
             ValueError: The image cannot be read.
         """
-        return self._preparation().pixels(open_image(source)).numpy()
+        self._check_takes_images()
+        return self.opened.pixels(open_image(source))
 
     def probabilities(self, answers: Mapping[str, np.ndarray]) -> np.ndarray:
         """Probability of each class, `[B, num_labels]` float32: the softmax, with the policy's temperature if any.
@@ -161,27 +205,44 @@ class Predictor:
         Args:
             answers (`Mapping`): As they were given.
         """
-        temperature = getattr(self.model.exit_policy, "temperature", 1.0)
-        divisors = [number_at(temperature, index, 1.0) for index in answers["exit_index"].tolist()]
-        logits = torch.from_numpy(answers["logits"]) / torch.tensor(divisors, dtype=torch.float32)[:, None]
-        return torch.softmax(logits, dim=-1).numpy()
+        return scaled_softmax(self.opened.policy, len(self.opened.depths), answers)
 
-    def _here(self) -> tuple[Highway, ProcessedImages | None]:
+    @property
+    def opened(self) -> Opened:
         """What this process opened: all of it at once, so that a folder that changes later changes no answer.
 
         A forked process opens its own, for threads and sessions do not survive a fork.
         """
         if self._opened is None or self._process != os.getpid():
-            self._opened, self._process = _opened(str(self.path), self.policy, self.runtime), os.getpid()
+            self._opened, self._process = self._open(), os.getpid()
         return self._opened
 
-    def _preparation(self) -> ProcessedImages:
-        images = self._here()[1]
-        if images is None:
+    def _open(self) -> Opened:
+        path, opened = str(self.path), None
+        if is_exported(path):
+            manifest = Manifest.load(path)
+            if manifest.layout == "single":
+                opened = SingleFile(path, manifest, self.policy, runtime=self.runtime, threads=self.threads)
+        if opened is None:
+            from .torch_model import TorchModel
+
+            opened = TorchModel(path, self.policy, self.runtime, self.threads)
+        _check_answers(path, opened)
+        return opened
+
+    def _in_torch(self) -> TorchModel:
+        from .torch_model import TorchModel
+
+        opened = self.opened
+        if not isinstance(opened, TorchModel):
+            self._opened = opened = TorchModel(str(self.path), self.policy, self.runtime, self.threads)
+        return opened
+
+    def _check_takes_images(self) -> None:
+        if not self.takes_images:
             raise OSError(
                 f"{self.path} has no image processor (preprocessor_config.json); it takes pixel_values alone"
             )
-        return images
 
     def _parts(self, num_samples: int) -> list[slice]:
         return [slice(start, start + self.max_batch_size) for start in range(0, num_samples, self.max_batch_size)]
@@ -196,46 +257,26 @@ class Predictor:
                     raise ValueError(f"image {number}: {error}") from error
             yield np.stack(pixels)
 
-    @torch.inference_mode()
-    def _answers(self, chunks: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
-        model, counts = self.model, np.zeros(0, np.int64)
-        empty = np.zeros((0, model.config.num_labels), np.float32)
-        parts = [(empty, counts, counts, counts, np.zeros(0, np.float32))]
-        for pixels in chunks:
-            # a copy, for others' arrays may be read-only
-            found = model(pixel_values=torch.tensor(pixels, device=model.device, dtype=model.dtype))
-            tensors: tuple[Tensor, ...] = found.logits.float(), found.exit_index, found.exit_layer, found.exit_score
-            logits, index, layer, score = (tensor.cpu().numpy() for tensor in tensors)
-            parts.append((logits, logits.argmax(-1), index, layer, score))
-        return dict(zip(ANSWERS, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+    def _answers(self, chunks: Iterator[np.ndarray]) -> Arrays:
+        opened, counts = self.opened, np.zeros(0, np.int64)
+        empty = np.zeros((0, len(opened.labels)), np.float32)
+        parts = [dict(zip(loop.ANSWERS, (empty, counts, counts, np.zeros(0, np.float32)), strict=True))]
+        parts += map(opened, chunks)
+        found = {name: np.concatenate([part[name] for part in parts]) for name in loop.ANSWERS}
+        found["label"] = found["logits"].argmax(-1)
+        return {name: found[name] for name in ANSWERS}
 
 
-def _opened(
-    path: str, policy: dict[str, Any] | str | None, runtime: str | None
-) -> tuple[Highway, ProcessedImages | None]:
-    """A highway, and its image processor if it has one."""
-    opened: nn.Module | None = open_exported(path, runtime)
-    if opened is None:
-        opened = load_highway(path)
-        opened.to("cuda" if torch.cuda.is_available() else "cpu")
-    model = cast(Highway, opened)
-    config = model.config
-    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+def _check_answers(path: str, opened: Opened) -> None:
+    """Raise `ValueError` where a highway does not choose one of several labels that can be written."""
+    if len(opened.labels) < 2 or opened.problem_type not in (None, "single_label_classification"):
         raise ValueError(
-            f"{path}: {config.num_labels} label(s), problem_type {config.problem_type!r}: it does not choose one "
+            f"{path}: {len(opened.labels)} label(s), problem_type {opened.problem_type!r}: it does not choose one "
             "label of several; call the model itself"
         )
-    for name in map(str, (config.id2label or {}).values()):
+    for name in opened.labels:
         if not is_text(name):
             raise ValueError(f"{path}: id2label in config.json: {name!r} is no text that UTF-8 can write")
-    if policy is not None:
-        model.set_exit_policy(policy)
-    try:
-        return model, ProcessedImages([], open_processor(path))
-    except OSError:
-        return model, None  # it answers `pixel_values` all the same
-    except ValueError as error:
-        raise ValueError(f"{path}: its image processor does not run ({error})") from error
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:

@@ -31,13 +31,16 @@ class TorchPart:
     Args:
         folder (`str` or `Path`): Of the part.
         device (`str`, *optional*, defaults to `"cpu"`): Where it runs.
+        threads (`int`, *optional*): Of the processor, for all of PyTorch in this process.
 
     Raises:
         OSError: There is no part.
         ValueError: It is damaged, of another format, or does not run as its description says.
     """
 
-    def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu"):
+    def __init__(self, folder: str | Path, *, device: str | torch.device = "cpu", threads: int | None = None):
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.folder, self.info, self.device = Path(folder), PartInfo.load(folder), torch.device(device)
         if self.info.format != "safetensors":
             raise ValueError(f"{folder}: this is no safetensors part, but {self.info.format}")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..configuration import HighwayConfig
-from ..evaluation.exit_table import weights_digest
-from ..hub.loading import answer_depths
-from ..segments import height_width
 from .device.info import PartInfo
 from .device.loop import ANSWERS, Arrays, try_part
 from .predictor import Predictor
@@ -24,7 +20,7 @@ class Whole:
         path (`str` or `Path`): See `Predictor`.
         policy (`dict`, *optional*): Instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 32): Samples that run at once.
-        runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
+        runtime (`str`, *optional*), threads (`int`, *optional*): See `Predictor`.
 
     Raises:
         OSError, ValueError: See `Predictor`; also where it does not run, or its image processor does not fit it.
@@ -37,19 +33,19 @@ class Whole:
         *,
         max_batch_size: int = 32,
         runtime: str | None = None,
+        threads: int | None = None,
     ):
         self.folder = Path(path)
-        self._predictor = Predictor(path, policy, max_batch_size=max_batch_size, runtime=runtime)
-        model, config = self._predictor.model, self._predictor.model.config
-        height, width = height_width(config.image_size)
+        self._predictor = Predictor(path, policy, max_batch_size=max_batch_size, runtime=runtime, threads=threads)
+        opened = self._predictor.opened
         self.info = PartInfo(
-            model=weights_digest(model) or "",
+            model=opened.digest or "",
             format="whole",
-            takes={"pixel_values": {"dtype": "float32", "shape": [config.num_channels, height, width]}},
+            takes={"pixel_values": {"dtype": "float32", "shape": opened.shape}},
             memory={},
-            depths=answer_depths(cast(HighwayConfig, config)),
-            policy=model.exit_policy.to_dict(),
-            labels=self._predictor.label_names,
+            depths=opened.depths,
+            policy=opened.policy,
+            labels=opened.labels,
         )
         try_part(self)
         if self._predictor.takes_images:

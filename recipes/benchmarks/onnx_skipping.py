@@ -24,7 +24,7 @@ from lgvit_hf.export.composition import compose_all_exits, compose_single
 from lgvit_hf.export.segment_graphs import export_decision, export_parts
 from lgvit_hf.files import write_json
 from lgvit_hf.policies import build_policy
-from lgvit_hf.runtimes.exported import parameter_inputs
+from lgvit_hf.runtimes.single_file import parameter_inputs
 from lgvit_hf.segments import State
 
 

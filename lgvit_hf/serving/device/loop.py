@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -134,7 +134,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def probabilities(info: PartInfo, answers: Mapping[str, np.ndarray]) -> np.ndarray:
     """Probability of each class, `[B, C]` float32, with the policy's temperature at the exit that answered."""
-    given = info.policy.get("temperature", 1.0)
-    spread = given if isinstance(given, list) else [given] * len(info.depths)
-    temperatures = np.array([*spread, *[1.0] * (len(info.depths) - len(spread))], np.float32)
+    return scaled_softmax(info.policy, len(info.depths), answers)
+
+
+def scaled_softmax(policy: Mapping[str, Any], num_exits: int, answers: Mapping[str, np.ndarray]) -> np.ndarray:
+    """`probabilities` by the settings of a policy of `num_exits` exits, the final classifier counted."""
+    given = policy.get("temperature", 1.0)
+    spread = given if isinstance(given, (list, tuple)) else [given] * num_exits
+    temperatures = np.array([*spread, *[1.0] * (num_exits - len(spread))], np.float32)
     return softmax(answers["logits"] / temperatures[answers["exit_index"]][:, None])
