@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,20 @@ def checked_pixel_settings(processor: BaseImageProcessor, num_channels: int) -> 
     return settings
 
 
-def write_infer(folder: Path) -> None:
-    """Write `infer.py` and the files that it imports."""
+def write_infer(folder: Path, processor: BaseImageProcessor, num_channels: int) -> pixels.PixelSettings | None:
+    """Write `infer.py` and the files that it imports, which prepare images by what this returns.
+
+    `None`, and a warning, where they could not do what the processor does.
+    """
+    try:
+        settings = checked_pixel_settings(processor, num_channels)
+    except ValueError as error:
+        warnings.warn(f"infer.py is left out: it cannot do what the image processor does ({error})", stacklevel=3)
+        return None
     (folder / PIXELS).mkdir(exist_ok=True)
     (folder / PIXELS / "__init__.py").touch()
     for module in (pixels, rgb):
         file = Path(str(module.__file__))
         shutil.copyfile(file, folder / PIXELS / file.name)
     (folder / "infer.py").write_text(INFER, encoding="utf-8")
+    return settings

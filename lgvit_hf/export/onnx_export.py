@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from ..runtimes.onnxruntime import ORTHighway
 from ..runtimes.single_file import parameter_inputs
 from ..serving.device.info import file_digest
 from ..serving.device.pixels import PixelSettings
-from .infer import checked_pixel_settings, write_infer
+from .infer import write_infer
 from .segment_graphs import EXPORTABLE, check_file_sizes, export_decisions, export_parts, weight_bytes
 from .verification import compare, verify
 
@@ -79,28 +78,16 @@ def export_onnx(
     with replace_folder(folder) as new:
         names = write_onnx(model, new, layout, precision=precision)
         model.config.save_pretrained(new)
+        image = None
         if processor is not None:
             processor.save_pretrained(new)
-        image = None if processor is None else _image_settings(processor, model.config.num_channels)
-        if layout == "single" and image is not None:
-            write_infer(new)
+            if layout == "single":
+                image = write_infer(new, processor, model.config.num_channels)
         judged = {"images": images, "max_accuracy_drop": max_accuracy_drop}
         manifest = verified(model, new, names, layout, precision, image=image, **judged)
         if thresholds == "optional":
             return manifest
         return _with_thresholds(model, new, manifest, thresholds)
-
-
-def _image_settings(processor: BaseImageProcessor, num_channels: int) -> PixelSettings | None:
-    try:
-        return checked_pixel_settings(processor, num_channels)
-    except ValueError as error:
-        warnings.warn(
-            "infer.py is left out, and images are prepared in PyTorch: numpy and pillow cannot do what the image "
-            f"processor does ({error})",
-            stacklevel=3,
-        )
-        return None
 
 
 def _with_thresholds(model: HighwayMixin, folder: Path, manifest: Manifest, thresholds: str) -> Manifest:
