@@ -33,6 +33,7 @@ NO_VALUES = (None, 0, "", [], {}, True, "..", ["x"], {"x": None}, -1.5)
 ALLOWED = {
     ("inputs", "{}"),
     ("ensemble", "None"),
+    ("image", "None"),
     ("versions", "{}"),
     ("checks", "{}"),
     ("versions", "{'x': None}"),
@@ -262,7 +263,7 @@ def test_segments_that_do_not_follow_each_other(tmp_path):
 
 FIELDS = list(Manifest.__dataclass_fields__)
 # not in folders written before 0.2
-NEW_FIELDS = ("thresholds", "inputs", "ensemble")
+NEW_FIELDS = ("thresholds", "inputs", "ensemble", "image")
 
 
 @version_independent

@@ -119,11 +119,11 @@ def test_bad_input(exports, tmp_path):
 
 
 def test_a_file_that_does_not_compile(tmp_path):
-    from lgvit_hf.runtimes.openvino import _open
+    from lgvit_hf.runtimes.openvino_session import open_openvino
 
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ValueError, match="model.onnx does not open in OpenVINO; export again"):
-        _open(tmp_path / "model.onnx", 1, None)
+        open_openvino(tmp_path / "model.onnx", 1)
 
 
 def test_without_the_package(exports, monkeypatch):

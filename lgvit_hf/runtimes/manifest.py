@@ -126,7 +126,8 @@ class Manifest(Description):
             "ensemble": self.ensemble is None
             or (isinstance(self.ensemble, dict) and set(self.ensemble) == {"weights", "bias"}),
             "thresholds": self.thresholds in THRESHOLDS,
-            "image": self.image is None or isinstance(self.image, dict),
+            "image": self.image is None
+            or (isinstance(self.image, dict) and set(self.image) == set(PixelSettings.__annotations__)),
             "inputs": isinstance(self.inputs, dict)
             and all(isinstance(numbers, list) for numbers in self.inputs.values())
             and {type(number) for numbers in self.inputs.values() for number in numbers} <= {int, float},
