@@ -83,8 +83,9 @@ def export_onnx(
             processor.save_pretrained(new)
             if layout == "single":
                 image = write_infer(new, processor, model.config.num_channels)
-        judged = {"images": images, "max_accuracy_drop": max_accuracy_drop}
-        manifest = verified(model, new, names, layout, precision, image=image, **judged)
+        manifest = verified(
+            model, new, names, layout, precision, image=image, images=images, max_accuracy_drop=max_accuracy_drop
+        )
         if thresholds == "optional":
             return manifest
         return _with_thresholds(model, new, manifest, thresholds)

@@ -214,21 +214,19 @@ class Predictor:
         A forked process opens its own, for threads and sessions do not survive a fork.
         """
         if self._opened is None or self._process != os.getpid():
-            self._opened, self._process = self._open(), os.getpid()
+            opened = self._open()
+            _check_answers(self.path, opened)
+            self._opened, self._process = opened, os.getpid()
         return self._opened
 
     def _open(self) -> Opened:
-        path, opened = str(self.path), None
-        if is_exported(path):
-            manifest = Manifest.load(path)
+        if is_exported(self.path):
+            manifest = Manifest.load(self.path)
             if manifest.layout == "single":
-                opened = SingleFile(path, manifest, self.policy, runtime=self.runtime, threads=self.threads)
-        if opened is None:
-            from .torch_model import TorchModel
+                return SingleFile(self.path, manifest, self.policy, runtime=self.runtime, threads=self.threads)
+        from .torch_model import TorchModel
 
-            opened = TorchModel(path, self.policy, self.runtime, self.threads)
-        _check_answers(path, opened)
-        return opened
+        return TorchModel(str(self.path), self.policy, self.runtime, self.threads)
 
     def _in_torch(self) -> TorchModel:
         from .torch_model import TorchModel
@@ -260,14 +258,14 @@ class Predictor:
     def _answers(self, chunks: Iterator[np.ndarray]) -> Arrays:
         opened, counts = self.opened, np.zeros(0, np.int64)
         empty = np.zeros((0, len(opened.labels)), np.float32)
-        parts = [dict(zip(loop.ANSWERS, (empty, counts, counts, np.zeros(0, np.float32)), strict=True))]
+        parts: list[Arrays] = [dict(zip(loop.ANSWERS, (empty, counts, counts, np.zeros(0, np.float32)), strict=True))]
         parts += map(opened, chunks)
         found = {name: np.concatenate([part[name] for part in parts]) for name in loop.ANSWERS}
         found["label"] = found["logits"].argmax(-1)
         return {name: found[name] for name in ANSWERS}
 
 
-def _check_answers(path: str, opened: Opened) -> None:
+def _check_answers(path: str | Path, opened: Opened) -> None:
     """Raise `ValueError` where a highway does not choose one of several labels that can be written."""
     if len(opened.labels) < 2 or opened.problem_type not in (None, "single_label_classification"):
         raise ValueError(

@@ -70,7 +70,7 @@ class SingleFile:
         if self._settings is None and (self.folder / PROCESSOR_FILE).is_file():
             from .torch_model import open_images
 
-            self._images = open_images(folder)
+            self._images = open_images(str(folder))
 
     @property
     def policy(self) -> dict[str, Any]:
