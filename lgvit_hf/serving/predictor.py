@@ -88,7 +88,7 @@ class Predictor:
         policy (`dict` or `str`, *optional*): Exit policy instead of the saved one.
         max_batch_size (`int`, *optional*, defaults to 64): Samples that run at once.
         runtime (`str`, *optional*): Of an exported folder, see `open_exported`.
-        threads (`int`, *optional*): Of the processor; by default as PyTorch or the runtime chooses.
+        threads (`int`, *optional*): Of the processor; by default as PyTorch or the runtime chooses, see `SingleFile`.
 
     An exported folder of the layout `single` answers without PyTorch, see `SingleFile`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ class SingleFile:
         manifest (`Manifest`): Of it.
         policy (`dict` or `str`, *optional*): Exit policy instead of the saved one.
         runtime (`str`, *optional*, defaults to `"onnxruntime"`): One of `SESSIONS`.
-        threads (`int`, *optional*): Of one operator; by default as the runtime chooses.
+        threads (`int`, *optional*): Of one operator; by default `OMP_NUM_THREADS`, or as the runtime chooses.
 
     Raises:
         ImportError: The runtime is not installed.
@@ -53,6 +54,7 @@ class SingleFile:
         threads: int | None = None,
     ):
         check_runtime(runtime)
+        threads = _usual_threads() if threads is None else threads
         self.folder, runtime = Path(folder), runtime or next(iter(SESSIONS))
         self.depths, self.digest = manifest.depths, manifest.digest
         config = _settings_of(self.folder, manifest)
@@ -98,6 +100,12 @@ class SingleFile:
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the file takes it, float32 `[C, H, W]`."""
         return prepare(image, self._settings) if self._images is None else self._images.pixels(image).numpy()
+
+
+def _usual_threads() -> int | None:
+    """What PyTorch goes by, too; the runtimes themselves do not."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() else None
 
 
 def _settings_of(folder: Path, manifest: Manifest) -> dict[str, Any]:
