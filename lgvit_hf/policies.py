@@ -326,10 +326,8 @@ class PatiencePolicy(ExitPolicy):
         return {"label": zeros - 1, "score": zeros.float()}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        import torch
-
         label = logits.argmax(-1)
-        streak = torch.where(label == memory["label"], memory["score"] + 1, 1.0)
+        streak = (memory["score"] + 1).masked_fill(label != memory["label"], 1.0)
         unknown = logits.isnan().any(-1)
         memory = {"label": label.masked_fill(unknown, -1), "score": streak.masked_fill(unknown, 0.0)}
         return memory["score"] >= self.patience, memory
@@ -373,12 +371,10 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
         return {"score": torch.zeros(batch_size, device=device)}
 
     def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
-        import torch
-
         # the final classifier has no threshold of its own, and counts by the last one
         last = [-math.inf, *self.threshold][-1] if isinstance(self.threshold, Sequence) else self.threshold
         confident = entropy(self.probabilities(logits, exit_index)) < number_at(self.threshold, exit_index, last)
-        score = torch.where(confident, memory["score"] + 1, 0.0)
+        score = (memory["score"] + 1).masked_fill(~confident, 0.0)
         return score >= self.patience, {"score": score}
 
 
