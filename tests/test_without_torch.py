@@ -166,3 +166,21 @@ def test_a_processor_that_was_changed_is_followed(folders, change, tmp_path):
     else:
         found = predictor.processor(image, return_tensors="np")["pixel_values"][0]
         np.testing.assert_allclose(Predictor(folder).pixel_values(np.asarray(image)), found, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"id2label": {"0": "a", "7": "b"}}, "is not the config of a highway .KeyError"),
+        ({"id2label": ["a", "b"]}, "is not the config of a highway"),
+        ({"exit_positions": [1, 1]}, "answers at depths .1, 1, 2., the files beside it at .1, 2."),
+        ({"model_type": "vit"}, "model type 'vit' is no highway"),
+        ({"exit_policy": ["never"]}, "exit_policy"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(folders, change, reason, tmp_path):
+    folder = shutil.copytree(folders / "single", tmp_path / "onnx")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=reason):
+        Predictor(folder)({"pixel_values": tiny_images(2).numpy()})

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from ..segments import height_width
+from ..serving.device.pixels import PROCESSOR_FILES
 from ..serving.device.rgb import as_rgb, check_resized, read_image
 from .augmentation import Augmentation
 from .folders import require_datasets
@@ -20,10 +21,6 @@ from .folders import require_datasets
 if TYPE_CHECKING:
     import datasets
     from transformers import BaseImageProcessor
-
-
-# where transformers looks for an image processor
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class ProcessedImages(TorchDataset):

@@ -16,12 +16,11 @@ from ..runtimes.sessions import SESSIONS, check_runtime, open_sessions
 from ..runtimes.single_file import check_file_policy, run_file
 from .device.info import file_digest
 from .device.loop import ANSWERS, Arrays
-from .device.pixels import PixelSettings, pixel_settings, prepare
+from .device.pixels import PROCESSOR_FILES, PixelSettings, pixel_settings, prepare
 
 if TYPE_CHECKING:
     from ..data.processing import ProcessedImages
 
-PROCESSOR_FILE = "preprocessor_config.json"
 # what transformers leaves out of a config
 _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
@@ -58,18 +57,17 @@ class SingleFile:
         self.folder, runtime = Path(folder), runtime or next(iter(SESSIONS))
         self.depths, self.digest = manifest.depths, manifest.digest
         config = _settings_of(self.folder, manifest)
-        names, self.problem_type = config.get("id2label") or _TWO_LABELS, config.get("problem_type")
-        self.labels = [str(names[str(index)]) for index in range(len(names))]
+        self.labels, self.problem_type = config["labels"], config.get("problem_type")
         if policy is None:
-            policy = config.get("exit_policy") or default_policy(len(names), self.problem_type)
+            policy = config.get("exit_policy") or default_policy(len(self.labels), self.problem_type)
         self._policy = build_policy(policy, len(config["exit_positions"]))
-        check_problem(self._policy, len(names), self.problem_type)
+        check_problem(self._policy, len(self.labels), self.problem_type)
         check_file_policy(self._policy, config.get("exit_ensemble"), manifest, runtime, self.folder)
         (self._session,) = open_sessions(self.folder, manifest, lambda file: SESSIONS[runtime].open(file, threads))
         self.shape = list(self._session.get_inputs()[0].shape[1:])
         self._settings = _image_settings(self.folder, manifest, self.shape[0])
         self._images: ProcessedImages | None = None
-        if self._settings is None and (self.folder / PROCESSOR_FILE).is_file():
+        if self._settings is None and self._processor_file.is_file():
             from .torch_model import open_images
 
             self._images = open_images(str(folder))
@@ -80,9 +78,14 @@ class SingleFile:
         return self._policy.to_dict()
 
     @property
+    def _processor_file(self) -> Path:
+        files = [self.folder / name for name in PROCESSOR_FILES]
+        return next(filter(Path.is_file, files), files[0])
+
+    @property
     def processor_digest(self) -> str:
         """By which another image processor is known."""
-        return file_digest(self.folder / PROCESSOR_FILE)
+        return file_digest(self._processor_file)
 
     @property
     def takes_images(self) -> bool:
@@ -109,13 +112,15 @@ def _usual_threads() -> int | None:
 
 
 def _settings_of(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """What `config.json` says, which must be of the highway that was exported; read without transformers."""
+    """What `config.json` says, with `labels`; it must be of the highway that was exported. No transformers."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind, positions = config["model_type"], config["exit_positions"]
         num_blocks = sum(config["depths"]) if "depths" in config else config["num_hidden_layers"]
         depths = [*positions, *([] if config.get("truncated") else [num_blocks])]
+        names = config.get("id2label") or _TWO_LABELS
+        labels = [str(names[str(index)]) for index in range(len(names))]
     except FileNotFoundError as error:
         raise OSError(f"no config.json in {str(folder)!r}: not a saved model") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -127,12 +132,12 @@ def _settings_of(folder: Path, manifest: Manifest) -> dict[str, Any]:
             f"{file} is of a highway that answers at depths {depths}, the files beside it at {manifest.depths}; "
             "export it again"
         )
-    return dict(config)
+    return {**config, "labels": labels}
 
 
 def _image_settings(folder: Path, manifest: Manifest, num_channels: int) -> PixelSettings | None:
     """How images are prepared, if it is as it was tried when the folder was written."""
-    file = folder / PROCESSOR_FILE
+    file = folder / PROCESSOR_FILES[0]
     try:
         settings = pixel_settings(json.loads(file.read_text(encoding="utf-8")), num_channels)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

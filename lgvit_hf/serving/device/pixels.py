@@ -10,6 +10,9 @@ from PIL import Image
 
 from .rgb import as_rgb
 
+# where transformers looks for an image processor
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 
 class PixelSettings(TypedDict):
     """How `prepare` makes pixels of an image; sizes are height and width."""
