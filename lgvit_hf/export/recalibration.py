@@ -16,7 +16,7 @@ from ..data.batches import Samples, in_batches
 from ..engine import run_early
 from ..evaluation.calibration import calibrate
 from ..evaluation.calibration_report import Calibration
-from ..evaluation.costs import model_macs
+from ..evaluation.costs import Highway, model_macs
 from ..evaluation.exit_table import ExitTable, collect, is_right
 from ..evaluation.search import SEARCHES
 from ..evaluation.timing import time_interleaved
@@ -60,10 +60,10 @@ class QuantizationImages:
             judged (`Dataset`, *optional*): On which the files are judged.
         """
         if (precision == "int8-static") != (self.ranges is not None):
-            needs = (
-                "needs images on which ranges of activations are measured" if self.ranges is None else "has no use for"
+            needs = "needs images" if self.ranges is None else "has no use for images"
+            raise ValueError(
+                f"precision={precision!r} {needs} to measure ranges of activations on: quantization.ranges (--data)"
             )
-            raise ValueError(f"precision={precision!r} {needs}: quantization.ranges (--data)")
         if self.thresholds is not None and precision not in QUANTIZED:
             raise ValueError(
                 f"precision={precision!r} keeps its thresholds; quantization.thresholds is for {', '.join(QUANTIZED)}"
@@ -85,8 +85,9 @@ def quantized(parts: Sequence[OnnxSegment], precision: str, ranges: Samples | No
     models = [part.model for part in parts]
     if precision == "int8":
         models = [quantize(model) for model in models]
-    elif ranges is not None:
-        batches = [batch["pixel_values"].float().numpy() for batch in in_batches(ranges, _BATCH)]
+    elif precision == "int8-static":
+        QuantizationImages(ranges).check(precision, None)
+        batches = [batch["pixel_values"].float().numpy() for batch in in_batches(ranges or (), _BATCH)]
         models = quantize_static(models, batches)
     return [replace(part, model=model) for part, model in zip(parts, models, strict=True)]
 
@@ -126,7 +127,7 @@ def can_recalibrate(model: HighwayMixin) -> bool:
 
 def recalibrate(
     model: HighwayMixin,
-    exported: ORTHighway,
+    exported: Highway,
     images: Samples,
     judged: Samples,
     calibration: Calibration | None = None,
@@ -139,7 +140,7 @@ def recalibrate(
 
     Args:
         model (`HighwayMixin`): The model, with its policy.
-        exported (`ORTHighway`): The same quantized, in a layout that says what every exit answers.
+        exported (`Highway`): The same quantized, in a layout that says what every exit answers.
         images (`Dataset`): Labelled; neither trained nor judged on.
         judged (`Dataset`): On which both policies are judged.
         calibration (`Calibration`, *optional*): What `lgvit calibrate` reported.
