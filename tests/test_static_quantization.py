@@ -11,7 +11,6 @@ import torch
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.evaluation.calibration import fit_temperature
-from lgvit_hf.evaluation.calibration_report import Calibration
 from lgvit_hf.evaluation.exit_table import collect
 from tests.seeds import generator, rng
 from tests.test_json_keys import strange
@@ -243,13 +242,10 @@ def test_temperatures_follow_the_logits(shifted):
 @torch.no_grad()
 def test_the_drop_that_was_asked_for_is_kept(shifted):
     model, other, images = shifted
-    chosen = {"policy": model.exit_policy.to_dict(), "max_accuracy_drop": 0.4, "delta": 0.2, "bound": "drop"}
-    unknown = {"exits": (), "temperatures": (), "accuracy": 0.5, "full_accuracy": 0.5, "mean_depth": 2.0}
-    unknown |= {"mean_macs": 1.0, "full_macs": 1.0, "mean_latency": None, "full_latency": None, "samples_tested": 9}
-    _, report = recalibrate(model, other, images[:300], images[300:], Calibration(**chosen, **unknown))
+    _, report = recalibrate(model, other, images[:300], images[300:], 0.4, delta=0.2)
     assert report["max_accuracy_drop"] == 0.4 and report["delta"] == 0.2
     with pytest.raises(ValueError, match="2 samples to test on are too few to prove a drop of 0.4"):
-        recalibrate(model, other, images[:4], images[300:], Calibration(**chosen, **unknown))
+        recalibrate(model, other, images[:4], images[300:], 0.4, delta=0.2)
 
 
 # -- the command --------------------------------------------------------------------------------------------------
@@ -272,6 +268,11 @@ def test_the_command(tmp_path, capsys):
     for split, why in (("train", "ranges are measured"), ("validation", "thresholds are calibrated")):
         assert main([*command, "--split", split]) == 2
         assert f"--split {split}: {why} on these samples; judge on --split test" in capsys.readouterr().err
+    chosen = {"policy": model.exit_policy.to_dict(), "max_accuracy_drop": 0.5, "delta": None, "bound": "none"}
+    (checkpoint / "calibration.json").write_text(json.dumps({**chosen, "max_accuracy_drop": "much"}))
+    assert main(command) == 2
+    assert "calibration.json is damaged" in capsys.readouterr().err
+    (checkpoint / "calibration.json").write_text(json.dumps(chosen))
     assert main(command) == 0
     told, manifest = capsys.readouterr().out, json.loads((output / "manifest.json").read_text())
     config, checks = json.loads((output / "config.json").read_text()), manifest["checks"]
@@ -284,6 +285,7 @@ def test_the_command(tmp_path, capsys):
     }
     recalibration, judged = checks["recalibration"], checks["images"]
     assert config["exit_policy"] == manifest["policy"] == recalibration["after"]["policy"]
+    assert recalibration["max_accuracy_drop"] == 0.5 and recalibration["delta"] is None
     assert recalibration["before"]["policy"] == model.exit_policy.to_dict()
     assert judged["accuracy"] == pytest.approx(recalibration["after"]["accuracy"])
     assert judged["mean_depth"] == pytest.approx(recalibration["after"]["mean_depth"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from .options import add_data, add_policy, add_processor
 
 if TYPE_CHECKING:
     from ..data.held_out import KnownSplits
-    from ..evaluation.calibration_report import Calibration
     from ..runtimes.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -62,16 +62,19 @@ def run(options: argparse.Namespace) -> None:
         )
     model, processor = open_checkpoint(options)
     found: dict[str, Any] = {}
-    calibration: Calibration | None = None
+    drop: dict[str, Any] = {}
     if options.data is not None:
         splitting = {"validation_share": options.validation_share, "seed": options.seed}
         known = load_known(options.data, options.checkpoint, **splitting)
         check_class_names(options.checkpoint, model.config, known.splits.label_names)
         found = {use: drawn(known, processor, *which) for use, which in _splits_used(options, model).items()}
         if "thresholds" in found:
-            if (warning := known.warning("validation")) is not None:
-                logger.warning(warning)
-            calibration = _calibration_of(options.checkpoint, model)
+            if known.warning("validation") is not None:
+                logger.warning(
+                    f"{options.checkpoint}: the validation split of {options.data}, which thresholds are calibrated on, "
+                    "may have been used in its training; --policy keeps those of the model"
+                )
+            drop = _drop_asked_for(options.checkpoint, model)
     images, ranges, thresholds = (found.get(use, (None,))[0] for use in ("judged", "ranges", "thresholds"))
     manifest = export_onnx(
         model,
@@ -82,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         processor=processor,
         images=images,
         max_accuracy_drop=options.max_accuracy_drop,
-        quantization=QuantizationImages(ranges, thresholds, calibration),
+        quantization=QuantizationImages(ranges, thresholds, **drop),
     )
     if found:
         splits = {use: samples for use, (_, samples) in found.items()}
@@ -129,17 +132,30 @@ def drawn(known: KnownSplits, processor: Any, split: str, limit: int | None) -> 
     return images, which
 
 
-def _calibration_of(checkpoint: str, model: Any) -> Calibration | None:
-    """What `lgvit calibrate` wrote beside a checkpoint, where the model's policy is still the one that it chose."""
-    from ..evaluation.calibration_report import Calibration
+def _drop_asked_for(checkpoint: str, model: Any) -> dict[str, Any]:
+    """The accuracy drop, and its guarantee, for which `lgvit calibrate` or `grow` chose the policy that a model has.
+
+    Raises:
+        ValueError: Their report beside the checkpoint is damaged.
+    """
     from ..policies import build_policy
 
-    file = Path(checkpoint) / "calibration.json"
-    if not file.is_file():
-        return None
-    report = Calibration.load(file)
-    chosen = build_policy(report.policy, len(model.config.exit_positions))
-    return report if chosen.to_dict() == model.exit_policy.to_dict() else None
+    for name in ("calibration.json", "grow.json"):
+        file = Path(checkpoint) / name
+        if not file.is_file():
+            continue
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            report = {**report.get("settings", {}), **report}
+            chosen = build_policy(report["policy"], len(model.config.exit_positions))
+            if chosen.to_dict() != model.exit_policy.to_dict():
+                continue
+            numbers = {key: report.get(key) for key in ("max_accuracy_drop", "delta")}
+            asked: dict[str, Any] = {key: float(value) for key, value in numbers.items() if value is not None}
+            return {**asked, "bound": report["bound"]} if "delta" in asked else asked
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({error}); restore it, or remove it to do without") from error
+    return {}
 
 
 def export_as_text(manifest: Manifest, folder: str | Path) -> str:

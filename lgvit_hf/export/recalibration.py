@@ -6,16 +6,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from ..data.batches import Samples, in_batches
 from ..engine import run_early
 from ..evaluation.calibration import calibrate
-from ..evaluation.calibration_report import Calibration
 from ..evaluation.costs import Highway, model_macs
 from ..evaluation.exit_table import ExitTable, collect, is_right
 from ..evaluation.search import SEARCHES
@@ -44,13 +43,15 @@ class QuantizationImages:
         thresholds (`Dataset`, *optional*):
             Labelled ones, which the model was neither trained on nor is judged on: on what the quantized exits answer
             on these, thresholds and temperatures are calibrated anew. See `recalibrate`.
-        calibration (`Calibration`, *optional*):
-            By which the model's policy was chosen, if it was: the new thresholds keep its accuracy drop and guarantee.
+        max_accuracy_drop (`float`, *optional*), delta (`float`, *optional*), bound (`str`, *optional*):
+            Of the new thresholds, see `recalibrate`.
     """
 
     ranges: Samples | None = None
     thresholds: Samples | None = None
-    calibration: Calibration | None = None
+    max_accuracy_drop: float | None = None
+    delta: float | None = None
+    bound: str = "drop"
 
     def check(self, precision: str, judged: Samples | None) -> None:
         """Raise `ValueError` where a precision needs other images.
@@ -113,7 +114,9 @@ def quantized_on_images(
     made, checks = quantized(parts, precision, given.ranges), {}
     exported = open_parts(model, made, precision)
     if given.thresholds is not None and judged is not None and can_recalibrate(model):
-        settings, checks["recalibration"] = recalibrate(model, exported, given.thresholds, judged, given.calibration)
+        settings, checks["recalibration"] = recalibrate(
+            model, exported, given.thresholds, judged, given.max_accuracy_drop, given.delta, given.bound
+        )
         model.set_exit_policy(settings)
     if precision == "int8-static":
         checks["against_int8"] = time_against(exported, open_parts(model, quantized(parts, "int8"), "int8"))
@@ -130,20 +133,23 @@ def recalibrate(
     exported: Highway,
     images: Samples,
     judged: Samples,
-    calibration: Calibration | None = None,
+    max_accuracy_drop: float | None = None,
+    delta: float | None = None,
+    bound: str = "drop",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Thresholds and temperatures for a quantized highway, of its model's kind of policy.
 
-    The accuracy drop is that of `calibration` where the model's policy was chosen by one with a drop, guarantee
-    included; otherwise the drop of the model itself on the same samples. One half of the images is searched on, the
-    other is tested on. Exits may be skipped where the model's policy skips some.
+    One half of the images is searched on, the other is tested on. Exits may be skipped where the model's policy skips
+    some.
 
     Args:
         model (`HighwayMixin`): The model, with its policy.
         exported (`Highway`): The same quantized, in a layout that says what every exit answers.
         images (`Dataset`): Labelled; neither trained nor judged on.
         judged (`Dataset`): On which both policies are judged.
-        calibration (`Calibration`, *optional*): What `lgvit calibrate` reported.
+        max_accuracy_drop (`float`, *optional*):
+            See `calibrate`; by default the drop of the model itself on the images that are tested on.
+        delta (`float`, *optional*), bound (`str`, *optional*, defaults to `"drop"`): See `calibrate`.
 
     Returns:
         The settings of the policy, and a report: `samples`, `max_accuracy_drop`, `delta`, and `before` and `after`
@@ -156,16 +162,15 @@ def recalibrate(
     searched, tested = order[: len(order) // 2], order[len(order) // 2 :]
     # costs of a file that leaves heads out where their exits are skipped
     table = replace(collect(exported, images), costs=model_macs(model))
-    promised = calibration if calibration is not None and calibration.max_accuracy_drop is not None else None
+    if max_accuracy_drop is None:
+        max_accuracy_drop = _drop(model, Subset(cast("Dataset[Any]", images), tested.tolist()))
     found = calibrate(
         table.select(searched),
         tested=table.select(tested),
         policy=policy.name,
-        max_accuracy_drop=_drop(model, Subset(images, tested.tolist()))
-        if promised is None
-        else promised.max_accuracy_drop,
-        delta=None if promised is None else promised.delta,
-        bound="drop" if promised is None or promised.delta is None else promised.bound,
+        max_accuracy_drop=max_accuracy_drop,
+        delta=delta,
+        bound=bound,
         choose_exits=any(policy.skips(index) for index in range(len(table.depths) - 1)),
     )
     judging = collect(exported, judged)
