@@ -107,6 +107,33 @@ def test_a_sample_does_not_meet_its_batch(precision, layout, runtime, traced, ex
     assert mixed.exit_index[8:12].tolist() == [2] * 4, "what is not a number never exits early"
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+def test_patches_that_are_merged_keep_nan(precision, runtime, merging, tmp_path):
+    """Swin's stages end in a product around which there is no residual connection."""
+    pytest.importorskip(runtime)
+    model, parts = merging
+    images = tiny_images(8)
+    made = quantized(parts, precision, samples(images, [0] * 8) if precision == "int8-static" else None)
+    files = write_parts(model, made, tmp_path, "single")
+    manifest_of(model, tmp_path, files, "single", precision).save(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    exported, bad = open_exported(tmp_path, runtime, 1), images[:2].clone()
+    bad[0, 0, 0, 0], bad[1, 2, -1, -1] = torch.inf, torch.nan
+    mixed = exported(torch.cat([bad, images, bad]))
+    assert mixed.exit_index.tolist() == [1] * 2 + [0] * 8 + [1] * 2
+    assert mixed.logits.isfinite().all(-1).tolist() == [False] * 2 + [True] * 8 + [False] * 2
+    torch.testing.assert_close(mixed.logits[2:-2], exported(images).logits, atol=ROUNDING, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A Swin, the first part of which ends after a stage, where all samples that are finite exit; and its parts."""
+    model = tiny_model("swin", exit_positions=[3], exit_types="linear")
+    model.set_exit_policy("confidence", threshold=0.0)
+    return model, export_parts(model, [0, 1])
+
+
 def part_of(weight, size):
     """One product with a matrix, whose mean over the tokens is the logits."""
     graph = Graph()

@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> None:
         if "thresholds" in found:
             if known.warning("validation") is not None:
                 logger.warning(
-                    f"{options.checkpoint}: the validation split of {options.data}, which thresholds are calibrated on, "
-                    "may have been used in its training; --policy keeps those of the model"
+                    f"{options.checkpoint}: thresholds are calibrated on the validation split of {options.data}, "
+                    "which may have been used in its training; --policy keeps those of the model"
                 )
             drop = _drop_asked_for(options.checkpoint, model)
     images, ranges, thresholds = (found.get(use, (None,))[0] for use in ("judged", "ranges", "thresholds"))

@@ -175,20 +175,44 @@ def _quantized_weight(graph: Graph, name: str, weight: np.ndarray) -> str:
 
 
 def _pass_on_nan(graph: Graph, source: Any) -> None:
-    """Make the logits NaN of each sample whose state, after the part or else before it, is not finite."""
+    """Make the state and the logits NaN of each sample whose state before or after the part is not finite.
+
+    Both: integers may hide it where no residual connection goes around them, as in Swin's merging of patches.
+    """
+    names = {entry.name: f"{entry.name}_of_numbers" for entry in source.output}
     for node in graph.nodes:
-        node.name = node.name.replace("logits", "logits_of_numbers") if node.name == "logits" else node.name
-        for names in (node.input, node.output):
-            names[:] = ["logits_of_numbers" if name == "logits" else name for name in names]
-    logits = "logits_of_numbers"
-    for entry in [entry for entry in source.output if entry.name != "logits"] or source.input:
-        tensor, here = entry.type.tensor_type, f"{entry.name}_finite"
-        if tensor.elem_type != TensorProto.FLOAT:
-            continue
-        axes = graph.constant(f"{here}_axes", np.arange(1, len(tensor.shape.dim)))
-        # a sum, since a maximum passes over NaN
-        size = graph.add("ReduceSum", [graph.add("Abs", [entry.name], f"{here}_abs"), axes], f"{here}_sum", keepdims=0)
-        nothing = graph.add("Mul", [size, graph.constant(f"{here}_zero", np.float32(0))], f"{here}_zero_or_nan")
-        column = graph.add("Unsqueeze", [nothing, graph.constant(f"{here}_last", np.array([1]))], f"{here}_column")
-        logits = graph.add("Add", [logits, column], f"{here}_logits")
-    graph.add("Identity", [logits], "logits")
+        node.name = names.get(node.name, node.name)
+        for places in (node.input, node.output):
+            places[:] = [names.get(name, name) for name in places]
+    before = [_zero_or_nan(graph, entry.name, entry) for entry in source.input if _is_float(entry)]
+    *state, logits = source.output
+    after = []
+    for entry in state:
+        graph.add("Identity", [_plus(graph, names[entry.name], before, entry)], entry.name)
+        if _is_float(entry):
+            after.append(_zero_or_nan(graph, entry.name, entry))
+    graph.add("Identity", [_plus(graph, names[logits.name], after or before, logits)], logits.name)
+
+
+def _is_float(entry: Any) -> bool:
+    return bool(entry.type.tensor_type.elem_type == TensorProto.FLOAT)
+
+
+def _zero_or_nan(graph: Graph, name: str, entry: Any) -> str:
+    """`[B]`: 0 for a sample that is finite in a tensor of the state, otherwise NaN."""
+    here = f"{name}_finite"
+    axes = graph.constant(f"{here}_axes", np.arange(1, len(entry.type.tensor_type.shape.dim)))
+    # a sum, since a maximum passes over NaN
+    size = graph.add("ReduceSum", [graph.add("Abs", [name], f"{here}_abs"), axes], f"{here}_sum", keepdims=0)
+    return graph.add("Mul", [size, graph.constant(f"{here}_zero", np.float32(0))], f"{here}_zero_or_nan")
+
+
+def _plus(graph: Graph, name: str, numbers: Sequence[str], entry: Any) -> str:
+    """A tensor with a number `[B]` added to all that it has of a sample; one that is not float as it is."""
+    if not _is_float(entry):
+        return name
+    axes = graph.constant(f"{name}_axes", np.arange(1, len(entry.type.tensor_type.shape.dim)))
+    for place, number in enumerate(numbers):
+        column = graph.add("Unsqueeze", [number, axes], f"{name}_column_{place}")
+        name = graph.add("Add", [name, column], f"{name}_{place}")
+    return name
