@@ -208,7 +208,7 @@ def _quantization_as_text(manifest: Manifest) -> list[str]:
         timed, images = checks["against_int8"], checks["images"]
         times = ", ".join(
             f"batch {each['batch_size']} in {each['p50_ms']:.2f} ms against {each['int8_p50_ms']:.2f} ms "
-            f"({'faster' if each['speed_up'] > 1 else 'not faster'})"
+            f"({each['speed_up']:.2f}x, {'faster' if each['speed_up'] > 1 else 'not faster'})"
             for each in timed["batches"]
         )
         lost = images["accuracy_of_model"] - images["accuracy"]
