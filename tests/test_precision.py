@@ -26,6 +26,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[o
 
 from lgvit_hf.export.infer import write_infer  # noqa: E402
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.recalibration import QuantizationImages  # noqa: E402
 from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
 from lgvit_hf.export.verification import compare  # noqa: E402
 from lgvit_hf.runtimes.manifest import PRECISIONS, Manifest  # noqa: E402
@@ -84,13 +85,15 @@ def exports(request, wide, parts_of_wide, tmp_path_factory):
         patch.setattr("lgvit_hf.export.onnx_export.export_parts", parts_of_wide)
         for precision in PRECISIONS:
             folder = tmp_path_factory.mktemp(layout) / precision
-            manifest = export_onnx(model, folder, layout, precision=precision, images=samples, max_accuracy_drop=1)
+            given = QuantizationImages(samples[:32]) if precision == "int8-static" else QuantizationImages()
+            judged = {"images": samples, "max_accuracy_drop": 1, "quantization": given}
+            manifest = export_onnx(model, folder, layout, precision=precision, **judged)
             found[precision] = folder, manifest
     return layout, found
 
 
 @independent
-@pytest.mark.parametrize(("precision", "share"), [("float16", 0.6), ("int8", 0.5)])
+@pytest.mark.parametrize(("precision", "share"), [("float16", 0.6), ("int8", 0.5), ("int8-static", 0.5)])
 def test_smaller_files(exports, precision, share):
     layout, found = exports
     folder, small = found[precision]
@@ -109,9 +112,9 @@ def test_smaller_files(exports, precision, share):
     # query, key, value, output, and both layers of the MLP, in each block; and what heads have
     matrices, in_8_bits = 6 * NUM_BLOCKS, {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     products = [node for node in nodes if node.op_type == "MatMul" and set(node.input) <= in_8_bits]
-    assert len(products) >= matrices if precision == "int8" else not in_8_bits
+    assert len(products) >= matrices if "int8" in precision else not in_8_bits
     assert sum(node.op_type == "If" for node in nodes) == (1 if layout == "single" else 0)
-    if layout == "single" and precision == "int8":
+    if layout == "single" and "int8" in precision:
         outside = [node for graph in graphs for node in graph.node if node in products]
         assert len(outside) < matrices, "what lies inside branches is quantized too"
 
@@ -124,7 +127,7 @@ def test_smaller_files(exports, precision, share):
 
 
 @independent
-@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("precision", ["float16", "int8", "int8-static"])
 def test_a_sample_does_not_meet_its_batch(exports, precision):
     layout, found = exports
     exported, good = ORTHighway.from_pretrained(found[precision][0]), tiny_images(8)
@@ -223,7 +226,7 @@ def test_accuracy_lost_is_an_error(wide, exports, tmp_path):
         compare(model, exported, images, -0.01)
     with pytest.raises(ValueError, match="the dataset is empty"):
         compare(model, exported, [], 0.01)
-    with pytest.raises(ValueError, match="precision='int4' is none of float32, float16, int8"):
+    with pytest.raises(ValueError, match="precision='int4' is none of float32, float16, int8, int8-static"):
         export_onnx(model, tmp_path / "out", precision="int4")
 
 

@@ -100,10 +100,7 @@ def predicted_drop(drops: np.ndarray, early_share: float, num_samples: int) -> f
     Of policies that seem equal on few samples, one that answers most of them as the full model does is safer than one
     that loses some answers and happens to repair as many, and where none is lost, one with fewer early exits.
 
-    Args:
-        drops (`np.ndarray`): Of some or all samples, see `consequences`.
-        early_share (`float`): Share of them that exit early.
-        num_samples (`int`): Of the table.
+    `drops` are of some samples, or all, of a table of `num_samples`; `early_share` of them exit early.
 
     Example:
 

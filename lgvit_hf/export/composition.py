@@ -10,11 +10,47 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..runtimes.manifest import PARAMETERS
-from .onnx_graph import Graph
+from .onnx_graph import Graph, pruned
 from .segment_graphs import OPSET, Decision, OnnxSegment
 
 PRODUCER = "lgvit-hf"
 ANSWERS = ("logits", "exit_index", "exit_score")
+
+
+def joined(parts: Sequence[OnnxSegment], exits: Sequence[int]) -> list[OnnxSegment]:
+    """The parts of a highway that ends at other exits left out: fewer and longer ones, without the others' heads.
+
+    Args:
+        parts (`Sequence[OnnxSegment]`): In the order in which they run.
+        exits (`Sequence[int]`): Ascending indices of exits at their ends, that of the last part among them.
+    """
+    made, group = [], []
+    for part in parts:
+        group.append(part)
+        if part.exit_index in exits:
+            made.append(_join(group))
+            group = []
+    return made
+
+
+def _join(parts: Sequence[OnnxSegment]) -> OnnxSegment:
+    if len(parts) == 1:
+        return parts[0]
+    graph, first, last = Graph(), parts[0].model, parts[-1]
+    answers = [entry.name for entry in first.graph.input]
+    for number, part in enumerate(parts):
+        # of the part before, the state without the logits
+        state = answers[: len(part.model.graph.input)]
+        answers = graph.inline(part.model, f"{number}_", state)
+    outputs = list(last.model.graph.output)
+    for entry, name in zip(outputs, answers, strict=True):
+        graph.add("Identity", [name], entry.name)
+    nodes = pruned(graph.nodes, [entry.name for entry in outputs])
+    read = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in graph.constants if tensor.name in read]
+    made = helper.make_graph(nodes, "part", list(first.graph.input), outputs, constants)
+    model = helper.make_model(made, opset_imports=first.opset_import, ir_version=first.ir_version)
+    return OnnxSegment(last.exit_index, model)
 
 
 def compose_single(

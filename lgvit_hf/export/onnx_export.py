@@ -5,25 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import BaseImageProcessor
 
 from ..data.batches import Samples
-from ..evaluation.costs import model_macs
 from ..files import replace_folder
 from ..modeling_highway import HighwayMixin
-from ..policies import ExitPolicy
-from ..runtimes.manifest import LAYOUTS, PRECISIONS, THRESHOLDS, Manifest, exits_that_run
+from ..runtimes.manifest import LAYOUTS, PRECISIONS, QUANTIZED, THRESHOLDS, Manifest
 from ..runtimes.onnxruntime import ORTHighway
-from ..runtimes.single_file import parameter_inputs
 from ..serving.device.info import file_digest
 from ..serving.device.pixels import PixelSettings
 from .infer import write_infer
-from .segment_graphs import EXPORTABLE, check_file_sizes, export_decisions, export_parts, weight_bytes
+from .recalibration import QuantizationImages, quantized, quantized_on_images
+from .segment_graphs import EXPORTABLE, check_file_sizes, export_parts, weight_bytes
 from .verification import compare, verify
+from .writing import exits_in_files, manifest_of, names_of_files, write_parts
+
+NO_IMAGES = QuantizationImages()
 
 
 def export_onnx(
@@ -36,6 +37,7 @@ def export_onnx(
     processor: BaseImageProcessor | None = None,
     images: Samples | None = None,
     max_accuracy_drop: float = 0.005,
+    quantization: QuantizationImages = NO_IMAGES,
 ) -> Manifest:
     """Write a highway as ONNX, run it in ONNX Runtime against PyTorch, and keep it only if they agree.
 
@@ -47,7 +49,8 @@ def export_onnx(
             inputs with defaults. `"segments"`: one file per segment, for any policy. `"all_exits"`: all exits' logits.
         precision (`str`, *optional*, defaults to `"float32"`):
             `"float16"`: weights and arithmetic of half the width. `"int8"`: matrix products in 8 bits, each token and
-            each output channel with its own scale, so that a sample's answer does not depend on its batch. Pixels and
+            each output channel with its own scale, so that a sample's answer does not depend on its batch.
+            `"int8-static"`: the same with one scale per activation, measured on `quantization.ranges`. Pixels and
             logits are float32 in every case.
         thresholds (`str`, *optional*, defaults to `"optional"`):
             Of a single file: `"optional"`: inputs with a default, which ONNX Runtime knows; `"input"`: required
@@ -57,15 +60,18 @@ def export_onnx(
             Items `pixel_values` and perhaps `labels`, on which the files are judged as well; where there are no
             labels, the model's answers stand for them. The one way to know what `float16` and `int8` cost.
         max_accuracy_drop (`float`, *optional*, defaults to 0.005): On `images`; more fails the export.
+        quantization (`QuantizationImages`, *optional*):
+            Of `int8` and `int8-static`: images for the ranges of activations, and for thresholds that fit the file.
 
     Returns:
         What is in the folder, and in `checks` what was run against PyTorch: `largest_difference` of logits on batches
-        of `batch_sizes` that take every exit, and on `images` the accuracies, agreement and mean depths.
+        of `batch_sizes` that take every exit, and on `images` the accuracies, agreement and mean depths. With images
+        for thresholds also `recalibration` (see `recalibrate`), of `int8-static` `against_int8` (see `time_against`).
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        ValueError: An `AViT`, unknown layout, precision, thresholds or policy, a file of more than 2 GB, the folder is
-            in use, or the files do not answer as the model does.
+        ValueError: An `AViT`, unknown layout, precision, thresholds or policy, images that the precision needs or has
+            no use for, a file of more than 2 GB, the folder is in use, or the files do not answer as the model does.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
@@ -74,18 +80,29 @@ def export_onnx(
     _check_exportable(model, layout)
     if layout != "single" and thresholds != "optional":
         raise ValueError(f"thresholds={thresholds!r} is for layout='single'; {layout!r} decides outside its files")
+    quantization.check(precision, images)
     model = copy.deepcopy(model).eval().cpu().float()
+    before, found = model.exit_policy, dict[str, Any]()
     with replace_folder(folder) as new:
-        names = write_onnx(model, new, layout, precision=precision)
+        if quantization.ranges is None and quantization.thresholds is None:
+            names = write_onnx(model, new, layout, precision=precision)
+        else:
+            names, found = _write_quantized(model, new, layout, precision, quantization, images)
         model.config.save_pretrained(new)
         image = None
         if processor is not None:
             processor.save_pretrained(new)
             if layout == "single":
                 image = write_infer(new, processor, model.config.num_channels)
-        manifest = verified(
-            model, new, names, layout, precision, image=image, images=images, max_accuracy_drop=max_accuracy_drop
-        )
+        manifest = verified(model, new, names, layout, precision, image=image)
+        if images is not None:
+            after = model.exit_policy
+            # with the thresholds that it came with
+            model.set_exit_policy(before)
+            found["images"] = compare(model, ORTHighway.from_pretrained(new), images, max_accuracy_drop)
+            model.set_exit_policy(after)
+        manifest = replace(manifest, checks={**manifest.checks, **found})
+        manifest.save(new)
         if thresholds == "optional":
             return manifest
         return _with_thresholds(model, new, manifest, thresholds)
@@ -107,12 +124,10 @@ def _with_thresholds(model: HighwayMixin, folder: Path, manifest: Manifest, thre
     return manifest
 
 
-def exits_in_files(policy: ExitPolicy, num_exits: int, layout: str) -> list[int]:
-    """Indices of the exits that a layout holds: a single file those that its policy evaluates, others all."""
-    return exits_that_run(policy, num_exits) if layout == "single" else list(range(num_exits))
-
-
 def _check_exportable(model: HighwayMixin, layout: str) -> None:
+    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'export needs {" and ".join(missing)}: pip install "lgvit-hf[onnx]"')
     if model.config.model_type == "avit":
         raise ValueError("an AViT does not export to ONNX: which tokens stay depends on the image; run it in PyTorch")
     if layout not in LAYOUTS:
@@ -147,33 +162,31 @@ def write_onnx(
         ImportError: The extra `onnx` is not installed.
         ValueError: Unknown layout, a policy that is not built in in a single file, or a file of more than 2 GB.
     """
-    try:
-        import onnx
-
-        from .composition import compose_all_exits, compose_single
-        from .quantization import quantize
-    except ImportError as error:
-        raise ImportError('export needs onnx and onnxruntime: pip install "lgvit-hf[onnx]"') from error
     _check_exportable(model, layout)
     if precision == "float16":
         model = copy.deepcopy(model).half()
-    policy, depths = model.exit_policy, [segment.depth for segment in model.segments()]
-    exits = exits_in_files(policy, len(depths), layout)
-    names = [f"segment_{index:02}.onnx" for index in exits] if layout == "segments" else [file]
-    _check_sizes(model, exits, names, precision)
-    parts = export_parts(model, exits)
-    if precision == "int8":
-        parts = [replace(part, model=quantize(part.model)) for part in parts]
-    if layout == "single":
-        decisions = export_decisions(model.answering_policy, model.config.num_labels, exits, len(depths) - 1)
-        models = {file: compose_single(parts, decisions, depths, parameter_inputs(policy, len(depths)))}
-    elif layout == "all_exits":
-        models = {file: compose_all_exits(parts)}
-    else:
-        models = {name: part.model for name, part in zip(names, parts, strict=True)}
-    for name, content in models.items():
-        onnx.save(content, Path(folder) / name)
-    return list(models)
+    exits = exits_in_files(model.exit_policy, len(model.segments()), layout)
+    _check_sizes(model, exits, names_of_files(exits, layout, file), precision)
+    return write_parts(model, quantized(export_parts(model, exits), precision), Path(folder), layout, file)
+
+
+def _write_quantized(
+    model: HighwayMixin,
+    folder: Path,
+    layout: str,
+    precision: str,
+    quantization: QuantizationImages,
+    images: Samples | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """As `write_onnx`, on images: changes the model's policy, and returns what was found as well."""
+    from .composition import joined
+
+    every = list(range(len(model.segments())))
+    exits = exits_in_files(model.exit_policy, len(every), layout)
+    _check_sizes(model, exits, names_of_files(exits, layout), precision)
+    parts, found = quantized_on_images(model, export_parts(model, every), precision, quantization, images)
+    parts = joined(parts, exits_in_files(model.exit_policy, len(every), layout))
+    return write_parts(model, parts, folder, layout), found
 
 
 def _check_sizes(model: HighwayMixin, exits: list[int], names: list[str], precision: str) -> None:
@@ -183,7 +196,7 @@ def _check_sizes(model: HighwayMixin, exits: list[int], names: list[str], precis
         sizes, smaller = [sum(sizes)], "layout='segments' (--layout segments)"
     if precision != "float16":
         smaller += " or precision='float16' (--quantize float16)"
-    why = " (int8 is made of a file in float32)" if precision == "int8" else ""
+    why = f" ({precision} is made of a file in float32)" if precision in QUANTIZED else ""
     check_file_sizes(dict(zip(names, sizes, strict=True)), f"use {smaller}{why}")
 
 
@@ -195,8 +208,6 @@ def verified(
     precision: str = "float32",
     *,
     image: PixelSettings | None = None,
-    images: Samples | None = None,
-    max_accuracy_drop: float = 0.005,
 ) -> Manifest:
     """Run files that `write_onnx` wrote against their model, and write the manifest beside them.
 
@@ -205,32 +216,13 @@ def verified(
             As given to `write_onnx`.
         files (`Sequence[str]`): As it returned.
         image (`dict`, *optional*): How images are prepared without PyTorch, see `checked_pixel_settings`.
-        images (`Dataset`, *optional*), max_accuracy_drop (`float`, *optional*): See `export_onnx`.
 
     Raises:
         ValueError: They do not answer as the model does.
     """
-    policy, depths, macs = model.exit_policy, [segment.depth for segment in model.segments()], model_macs(model)
-    inputs = parameter_inputs(policy, len(depths)) if layout == "single" else {}
-    manifest = Manifest(
-        layout=layout,
-        precision=precision,
-        files={name: file_digest(folder / name) for name in files},
-        depths=depths,
-        exits=exits_in_files(policy, len(depths), layout),
-        policy=policy.to_dict(),
-        macs={"backbone_costs": macs.backbone_costs, "heads": macs.heads},
-        versions={name: version(name) for name in ("lgvit_hf", "torch", "transformers", "onnxruntime")},
-        checks={},
-        ensemble=model.config.exit_ensemble,
-        inputs={name: numbers.tolist() for name, numbers in inputs.items()},
-        image=image,
-    )
+    manifest = replace(manifest_of(model, folder, files, layout, precision), image=image)
     # without it, the folder would not open
     manifest.save(folder)
-    checks: dict[str, Any] = verify(model, folder)
-    if images is not None:
-        checks["images"] = compare(model, ORTHighway.from_pretrained(folder), images, max_accuracy_drop)
-    manifest = replace(manifest, checks=checks)
+    manifest = replace(manifest, checks=verify(model, folder))
     manifest.save(folder)
     return manifest

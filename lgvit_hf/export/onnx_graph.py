@@ -40,6 +40,16 @@ class Graph:
         return [fed.get(name, name) for name in outputs]
 
 
+def pruned(nodes: Sequence[Any], outputs: Sequence[str]) -> list[Any]:
+    """Of nodes in the order in which they run, those that some outputs need."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
 def chain(models: Sequence[Any], ends: bool) -> Any:
     """One model of several in a row, the last of which answers from the state that the others return.
 

@@ -16,7 +16,8 @@ from ..serving.device.info import Description, are_counts, are_digests
 from ..serving.device.pixels import PixelSettings
 
 LAYOUTS = ("single", "segments", "all_exits")
-PRECISIONS = ("float32", "float16", "int8")
+PRECISIONS = ("float32", "float16", "int8", "int8-static")
+QUANTIZED = ("int8", "int8-static")
 THRESHOLDS = ("optional", "input", "fixed")
 MANIFEST = "manifest.json"
 _FILE = re.compile(r"\w[\w.-]*\.onnx")
