@@ -132,9 +132,9 @@ def composed(model: Any, pixels: np.ndarray, folder: Path, names: list[str] | No
     import onnx
 
     from lgvit_hf.export.composition import compose_single, set_thresholds
-    from lgvit_hf.export.writing import exits_in_files
     from lgvit_hf.export.quantization import quantize
     from lgvit_hf.export.segment_graphs import export_decisions, export_parts
+    from lgvit_hf.export.writing import exits_in_files
 
     depths = [segment.depth for segment in model.segments()]
     file, made = folder / "model.onnx", dict[tuple[int, ...], dict[str, Any]]()
