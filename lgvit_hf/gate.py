@@ -113,7 +113,8 @@ class GatePolicy(ExitPolicy):
         if earlier is not None and place:
             features += earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :])
         # no matrix product, whose rounding may depend on the other samples of the batch
-        score = torch.sigmoid((torch.cat(features, 1)[:, None] * weights).sum(-1) + bias).mean(-1)
+        # summed over the middle: OpenVINO 2026.4 adds another bias to sums over the last dimension
+        score = torch.sigmoid((torch.cat(features, 1)[..., None] * weights.T).sum(1) + bias).mean(-1)
         after = {"score": score}
         if earlier is not None:
             after["probabilities"] = torch.cat([probs[:, None], earlier[:, :-1]], 1)

@@ -1,12 +1,14 @@
 """Exported highways in OpenVINO: the answers of ONNX Runtime, which are the model's, in every layout and precision."""
 
 import json
+import runpy
 
 import pytest
 import torch
 
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
+from tests.processes import ROOT
 from tests.tiny import IMAGE_SIZE, tiny_images, tiny_model
 
 pytest.importorskip("onnx", reason='pip install "lgvit-hf[onnx]"')
@@ -14,11 +16,13 @@ pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
 pytest.importorskip("openvino", reason='pip install "lgvit-hf[openvino]"')
 
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
-from lgvit_hf.export.segment_graphs import export_parts  # noqa: E402
+from lgvit_hf.export.segment_graphs import EXPORTABLE, export_parts  # noqa: E402
 from lgvit_hf.export.verification import between  # noqa: E402
 from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
 from lgvit_hf.runtimes.open_exported import open_exported  # noqa: E402
 from lgvit_hf.runtimes.openvino import OVHighway  # noqa: E402
+from lgvit_hf.runtimes.openvino_session import open_openvino  # noqa: E402
+from lgvit_hf.serving.device.session import open_session  # noqa: E402
 
 pytestmark = pytest.mark.version_independent
 SMALL = {"num_hidden_layers": 3, "exit_positions": [1, 2], "exit_types": "linear"}
@@ -73,6 +77,22 @@ def test_answers_are_those_of_onnx_runtime(kind, exports):
     atol = 3 * ROUNDING if "int8" in kind else 1e-4
     torch.testing.assert_close(found.logits, expected.logits, atol=atol, rtol=0)
     torch.testing.assert_close(found.exit_score, expected.exit_score, atol=atol, rtol=0)
+
+
+def test_every_policy_decides_as_in_onnx_runtime(tmp_path):
+    """And a running ensemble, in batches of several sizes whose samples exit at different exits."""
+    parity = runpy.run_path(str(ROOT / "recipes" / "benchmarks" / "runtime_parity.py"))
+    model, pixels = tiny_model("deit", **SMALL), tiny_images(40).numpy()
+    sizes, names = parity["batch_sizes"](len(pixels)), set()
+    for case in parity["composed"](model, pixels, tmp_path):
+        if not case.name.endswith("float32 fixed"):
+            continue
+        sessions = open_session(case.file, 1), open_openvino(case.file, 1)
+        ours, theirs = (parity["in_session"](session, case, pixels, sizes) for session in sessions)
+        told = parity["compare"](ours, theirs, case.policy)
+        assert told["other_exits"] == told["other_logits"] == 0, (case.name, told)
+        names.add(case.name.split()[0])
+    assert names == set(EXPORTABLE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lgvit_hf.serving.device.session import open_session
 from tests.processes import ROOT
 from tests.tiny import tiny_images, tiny_model
 
@@ -24,15 +25,16 @@ pytestmark = [
 
 def test_exits_and_logits_are_those_of_onnxruntime(tmp_path):
     """An ensemble and none, float and int8, thresholds as inputs and fixed, in batches whose samples exit anywhere."""
-    parity = runpy.run_path(str(ROOT / "recipes" / "benchmarks" / "web_parity.py"))
+    parity = runpy.run_path(str(ROOT / "recipes" / "benchmarks" / "runtime_parity.py"))
     model = tiny_model("vit", num_hidden_layers=2, exit_positions=[1], exit_types="linear")
     pixels, names = tiny_images(60).numpy(), []
     sizes = parity["batch_sizes"](len(pixels))
     for number, case in enumerate(parity["composed"](model, pixels, tmp_path, ["confidence"])):
         if number not in (0, 3, 5, 6):
             continue
-        found, _ = parity["in_web"](case, pixels, sizes, WEB)
-        told = parity["compare"](parity["in_onnxruntime"](case, pixels, sizes), found, case.policy)
+        found = parity["in_web"](case, pixels, sizes, WEB)
+        ours = parity["in_session"](open_session(case.file, 1), case, pixels, sizes)
+        told = parity["compare"](ours, found, case.policy)
         names.append(case.name)
         assert set(told["exits"]) == {0, 1}
         # a step of 8 bits, where another runtime rounds another way

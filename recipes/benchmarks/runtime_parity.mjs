@@ -1,4 +1,4 @@
-// node web_parity.mjs REQUEST.json: runs an ONNX file in onnxruntime-web (WebAssembly, one thread), as a browser does.
+// node runtime_parity.mjs REQUEST.json: runs an ONNX file in onnxruntime-web (WebAssembly, one thread), as a browser does.
 //
 // The request: `web`, a folder with node_modules/onnxruntime-web; `model`, `pixels` (float32) and their `shape` of one
 // sample; `sizes` of the batches; `inputs`, further ones by name; `output`, a folder for each output's numbers.
@@ -17,7 +17,6 @@ const numbers = Object.entries(inputs).map(([name, list]) => [name, new ort.Tens
 const length = shape.reduce((product, size) => product * size);
 const found = Object.fromEntries(session.outputNames.map((name) => [name, []]));
 let start = 0;
-const began = performance.now();
 for (const size of sizes) {
   const batch = values.subarray(start * length, (start + size) * length);
   const feeds = { pixel_values: new ort.Tensor("float32", batch, [size, ...shape]), ...Object.fromEntries(numbers) };
@@ -29,4 +28,3 @@ for (const size of sizes) {
   start += size;
 }
 for (const name of session.outputNames) writeFileSync(join(output, `${name}.bin`), Buffer.concat(found[name]));
-console.log(JSON.stringify({ version: ort.env.versions.web, seconds: (performance.now() - began) / 1000 }));

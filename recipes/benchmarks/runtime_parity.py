@@ -1,18 +1,18 @@
-"""Does a single file answer in onnxruntime-web, as a browser runs it, as it does in ONNX Runtime?
+"""Does a single file answer in OpenVINO, and in onnxruntime-web as a browser runs it, as it does in ONNX Runtime?
 
     npm install --prefix web onnxruntime-web@1.30
-    python recipes/benchmarks/web_parity.py onnx/ --web web --data photos/
-    python recipes/benchmarks/web_parity.py runs/vit runs/deit runs/swin --web web --data photos/ --limit 1000
+    python recipes/benchmarks/runtime_parity.py onnx/ --web web --data photos/
+    python recipes/benchmarks/runtime_parity.py runs/vit runs/deit runs/swin --web web --data photos/ --limit 1000
 
 What is given is a folder that `lgvit export` wrote with `--thresholds input` or `fixed`, or a checkpoint: of that one
 a file is made for each built-in policy and for an ensemble, float and int8, with thresholds as inputs and fixed, such
-that about half of the samples exit at every exit. Node runs the files on batches of several sizes, whose samples exit
-at different exits. Without `--data` the pixels are random.
+that about half of the samples exit at every exit. OpenVINO and, with `--web`, Node run the files on batches of several
+sizes, whose samples exit at different exits. Without `--data` the pixels are random.
 
-Printed, a line of JSON per file: samples that exit elsewhere (`other_exits`), those of them whose score is within 1e-5
-of a threshold aside (`near_threshold`); samples whose logits differ by more than 1e-4 (`other_logits`); the largest
-differences. The exit code is 1 where a float file has any of the first or third kind. Of int8 files they are counted
-alone: rounding to 8 bits makes a whole step of a difference of 1e-7, now and then.
+Printed, a line of JSON per file and runtime: samples that exit elsewhere (`other_exits`), those of them whose score is
+within 1e-5 of a threshold aside (`near_threshold`); samples whose logits differ by more than 1e-4 (`other_logits`);
+the largest differences. The exit code is 1 where a float file has any of the first or third kind. Of int8 files they
+are counted alone: rounding to 8 bits makes a whole step of a difference of 1e-7, now and then.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from lgvit_hf.gate import num_features
 from lgvit_hf.hub.loading import example_image, load_highway
 from lgvit_hf.policies import build_policy
 from lgvit_hf.runtimes.manifest import Manifest, is_exported
+from lgvit_hf.runtimes.openvino_session import open_openvino
 from lgvit_hf.runtimes.single_file import parameter_inputs
 from lgvit_hf.segments import State
 from lgvit_hf.serving.device.loop import ANSWERS
@@ -172,8 +173,8 @@ def batch_sizes(samples: int) -> list[int]:
     return sizes
 
 
-def in_onnxruntime(case: Case, pixels: np.ndarray, sizes: list[int]) -> dict[str, np.ndarray]:
-    session, start, found = open_session(case.file, 1), 0, []
+def in_session(session: Any, case: Case, pixels: np.ndarray, sizes: list[int]) -> dict[str, np.ndarray]:
+    start, found = 0, []
     numbers = {name: np.array(values, np.float32) for name, values in case.inputs.items()}
     for size in sizes:
         found.append(session.run(ANSWERS, {"pixel_values": pixels[start : start + size], **numbers}))
@@ -181,9 +182,7 @@ def in_onnxruntime(case: Case, pixels: np.ndarray, sizes: list[int]) -> dict[str
     return dict(zip(ANSWERS, map(np.concatenate, zip(*found, strict=True)), strict=True))
 
 
-def in_web(
-    case: Case, pixels: np.ndarray, sizes: list[int], web: Path
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def in_web(case: Case, pixels: np.ndarray, sizes: list[int], web: Path) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pixels.tofile(folder / "pixels.bin")
@@ -202,7 +201,7 @@ def in_web(
             raise RuntimeError(f"{case.name}: onnxruntime-web failed: {done.stderr[-2000:]}")
         found = {name: np.fromfile(folder / f"{name}.bin", kind) for name, kind in TYPES.items()}
     found["logits"] = found["logits"].reshape(len(pixels), -1)
-    return found, json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], policy: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], policy: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", help="exported folders or checkpoints")
-    parser.add_argument("--web", type=Path, required=True, help="folder with node_modules/onnxruntime-web")
+    parser.add_argument("--web", type=Path, help="folder with node_modules/onnxruntime-web (default: OpenVINO alone)")
     parser.add_argument("--data", help="see `load_images`; its test split (default: random pixels)")
     parser.add_argument("--policies", nargs="+", help="of a checkpoint (default: all that are built in)")
     parser.add_argument("--limit", type=int, default=64, help="images (default: 64)")
@@ -247,11 +246,15 @@ def main() -> int:
                 cases = composed(model, pixels, Path(folder), options.policies)
             sizes = batch_sizes(len(pixels))
             for case in cases:
-                found, told = in_web(case, pixels, sizes, options.web)
-                line = compare(in_onnxruntime(case, pixels, sizes), found, case.policy)
-                good &= " int8 " in case.name or not (line["other_exits"] or line["other_logits"])
-                what = {"path": path, "file": case.name, "samples": len(pixels)}
-                print(json.dumps({**what, **line, **told}), flush=True)
+                ours = in_session(open_session(case.file, 1), case, pixels, sizes)
+                theirs = {"openvino": in_session(open_openvino(case.file, 1), case, pixels, sizes)}
+                if options.web:
+                    theirs["onnxruntime-web"] = in_web(case, pixels, sizes, options.web)
+                for runtime, found in theirs.items():
+                    line = compare(ours, found, case.policy)
+                    good &= " int8 " in case.name or not (line["other_exits"] or line["other_logits"])
+                    what = {"path": path, "file": case.name, "runtime": runtime, "samples": len(pixels)}
+                    print(json.dumps({**what, **line}), flush=True)
     return 0 if good else 1
 
 
