@@ -111,7 +111,7 @@ class GatePolicy(ExitPolicy):
         weights, bias, mean = (torch.tensor(each, dtype=torch.float32, device=logits.device) for each in numbers)
         features = own_features(scaled, probs)
         if earlier is not None and place:
-            features += earlier_features(probs, earlier[:, :place], mean[len(OWN_FEATURES) :])
+            features += earlier_features(probs, earlier, mean[len(OWN_FEATURES) :])
         # no matrix product, whose rounding may depend on the other samples of the batch
         # summed over the middle: OpenVINO 2026.4 adds another bias to sums over the last dimension
         score = torch.sigmoid((torch.cat(features, 1)[..., None] * weights.T).sum(1) + bias).mean(-1)
@@ -136,20 +136,22 @@ def own_features(logits: Tensor, probs: Tensor) -> list[Tensor]:
 
 
 def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> list[Tensor]:
-    """`EARLIER_FEATURES` of `K` exits before, `[B, K * 3]`, nearest first; their `mean` where an exit is unknown.
+    """`EARLIER_FEATURES` of the nearest exits, as many as `mean` is of; their `mean` where an exit is unknown.
 
     Args:
         probs (`Tensor`): `[B, C]`, of the exit that is judged.
         earlier (`Tensor`): `[B, K, C]`, below 0 where an exit was not evaluated, NaN where its logits were.
-        mean (`Tensor`): `[K * 3]`.
+        mean (`Tensor`): `[k * 3]`, `k` at most `K`.
     """
     import torch
 
     label = probs.argmax(-1)[:, None, None].expand(-1, earlier.shape[1], 1)
     top, of_label = earlier.amax(-1, keepdim=True), earlier.gather(2, label)
     # an exit agrees where this label is its own: no other probability there is larger
-    features = torch.cat([top, (of_label == top).float(), of_label], 2)
-    return [torch.where(top >= 0, features, mean.reshape(-1, len(EARLIER_FEATURES))).flatten(1)]
+    every = torch.cat([top, (of_label == top).float(), of_label], 2)
+    # sliced last: of slices before `gather` OpenVINO 2026.4 takes the whole
+    features = every[:, : len(mean) // len(EARLIER_FEATURES)]
+    return [torch.where(features[..., :1] >= 0, features, mean.reshape(-1, len(EARLIER_FEATURES))).flatten(1)]
 
 
 def num_features(place: int) -> int:
