@@ -20,6 +20,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from lgvit_hf.export.onnx_export import export_onnx  # noqa: E402
+from lgvit_hf.export.verification import between  # noqa: E402
 from lgvit_hf.runtimes.onnxruntime import ORTHighway  # noqa: E402
 
 pytestmark = pytest.mark.version_independent
@@ -58,9 +59,16 @@ POLICIES = {
 }
 
 
+@torch.no_grad()
 def model_with(policy):
     model = tiny_model("vit", **SMALL)
-    model.set_exit_policy(POLICIES[policy](model))
+    settings, images = POLICIES[policy](model), some_images()
+    if settings["name"] == "gate":
+        # in the middle of the scores, so that some samples exit and others do not
+        logits = torch.stack(model(images[~images.isnan().any((1, 2, 3))], early_exit=False).exit_logits)
+        scores = scores_of(build_policy(settings, EXITS), logits)
+        settings["threshold"] = [between(each) for each in scores]
+    model.set_exit_policy(settings)
     return model
 
 
