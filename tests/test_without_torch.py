@@ -18,7 +18,7 @@ pytest.importorskip("openvino", reason='pip install "lgvit-hf[openvino]"')
 from lgvit_hf import Predictor, export_onnx  # noqa: E402
 from lgvit_hf.cli import main  # noqa: E402
 from lgvit_hf.data.processing import make_processor  # noqa: E402
-from lgvit_hf.serving.single_file import SingleFile  # noqa: E402
+from lgvit_hf.serving.exported_model import SingleFile  # noqa: E402
 from lgvit_hf.serving.torch_model import TorchModel  # noqa: E402
 from tests.clear import clear, clear_model  # noqa: E402
 from tests.processes import ROOT  # noqa: E402

@@ -15,7 +15,7 @@ from .device import loop
 from .device.info import is_text
 from .device.loop import Arrays, scaled_softmax
 from .device.rgb import as_rgb, read_image
-from .single_file import SingleFile
+from .exported_model import SingleFile
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
