@@ -103,10 +103,10 @@ def check_numbers(field_name: str, value: Numbers, *, positive: bool = False) ->
             raise ValueError(f"exit_policy: {field_name}={value!r} is not one number or a list of numbers ({wanted})")
 
 
-def check_count(field_name: str, value: int) -> None:
-    """Raise `ValueError` for what is no whole number of at least 1."""
-    if not _is_count(value, 1):
-        raise ValueError(f"exit_policy: {field_name}={value!r} must be an integer of at least 1")
+def check_count(field_name: str, value: int, at_least: int = 1) -> None:
+    """Raise `ValueError` for what is no whole number, or a smaller one."""
+    if not _is_count(value, at_least):
+        raise ValueError(f"exit_policy: {field_name}={value!r} must be an integer of at least {at_least}")
 
 
 def check_exits(value: Sequence[int] | None) -> None:

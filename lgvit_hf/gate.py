@@ -31,6 +31,10 @@ EARLIER_FEATURES = ("top_probability", "agrees", "probability_of_this_label")
 NUM_EARLIER = 3
 # stands in the memory for an exit that was not evaluated
 _UNKNOWN = -1.0
+# rows: largest and second probability, sum of p log p, log of the largest, largest logit; columns: OWN_FEATURES
+FEATURES_OF_NUMBERS = np.array(
+    [[1, 1, 0, 0, 0], [0, -1, 0, 0, 0], [0, 0, -1, 0, 0], [0, 0, 0, -1, 0], [0, 0, 0, 1, 1]]
+)
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -76,19 +80,20 @@ class GatePolicy(ExitPolicy):
         check_numbers("threshold", self.threshold)
         check_numbers("temperature", self.temperature, positive=True)
         check_exits(self.exits)
-        check_count("num_labels", self.num_labels)
+        check_count("num_labels", self.num_labels, at_least=2)
         if not self.exits or list(self.exits) != sorted(self.exits):
             raise ValueError(f"exit_policy: exits={self.exits!r} must be at least one index, in ascending order")
         if not isinstance(self.models, Sequence) or len(self.models) != len(self.exits):
             raise ValueError(f"exit_policy: models must be one for each of the {len(self.exits)} exits")
-        regressions = [_regression(place, model) for place, model in enumerate(self.models)]
+        kept = self._kept()
+        regressions = [_regression(place, model, kept) for place, model in enumerate(self.models)]
         object.__setattr__(self, "_regressions", regressions)
 
     def start(self, batch_size: int, device: torch.device | str) -> Memory:
         """No exit evaluated: probabilities `[B, K, C]` of the last `K` exits, all unknown."""
         import torch
 
-        kept = min(NUM_EARLIER, len(self.exits) - 1)
+        kept = self._kept()
         shape = (batch_size, kept, self.num_labels)
         return {"probabilities": torch.full(shape, _UNKNOWN, device=device)} if kept else {}
 
@@ -107,51 +112,53 @@ class GatePolicy(ExitPolicy):
         scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
         probs, earlier = probabilities(scaled), memory.get("probabilities")
         # of lists, which a trace takes as constants
-        numbers: list[list[Any]] = vars(self)["_regressions"][place]
-        weights, bias, mean = (torch.tensor(each, dtype=torch.float32, device=logits.device) for each in numbers)
-        features = own_features(scaled, probs)
+        lists: list[list[Any]] = vars(self)["_regressions"][place]
+        weights, bias, mean = (torch.tensor(each, dtype=torch.float32, device=logits.device) for each in lists)
+        numbers = own_numbers(scaled, probs)
         if earlier is not None and place:
-            features += earlier_features(probs, earlier, mean[len(OWN_FEATURES) :])
+            numbers.append(earlier_features(probs, earlier, mean))
         # no matrix product, whose rounding may depend on the other samples of the batch
         # summed over the middle: OpenVINO 2026.4 adds another bias to sums over the last dimension
-        score = torch.sigmoid((torch.cat(features, 1)[..., None] * weights.T).sum(1) + bias).mean(-1)
+        score = torch.sigmoid((torch.cat(numbers, 1)[..., None] * weights).sum(1) + bias).mean(-1)
         after = {"score": score}
         if earlier is not None:
             after["probabilities"] = torch.cat([probs[:, None], earlier[:, :-1]], 1)
         return score > number_at(self.threshold, exit_index, math.inf), after
+
+    def _kept(self) -> int:
+        return min(NUM_EARLIER, len(self.exits) - 1)
 
     def _is_final(self, exit_index: int) -> bool:
         num_exits = len(self.threshold) if isinstance(self.threshold, Sequence) else max(self.exits) + 1
         return exit_index >= num_exits
 
 
-def own_features(logits: Tensor, probs: Tensor) -> list[Tensor]:
-    """`OWN_FEATURES` of logits `[B, C]` and their softmax, `[B, 1]` each."""
-    best = probs.topk(min(2, probs.shape[-1]), dim=-1).values
-    top, largest = best[:, :1], logits.amax(-1, keepdim=True)
-    margin = top - best[:, 1:] if best.shape[-1] > 1 else top
+def own_numbers(logits: Tensor, probs: Tensor) -> list[Tensor]:
+    """What `OWN_FEATURES` are sums of, `[B, 5]` side by side, of logits `[B, C]` and their softmax.
+
+    The features are these numbers times `FEATURES_OF_NUMBERS`, which the weights of a regression take in beforehand.
+    """
+    best = probs.topk(2, dim=-1).values
     # the smallest normal number stands in for a probability of 0, whose logarithm times 0 is NaN
-    entropy = -(probs * probs.clamp(min=_TINY).log()).sum(-1, keepdim=True)
-    return [top, margin, entropy, largest - top.log(), largest]
+    entropy = (probs * probs.clamp(min=_TINY).log()).sum(-1, keepdim=True)
+    return [best, entropy, best[:, :1].log(), logits.amax(-1, keepdim=True)]
 
 
-def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> list[Tensor]:
-    """`EARLIER_FEATURES` of the nearest exits, as many as `mean` is of; their `mean` where an exit is unknown.
+def earlier_features(probs: Tensor, earlier: Tensor, mean: Tensor) -> Tensor:
+    """`EARLIER_FEATURES` of the `K` exits before, the nearest first, `[B, K * 3]`; `mean` where an exit is unknown.
 
     Args:
         probs (`Tensor`): `[B, C]`, of the exit that is judged.
         earlier (`Tensor`): `[B, K, C]`, below 0 where an exit was not evaluated, NaN where its logits were.
-        mean (`Tensor`): `[k * 3]`, `k` at most `K`.
+        mean (`Tensor`): `[K, 3]`.
     """
     import torch
 
-    label = probs.argmax(-1)[:, None, None].expand(-1, earlier.shape[1], 1)
+    label = probs.argmax(-1, keepdim=True)[..., None].expand(-1, earlier.shape[1], 1)
     top, of_label = earlier.amax(-1, keepdim=True), earlier.gather(2, label)
     # an exit agrees where this label is its own: no other probability there is larger
-    every = torch.cat([top, (of_label == top).float(), of_label], 2)
-    # sliced last: of slices before `gather` OpenVINO 2026.4 takes the whole
-    features = every[:, : len(mean) // len(EARLIER_FEATURES)]
-    return [torch.where(features[..., :1] >= 0, features, mean.reshape(-1, len(EARLIER_FEATURES))).flatten(1)]
+    features = torch.cat([top, (of_label == top).float(), of_label], 2)
+    return torch.where(top >= 0, features, mean).flatten(1)
 
 
 def num_features(place: int) -> int:
@@ -159,8 +166,8 @@ def num_features(place: int) -> int:
     return len(OWN_FEATURES) + len(EARLIER_FEATURES) * min(NUM_EARLIER, place)
 
 
-def _regression(place: int, model: Mapping[str, Any]) -> list[list[Any]]:
-    """Weights `[2, F]` and bias `[2]` for features as they are, and the features' mean `[F]`, as lists."""
+def _regression(place: int, model: Mapping[str, Any], kept: int) -> list[list[Any]]:
+    """For `own_numbers` and the features of `kept` earlier exits: weights `[F, 2]`, bias `[2]`, mean `[kept, 3]`."""
     length, names = num_features(place), ("mean", "scale", "weights", "bias")
     wanted = [(length,), (length,), (2, length), (2,)]
     try:
@@ -176,4 +183,11 @@ def _regression(place: int, model: Mapping[str, Any]) -> list[list[Any]]:
     if not all(np.isfinite(each).all() for each in (mean, scale, weights, bias)) or (scale <= 0).any():
         raise ValueError(f"exit_policy: models[{place}] must hold finite numbers, and a scale above 0")
     folded = weights / scale
-    return [each.tolist() for each in (folded, bias - folded @ mean, mean)]
+    bias, own = bias - folded @ mean, len(OWN_FEATURES)
+    parts = [folded[:, :own] @ FEATURES_OF_NUMBERS.T, folded[:, own:]]
+    # of the first exits fewer were evaluated before than are kept: those have no weight
+    width = len(EARLIER_FEATURES) * kept if place else 0
+    unused = own + width - length
+    padded = np.pad(np.concatenate(parts, 1), [(0, 0), (0, unused)])
+    means = np.pad(mean[own:], (0, unused)).reshape(-1, len(EARLIER_FEATURES))
+    return [each.tolist() for each in (padded.T, bias, means)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..gate import OWN_FEATURES, earlier_features, num_features, own_features
+from ..gate import EARLIER_FEATURES, FEATURES_OF_NUMBERS, NUM_EARLIER, earlier_features, own_numbers
 from ..policies import number_at, probabilities
 from .exit_table import ExitTable
 
@@ -76,15 +76,16 @@ def gate_features(table: ExitTable, exits: Sequence[int], temperatures: Sequence
     """What the regression of each of `exits` reads, `[N, F]` float64, by the policy's own arithmetic."""
     before: list[Tensor] = []
     found, seen = [], table.policy_logits(exits)
-    for place, index in enumerate(exits):
+    for index in exits:
         logits = seen[index].float() / number_at(temperatures, index, 1.0)
         probs = probabilities(logits)
-        parts = own_features(logits, probs)
+        features = [torch.cat(own_numbers(logits, probs), 1).double() @ torch.from_numpy(FEATURES_OF_NUMBERS).double()]
         if before:
-            unused = torch.zeros(num_features(place) - len(OWN_FEATURES))
-            parts += earlier_features(probs, torch.stack(before[::-1][:3], 1), unused)
+            earlier = torch.stack(before[::-1][:NUM_EARLIER], 1)
+            unused = torch.zeros(earlier.shape[1], len(EARLIER_FEATURES))
+            features.append(earlier_features(probs, earlier, unused).double())
         before.append(probs)
-        found.append(torch.cat(parts, 1).double().numpy())
+        found.append(torch.cat(features, 1).numpy())
     return found
 
 

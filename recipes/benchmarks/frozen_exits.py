@@ -369,7 +369,7 @@ def report(name, cache, heads, seeds, others):
                 yield {**line, "speed_ups": [round(float(ratio), 4) for ratio in read]}
 
 
-def plot(lines, file, head="concat", batch_size=1):
+def plot(lines, file, head="conv1_1", batch_size=1):
     """Speed-up over the plain backbone at each drop, of each model under `gate`, `uniform` and `static`."""
     import matplotlib.pyplot as plt
 
@@ -392,6 +392,7 @@ def plot(lines, file, head="concat", batch_size=1):
                     color=drawn.get_color(),
                 )
         axis.set(title=model, xlabel="accuracy drop on test samples (points)")
+        axis.set_ylim(bottom=1)
     axes[0][0].set_ylabel(f"speed-up by the clock, batch {batch_size}")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
