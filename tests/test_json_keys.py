@@ -96,6 +96,11 @@ VOCABULARY = {
     "guaranteed_drop": either(share, nothing),
     "max_accuracy_drop": either(share, nothing),
     "ladder": list_of(mapping),
+    # drift
+    "baseline": mapping,
+    "labels": list_of(either(count, mapping)),
+    "label_names": list_of(text),
+    "harm": either(count, mapping),
     # depth and cost
     "depth": count,  # blocks until the end of a part
     "mean_depth": either(number, nothing),
