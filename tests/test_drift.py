@@ -77,7 +77,7 @@ def test_its_expectation_is_at_most_one_when_bets_may_stop(rate):
 
 
 def evidence_of(streams, baselines, known):
-    """Log of the evidence at each check, `[R, T]`; of a channel counts `[R, T, K]`, samples `[T]`, baseline `[R, K]`."""
+    """Log of the evidence at each check, `[R, T]`; counts are `[R, T, K]`, samples `[T]`, baselines `[R, K]`."""
     channels = []
     for (counts, samples), before in zip(streams, baselines, strict=True):
         found = log_evidence(counts, samples[None, :, None], before[:, None], known)

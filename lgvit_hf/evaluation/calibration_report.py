@@ -41,8 +41,8 @@ class Calibration:
         calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all samples `before`
             and `after` the temperature, and of those `exited` there, after it.
         ensemble (`dict`, *optional*): The `exit_ensemble` on which the policy decides.
-        baseline (`dict`, *optional*): For `DriftMonitor`: `samples` tested on, how many exit at each of `exits` and are
-            answered with each of `labels`, and the `harm`: how many the full model answers otherwise, rightly or not.
+        baseline (`dict`, *optional*): For `DriftMonitor`: `samples` tested on, how many exit at each of `exits` and
+            are answered with each of `labels`, and the `harm`: how many the full model answers otherwise, rightly or not.
         weights (`str`, *optional*): Digest of the model's weights, by which a ladder of another model is known.
     """
 

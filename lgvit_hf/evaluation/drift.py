@@ -30,8 +30,8 @@ def log_evidence(
 ) -> np.ndarray:
     r"""Log of an e-process against "events are as frequent as in the baseline", whatever that frequency is.
 
-    For a frequency `p`, bets at the odds of `p` on the samples in use (a Beta mixture around the baseline's rate) are a
-    martingale, and `(1 - r) exp(r n KL(rate || p))` of the baseline's `n` samples has an expectation of at most 1
+    For a frequency `p`, bets at the odds of `p` on the samples in use (a Beta mixture around the baseline's rate) are
+    a martingale, and `(1 - r) exp(r n KL(rate || p))` of the baseline's `n` samples has an expectation of at most 1
     (Agrawal, https://arxiv.org/abs/1809.02300). Their product is a martingale for the true `p`, so its infimum over
     all `p`, which is where both samples together put it, is at most that: it ever exceeds `1 / alpha` with probability
     at most `alpha`, over the draw of the baseline and of all samples (universal inference,
