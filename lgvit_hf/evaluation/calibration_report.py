@@ -42,7 +42,7 @@ class Calibration:
             and `after` the temperature, and of those `exited` there, after it.
         ensemble (`dict`, *optional*): The `exit_ensemble` on which the policy decides.
         baseline (`dict`, *optional*): For `DriftMonitor`: `samples` tested on, how many exit at each of `exits` and
-            are answered with each of `labels`, and the `harm`: how many the full model answers otherwise, rightly or not.
+            are answered with each of `labels`, and `harm`: how many the full model answers otherwise, rightly or not.
         weights (`str`, *optional*): Digest of the model's weights, by which a ladder of another model is known.
     """
 
