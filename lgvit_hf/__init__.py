@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation.calibration import calibrate
     from .evaluation.calibration_report import Calibration
     from .evaluation.cost_table import CostTable
+    from .evaluation.drift import DriftMonitor, load_baseline
     from .evaluation.ensemble_fitting import fit_ensemble
     from .evaluation.evaluate_metric import HighwayMetric
     from .evaluation.exit_table import ExitTable, collect
@@ -61,6 +62,7 @@ _HOMES = {
     "evaluation.calibration": ("calibrate",),
     "evaluation.calibration_report": ("Calibration",),
     "evaluation.cost_table": ("CostTable",),
+    "evaluation.drift": ("DriftMonitor", "load_baseline"),
     "evaluation.evaluate_metric": ("HighwayMetric",),
     "evaluation.ensemble_fitting": ("fit_ensemble",),
     "evaluation.gate_fitting": ("fit_gate",),

@@ -68,7 +68,7 @@ VOCABULARY = {
     "exit_layer": count,
     "static_exit": either(count, nothing),
     "head": text,
-    "share": share,
+    "share": either(share, nothing),
     "shares": list_of(share),
     # accuracy and calibration
     "accuracy": either(share, nothing),
@@ -96,6 +96,19 @@ VOCABULARY = {
     "guaranteed_drop": either(share, nothing),
     "max_accuracy_drop": either(share, nothing),
     "ladder": list_of(mapping),
+    # drift
+    "baseline": mapping,
+    "labels": list_of(either(count, mapping)),
+    "label_names": list_of(text),
+    "harm": either(count, mapping),
+    "alpha": share,
+    "alarm": lambda value: type(value) is bool,
+    "alarm_at": either(count, nothing),
+    "p_value": share,
+    "since": count,
+    "audited": count,
+    "baseline_share": share,
+    "label": text,
     # depth and cost
     "depth": count,  # blocks until the end of a part
     "mean_depth": either(number, nothing),

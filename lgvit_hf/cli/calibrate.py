@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         labelled = table.without_labels() if options.ignore_labels else table
         plot_calibration(options.plot, labelled, report, not options.ignore_labels, options.max_accuracy_drop)
-    found = {"what": "lgvit calibrate", **known.samples(options.split), **report.to_dict()}
+    label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    found = {"what": "lgvit calibrate", **known.samples(options.split), **report.to_dict(), "label_names": label_names}
     if options.output is not None:
         model.set_exit_policy(report.policy)
         with replace_folder(options.output) as new:

@@ -188,9 +188,15 @@ def calibrate(
         delta=delta,
         guaranteed_drop=None if delta is None else max_accuracy_drop,
         max_accuracy_drop=max_accuracy_drop,
-        ladder=tuple(result.figures(full_accuracy) for result in allowed if result.like(chosen)),
+        ladder=tuple(
+            {**result.figures(full_accuracy), "baseline": result.baseline(tested)}
+            for result in allowed
+            if result.like(chosen)
+        ),
         frontier=tuple(result.figures(full_accuracy) for result in results),
         ensemble=table.ensemble,
+        baseline=chosen.baseline(tested),
+        weights=table.weights,
         calibration_errors=tuple(_errors(tested, chosen, temperatures)),
     )
 
@@ -300,6 +306,16 @@ class _Result:
     def figures(self, full_accuracy: float) -> dict[str, Any]:
         what = {"policy": self.settings, "accuracy": full_accuracy - self.drop}
         return {**what, "mean_macs": self.macs, "mean_latency": self.latency}
+
+    def baseline(self, table: ExitTable) -> dict[str, Any]:
+        """What `DriftMonitor` compares samples in use with: counts of the samples that this is the result of."""
+        labels = table.policy_logits(self.evaluated).argmax(-1).gather(0, self.exit_index[None])[0]
+        counts = {"exits": (self.exit_index, len(table.depths)), "labels": (labels, table.logits.shape[-1])}
+        return {
+            "samples": len(table),
+            **{name: torch.bincount(values, minlength=size).tolist() for name, (values, size) in counts.items()},
+            "harm": int((labels != table.logits[-1].argmax(-1)).sum()),
+        }
 
 
 def _result(table: ExitTable, settings: Settings, cost_table: CostTable | None, batch_size: int) -> _Result:

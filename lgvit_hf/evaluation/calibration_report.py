@@ -35,12 +35,15 @@ class Calibration:
         ladder (`tuple[dict, ...]`):
             Of the candidates within that drop (with `delta`, of those that are certified, all at once), those of the
             returned policy's family and exits, from the safest to the fastest: `policy`, `accuracy` (an estimate),
-            `mean_macs` and `mean_latency`.
+            `mean_macs`, `mean_latency` and its own `baseline`.
         frontier (`tuple[dict, ...]`): `policy`, `accuracy`, `mean_macs` and `mean_latency` of every candidate on the
             same samples, from the safest to the fastest.
         calibration_errors (`tuple[dict, ...]`): Of each exit, the expected calibration error of all samples `before`
             and `after` the temperature, and of those `exited` there, after it.
         ensemble (`dict`, *optional*): The `exit_ensemble` on which the policy decides.
+        baseline (`dict`, *optional*): For `DriftMonitor`: `samples` tested on, how many exit at each of `exits` and
+            are answered with each of `labels`, and `harm`: how many the full model answers otherwise, rightly or not.
+        weights (`str`, *optional*): Digest of the model's weights, by which a ladder of another model is known.
     """
 
     policy: dict[str, Any]
@@ -62,6 +65,8 @@ class Calibration:
     frontier: tuple[dict[str, Any], ...] = ()
     calibration_errors: tuple[dict[str, float | None], ...] = ()
     ensemble: dict[str, Any] | None = None
+    baseline: dict[str, Any] | None = None
+    weights: str | None = None
 
     @property
     def n(self) -> int:

@@ -6,6 +6,7 @@ A file per subject; `style.py` is what all share.
 from .classes import plot_classes
 from .confusion import plot_confusion
 from .costs import plot_pareto
+from .drift import plot_drift
 from .exits import plot_exits, plot_report
 from .images import plot_gallery, plot_scores
 from .latency import plot_latency
@@ -16,6 +17,7 @@ from .training import plot_training
 __all__ = [
     "plot_classes",
     "plot_confusion",
+    "plot_drift",
     "plot_exits",
     "plot_gallery",
     "plot_latency",
