@@ -37,7 +37,7 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    kinds = (".py", ".md", ".yaml", ".html", ".css", ".js", ".typed")
+    kinds = (".py", ".md", ".yaml", ".html", ".css", ".js", ".mjs", ".typed")
     files = [path for path in (ROOT / "lgvit_hf").rglob("*") if path.suffix in kinds]
     wanted = {str(path.relative_to(PLUGIN if PLUGIN in path.parents else ROOT)) for path in files}
     assert {
