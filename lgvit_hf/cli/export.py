@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
         manifest.save(Path(options.output))
     write_training_data(options.output, read_training_data(options.checkpoint))
     if runtime is not None:
-        write_web(options.output, manifest, model.config, runtime, pictures)
+        name = Path(options.checkpoint).resolve().name
+        write_web(options.output, manifest, model.config, runtime, name=name, pictures=pictures)
     print(export_as_text(manifest, options.output))
     if runtime is not None:
         print(f"a page for browsers: python -m http.server --directory {options.output}, then http://localhost:8000")

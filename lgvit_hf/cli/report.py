@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.cost_table import CostTable, architecture
     from ..evaluation.profiling import head_names
     from ..evaluation.report_page import report_data
+    from ..hub.card import data_name
     from ..pages import page
     from .inputs import open_options, table_of
 
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         calibration=_calibration_of(options.checkpoint),
     )
-    about = {"model": Path(options.checkpoint).name, "data": options.data, "split": options.split}
+    about = {"model": Path(options.checkpoint).resolve().name, "data": data_name({"data": options.data}), "split": options.split}
     with replace_file(options.output) as file:
         file.write_text(page("report.html", {**about, "version": __version__, **data}), encoding="utf-8")
     settings = sum(len(mode["settings"]) for mode in data["modes"])

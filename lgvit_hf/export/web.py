@@ -86,7 +86,13 @@ def check_image(manifest: Manifest) -> None:
 
 
 def write_web(
-    folder: str | Path, manifest: Manifest, config: PretrainedConfig, runtime: Path, pictures: Sequence[Image.Image]
+    folder: str | Path,
+    manifest: Manifest,
+    config: PretrainedConfig,
+    runtime: Path,
+    *,
+    name: str,
+    pictures: Sequence[Image.Image] = (),
 ) -> None:
     """Add `index.html`, its scripts, onnxruntime-web's files and sample images to an exported folder.
 
@@ -95,7 +101,8 @@ def write_web(
         manifest (`Manifest`): Of the folder.
         config (`PretrainedConfig`): With the names of the classes.
         runtime (`Path`): As `find_runtime` gives it.
-        pictures (`Sequence[PIL.Image.Image]`): Samples to choose from, RGB or grey.
+        name (`str`): The page's heading.
+        pictures (`Sequence[PIL.Image.Image]`, *optional*): Samples to choose from, RGB or grey.
 
     Raises:
         ValueError: The page could not prepare images as the image processor does.
@@ -103,17 +110,15 @@ def write_web(
     check_image(manifest)
     folder, web = Path(folder), Path(folder) / "web"
     web.mkdir()
-    for name in RUNTIME:
-        shutil.copyfile(runtime / name, web / name)
-    for name in SCRIPTS:
-        shutil.copyfile(FOLDER / name, web / name)
+    for file in (*(runtime / each for each in RUNTIME), *(FOLDER / each for each in SCRIPTS)):
+        shutil.copyfile(file, web / file.name)
     samples = []
     for index, picture in enumerate(pictures):
         small = picture.copy()
         small.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
         samples.append(f"web/sample{index}.png")
         small.save(folder / samples[-1])
-    data = {**_page_data(manifest, config), "model": folder.resolve().name, "samples": samples}
+    data = {**_page_data(manifest, config), "model": name, "samples": samples}
     data["runtime"] = json.loads((runtime.parent / "package.json").read_text(encoding="utf-8"))["version"]
     (folder / "index.html").write_text(page("demo.html", data), encoding="utf-8")
 

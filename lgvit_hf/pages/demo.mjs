@@ -8,6 +8,7 @@ const MAX_BYTES = 32e6;
 const MAX_PIXELS = 50e6;
 const MAX_SIDE = 32768;
 const last = data.depths.length - 1;
+const shape = [1, data.image.channels, ...(data.image.crop ?? data.image.size)];
 const state = { pixels: null, session: null, threshold: null, turn: 0, stream: null, exits: [], busy: Promise.resolve() };
 
 ort.env.wasm.numThreads = 1;
@@ -30,8 +31,6 @@ function run(thresholds) {
 }
 
 async function runNow(thresholds) {
-  const { channels, size, crop } = data.image;
-  const shape = [1, channels, ...(crop ?? size)];
   const inputs = { ...data.inputs, exit_thresholds: thresholds };
   const feeds = Object.fromEntries(Object.entries(inputs).map(([name, list]) => [name, new ort.Tensor("float32", list, [list.length])]));
   const began = performance.now();
@@ -90,6 +89,7 @@ async function look(open, name) {
     state.pixels = prepare(rgba, [height, width], data.image);
     state.exits = [];
     byId("shown").src = preview(canvas);
+    byId("shown").className = Math.max(width, height) < 64 ? "small" : "";
     byId("shown").hidden = false;
     await answer(turn);
     await everyExit(turn);
@@ -205,10 +205,17 @@ function listen() {
   byId("slider").addEventListener("input", (event) => setThreshold((data.most * Number(event.target.value)) / 1000));
   byId("reset").addEventListener("click", () => setThreshold(null));
   byId("samples").append(...data.samples.map((file, index) => {
-    const button = html("button", { type: "button" }, html("img", { src: file, alt: `sample image ${index + 1}` }));
+    const button = html("button", { type: "button" }, html("img", { src: file, class: "small", alt: `sample image ${index + 1}` }));
     button.addEventListener("click", () => look(async () => bitmapOf(await (await fetch(file)).blob()), `Sample image ${index + 1}`));
     return button;
   }));
+}
+
+/** The first runs take longer than those after them. */
+async function warmUp() {
+  state.pixels = new Float32Array(shape.reduce((product, side) => product * side));
+  for (const exit of data.exits) await run(forced(exit));
+  state.pixels = null;
 }
 
 async function start() {
@@ -221,6 +228,7 @@ async function start() {
     const file = await fetch(data.file);
     if (!file.ok) throw new Error(`the server says ${file.status}`);
     state.session = await ort.InferenceSession.create(new Uint8Array(await file.arrayBuffer()), { executionProviders: ["wasm"] });
+    await warmUp();
   } catch (error) {
     byId("message").textContent = `${data.file} does not open: ${error.message}. Export it again, and serve the whole folder.`;
     return;
