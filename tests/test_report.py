@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from lgvit_hf import ExitTable
+from lgvit_hf import CostTable, ExitTable
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.report_page import report_data
 from lgvit_hf.pages import page as page_of
@@ -111,10 +111,16 @@ def test_many_classes_and_exits_stay_small():
     noise = Image.effect_noise((300, 200), 90).convert("RGB")
     names = [f"class number {index}" for index in range(1000)]
     policy = build_policy({"name": "patience", "patience": 2}, 11)
-    data = report_data(table, policy, names, ["linear"] * 12, lambda index: noise, command=["lgvit"])
+    sizes, backbone = [1, 4], [[0.001 * index, 0.002 * index] for index in range(1, 13)]
+    costs = CostTable(sizes, backbone, [[0.001, 0.002]] * 12, [[0.001, 0.001]] * 12, 1, "cpu", "an example")
+    words = {"command": ["lgvit"], "cost_table": costs, "batch_size": 4}
+    data = report_data(table, policy, names, ["linear"] * 12, lambda index: noise, **words)
     assert len(json.dumps(data)) < 1.9e6
     assert all(len(step["classes"]) <= 40 for mode in data["modes"] for step in mode["settings"])
     saved = data["modes"][-1]["settings"][0]
+    shares = [exit["share"] for exit in saved["exits"]]
+    assert saved["cost"] == costs.mean_latency(shares, range(11), 4) and data["cost"]["unit"] == "ms"
+    assert data["cost"]["full"] == costs.mean_latency([0.0] * 11 + [1.0], [], 4)
     assert saved["policy"]["name"] == "patience" and saved["copy"].endswith("lgvit --policy patience --patience 2")
 
 

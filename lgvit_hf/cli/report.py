@@ -60,7 +60,11 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         calibration=_calibration_of(options.checkpoint),
     )
-    about = {"model": Path(options.checkpoint).resolve().name, "data": data_name({"data": options.data}), "split": options.split}
+    about = {
+        "model": Path(options.checkpoint).resolve().name,
+        "data": data_name({"data": options.data}),
+        "split": options.split,
+    }
     with replace_file(options.output) as file:
         file.write_text(page("report.html", {**about, "version": __version__, **data}), encoding="utf-8")
     settings = sum(len(mode["settings"]) for mode in data["modes"])
