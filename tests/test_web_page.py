@@ -24,7 +24,7 @@ from lgvit_hf.runtimes.manifest import Manifest
 from lgvit_hf.serving.device.pixels import pixel_settings, prepare
 from tests.browser import needs_browser, open_page
 from tests.seeds import rng, seeded
-from tests.tiny import IMAGE_SIZE, tiny_config
+from tests.tiny import IMAGE_SIZE
 
 pytestmark = pytest.mark.version_independent
 HOSTILE = "<img src=x onerror=window.hacked=1>"
@@ -99,23 +99,21 @@ def exported(tmp_path):
         exits=[0, 1],
         policy={"name": "entropy", "threshold": 0.5},
         macs={"backbone_costs": [1.0, 2.0], "heads": [0.5, 0.5]},
-        versions={},
+        versions={"lgvit_hf": "0.1.0"},
         checks={},
         thresholds="input",
         inputs={"exit_thresholds": [0.5], "exit_temperatures": [1.0, 1.0]},
         image=settings,
     )
-    config = tiny_config("vit", exit_positions=[2])
-    config.id2label = {**config.id2label, 0: f"</script>{HOSTILE}"}
-    return folder, manifest, config
+    return folder, manifest
 
 
 def test_what_is_written(exported, tmp_path):
-    folder, manifest, config = exported
+    folder, manifest = exported
     runtime = fake_runtime(tmp_path / "node_modules" / "onnxruntime-web")
     assert web.find_runtime(tmp_path) == web.find_runtime(runtime.parent) == runtime
     pictures = [Image.new("RGB", (2000, 40)), Image.new("L", (4, 4))]
-    web.write_web(folder, manifest, config, runtime, name=HOSTILE, pictures=pictures)
+    web.write_web(folder, manifest, [f"</script>{HOSTILE}", "plain"], runtime, name=HOSTILE, pictures=pictures)
     page = (folder / "index.html").read_text()
     assert page.count("</script>") == 3 and HOSTILE not in page and '"runtime":"1.30.0"' in page
     text = page + "".join((folder / "web" / name).read_text() for name in web.SCRIPTS)
@@ -125,24 +123,26 @@ def test_what_is_written(exported, tmp_path):
     assert {file.name for file in (folder / "web").glob("*.*s*")} >= {*web.RUNTIME, *web.SCRIPTS}
 
 
-def test_what_cannot_be_a_page_is_said_before_exporting(exported, tmp_path, capsys, monkeypatch):
-    folder, manifest, config = exported
+def test_what_cannot_be_a_page_is_said_before_exporting(tmp_path, capsys, monkeypatch):
     words = ["export", "nowhere", str(tmp_path / "out"), "--web"]
     monkeypatch.chdir(tmp_path)
     assert main([*words, str(tmp_path)]) == 2 and "npm install --prefix web" in capsys.readouterr().err
     assert main(words) == 2 and "no onnxruntime-web" in capsys.readouterr().err
-    confidence = build_policy({"name": "confidence", "threshold": 0.5}, 1)
-    for asked, message in (
-        ((build_policy({"name": "never"}, 1), "single", "float32", "input"), "policy 'never' has no threshold"),
-        ((confidence, "segments", "float32", "input"), "--layout single"),
-        ((confidence, "single", "float32", "fixed"), "--thresholds input"),
-        ((confidence, "single", "float16", "input"), "not float16"),
+    confidence, processor = build_policy({"name": "confidence", "threshold": 0.5}, 1), make_processor(16)
+    shortest, nearest = make_processor(16), make_processor(16)
+    shortest.size, nearest.resample = {"shortest_edge": 16}, 0
+    never = build_policy({"name": "never"}, 1)
+    for policy, images, export, message in (
+        (never, processor, {}, "policy 'never' has no threshold"),
+        (confidence, processor, {"layout": "segments"}, "--layout single"),
+        (confidence, processor, {"thresholds": "fixed"}, "--thresholds input"),
+        (confidence, processor, {"precision": "float16"}, "not float16"),
+        (confidence, shortest, {}, "it does not resize to a height and a width"),
+        (confidence, nearest, {}, r"resample=0 of the image processor must be one of 1 \(lanczos\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            web.check_web(*asked)
-    for image in (None, {**manifest.image, "resample": 0}):
-        with pytest.raises(ValueError, match="the image processor does more"):
-            web.check_image(Manifest(**{**vars(manifest), "image": image}))
+            web.check_web(policy, images, 3, **export)
+    web.check_web(confidence, processor, 3)
 
 
 # -- in a browser ----------------------------------------------------------------------------------------------

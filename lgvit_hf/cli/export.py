@@ -68,7 +68,14 @@ def run(options: argparse.Namespace) -> None:
     runtime = None if options.web is None else find_runtime(options.web or None)
     model, processor = open_checkpoint(options)
     if runtime is not None:
-        check_web(model.exit_policy, options.layout, options.quantize or "float32", thresholds_kind)
+        check_web(
+            model.exit_policy,
+            processor,
+            model.config.num_channels,
+            layout=options.layout,
+            precision=options.quantize or "float32",
+            thresholds=thresholds_kind,
+        )
     found: dict[str, Any] = {}
     drop: dict[str, Any] = {}
     pictures: list[Any] = []
@@ -105,8 +112,9 @@ def run(options: argparse.Namespace) -> None:
         manifest.save(Path(options.output))
     write_training_data(options.output, read_training_data(options.checkpoint))
     if runtime is not None:
-        name = Path(options.checkpoint).resolve().name
-        write_web(options.output, manifest, model.config, runtime, name=name, pictures=pictures)
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        title = Path(options.checkpoint).resolve().name
+        write_web(options.output, manifest, names, runtime, name=title, pictures=pictures)
     print(export_as_text(manifest, options.output))
     if runtime is not None:
         print(f"a page for browsers: python -m http.server --directory {options.output}, then http://localhost:8000")

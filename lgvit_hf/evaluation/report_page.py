@@ -82,7 +82,7 @@ def report_data(
             for key in ("reliability_all", "reliability_exited"):
                 exit[key] = diagrams.setdefault(_as_text(bins[key]), len(diagrams))
         evaluated = [index for index in range(len(exits) - 1) if not rule.skips(index)]
-        first, last = first_and_last(answers, IMAGES)
+        first, last = exited_first_and_last(answers, IMAGES)
         shown.update(first + last)
         keys = ("accuracy", "mean_depth", "layer_speed_up", "mean_macs", "macs_speed_up")
         return {
@@ -139,7 +139,7 @@ def _ladder_mode(calibration: Calibration | None, described: Callable[..., dict[
     return [{"name": name, "settings": found}]
 
 
-def first_and_last(answers: Answers, count: int) -> tuple[list[int], list[int]]:
+def exited_first_and_last(answers: Answers, count: int) -> tuple[list[int], list[int]]:
     """The samples that exit first, the most confident first, and those that exit last, the least confident first.
 
     Args:
@@ -151,7 +151,7 @@ def first_and_last(answers: Answers, count: int) -> tuple[list[int], list[int]]:
         >>> import torch
         >>> logits = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0], [5.0, 0.0]])
         >>> depth = torch.tensor([4, 4, 12, 8])
-        >>> first_and_last(Answers(logits, depth, depth, torch.ones(4)), 1)
+        >>> exited_first_and_last(Answers(logits, depth, depth, torch.ones(4)), 1)
         ([1], [2])
     """
     confidence = probabilities(answers.logits).amax(-1).nan_to_num(0.0).cpu().numpy()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import PretrainedConfig
+from transformers import BaseImageProcessor
 
-from .. import __version__
 from ..pages import FOLDER, page
 from ..policies import ExitPolicy
 from ..runtimes.manifest import Manifest
+from .infer import checked_pixel_settings
 
 # of onnxruntime-web: what runs WebAssembly on a processor
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
@@ -50,13 +50,26 @@ def find_runtime(folder: str | Path | None) -> Path:
     )
 
 
-def check_web(policy: ExitPolicy, layout: str, precision: str, thresholds: str) -> None:
+def check_web(
+    policy: ExitPolicy,
+    processor: BaseImageProcessor,
+    num_channels: int,
+    *,
+    layout: str = "single",
+    precision: str = "float32",
+    thresholds: str = "input",
+) -> None:
     """Raise `ValueError` where an export would have no page: what a slider cannot move, or a browser cannot run.
+
+    Args:
+        policy (`ExitPolicy`), processor (`BaseImageProcessor`), num_channels (`int`): Of the model.
+        layout (`str`, *optional*), precision (`str`, *optional*), thresholds (`str`, *optional*): Of the export.
 
     Example:
 
+        >>> from lgvit_hf.data.processing import make_processor
         >>> from lgvit_hf.policies import PatiencePolicy
-        >>> check_web(PatiencePolicy(2), "single", "float32", "input")
+        >>> check_web(PatiencePolicy(2), make_processor(16), 3)
         Traceback (most recent call last):
         ...
         ValueError: --web: policy 'patience' has no threshold for its slider; choose one of confidence, ...
@@ -73,22 +86,19 @@ def check_web(policy: ExitPolicy, layout: str, precision: str, thresholds: str) 
         )
     if precision == "float16":
         raise ValueError("--web: browsers run float32 and int8 on a processor, not float16; take --quantize int8")
-
-
-def check_image(manifest: Manifest) -> None:
-    """Raise `ValueError` where a page could not prepare images as the image processor does."""
-    if manifest.image is None or manifest.image["resample"] not in FILTERS:
-        raise ValueError(
-            "--web: the image processor does more than resize to a height and a width, crop, rescale and normalise, "
-            f"or its resample is none of {', '.join(f'{key} ({name})' for key, name in FILTERS.items())}; change it, "
-            "or leave --web out"
-        )
+    try:
+        resample = checked_pixel_settings(processor, num_channels)["resample"]
+    except ValueError as error:
+        raise ValueError(f"--web: a page cannot prepare images as the image processor does: {error}") from error
+    if resample not in FILTERS:
+        filters = ", ".join(f"{key} ({name})" for key, name in FILTERS.items())
+        raise ValueError(f"--web: resample={resample} of the image processor must be one of {filters}")
 
 
 def write_web(
     folder: str | Path,
     manifest: Manifest,
-    config: PretrainedConfig,
+    class_names: Sequence[str],
     runtime: Path,
     *,
     name: str,
@@ -99,15 +109,11 @@ def write_web(
     Args:
         folder (`str` or `Path`): With the single file of `manifest`, whose thresholds are inputs.
         manifest (`Manifest`): Of the folder.
-        config (`PretrainedConfig`): With the names of the classes.
+        class_names (`Sequence[str]`): Of all classes, in the order of their numbers.
         runtime (`Path`): As `find_runtime` gives it.
         name (`str`): The page's heading.
         pictures (`Sequence[PIL.Image.Image]`, *optional*): Samples to choose from, RGB or grey.
-
-    Raises:
-        ValueError: The page could not prepare images as the image processor does.
     """
-    check_image(manifest)
     folder, web = Path(folder), Path(folder) / "web"
     web.mkdir()
     for file in (*(runtime / each for each in RUNTIME), *(FOLDER / each for each in SCRIPTS)):
@@ -118,18 +124,17 @@ def write_web(
         small.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
         samples.append(f"web/sample{index}.png")
         small.save(folder / samples[-1])
-    data = {**_page_data(manifest, config), "model": name, "samples": samples}
+    data = {**_page_data(manifest, class_names), "model": name, "samples": samples}
     data["runtime"] = json.loads((runtime.parent / "package.json").read_text(encoding="utf-8"))["version"]
     (folder / "index.html").write_text(page("demo.html", data), encoding="utf-8")
 
 
-def _page_data(manifest: Manifest, config: PretrainedConfig) -> dict[str, Any]:
+def _page_data(manifest: Manifest, class_names: Sequence[str]) -> dict[str, Any]:
     """What `demo.mjs` reads of an export."""
     policy, (file,) = manifest.policy["name"], manifest.files
-    names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    most, always, never = SCORES.get(policy) or (math.log(max(2, len(names))), *ENTROPY)
+    most, always, never = SCORES.get(policy) or (math.log(max(2, len(class_names))), *ENTROPY)
     return {
-        "version": __version__,
+        "version": manifest.versions["lgvit_hf"],
         "file": file,
         "precision": manifest.precision,
         "policy": policy,
@@ -137,7 +142,7 @@ def _page_data(manifest: Manifest, config: PretrainedConfig) -> dict[str, Any]:
         "exits": manifest.exits,
         "inputs": manifest.inputs,
         "image": manifest.image,
-        "class_names": names,
+        "class_names": list(map(str, class_names)),
         "most": most,
         "always": always,
         "never": never,
