@@ -87,6 +87,17 @@ def cells(text):
 
 
 @version_independent
+def test_links_the_pages_that_lie_beside_it(checkpoint, tmp_path):
+    assert "report.html" not in card(checkpoint).text
+    for name in ("index.html", "report.html"):
+        (tmp_path / name).touch()
+    assert main(["card", str(checkpoint), "--output", str(tmp_path / "README.md")]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "[The model in a browser](index.html) (`python -m http.server`" in text
+    assert "exits and classes](report.html) (download it" in text
+
+
+@version_independent
 def test_says_what_the_evaluation_found(checkpoint, reports):
     evaluation = reports["evaluation"]
     made = card(checkpoint, [checkpoint / "evaluation.json"], figure="pareto.png")

@@ -37,7 +37,8 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    files = [path for path in (ROOT / "lgvit_hf").rglob("*") if path.suffix in (".py", ".md", ".yaml", ".typed")]
+    kinds = (".py", ".md", ".yaml", ".html", ".css", ".js", ".mjs", ".typed")
+    files = [path for path in (ROOT / "lgvit_hf").rglob("*") if path.suffix in kinds]
     wanted = {str(path.relative_to(PLUGIN if PLUGIN in path.parents else ROOT)) for path in files}
     assert {
         "lgvit_hf/py.typed",

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command and print the result."""
     from ..evaluation.plots import plot_pareto
-    from ..hub.card import card, is_own, read_report, reports_beside, write_card
+    from ..hub.card import card, is_own, pages_beside, read_report, reports_beside, write_card
     from .drawing import UNIT
 
     folder = Path(options.checkpoint)
@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
     # checked before anything is written
     figure = "pareto.png" if readme.name == "README.md" else f"{readme.stem}.png"
     settings = {name: getattr(options, name) for name in ("name", "datasets", "base_model", "license", "tags")}
-    made = card(options.checkpoint, files, figure=None if drawn is None else figure, **settings)
+    settings |= {"figure": None if drawn is None else figure, "pages": pages_beside(readme.parent)}
+    made = card(options.checkpoint, files, **settings)
     if drawn is not None:
         with add_files(readme.parent) as new:
             plot_pareto(new / figure, *drawn, unit=UNIT)

@@ -36,8 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--layout", choices=("single", "segments", "all_exits"), default="single", help=layouts)
     kinds = "smaller and less exact, --data says how much; int8-static may be faster than int8, and needs --data"
     add("--quantize", choices=("int8", "int8-static", "float16"), help=kinds)
-    kinds = "of one file: inputs with a default, required inputs, or fixed numbers (default: optional)"
-    add("--thresholds", choices=("optional", "input", "fixed"), default="optional", help=kinds)
+    kinds = "of one file: inputs with a default, required inputs, or fixed numbers (default: optional; of --web input)"
+    add("--thresholds", choices=("optional", "input", "fixed"), help=kinds)
+    kinds = "also a page for browsers; folder where npm installed onnxruntime-web (default: here)"
+    add("--web", nargs="?", const="", metavar="FOLDER", help=kinds)
     add("--limit", type=whole(), help="judge on that many of them, drawn at random; the same for thresholds")
     add("--max-accuracy-drop", type=real(), default=0.005, help="on these; more fails the export (default: 0.005)")
     add_processor(parser)
@@ -47,8 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command and print the result."""
     from ..data.held_out import load_known, read_training_data, write_training_data
+    from ..data.processing import ProcessedImages
     from ..export.onnx_export import export_onnx
     from ..export.recalibration import QuantizationImages
+    from ..export.web import check_web, find_runtime, spread_samples, write_web
     from ..hub.loading import check_class_names
     from ..runtimes.manifest import is_exported
     from .inputs import open_checkpoint
@@ -60,14 +64,29 @@ def run(options: argparse.Namespace) -> None:
             "--quantize int8-static measures the ranges of activations on images: give --data DATA, or take "
             "--quantize int8, which needs none"
         )
+    thresholds_kind = options.thresholds or ("optional" if options.web is None else "input")
+    runtime = None if options.web is None else find_runtime(options.web or None)
     model, processor = open_checkpoint(options)
+    if runtime is not None:
+        check_web(
+            model.exit_policy,
+            processor,
+            model.config.num_channels,
+            layout=options.layout,
+            precision=options.quantize or "float32",
+            thresholds=thresholds_kind,
+        )
     found: dict[str, Any] = {}
     drop: dict[str, Any] = {}
+    pictures: list[Any] = []
     if options.data is not None:
         splitting = {"validation_share": options.validation_share, "seed": options.seed}
         known = load_known(options.data, options.checkpoint, **splitting)
         check_class_names(options.checkpoint, model.config, known.splits.label_names)
         found = {use: drawn(known, processor, *which) for use, which in _splits_used(options, model).items()}
+        if runtime is not None:
+            stored = ProcessedImages(getattr(known.splits, options.split), processor)
+            pictures = [stored.picture(index) for index in spread_samples(len(stored))]
         if "thresholds" in found:
             if known.warning("validation") is not None:
                 logger.warning(
@@ -81,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         options.layout,
         precision=options.quantize or "float32",
-        thresholds=options.thresholds,
+        thresholds=thresholds_kind,
         processor=processor,
         images=images,
         max_accuracy_drop=options.max_accuracy_drop,
@@ -92,7 +111,13 @@ def run(options: argparse.Namespace) -> None:
         manifest = replace(manifest, checks={**manifest.checks, "splits": splits})
         manifest.save(Path(options.output))
     write_training_data(options.output, read_training_data(options.checkpoint))
+    if runtime is not None:
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        title = Path(options.checkpoint).resolve().name
+        write_web(options.output, manifest, names, runtime, name=title, pictures=pictures)
     print(export_as_text(manifest, options.output))
+    if runtime is not None:
+        print(f"a page for browsers: python -m http.server --directory {options.output}, then http://localhost:8000")
 
 
 def _splits_used(options: argparse.Namespace, model: Any) -> dict[str, tuple[str, int | None]]:

@@ -92,15 +92,21 @@ def threshold_curve(table: ExitTable, policy: str = "confidence", points: int = 
         >>> [(point["accuracy"], point["mean_macs"]) for point in threshold_curve(table)]
         [(1.0, 5.0), (1.0, 7.5), (0.5, 10.0), (0.5, 9.0)]
     """
+    settings = threshold_settings(table, policy, points)
+    rows = [_row(table, each) for each in settings]
+    return [
+        {"threshold": each["threshold"], "accuracy": row["accuracy"], "mean_macs": row["mean_macs"]}
+        for each, row in zip(settings, rows, strict=True)
+    ]
+
+
+def threshold_settings(table: ExitTable, policy: str = "confidence", points: int = 30) -> list[Settings]:
+    """The policies of `threshold_curve`, which see: no score of the table lies on one of their thresholds."""
     scores = confidence_scores(table, policy, (1.0,) * len(table.depths)).numpy()
     cuts = uniform_thresholds(scores, RANGES[policy], points)
     sign = -1 if policy == "entropy" else 1
     numbers = [sign * cut[0].item() for cut in cuts] + [sign * RANGES[policy][1]]
-    rows = [_row(table, {"name": policy, "threshold": number}) for number in numbers]
-    return [
-        {"threshold": number, "accuracy": row["accuracy"], "mean_macs": row["mean_macs"]}
-        for number, row in zip(numbers, rows, strict=True)
-    ]
+    return [{"name": policy, "threshold": number} for number in numbers]
 
 
 def _row(table: ExitTable, policy: Settings) -> dict[str, Any]:

@@ -27,6 +27,11 @@ REPORTS = {
     "lgvit benchmark": "benchmark.json",
 }
 TRAINING = "evaluation in training"
+# what may lie beside a card for a browser, and what it shows
+PAGES = {
+    "report.html": "What thresholds do to accuracy, cost, exits and classes",
+    "index.html": "The model in a browser",
+}
 TASK = "image-classification"
 # as `lgvit benchmark` has it
 NOISY = 0.25
@@ -43,6 +48,7 @@ def card(
     license: str | None = None,
     tags: Sequence[str] = (),
     figure: str | None = None,
+    pages: Sequence[str] = (),
 ) -> ModelCard:
     """The card of a highway or an `AViT`. What no report says is left out.
 
@@ -54,6 +60,7 @@ def card(
         datasets (`Sequence[str]`, *optional*): Hub ids.
         base_model (`str`, *optional*), license (`str`, *optional*), tags (`Sequence[str]`, *optional*): As on the Hub.
         figure (`str`, *optional*): Name of the picture of accuracy against cost beside the card.
+        pages (`Sequence[str]`, *optional*): Those of `PAGES` that lie beside the card.
 
     Raises:
         ValueError: A report is of none of these commands, of other exits, or of another policy than the config's.
@@ -100,6 +107,7 @@ def card(
         mark=MARK,
         name=name,
         figure=figure,
+        pages={name: PAGES[name] for name in pages},
         config=config,
         family=FAMILIES[config.backbone if config.model_type == "avit" else config.model_type.split("_")[0]],
         image_size=height_width(config.image_size),
@@ -135,6 +143,11 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
 def reports_beside(folder: str | Path) -> list[Path]:
     """The reports that lie in a checkpoint's folder under the names of `REPORTS`, whichever are there."""
     return [file for name in REPORTS.values() if (file := Path(folder) / name).is_file()]
+
+
+def pages_beside(folder: str | Path) -> list[str]:
+    """The pages that lie in a folder under the names of `PAGES`, as `lgvit report` and `export --web` write them."""
+    return [name for name in PAGES if (Path(folder) / name).is_file()]
 
 
 def has_card(config: PretrainedConfig) -> bool:

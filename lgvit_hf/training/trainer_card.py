@@ -47,7 +47,7 @@ class CardTrainer(Trainer):
         wanted = map(given.get, ("dataset_tags", "tags"))
         datasets, tags = ([value] if isinstance(value, str) else value or [] for value in wanted)
         reports: list[Any] = [*map(str, reports_beside(self._folder)), *self._last_evaluation()]
-        about = {"base_model": given.get("finetuned_from"), "license": given.get("license")}
+        about: dict[str, Any] = {"base_model": given.get("finetuned_from"), "license": given.get("license")}
         write_card(card(model, reports, name=name, datasets=datasets, tags=tags, **about), readme)
 
     def _last_evaluation(self) -> list[dict[str, Any]]:
