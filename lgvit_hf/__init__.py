@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from . import auto
 
 if TYPE_CHECKING:
-    from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
+    from .configuration_sequence import DeiTHighwayConfig, ViTHighwayConfig
+    from .configuration_swin import SwinHighwayConfig
     from .configuration_wrapper import HighwayWrapperConfig
     from .data.datasets import load_images, load_unlabelled
     from .data.processing import ProcessedImages, make_processor
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "configuration": ("ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
+    "configuration_sequence": ("ViTHighwayConfig", "DeiTHighwayConfig"),
+    "configuration_swin": ("SwinHighwayConfig",),
     "configuration_avit": ("AViTConfig",),
     "configuration_wrapper": ("HighwayWrapperConfig",),
     "data.datasets": ("load_images", "load_unlabelled"),

@@ -34,8 +34,9 @@ def register_configs() -> None:
     """Make `AutoConfig` know `vit_highway`, `deit_highway`, `swin_highway`, `avit` and `wrapped_highway`."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
+    from .configuration_sequence import DeiTHighwayConfig, ViTHighwayConfig
+    from .configuration_swin import SwinHighwayConfig
     from .configuration_wrapper import HighwayWrapperConfig
 
     for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig, AViTConfig, HighwayWrapperConfig):

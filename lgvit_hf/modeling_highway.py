@@ -87,13 +87,6 @@ def all_exits_output(
     )
 
 
-def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
-    """One transformer block of `[B, N, D]` hidden states, as ViT's and DeiT's are."""
-    # what a layer is given beside the state goes to the attention function as it is; a linear map has none
-    given = () if feature_map is None or is_replaced(layer) else (feature_map.random_features,)
-    return State({"hidden": layer(state["hidden"], *given)}, state.grid)
-
-
 def is_replaced(block: nn.Module) -> bool:
     """Whether a linear map of each token (`config.linear_blocks`) stands in the place of a transformer block."""
     return isinstance(block, (nn.Linear, nn.Identity))
@@ -174,6 +167,8 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
 
     # whether images of another size than the config's need no new position embeddings
     takes_any_size = False
+    # what of the backbone only its final answer needs
+    final_modules: tuple[str, ...] = ("layernorm",)
     # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
     accepts_loss_kwargs = False
 
@@ -405,7 +400,8 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
             blocks[index] = nn.Identity() if number else nn.Linear(width, width)
 
     def _remove_final(self) -> None:
-        self.base_model.layernorm = nn.Identity()
+        for name in self.final_modules:
+            setattr(self.base_model, name, nn.Identity())
         for name, child in list(self.named_children()):
             if child is not self.base_model and child is not self.exits:
                 setattr(self, name, nn.Identity())

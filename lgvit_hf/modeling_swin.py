@@ -10,7 +10,8 @@ from transformers import SwinForImageClassification, SwinModel
 from transformers.models.swin.modeling_swin import SwinStage
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
-from .configuration import SwinHighwayConfig
+from .configuration import HighwayConfig  # noqa: F401
+from .configuration_swin import SwinHighwayConfig
 from .engine import run_early  # noqa: F401
 from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401

@@ -1,14 +1,14 @@
-"""ViTHighway: stem, blocks, tokens and final for transformers' ViT."""
+"""ViTHighway: transformers' ViT with exits."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from transformers import ViTForImageClassification, ViTModel
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
-from .configuration import ViTHighwayConfig
+from .configuration import HighwayConfig  # noqa: F401
+from .configuration_sequence import ViTHighwayConfig
 from .engine import run_early  # noqa: F401
 from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
@@ -24,7 +24,7 @@ from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401
 from .remote_code import write_code  # noqa: F401
 from .safe_config import SafeConfig  # noqa: F401
-from .segments import State
+from .segments import State  # noqa: F401
 from .sequence_highway import SequenceHighway
 
 
@@ -50,10 +50,6 @@ class ViTHighway(SequenceHighway, ViTForImageClassification):
     config_class = ViTHighwayConfig  # type: ignore[assignment]  # `None` upstream
     _no_split_modules = ["ViTEmbeddings", "ViTLayer"]
     native_classes = (ViTForImageClassification, ViTModel)
-
-    def final(self, state: State) -> Tensor:
-        hidden = self.vit.layernorm(state["hidden"])
-        return self.classifier(hidden[:, 0] if self.config.pool == "cls" else hidden.mean(1))
 
 
 ViTHighwayForImageClassification = ViTHighway

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration import HighwayConfig, SwinHighwayConfig
+from ..configuration import HighwayConfig
+from ..configuration_swin import SwinHighwayConfig
 from ..files import replace_folder, write_json
 from ..heads import lgvit_heads, num_sparse_heads
 from ..policies import build_policy
