@@ -146,7 +146,8 @@ class HighwayConfig(SafeConfig):
         self.pool = self.pools[0] if pool is None else pool
         self.validate_exits()
         _offer_models()
-        self.feature_map_dim, self.feature_map_seed = feature_map_dim, feature_map_seed
+        if self.takes_performer or (feature_map_dim, feature_map_seed) != (None, None):
+            self.feature_map_dim, self.feature_map_seed = feature_map_dim, feature_map_seed
         if self._attn_implementation is None and feature_map_dim is not None:
             self._attn_implementation = "performer"
         self.validate_performer()
