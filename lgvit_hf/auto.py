@@ -5,15 +5,46 @@ from __future__ import annotations
 import importlib.abc
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 AUTO_MODEL_MODULE = "transformers.models.auto.modeling_auto"
 ONNX_CONFIG_MODULE = "optimum.exporters.onnx.model_configs"
+
+# the names of what is registered, by the file that has it
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "configuration_sequence": (
+        "ViTHighwayConfig",
+        "DeiTHighwayConfig",
+        "Dinov2HighwayConfig",
+        "Dinov2WithRegistersHighwayConfig",
+        "Dinov3ViTHighwayConfig",
+        "SiglipHighwayConfig",
+        "CLIPHighwayConfig",
+        "BeitHighwayConfig",
+    ),
+    "configuration_swin": ("SwinHighwayConfig",),
+    "configuration_avit": ("AViTConfig",),
+    "configuration_wrapper": ("HighwayWrapperConfig",),
+}
+MODELS: dict[str, tuple[str, ...]] = {
+    "modeling_vit": ("ViTHighway",),
+    "modeling_deit": ("DeiTHighway",),
+    "modeling_dinov2": ("Dinov2Highway",),
+    "modeling_dinov2_with_registers": ("Dinov2WithRegistersHighway",),
+    "modeling_dinov3_vit": ("Dinov3ViTHighway",),
+    "modeling_siglip": ("SiglipHighway",),
+    "modeling_clip": ("CLIPHighway",),
+    "modeling_beit": ("BeitHighway",),
+    "modeling_swin": ("SwinHighway",),
+    "modeling_avit": ("AViT",),
+    "wrapper": ("HighwayWrapper",),
+}
 
 
 def register() -> None:
@@ -31,38 +62,33 @@ def register() -> None:
 
 @cache
 def register_configs() -> None:
-    """Make `AutoConfig` know `vit_highway`, `deit_highway`, `swin_highway`, `avit` and `wrapped_highway`."""
+    """Make `AutoConfig` know the configs of `CONFIGS`."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from .configuration_avit import AViTConfig
-    from .configuration_sequence import DeiTHighwayConfig, ViTHighwayConfig
-    from .configuration_swin import SwinHighwayConfig
-    from .configuration_wrapper import HighwayWrapperConfig
-
-    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig, AViTConfig, HighwayWrapperConfig):
+    for config in _named(CONFIGS):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 @cache
 def register_models() -> None:
-    """Make `AutoModel` and `AutoModelForImageClassification` know the five models."""
+    """Make `AutoModel` and `AutoModelForImageClassification` know the models of `MODELS`."""
     from transformers import AutoModel, AutoModelForImageClassification
 
-    from .modeling_avit import AViT
-    from .modeling_deit import DeiTHighway
-    from .modeling_swin import SwinHighway
-    from .modeling_vit import ViTHighway
-    from .wrapper import HighwayWrapper
-
     register_configs()
-    for model in (ViTHighway, DeiTHighway, SwinHighway, AViT, HighwayWrapper):
+    for model in _named(MODELS):
         for auto in (AutoModel, AutoModelForImageClassification):
             auto.register(model.config_class, model, exist_ok=True)
 
 
+def _named(names: dict[str, tuple[str, ...]]) -> Iterator[Any]:
+    for module, classes in names.items():
+        for name in classes:
+            yield getattr(import_module(f"{__package__}.{module}"), name)
+
+
 @cache
 def register_onnx_configs() -> None:
-    """Make Optimum export the three models as `export_onnx` does."""
+    """Make Optimum export highways as `export_onnx` does."""
     try:
         # by its name: packages do not travel with a checkpoint, as the files beside this one do
         import_module(f"{__package__}.export.optimum_config")

@@ -152,6 +152,11 @@ class HighwayConfig(SafeConfig):
             self._attn_implementation = "performer"
         self.validate_performer()
 
+    @classmethod
+    def as_own(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Fields of an upstream's config as fields of this one: the same ones."""
+        return settings
+
     def validate_performer(self) -> None:
         """Check `attn_implementation` and the fields that go with it, and fill in their defaults.
 
@@ -209,7 +214,9 @@ class HighwayConfig(SafeConfig):
 
     def cut_to(self, num_blocks: int) -> dict[str, Any]:
         """The settings of the same backbone with only its first `num_blocks` blocks."""
-        return {"num_hidden_layers": num_blocks}
+        # of configs that a detector could have as its backbone; they follow from the depth
+        follow = [name for name in ("out_features", "out_indices", "stage_names") if hasattr(self, name)]
+        return {"num_hidden_layers": num_blocks, **dict.fromkeys(follow)}
 
     def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches after block `after` (from 1) for images of `height` x `width` pixels."""

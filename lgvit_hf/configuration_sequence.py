@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import DeiTConfig, ViTConfig
+from typing import Any
+
+from transformers import (
+    BeitConfig,
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    PretrainedConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from .configuration import HighwayConfig
 from .ensemble import Ensemble  # noqa: F401  (see CONTRIBUTING.md, rule 5)
@@ -12,7 +24,7 @@ from .exit_settings import Exit  # noqa: F401
 from .gate import GatePolicy  # noqa: F401
 from .heads import HEADS  # noqa: F401
 from .policies import ExitPolicy  # noqa: F401
-from .safe_config import SafeConfig  # noqa: F401
+from .safe_config import SafeConfig, without_attention_code  # noqa: F401
 from .segments import State  # noqa: F401
 
 
@@ -56,3 +68,108 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
     def pools(self) -> tuple[str, ...]:  # type: ignore[override]  # reading it is all there is
         """With two classifiers each must read its own token."""
         return ("cls",) if self.distilled else ("cls", "mean")
+
+
+class Dinov2HighwayConfig(HighwayConfig, Dinov2Config):
+    """A `Dinov2Config` with exits; see `HighwayConfig` for the exit settings. `pool` is what the exits read.
+
+    Example:
+
+        >>> Dinov2HighwayConfig(exit_positions=[4, 8], exit_types="concat").pool
+        'cls'
+    """
+
+    model_type = "dinov2_highway"
+
+
+class Dinov2WithRegistersHighwayConfig(HighwayConfig, Dinov2WithRegistersConfig):
+    """A `Dinov2WithRegistersConfig` with exits; see `HighwayConfig`. `pool` is what the exits read."""
+
+    model_type = "dinov2_with_registers_highway"
+
+
+class SquareImages(HighwayConfig):
+    """Of backbones that upstream builds for square images alone; other images can be interpolated to."""
+
+    image_size: int
+
+    def validate_exits(self) -> None:
+        """As of the base; sizes are single numbers."""
+        for field in ("image_size", "patch_size"):
+            if not isinstance(getattr(self, field), int):
+                raise ValueError(
+                    f"{field}: {getattr(self, field)!r} must be one number: {self.model_type} is built for squares, "
+                    "and takes other images with interpolate_pos_encoding=True"
+                )
+        super().validate_exits()
+
+
+class Dinov3ViTHighwayConfig(SquareImages, DINOv3ViTConfig):
+    """A `DINOv3ViTConfig` with exits; see `HighwayConfig`. `pool` is what the exits read."""
+
+    model_type = "dinov3_vit_highway"
+    attribute_map = {"attention_probs_dropout_prob": "attention_dropout"}
+
+
+class VisionTower(SquareImages):
+    """Of the image side of a model of images and texts: fields of its `vision_config` are this config's own.
+
+    Args:
+        vision_config (`dict` or `PretrainedConfig`, *optional*): Such fields, as `SiglipConfig` has them.
+        text_config (`Any`, *optional*): Of the other side, which is left out.
+    """
+
+    # a saved one is no part of another config
+    base_config_key = ""
+    attribute_map = {"attention_probs_dropout_prob": "attention_dropout"}
+    initializer_factor: float = 1.0
+
+    def __init__(self, *settings: Any, **kwargs: Any):
+        super().__init__(*settings, **self.as_own(kwargs))
+
+    @classmethod
+    def as_own(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """`settings` without `vision_config`, whose fields come in its place, and without the other side's."""
+        others = {"text_config", "vision_config", "projection_dim", "logit_scale_init_value"}
+        own = {name: value for name, value in settings.items() if name not in others}
+        tower = settings.get("vision_config") or {}
+        tower = tower.to_dict() if isinstance(tower, PretrainedConfig) else tower
+        if not isinstance(tower, dict):
+            raise ValueError(f"vision_config: {tower!r} must be a dict of fields of {cls.__name__}")
+        names = {"id2label", "label2id", "num_labels", "architectures", "dtype", "torch_dtype", "transformers_version"}
+        tower = {name: value for name, value in without_attention_code(tower).items() if name not in names}
+        return {**tower, **own}
+
+    @property
+    def vision_config(self) -> PretrainedConfig:
+        """Itself: upstream's classifiers build their tower of this."""
+        return self
+
+
+class SiglipHighwayConfig(VisionTower, SiglipVisionConfig):
+    """A `SiglipVisionConfig` with exits; see `HighwayConfig`. A whole `SiglipConfig`'s fields are taken as well.
+
+    Example:
+
+        >>> SiglipHighwayConfig(vision_config={"hidden_size": 96, "num_attention_heads": 3}).hidden_size
+        96
+    """
+
+    model_type = "siglip_highway"
+    pools = ("mean",)
+
+
+class CLIPHighwayConfig(VisionTower, CLIPVisionConfig):
+    """A `CLIPVisionConfig` with exits; see `HighwayConfig`. A whole `CLIPConfig`'s fields are taken as well.
+
+    `pool` is what the exits read; the final classifier reads the mean of the patches.
+    """
+
+    model_type = "clip_highway"
+
+
+class BeitHighwayConfig(HighwayConfig, BeitConfig):
+    """A `BeitConfig` with exits; see `HighwayConfig`. `pool` is what the exits read."""
+
+    model_type = "beit_highway"
+    takes_performer = False

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .checkpoint_files import HUB_ARGUMENTS
 from .configuration import OWN_FIELDS
 from .configuration_avit import AViTConfig
 from .ensemble import Ensemble  # noqa: F401
@@ -37,7 +38,7 @@ from .halting_layers import HaltingDeiTLayer, HaltingViTLayer
 from .heads import is_watched
 from .losses import check_labels, task_loss
 from .policies import POLICIES  # noqa: F401
-from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, load_native, name_of
+from .pretrained import SafeCheckpoint, load_native, name_of
 from .recording import Selection, recording, requested
 from .remote_code import write_code  # noqa: F401
 from .safe_config import SafeConfig  # noqa: F401

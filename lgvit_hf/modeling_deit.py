@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, DeiTModel
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+from .checkpoint_files import check_files  # noqa: F401
 from .configuration import HighwayConfig  # noqa: F401
 from .configuration_sequence import DeiTHighwayConfig
 from .engine import run_early  # noqa: F401

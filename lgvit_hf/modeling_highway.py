@@ -92,6 +92,12 @@ def is_replaced(block: nn.Module) -> bool:
     return isinstance(block, (nn.Linear, nn.Identity))
 
 
+def grid_of(state: State) -> tuple[int, int]:
+    """Rows and columns of patches of a state after the stem."""
+    assert state.grid is not None, "the stem says it"
+    return state.grid
+
+
 class PolicyHolder:
     """The exit policy of a highway, which its config stores where it can."""
 
@@ -350,7 +356,9 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
         return pixel_values
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        # upstream would begin with the classifier, which a truncated model has not
+        if not (module is self and self.config.truncated):
+            super()._init_weights(module)
         # transformers 4.57 leaves batch norms of a warm start as uninitialised memory
         if isinstance(module, nn.BatchNorm2d) and not getattr(module.running_mean, "_is_hf_initialized", False):
             nn.init.ones_(module.weight)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import ViTForImageClassification, ViTModel
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+from .checkpoint_files import check_files  # noqa: F401
 from .configuration import HighwayConfig  # noqa: F401
 from .configuration_sequence import ViTHighwayConfig
 from .engine import run_early  # noqa: F401

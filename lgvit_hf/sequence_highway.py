@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import FeatureMap
 from .heads import HeadShape
-from .modeling_highway import HighwayMixin, is_replaced
+from .modeling_highway import HighwayMixin, grid_of, is_replaced
 from .segments import Block, State, Tokens
 
 
@@ -56,16 +56,18 @@ class SequenceHighway(HighwayMixin):
         """One callable per layer."""
         return [partial(self.run_layer, layer) for layer in self.layers]
 
-    def run_layer(self, layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
-        """One transformer block, or the linear map that stands in its place."""
+    def run_layer(
+        self, layer: nn.Module, state: State, feature_map: FeatureMap | None = None, **arguments: Any
+    ) -> State:
+        """One transformer block with its `arguments`, or the linear map that stands in its place."""
         hidden = state["hidden"]
         if is_replaced(layer):
             return State({"hidden": layer(hidden)}, state.grid)
         # what comes where a mask would goes to the attention function as it is
         mask = self.attention_bias(state) if feature_map is None else feature_map.random_features
-        given = layer(hidden, mask, **self.layer_arguments(state))
+        output = layer(hidden, mask, **self.layer_arguments(state), **arguments)
         # some give a tuple in transformers 4
-        return State({"hidden": given[0] if isinstance(given, tuple) else given}, state.grid)
+        return State({"hidden": output[0] if isinstance(output, tuple) else output}, state.grid)
 
     def attention_bias(self, state: State) -> Tensor | None:
         """What all layers add to their attention; nothing."""
@@ -81,9 +83,8 @@ class SequenceHighway(HighwayMixin):
 
     def tokens(self, state: State) -> Tokens:
         """Patches, and the prefix tokens that the exits read."""
-        assert state.grid is not None, "the stem says it"
         hidden = state["hidden"]
-        return Tokens(hidden[:, self.num_prefix_tokens :], state.grid, hidden[:, : self.num_read_tokens])
+        return Tokens(hidden[:, self.num_prefix_tokens :], grid_of(state), hidden[:, : self.num_read_tokens])
 
     def final(self, state: State) -> Tensor:
         """The classifier on the class token, with `pool="mean"` on the mean of all tokens, after the final norm."""
@@ -126,3 +127,21 @@ class SequenceHighway(HighwayMixin):
             return [self.base_model.embeddings, *self.layers]
         attentions = [getattr(layer, self.attention_name) for layer in self.layers if not is_replaced(layer)]
         return [getattr(attention, "attention", attention) for attention in attentions]
+
+
+class VisionTowerHighway(SequenceHighway):
+    """The image side of a model of images and texts, as upstream's image classifiers have it."""
+
+    base_model_prefix = "vision_model"
+    attention_name = "self_attn"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # upstream begins the modules that it knows, each in its way, and the exits have others
+        exits = getattr(self, "exits", None)
+        if exits is None or not isinstance(module, (nn.Linear, nn.Conv2d)) or module not in set(exits.modules()):
+            return
+        if not getattr(module.weight, "_is_hf_initialized", False):
+            nn.init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
+        if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
+            nn.init.zeros_(module.bias)

@@ -30,7 +30,6 @@ TRAINING = "evaluation in training"
 TASK = "image-classification"
 # as `lgvit benchmark` has it
 NOISY = 0.25
-FAMILIES = {"vit": "ViT", "deit": "DeiT", "swin": "Swin"}
 
 
 def card(
@@ -101,7 +100,7 @@ def card(
         name=name,
         figure=figure,
         config=config,
-        family=FAMILIES[config.backbone if config.model_type == "avit" else config.model_type.split("_")[0]],
+        family=_family(config),
         image_size=height_width(config.image_size),
         evaluations=kinds["lgvit evaluate"],
         calibrations=kinds["lgvit calibrate"],
@@ -135,6 +134,12 @@ def read_report(report: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
 def reports_beside(folder: str | Path) -> list[Path]:
     """The reports that lie in a checkpoint's folder under the names of `REPORTS`, whichever are there."""
     return [file for name in REPORTS.values() if (file := Path(folder) / name).is_file()]
+
+
+def _family(config: PretrainedConfig) -> str:
+    """The backbone, as people call it."""
+    kind = f"{config.backbone}_highway" if config.model_type == "avit" else config.model_type
+    return HIGHWAYS[kind].__name__.removesuffix("Highway")
 
 
 def has_card(config: PretrainedConfig) -> bool:

@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
 from ..data.datasets import class_names, find_columns, with_columns
@@ -236,6 +236,13 @@ def early_positions(num_blocks: int) -> list[int]:
     return [*range(1, min(2, num_blocks)), *range(2, num_blocks - 1, 2)]
 
 
+def _depth(config: PretrainedConfig) -> int:
+    """Blocks of a backbone: of all stages, and of a model of images and texts those of the image side."""
+    if hasattr(config, "depths"):
+        return sum(config.depths)
+    return cast(int, getattr(config, "vision_config", config).num_hidden_layers)
+
+
 def _candidates(
     checkpoint: str | os.PathLike | PreTrainedModel, exit_positions: list[int] | None, exit_types: list[str] | str
 ) -> HighwayMixin:
@@ -251,7 +258,7 @@ def _candidates(
         raise ValueError(f"{name} is a {config.model_type!r}{has_exits}; {plain}")
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"{name}: exits learn from class probabilities, and this model answers with other numbers")
-    depth = sum(config.depths) if kind == "swin" else config.num_hidden_layers
+    depth = _depth(config)
     if exit_positions is None:
         replaced = getattr(config, "replaced_positions", ())
         positions = [position for position in early_positions(depth) if position not in replaced]
