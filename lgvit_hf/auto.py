@@ -6,7 +6,7 @@ import importlib.abc
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -16,6 +16,8 @@ AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 AUTO_MODEL_MODULE = "transformers.models.auto.modeling_auto"
 ONNX_CONFIG_MODULE = "optimum.exporters.onnx.model_configs"
 
+# those of transformers' whose configs ours derive from
+BACKBONES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "clip", "beit", "swin")
 # the names of what is registered, by the file that has it
 CONFIGS: dict[str, tuple[str, ...]] = {
     "configuration_sequence": (
@@ -60,13 +62,28 @@ def register() -> None:
         sys.meta_path.insert(0, _AfterImport())
 
 
-@cache
-def register_configs() -> None:
-    """Make `AutoConfig` know the configs of `CONFIGS`."""
-    from transformers.models.auto.configuration_auto import AutoConfig
+def register_configs(imported: str = "") -> None:
+    """Make `AutoConfig` know the configs of `CONFIGS`, or wait while what they need is half imported.
 
-    for config in _named(CONFIGS):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    transformers 5 needs the Auto models to define a config, and imports them in the middle of it.
+
+    Args:
+        imported (`str`, *optional*): The module that has just been imported, of which Python says so a little later.
+    """
+    _waiting.clear()
+    for name in NEEDED - {imported}:
+        if name in sys.modules and getattr(sys.modules[name].__spec__, "_initializing", False):
+            _waiting.add(name)
+    if not _waiting:
+        from transformers.models.auto.configuration_auto import AutoConfig
+
+        for config in _named(CONFIGS):
+            AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def _register_where_waited_for(name: str) -> None:
+    if name in _waiting:
+        register_configs(name)
 
 
 @cache
@@ -101,15 +118,20 @@ def register_onnx_configs() -> None:
         )
 
 
-def _register_configs_alone() -> None:
-    # transformers 5 needs the Auto models to define a config: wait for them where they are being imported
-    if AUTO_MODEL_MODULE not in sys.modules:
-        register_configs()
-
+NEEDED = frozenset(
+    [
+        *(f"transformers.models.{kind}.configuration_{kind}" for kind in BACKBONES),
+        *(f"{__package__}.{name}" for name in ("configuration", *CONFIGS)),
+        *(AUTO_CONFIG_MODULE, AUTO_MODEL_MODULE),
+    ]
+)
+# of these, those that were half imported when configs were to be registered
+_waiting: set[str] = set()
 
 AFTER_IMPORT: dict[str, Callable[[], None]] = {
-    AUTO_CONFIG_MODULE: _register_configs_alone,
-    AUTO_MODEL_MODULE: register_configs,
+    **{name: partial(_register_where_waited_for, name) for name in sorted(NEEDED)},
+    AUTO_CONFIG_MODULE: partial(register_configs, AUTO_CONFIG_MODULE),
+    AUTO_MODEL_MODULE: partial(register_configs, AUTO_MODEL_MODULE),
     ONNX_CONFIG_MODULE: register_onnx_configs,
 }
 
