@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         Dinov2HighwayConfig,
         Dinov2WithRegistersHighwayConfig,
         Dinov3ViTHighwayConfig,
+        IJepaHighwayConfig,
         SiglipHighwayConfig,
         ViTHighwayConfig,
+        ViTMSNHighwayConfig,
     )
     from .configuration_swin import SwinHighwayConfig
     from .configuration_wrapper import HighwayWrapperConfig
@@ -50,9 +52,11 @@ if TYPE_CHECKING:
     )
     from .modeling_dinov3_vit import Dinov3ViTHighway, Dinov3ViTHighwayForImageClassification
     from .modeling_highway import HighwayOutput
+    from .modeling_ijepa import IJepaHighway, IJepaHighwayForImageClassification
     from .modeling_siglip import SiglipHighway, SiglipHighwayForImageClassification
     from .modeling_swin import SwinHighway, SwinHighwayForImageClassification
     from .modeling_vit import ViTHighway, ViTHighwayForImageClassification
+    from .modeling_vit_msn import ViTMSNHighway, ViTMSNHighwayForImageClassification
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
     from .runtimes.onnxruntime import ORTHighway
     from .runtimes.openvino import OVHighway
@@ -81,6 +85,8 @@ _HOMES = {
         "Dinov2WithRegistersHighwayConfig",
         "Dinov3ViTHighwayConfig",
         "SiglipHighwayConfig",
+        "ViTMSNHighwayConfig",
+        "IJepaHighwayConfig",
     ),
     "configuration_swin": ("SwinHighwayConfig",),
     "configuration_avit": ("AViTConfig",),
@@ -116,6 +122,8 @@ _HOMES = {
         "Dinov2WithRegistersHighwayForImageClassification",
     ),
     "modeling_dinov3_vit": ("Dinov3ViTHighway", "Dinov3ViTHighwayForImageClassification"),
+    "modeling_vit_msn": ("ViTMSNHighway", "ViTMSNHighwayForImageClassification"),
+    "modeling_ijepa": ("IJepaHighway", "IJepaHighwayForImageClassification"),
     "modeling_siglip": ("SiglipHighway", "SiglipHighwayForImageClassification"),
     "modeling_swin": ("SwinHighway", "SwinHighwayForImageClassification"),
     "modeling_highway": ("HighwayOutput",),

@@ -17,7 +17,19 @@ AUTO_MODEL_MODULE = "transformers.models.auto.modeling_auto"
 ONNX_CONFIG_MODULE = "optimum.exporters.onnx.model_configs"
 
 # those of transformers' whose configs ours derive from
-BACKBONES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "clip", "beit", "swin")
+BACKBONES = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "siglip",
+    "clip",
+    "beit",
+    "vit_msn",
+    "ijepa",
+    "swin",
+)
 # the names of what is registered, by the file that has it
 CONFIGS: dict[str, tuple[str, ...]] = {
     "configuration_sequence": (
@@ -29,6 +41,8 @@ CONFIGS: dict[str, tuple[str, ...]] = {
         "SiglipHighwayConfig",
         "CLIPHighwayConfig",
         "BeitHighwayConfig",
+        "ViTMSNHighwayConfig",
+        "IJepaHighwayConfig",
     ),
     "configuration_swin": ("SwinHighwayConfig",),
     "configuration_avit": ("AViTConfig",),
@@ -43,6 +57,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "modeling_siglip": ("SiglipHighway",),
     "modeling_clip": ("CLIPHighway",),
     "modeling_beit": ("BeitHighway",),
+    "modeling_vit_msn": ("ViTMSNHighway",),
+    "modeling_ijepa": ("IJepaHighway",),
     "modeling_swin": ("SwinHighway",),
     "modeling_avit": ("AViT",),
     "wrapper": ("HighwayWrapper",),

@@ -11,9 +11,11 @@ from transformers import (
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
+    IJepaConfig,
     PretrainedConfig,
     SiglipVisionConfig,
     ViTConfig,
+    ViTMSNConfig,
 )
 
 from .configuration import HighwayConfig
@@ -173,3 +175,16 @@ class BeitHighwayConfig(HighwayConfig, BeitConfig):
 
     model_type = "beit_highway"
     takes_performer = False
+
+
+class ViTMSNHighwayConfig(HighwayConfig, ViTMSNConfig):
+    """A `ViTMSNConfig` with exits; see `HighwayConfig`."""
+
+    model_type = "vit_msn_highway"
+
+
+class IJepaHighwayConfig(HighwayConfig, IJepaConfig):
+    """An `IJepaConfig` with exits; see `HighwayConfig`."""
+
+    model_type = "ijepa_highway"
+    pools = ("mean",)

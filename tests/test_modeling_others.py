@@ -27,6 +27,14 @@ class TestBeitHighway(SomeHighwayTesterMixin):
     kind = "beit"
 
 
+class TestViTMSNHighway(SomeHighwayTesterMixin):
+    kind = "vit_msn"
+
+
+class TestIJepaHighway(SomeHighwayTesterMixin):
+    kind = "ijepa"
+
+
 class TestDinov3ViTHighway(AnyHighwayTesterMixin):
     """Of which upstream has no classifier."""
 

@@ -21,6 +21,9 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    IJepaConfig,
+    IJepaForImageClassification,
+    IJepaModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipVisionModel,
@@ -30,6 +33,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
 )
 
 from lgvit_hf import (
@@ -39,15 +45,17 @@ from lgvit_hf import (
     Dinov2Highway,
     Dinov2WithRegistersHighway,
     Dinov3ViTHighway,
+    IJepaHighway,
     SiglipHighway,
     SwinHighway,
     ViTHighway,
+    ViTMSNHighway,
 )
 from tests.seeds import generator, seeded
 
 # what most tests are run on, and what only those are that ask about a backbone
 KINDS = ("vit", "deit", "deit_plain", "swin")
-OTHER_KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "clip", "beit")
+OTHER_KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "clip", "beit", "vit_msn", "ijepa")
 MODELS = {
     "vit": ViTHighway,
     "deit": DeiTHighway,
@@ -59,6 +67,8 @@ MODELS = {
     "siglip": SiglipHighway,
     "clip": CLIPHighway,
     "beit": BeitHighway,
+    "vit_msn": ViTMSNHighway,
+    "ijepa": IJepaHighway,
 }
 CONFIGS = {kind: model.config_class for kind, model in MODELS.items()}
 NATIVES = {
@@ -77,6 +87,8 @@ NATIVES = {
     "siglip": (SiglipForImageClassification, SiglipVisionModel, SiglipConfig),
     "clip": (CLIPForImageClassification, CLIPVisionModel, CLIPConfig),
     "beit": (BeitForImageClassification, BeitModel, BeitConfig),
+    "vit_msn": (ViTMSNForImageClassification, ViTMSNModel, ViTMSNConfig),
+    "ijepa": (IJepaForImageClassification, IJepaModel, IJepaConfig),
 }
 
 MORE = {

@@ -26,9 +26,11 @@ from ..modeling_dinov2 import Dinov2Highway
 from ..modeling_dinov2_with_registers import Dinov2WithRegistersHighway
 from ..modeling_dinov3_vit import Dinov3ViTHighway
 from ..modeling_highway import HighwayMixin
+from ..modeling_ijepa import IJepaHighway
 from ..modeling_siglip import SiglipHighway
 from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
+from ..modeling_vit_msn import ViTMSNHighway
 from ..pretrained import name_of
 from ..segments import height_width
 from ..wrapper import HighwayWrapper
@@ -51,6 +53,8 @@ BY_BACKBONE: dict[str, type[HighwayMixin]] = {
     "clip": CLIPHighway,
     "clip_vision_model": CLIPHighway,
     "beit": BeitHighway,
+    "vit_msn": ViTMSNHighway,
+    "ijepa": IJepaHighway,
 }
 HIGHWAYS = {highway.config_class.model_type: highway for highway in BY_BACKBONE.values()}
 # those whose module is one of transformers' own; of any other, only whoever has its class can open them
