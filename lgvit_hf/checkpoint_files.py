@@ -16,6 +16,10 @@ NO_OTHER_WEIGHTS = "weights are read from model.safetensors or by its index, fro
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
+class WrongShape(ValueError, RuntimeError):
+    """A tensor of a file has not the shape that the config asks for; a `RuntimeError` too, which upstream raises."""
+
+
 def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `from_pretrained`'s arguments that say where a checkpoint is found."""
     return {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}

@@ -20,6 +20,7 @@ from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape  # noqa: F401
 from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin  # noqa: F401
+from .plain_checkpoint import load_native  # noqa: F401
 from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401

@@ -23,6 +23,7 @@ from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape
 from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin, grid_of, is_replaced
+from .plain_checkpoint import load_native  # noqa: F401
 from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401

@@ -6,20 +6,20 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .checkpoint_files import HUB_ARGUMENTS, NO_OTHER_WEIGHTS, check_files, hub_arguments
+from .checkpoint_files import HUB_ARGUMENTS, NO_OTHER_WEIGHTS, WrongShape, check_files, hub_arguments
 from .configuration import OWN_FIELDS, HighwayConfig
+from .plain_checkpoint import HIGHWAYS, RECOMPUTED, load_native, name_of, resized
 from .remote_code import auto_map, code_goes_with, write_code
-from .safe_config import without_attention_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,24 +40,6 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# buffers that are made, not learned
-RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
-# who takes the backbones of a model type
-HIGHWAYS = {
-    "vit": "ViTHighway",
-    "deit": "DeiTHighway",
-    "swin": "SwinHighway",
-    "dinov2": "Dinov2Highway",
-    "dinov2_with_registers": "Dinov2WithRegistersHighway",
-    "dinov3_vit": "Dinov3ViTHighway",
-    "siglip": "SiglipHighway",
-    "siglip_vision_model": "SiglipHighway",
-    "clip": "CLIPHighway",
-    "clip_vision_model": "CLIPHighway",
-    "beit": "BeitHighway",
-    "vit_msn": "ViTMSNHighway",
-    "ijepa": "IJepaHighway",
-}
 PUSH_ARGUMENTS = (
     "repo_id",
     "commit_message",
@@ -67,10 +49,6 @@ PUSH_ARGUMENTS = (
     "create_pr",
     "tags",
 )
-
-
-class WrongShape(ValueError, RuntimeError):
-    """A tensor of a file has not the shape that the config asks for; a `RuntimeError` too, which upstream raises."""
 
 
 class SafeCheckpoint(_Model):
@@ -223,7 +201,8 @@ class PretrainedHighway(SafeCheckpoint):
             output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
             kwargs:
                 Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
-                With a `num_labels` that the checkpoint does not have, the classifier is made anew. `dtype` converts
+                With a `num_labels` that the checkpoint does not have, the classifier is made anew. With another
+                `image_size`, position embeddings are interpolated as upstream does in each forward. `dtype` converts
                 the result; Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
                 `subfolder`) are passed on.
 
@@ -252,11 +231,21 @@ class PretrainedHighway(SafeCheckpoint):
             state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
         unread = (*cls.unread, *(f"{prefix}{name}" for name in cls.unread))
         state = {name: tensor for name, tensor in state.items() if not name.startswith(unread)}
+        state = {name: resized(native, tensor, ours.get(name), model.config) for name, tensor in state.items()}
         classifiers = [name for name in ours if not name.startswith(("exits.", "feature_maps.", prefix))]
         reset = [name for name in classifiers if name not in state or state[name].shape != ours[name].shape]
         if reset and not {"num_labels", "id2label"} & set(kwargs):
-            raise ValueError(f"{name_of(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")
+            raise ValueError(
+                f"{name_of(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier, "
+                "which `lgvit train --stage head` fits (`lgvit grow --new-classifier`: and exits)"
+            )
         kept = {name: tensor for name, tensor in state.items() if name not in reset}
+        wrong = [name for name, tensor in kept.items() if name in ours and tensor.shape != ours[name].shape]
+        if wrong:
+            raise ValueError(
+                f"{name_of(backbone)}: tensor {wrong[0]!r} is {tuple(kept[wrong[0]].shape)} there, and "
+                f"{tuple(ours[wrong[0]].shape)} with the settings asked for"
+            )
         missing, unexpected = model.load_state_dict(kept, strict=False)
         exits = [name for name in missing if name.startswith("exits.")]
         lost = [name for name in missing if name not in exits + reset and not name.endswith(RECOMPUTED)]
@@ -367,40 +356,3 @@ def _renamed(name: str, conversions: list[Any]) -> str:
     for conversion in conversions:
         name, _ = conversion.rename_source_key(name)
     return name
-
-
-def load_native(
-    path: str | os.PathLike[str], hub: dict[str, Any], natives: Callable[[str, str | None], Sequence[Any]]
-) -> PreTrainedModel:
-    """A plain checkpoint of a backbone, from safetensors only, without code that its config names.
-
-    Args:
-        path (`str` or path): Folder or Hub id.
-        hub (`dict`): As `hub_arguments` gives them.
-        natives (`Callable`):
-            Name and model type -> transformers' classes for it, the bare backbone last, or `ValueError`.
-
-    Raises:
-        ValueError: The checkpoint is of another kind, or lacks a tensor.
-        OSError: There is none, or only pickles.
-    """
-    check_files(path, hub)
-    settings, _ = PretrainedConfig.get_config_dict(path, **hub)
-    classes = natives(str(path), settings.get("model_type"))
-    # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
-    named = [native for native in classes if native.__name__ in (settings.get("architectures") or [])]
-    native = (named or [classes[-1]])[0]
-    # of a model of images and texts the config of the image side is a part
-    settings = settings.get(native.config_class.base_config_key, settings)
-    config = native.config_class.from_dict(without_attention_code(settings))
-    model, info = native.from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True, **hub)
-    lost = sorted(name for name in info["missing_keys"] if not name.endswith(RECOMPUTED))
-    lost = [name for name in lost if not name.startswith("pooler.")]
-    if lost:
-        raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
-    return cast(PreTrainedModel, model)
-
-
-def name_of(backbone: str | os.PathLike | PreTrainedModel) -> str:
-    """What an error calls a checkpoint, or a model in memory."""
-    return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)

@@ -42,8 +42,13 @@ class SequenceHighway(HighwayMixin):
         """`pixel_values` -> `hidden` `[B, P + h * w, D]` and its grid."""
         convolution = next(each for each in self.base_model.embeddings.modules() if isinstance(each, nn.Conv2d))
         pixels = state["pixel_values"].to(convolution.weight.dtype)
-        hidden = self.embed(pixels, interpolate_pos_encoding)
-        return State({"hidden": hidden}, self.config.patch_grid(1, *pixels.shape[2:]))
+        height, width = pixels.shape[2:]
+        grid = self.config.patch_grid(1, height, width)
+        if min(grid) < 1:
+            raise ValueError(
+                f"pixel_values: {height} x {width} pixels are less than a patch of {self.config.patch_size} pixels"
+            )
+        return State({"hidden": self.embed(pixels, interpolate_pos_encoding)}, grid)
 
     def embed(self, pixels: Tensor, interpolate_pos_encoding: bool) -> Tensor:
         """`[B, C, H, W]` -> `[B, P + h * w, D]`; embeddings that fit themselves to any size are not told."""

@@ -17,7 +17,7 @@ from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTr
 from ..checkpoint_files import hub_arguments
 from ..configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
 from ..configuration_avit import HALTING_FIELDS, AViTConfig
-from ..data.processing import make_processor, open_processor
+from ..data.processing import image_size_of, make_processor, open_processor
 from ..modeling_avit import AViT
 from ..modeling_beit import BeitHighway
 from ..modeling_clip import CLIPHighway
@@ -239,8 +239,13 @@ def open_for_probing(checkpoint: str, label_names: list[str]) -> tuple[HighwayMi
         fitting = {name: each for name, each in old.state_dict().items() if each.shape == ours[name].shape}
         model.load_state_dict(fitting, strict=False)
     else:
-        none: dict[str, Any] = {"exit_positions": [], "exit_types": []}
-        model = highway_for(checkpoint, config.model_type).from_backbone(checkpoint, **none, **labels)
+        highway = highway_for(checkpoint, config.model_type)
+        settings: dict[str, Any] = {"exit_positions": [], "exit_types": []}
+        size = image_size_of(open_processor(checkpoint)) if highway.takes_any_size else None
+        if isinstance(size, int):
+            # what it was pretrained on may be far larger; upstream has positions of a square alone
+            settings["image_size"] = size
+        model = highway.from_backbone(checkpoint, **settings, **labels)
     return model, open_processor(checkpoint)
 
 

@@ -68,6 +68,7 @@ def grow(
     output: str | Path | None = None,
     *,
     processor: BaseImageProcessor | None = None,
+    new_classifier: bool = False,
     exit_positions: list[int] | None = None,
     exit_types: list[str] | str = "conv1_1",
     max_accuracy_drop: float = 0.01,
@@ -103,6 +104,9 @@ def grow(
             stopped wait in the hidden folder `.{output}-states` beside it; those of one that failed are removed.
             Without an output, nothing is saved.
         processor (`BaseImageProcessor`, *optional*): By default the checkpoint's.
+        new_classifier (`bool`, *optional*, defaults to `False`):
+            First fit a classifier to the labels of the dataset, as `lgvit train --stage head` does: a checkpoint may
+            then have none, or one for other classes. Checkpoint and dataset must be names, and an output is needed.
         exit_positions (`list[int]`, *optional*): Candidates; the first block and every second one by default.
         exit_types (`list[str]` or `str`, *optional*, defaults to `"conv1_1"`): Head of each, or one for all.
         max_accuracy_drop (`float`, *optional*, defaults to 0.01): On the held-out images, a point estimate.
@@ -148,6 +152,16 @@ def grow(
     if not 0 < cache_limit < math.inf:
         raise ValueError(f"cache_limit: {cache_limit!r} must be a number of GB above 0")
     started, training = time.perf_counter(), training or HeadTraining()
+    if new_classifier:
+        if isinstance(checkpoint, PreTrainedModel) or not isinstance(dataset, str) or output is None:
+            raise ValueError("new_classifier: checkpoint and dataset must be names, and a folder for the output given")
+        from .new_classifier import with_new_classifier
+
+        source = {"limit": limit, "validation_share": validation_share, "seed": seed}
+        others: dict[str, Any] = {"processor": processor, "exit_positions": exit_positions, "exit_types": exit_types}
+        others |= {"training": training, "cost": cost, "cache_limit": cache_limit, "say": say}
+        with with_new_classifier(os.fspath(checkpoint), dataset, Path(output), **source) as folder:
+            return grow(folder, dataset, output, max_accuracy_drop=max_accuracy_drop, **source, **others)
     with cache_folder(output, say) as folder, ExitStack() as stack:
         set_seed(seed)
         model = _candidates(checkpoint, exit_positions, exit_types)
