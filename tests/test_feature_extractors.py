@@ -28,8 +28,19 @@ from lgvit_hf import (
     ViTHighway,
 )
 from lgvit_hf.cli import main
+from lgvit_hf.evaluation.costs import model_macs
+from lgvit_hf.hub.card import card
 from tests.seeds import seeded
-from tests.tiny import IMAGE_SIZE, scrambled, tiny_backbone_settings, tiny_images, tiny_model, tiny_native
+from tests.tiny import (
+    IMAGE_SIZE,
+    OTHER_KINDS,
+    scrambled,
+    tiny_backbone_settings,
+    tiny_config,
+    tiny_images,
+    tiny_model,
+    tiny_native,
+)
 
 TEXTS = {
     "hidden_size": 16,
@@ -173,3 +184,23 @@ def test_tokens_halt_where_blocks_are_those_of_a_vit():
     for kind in ("beit", "dinov3_vit", "dinov2"):
         with pytest.raises(ValueError, match=f"'{kind}', but AViT takes .*lgvit convert --from dinov2"):
             AViT.from_backbone(tiny_native(kind))
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_what_goes_with_every_backbone(kind, tmp_path):
+    """A card, MACs, a linear map in the place of blocks, adapters, and the random features of Performer."""
+    sizes = {"num_hidden_layers": 3, "exit_positions": [1], "exit_types": "linear"}
+    model = tiny_model(kind, **sizes)
+    assert f"{type(model).__name__.removesuffix('Highway')} " in card(model.config, name="me/model").text
+    assert model_macs(model).backbone > model_macs(model).of_exit(0) > 0
+    shorter = tiny_model(kind, **{**sizes, "linear_blocks": [2, 3]})
+    assert shorter(tiny_images(2), early_exit=False).logits.isfinite().all()
+    if kind == "beit":
+        with pytest.raises(ValueError, match="'performer' is not possible for beit_highway"):
+            tiny_config(kind, attn_implementation="performer")
+    else:
+        performer = tiny_model(kind, attn_implementation="performer", feature_map_dim=8, **sizes)
+        assert not torch.equal(performer(tiny_images(2)).logits, model(tiny_images(2)).logits)
+    pytest.importorskip("peft")
+    adapted = type(model).from_backbone(tiny_native(kind), num_labels=5, exit_positions=[2], lora=2)
+    assert any("lora" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
