@@ -1,7 +1,7 @@
 """Early exits for Vision Transformers, as an extension of Hugging Face transformers.
 
-Importing this package registers the model types `vit_highway`, `deit_highway`, `swin_highway` and `avit` with
-transformers' Auto classes and does nothing else; every public name is imported when it is first used.
+Importing this package registers its model types (`vit_highway`, `dinov2_highway`, `avit`, ...) with transformers' Auto
+classes and does nothing else; every public name is imported when it is first used.
 """
 
 from importlib import import_module
@@ -10,8 +10,20 @@ from typing import TYPE_CHECKING
 from . import auto
 
 if TYPE_CHECKING:
-    from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
     from .configuration_avit import AViTConfig
+    from .configuration_sequence import (
+        BeitHighwayConfig,
+        CLIPHighwayConfig,
+        DeiTHighwayConfig,
+        Dinov2HighwayConfig,
+        Dinov2WithRegistersHighwayConfig,
+        Dinov3ViTHighwayConfig,
+        IJepaHighwayConfig,
+        SiglipHighwayConfig,
+        ViTHighwayConfig,
+        ViTMSNHighwayConfig,
+    )
+    from .configuration_swin import SwinHighwayConfig
     from .configuration_wrapper import HighwayWrapperConfig
     from .data.datasets import load_images, load_unlabelled
     from .data.processing import ProcessedImages, make_processor
@@ -29,11 +41,23 @@ if TYPE_CHECKING:
     from .exit_settings import Exit
     from .export.onnx_export import export_onnx
     from .heads import HEADS, register_head
+    from .hub.loading import AutoHighway
     from .modeling_avit import AViT, AViTForImageClassification, AViTOutput
+    from .modeling_beit import BeitHighway, BeitHighwayForImageClassification
+    from .modeling_clip import CLIPHighway, CLIPHighwayForImageClassification
     from .modeling_deit import DeiTHighway, DeiTHighwayForImageClassification
+    from .modeling_dinov2 import Dinov2Highway, Dinov2HighwayForImageClassification
+    from .modeling_dinov2_with_registers import (
+        Dinov2WithRegistersHighway,
+        Dinov2WithRegistersHighwayForImageClassification,
+    )
+    from .modeling_dinov3_vit import Dinov3ViTHighway, Dinov3ViTHighwayForImageClassification
     from .modeling_highway import HighwayOutput
+    from .modeling_ijepa import IJepaHighway, IJepaHighwayForImageClassification
+    from .modeling_siglip import SiglipHighway, SiglipHighwayForImageClassification
     from .modeling_swin import SwinHighway, SwinHighwayForImageClassification
     from .modeling_vit import ViTHighway, ViTHighwayForImageClassification
+    from .modeling_vit_msn import ViTMSNHighway, ViTMSNHighwayForImageClassification
     from .policies import POLICIES, ExitPolicy, build_policy, register_policy
     from .runtimes.onnxruntime import ORTHighway
     from .runtimes.openvino import OVHighway
@@ -53,7 +77,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "configuration": ("ViTHighwayConfig", "DeiTHighwayConfig", "SwinHighwayConfig"),
+    "configuration_sequence": (
+        "ViTHighwayConfig",
+        "DeiTHighwayConfig",
+        "BeitHighwayConfig",
+        "CLIPHighwayConfig",
+        "Dinov2HighwayConfig",
+        "Dinov2WithRegistersHighwayConfig",
+        "Dinov3ViTHighwayConfig",
+        "SiglipHighwayConfig",
+        "ViTMSNHighwayConfig",
+        "IJepaHighwayConfig",
+    ),
+    "configuration_swin": ("SwinHighwayConfig",),
     "configuration_avit": ("AViTConfig",),
     "configuration_wrapper": ("HighwayWrapperConfig",),
     "data.datasets": ("load_images", "load_unlabelled"),
@@ -75,10 +111,22 @@ _HOMES = {
     "training.distill_exits": ("grow",),
     "training.shorten": ("shorten",),
     "token_halting": ("token_macs",),
+    "hub.loading": ("AutoHighway",),
     "heads": ("HEADS", "register_head"),
     "modeling_avit": ("AViT", "AViTForImageClassification", "AViTOutput"),
     "modeling_vit": ("ViTHighway", "ViTHighwayForImageClassification"),
     "modeling_deit": ("DeiTHighway", "DeiTHighwayForImageClassification"),
+    "modeling_beit": ("BeitHighway", "BeitHighwayForImageClassification"),
+    "modeling_clip": ("CLIPHighway", "CLIPHighwayForImageClassification"),
+    "modeling_dinov2": ("Dinov2Highway", "Dinov2HighwayForImageClassification"),
+    "modeling_dinov2_with_registers": (
+        "Dinov2WithRegistersHighway",
+        "Dinov2WithRegistersHighwayForImageClassification",
+    ),
+    "modeling_dinov3_vit": ("Dinov3ViTHighway", "Dinov3ViTHighwayForImageClassification"),
+    "modeling_vit_msn": ("ViTMSNHighway", "ViTMSNHighwayForImageClassification"),
+    "modeling_ijepa": ("IJepaHighway", "IJepaHighwayForImageClassification"),
+    "modeling_siglip": ("SiglipHighway", "SiglipHighwayForImageClassification"),
     "modeling_swin": ("SwinHighway", "SwinHighwayForImageClassification"),
     "modeling_highway": ("HighwayOutput",),
     "policies": ("POLICIES", "ExitPolicy", "build_policy", "register_policy"),

@@ -5,15 +5,64 @@ from __future__ import annotations
 import importlib.abc
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 AUTO_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 AUTO_MODEL_MODULE = "transformers.models.auto.modeling_auto"
 ONNX_CONFIG_MODULE = "optimum.exporters.onnx.model_configs"
+
+# those of transformers' whose configs ours derive from
+BACKBONES = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "siglip",
+    "clip",
+    "beit",
+    "vit_msn",
+    "ijepa",
+    "swin",
+)
+# the names of what is registered, by the file that has it
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "configuration_sequence": (
+        "ViTHighwayConfig",
+        "DeiTHighwayConfig",
+        "Dinov2HighwayConfig",
+        "Dinov2WithRegistersHighwayConfig",
+        "Dinov3ViTHighwayConfig",
+        "SiglipHighwayConfig",
+        "CLIPHighwayConfig",
+        "BeitHighwayConfig",
+        "ViTMSNHighwayConfig",
+        "IJepaHighwayConfig",
+    ),
+    "configuration_swin": ("SwinHighwayConfig",),
+    "configuration_avit": ("AViTConfig",),
+    "configuration_wrapper": ("HighwayWrapperConfig",),
+}
+MODELS: dict[str, tuple[str, ...]] = {
+    "modeling_vit": ("ViTHighway",),
+    "modeling_deit": ("DeiTHighway",),
+    "modeling_dinov2": ("Dinov2Highway",),
+    "modeling_dinov2_with_registers": ("Dinov2WithRegistersHighway",),
+    "modeling_dinov3_vit": ("Dinov3ViTHighway",),
+    "modeling_siglip": ("SiglipHighway",),
+    "modeling_clip": ("CLIPHighway",),
+    "modeling_beit": ("BeitHighway",),
+    "modeling_vit_msn": ("ViTMSNHighway",),
+    "modeling_ijepa": ("IJepaHighway",),
+    "modeling_swin": ("SwinHighway",),
+    "modeling_avit": ("AViT",),
+    "wrapper": ("HighwayWrapper",),
+}
 
 
 def register() -> None:
@@ -29,39 +78,50 @@ def register() -> None:
         sys.meta_path.insert(0, _AfterImport())
 
 
-@cache
-def register_configs() -> None:
-    """Make `AutoConfig` know `vit_highway`, `deit_highway`, `swin_highway`, `avit` and `wrapped_highway`."""
-    from transformers.models.auto.configuration_auto import AutoConfig
+def register_configs(imported: str = "") -> None:
+    """Make `AutoConfig` know the configs of `CONFIGS`, or wait while what they need is half imported.
 
-    from .configuration import DeiTHighwayConfig, SwinHighwayConfig, ViTHighwayConfig
-    from .configuration_avit import AViTConfig
-    from .configuration_wrapper import HighwayWrapperConfig
+    transformers 5 needs the Auto models to define a config, and imports them in the middle of it.
 
-    for config in (ViTHighwayConfig, DeiTHighwayConfig, SwinHighwayConfig, AViTConfig, HighwayWrapperConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    Args:
+        imported (`str`, *optional*): The module that has just been imported, of which Python says so a little later.
+    """
+    _waiting.clear()
+    for name in NEEDED - {imported}:
+        if name in sys.modules and getattr(sys.modules[name].__spec__, "_initializing", False):
+            _waiting.add(name)
+    if not _waiting:
+        from transformers.models.auto.configuration_auto import AutoConfig
+
+        for config in _named(CONFIGS):
+            AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def _register_where_waited_for(name: str) -> None:
+    if name in _waiting:
+        register_configs(name)
 
 
 @cache
 def register_models() -> None:
-    """Make `AutoModel` and `AutoModelForImageClassification` know the five models."""
+    """Make `AutoModel` and `AutoModelForImageClassification` know the models of `MODELS`."""
     from transformers import AutoModel, AutoModelForImageClassification
 
-    from .modeling_avit import AViT
-    from .modeling_deit import DeiTHighway
-    from .modeling_swin import SwinHighway
-    from .modeling_vit import ViTHighway
-    from .wrapper import HighwayWrapper
-
     register_configs()
-    for model in (ViTHighway, DeiTHighway, SwinHighway, AViT, HighwayWrapper):
+    for model in _named(MODELS):
         for auto in (AutoModel, AutoModelForImageClassification):
             auto.register(model.config_class, model, exist_ok=True)
 
 
+def _named(names: dict[str, tuple[str, ...]]) -> Iterator[Any]:
+    for module, classes in names.items():
+        for name in classes:
+            yield getattr(import_module(f"{__package__}.{module}"), name)
+
+
 @cache
 def register_onnx_configs() -> None:
-    """Make Optimum export the three models as `export_onnx` does."""
+    """Make Optimum export highways as `export_onnx` does."""
     try:
         # by its name: packages do not travel with a checkpoint, as the files beside this one do
         import_module(f"{__package__}.export.optimum_config")
@@ -74,15 +134,20 @@ def register_onnx_configs() -> None:
         )
 
 
-def _register_configs_alone() -> None:
-    # transformers 5 needs the Auto models to define a config: wait for them where they are being imported
-    if AUTO_MODEL_MODULE not in sys.modules:
-        register_configs()
-
+NEEDED = frozenset(
+    [
+        *(f"transformers.models.{kind}.configuration_{kind}" for kind in BACKBONES),
+        *(f"{__package__}.{name}" for name in ("configuration", *CONFIGS)),
+        *(AUTO_CONFIG_MODULE, AUTO_MODEL_MODULE),
+    ]
+)
+# of these, those that were half imported when configs were to be registered
+_waiting: set[str] = set()
 
 AFTER_IMPORT: dict[str, Callable[[], None]] = {
-    AUTO_CONFIG_MODULE: _register_configs_alone,
-    AUTO_MODEL_MODULE: register_configs,
+    **{name: partial(_register_where_waited_for, name) for name in sorted(NEEDED)},
+    AUTO_CONFIG_MODULE: partial(register_configs, AUTO_CONFIG_MODULE),
+    AUTO_MODEL_MODULE: partial(register_configs, AUTO_MODEL_MODULE),
     ONNX_CONFIG_MODULE: register_onnx_configs,
 }
 

@@ -1,4 +1,4 @@
-"""The three configs: where the exits stand, what they compute, when samples exit. Everything is checked when built."""
+"""What the config of every highway has: where exits stand, what they compute, when samples exit; all checked."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import difflib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from transformers import DeiTConfig, SwinConfig, ViTConfig
 
 from .ensemble import build_ensemble
 from .exit_head import ExitHead  # noqa: F401
@@ -108,17 +106,27 @@ class HighwayConfig(SafeConfig):
         num_attention_heads: int
         attention_probs_dropout_prob: float
 
-    def _set_exits(
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # transformers 5 writes an `__init__` of the fields for each class of a config that has none of its own
+        if "__init__" not in vars(cls):
+            cls.__init__ = cls.__init__  # type: ignore[method-assign]  # inherited
+        super().__init_subclass__(**kwargs)
+
+    def __init__(
         self,
-        exit_positions: Any,
-        exit_types: Any,
-        exit_policy: dict[str, Any] | str | None,
-        exit_loss_weights: Any,
-        pool: str | None,
-        truncated: bool,
-        exit_ensemble: dict[str, Any] | None,
+        exit_positions: Any = "lgvit",
+        exit_types: Any = "lgvit",
+        exit_policy: dict[str, Any] | str | None = None,
+        exit_loss_weights: Any = "depth",
+        pool: str | None = None,
+        truncated: bool = False,
         linear_blocks: Any = None,
-    ) -> None:
+        feature_map_dim: int | None = None,
+        feature_map_seed: int | None = None,
+        exit_ensemble: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**_own_settings(kwargs))
         # lists of anything: `validate_exits` looks at them
         self.truncated = truncated
         self.linear_blocks = linear_blocks
@@ -138,12 +146,16 @@ class HighwayConfig(SafeConfig):
         self.pool = self.pools[0] if pool is None else pool
         self.validate_exits()
         _offer_models()
-
-    def _set_performer(self, feature_map_dim: int | None, feature_map_seed: int | None) -> None:
-        self.feature_map_dim, self.feature_map_seed = feature_map_dim, feature_map_seed
+        if self.takes_performer or (feature_map_dim, feature_map_seed) != (None, None):
+            self.feature_map_dim, self.feature_map_seed = feature_map_dim, feature_map_seed
         if self._attn_implementation is None and feature_map_dim is not None:
             self._attn_implementation = "performer"
         self.validate_performer()
+
+    @classmethod
+    def as_own(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Fields of an upstream's config as fields of this one: the same ones."""
+        return settings
 
     def validate_performer(self) -> None:
         """Check `attn_implementation` and the fields that go with it, and fill in their defaults.
@@ -170,9 +182,8 @@ class HighwayConfig(SafeConfig):
         """Raise `ValueError` where `attn_implementation="performer"` cannot take effect."""
         if not self.takes_performer:
             raise ValueError(
-                f"attn_implementation='performer' is not possible for {self.model_type}: the attention of a window "
-                "adds a bias to every pair of tokens, and an estimate in linear time never forms the pairs; choices: "
-                "'eager', 'sdpa'"
+                f"attn_implementation='performer' is not possible for {self.model_type}: its attention adds a bias to "
+                "every pair of tokens, and an estimate in linear time never forms the pairs; choices: 'eager', 'sdpa'"
             )
         if self.attention_probs_dropout_prob > 0:
             raise ValueError(
@@ -203,7 +214,9 @@ class HighwayConfig(SafeConfig):
 
     def cut_to(self, num_blocks: int) -> dict[str, Any]:
         """The settings of the same backbone with only its first `num_blocks` blocks."""
-        return {"num_hidden_layers": num_blocks}
+        # of configs that a detector could have as its backbone; they follow from the depth
+        follow = [name for name in ("out_features", "out_indices", "stage_names") if hasattr(self, name)]
+        return {"num_hidden_layers": num_blocks, **dict.fromkeys(follow)}
 
     def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches after block `after` (from 1) for images of `height` x `width` pixels."""
@@ -290,161 +303,3 @@ def _offer_models() -> None:
     auto = sys.modules.get(f"{__package__}.auto")
     if auto is not None:
         auto.register_models()
-
-
-class ViTHighwayConfig(HighwayConfig, ViTConfig):
-    """A `ViTConfig` with exits; see `HighwayConfig` for the exit settings.
-
-    Example:
-
-        >>> config = ViTHighwayConfig(num_hidden_layers=6, exit_positions=[2, 4])
-        >>> config.exits
-        (Exit(after=2, head='conv1_1'), Exit(after=4, head='attention_r2'))
-    """
-
-    model_type = "vit_highway"
-
-    def __init__(
-        self,
-        exit_positions="lgvit",
-        exit_types="lgvit",
-        exit_policy=None,
-        exit_loss_weights="depth",
-        pool=None,
-        truncated=False,
-        linear_blocks=None,
-        feature_map_dim=None,
-        feature_map_seed=None,
-        exit_ensemble=None,
-        **kwargs,
-    ):
-        super().__init__(**_own_settings(kwargs))
-        self._set_exits(
-            exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble, linear_blocks
-        )
-        self._set_performer(feature_map_dim, feature_map_seed)
-
-
-class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
-    """A `DeiTConfig` with exits; see `HighwayConfig` for the exit settings.
-
-    Args:
-        distilled (`bool`, *optional*, defaults to `True` unless `architectures` names `DeiTForImageClassification`):
-            Whether there is a classifier for the distillation token, as in `DeiTForImageClassificationWithTeacher`.
-            The exits then have two as well; otherwise the final classifier and the exits read the class token alone.
-
-    Example:
-
-        >>> DeiTHighwayConfig(exit_positions=[4, 8], exit_types="linear").exit_types
-        ['linear', 'linear']
-    """
-
-    model_type = "deit_highway"
-
-    def __init__(
-        self,
-        exit_positions="lgvit",
-        exit_types="lgvit",
-        exit_policy=None,
-        exit_loss_weights="depth",
-        pool=None,
-        truncated=False,
-        linear_blocks=None,
-        feature_map_dim=None,
-        feature_map_seed=None,
-        distilled=None,
-        exit_ensemble=None,
-        **kwargs,
-    ):
-        if distilled is None:
-            distilled = "DeiTForImageClassification" not in (kwargs.get("architectures") or [])
-        super().__init__(**_own_settings(kwargs))
-        self.distilled = distilled
-        self._set_exits(
-            exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble, linear_blocks
-        )
-        self._set_performer(feature_map_dim, feature_map_seed)
-
-    @property
-    def pools(self) -> tuple[str, ...]:  # type: ignore[override]  # reading it is all there is
-        """With two classifiers each must read its own token."""
-        return ("cls",) if self.distilled else ("cls", "mean")
-
-
-class SwinHighwayConfig(HighwayConfig, SwinConfig):
-    """A `SwinConfig` with exits; see `HighwayConfig` for the exit settings. An exit stands before the patch merging.
-
-    Example:
-
-        >>> SwinHighwayConfig(depths=[2, 2, 18, 2]).exit_positions
-        [4, 7, 10, 13, 16, 19, 22, 23]
-    """
-
-    model_type = "swin_highway"
-    pools = ("mean",)
-    takes_performer = False
-
-    def __init__(
-        self,
-        exit_positions="lgvit",
-        exit_types="lgvit",
-        exit_policy=None,
-        exit_loss_weights="depth",
-        pool=None,
-        truncated=False,
-        linear_blocks=None,
-        exit_ensemble=None,
-        **kwargs,
-    ):
-        super().__init__(**_own_settings(kwargs))
-        self._set_exits(
-            exit_positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble, linear_blocks
-        )
-        self.validate_performer()
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of all stages."""
-        return sum(self.depths)
-
-    def stage_of(self, after: int) -> int:
-        """Stage, from 0, that block number `after` (from 1) belongs to."""
-        for stage in range(len(self.depths)):
-            if after <= sum(self.depths[: stage + 1]):
-                return stage
-        raise ValueError(f"block {after} is beyond the {self.num_blocks} blocks of {list(self.depths)}")
-
-    def validate_linear_blocks(self) -> None:
-        """As of the base; both blocks must be in one stage."""
-        super().validate_linear_blocks()
-        first, last = map(self.stage_of, self.linear_blocks or (1, 1))
-        if first != last:
-            raise ValueError(
-                f"linear_blocks: {self.linear_blocks} lie in stages {first + 1} and {last + 1} (depths "
-                f"{list(self.depths)}), between which grid and width change; take blocks of one stage"
-            )
-
-    def cut_to(self, num_blocks: int) -> dict[str, Any]:
-        """The settings of the same backbone with only its first `num_blocks` blocks."""
-        stage = self.stage_of(num_blocks)
-        depths = [*self.depths[:stage], num_blocks - sum(self.depths[:stage])]
-        return {
-            "depths": depths,
-            "num_heads": list(self.num_heads[: stage + 1]),
-            # they follow from the depths
-            **dict.fromkeys(("out_features", "out_indices", "stage_names", "num_layers", "hidden_size")),
-        }
-
-    def patch_grid(self, after: int, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches after block `after` (from 1) for images of `height` x `width` pixels."""
-        rows, columns = height_width(self.patch_size)
-        # images are padded to whole patches, and a grid to whole groups of patches at each merging
-        shrink = 2 ** self.stage_of(after)
-        return -(-height // (rows * shrink)), -(-width // (columns * shrink))
-
-    def _preset_positions(self) -> list[int]:
-        # published for Swin-B; the stages of other depths lie elsewhere
-        return [4, 7, 10, 13, 16, 19, 22, 23] if list(self.depths) == [2, 2, 18, 2] else super()._preset_positions()
-
-    def _preset_types(self, num_exits: int) -> list[str]:
-        return lgvit_heads(num_exits, attention=("attention_r1", "attention_r2"))

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .configuration import HighwayConfig, _own_settings
+from .configuration import HighwayConfig
 from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
 from .exit_policy import Memory  # noqa: F401
@@ -73,7 +73,7 @@ class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
         exit_ensemble=None,
         **kwargs,
     ):
-        super().__init__(**_own_settings(kwargs))
+        # before the rest, which asks for the number of blocks
         self.after = after
         self.exit_shapes = exit_shapes
         self.image_size = image_size
@@ -86,7 +86,16 @@ class HighwayWrapperConfig(HighwayConfig, PretrainedConfig):
             raise ValueError(
                 f"exit_positions: {exit_positions!r} must be {positions}: every cut has its exit; `after` says where"
             )
-        self._set_exits(positions, exit_types, exit_policy, exit_loss_weights, pool, truncated, exit_ensemble)
+        super().__init__(
+            positions,
+            exit_types,
+            exit_policy,
+            exit_loss_weights,
+            pool,
+            truncated,
+            exit_ensemble=exit_ensemble,
+            **kwargs,
+        )
 
     @property
     def num_blocks(self) -> int:

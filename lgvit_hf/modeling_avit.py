@@ -22,9 +22,12 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
 )
 from transformers.utils import ModelOutput
 
+from .checkpoint_files import HUB_ARGUMENTS
 from .configuration import OWN_FIELDS
 from .configuration_avit import AViTConfig
 from .ensemble import Ensemble  # noqa: F401
@@ -36,8 +39,9 @@ from .gate import GatePolicy  # noqa: F401
 from .halting_layers import HaltingDeiTLayer, HaltingViTLayer
 from .heads import is_watched
 from .losses import check_labels, task_loss
+from .plain_checkpoint import load_native, name_of
 from .policies import POLICIES  # noqa: F401
-from .pretrained import HUB_ARGUMENTS, SafeCheckpoint, load_native, name_of
+from .pretrained import SafeCheckpoint
 from .recording import Selection, recording, requested
 from .remote_code import write_code  # noqa: F401
 from .safe_config import SafeConfig  # noqa: F401
@@ -65,6 +69,8 @@ BACKBONES = {"vit": (ViTConfig, ViTModel, HaltingViTLayer), "deit": (DeiTConfig,
 NATIVES = {
     "vit": (ViTForImageClassification, ViTModel),
     "deit": (DeiTForImageClassificationWithTeacher, DeiTForImageClassification, DeiTModel),
+    # a ViT by another name
+    "vit_msn": (ViTMSNForImageClassification, ViTMSNModel),
 }
 # their classifiers, of the class token and of the distillation token
 CLASSIFIERS = (("classifier", "cls_classifier"), ("distillation_classifier",))
@@ -382,7 +388,10 @@ def _check_attention(name: str | dict[str, str]) -> None:
 
 def _natives(name: str, model_type: str | None) -> tuple[Any, ...]:
     if model_type not in NATIVES:
-        raise ValueError(f"{name}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones")
+        raise ValueError(
+            f"{name}: model type {model_type!r}, but AViT takes {', '.join(map(repr, NATIVES))}, whose blocks and "
+            "tokens are those of a plain ViT; `lgvit convert --from dinov2` makes one of a DINOv2"
+        )
     return NATIVES[model_type]
 
 
@@ -412,7 +421,8 @@ def _config_of(native: PreTrainedModel, changes: dict[str, Any]) -> AViTConfig:
     if changes.get("num_labels", native.config.num_labels) != native.config.num_labels or "id2label" in changes:
         for key in ("id2label", "label2id"):
             settings.pop(key, None)
-    settings["backbone"] = _kind_of(native)
+    kind = _kind_of(native)
+    settings["backbone"] = "vit" if kind == "vit_msn" else kind
     with_teacher = isinstance(native, DeiTForImageClassificationWithTeacher)
     settings["distilled"] = with_teacher and getattr(native.config, "distilled", True)
     return AViTConfig(**{**settings, **changes})

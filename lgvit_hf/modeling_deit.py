@@ -1,4 +1,4 @@
-"""DeiTHighway: stem, blocks, tokens and final for transformers' DeiT, with or without its distillation classifier."""
+"""DeiTHighway: transformers' DeiT with exits, with or without its distillation classifier."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, DeiTModel
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
-from .configuration import DeiTHighwayConfig
+from .checkpoint_files import check_files  # noqa: F401
+from .configuration import HighwayConfig  # noqa: F401
+from .configuration_sequence import DeiTHighwayConfig
 from .engine import run_early  # noqa: F401
 from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
@@ -19,6 +21,7 @@ from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape  # noqa: F401
 from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin  # noqa: F401
+from .plain_checkpoint import load_native  # noqa: F401
 from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401
@@ -66,10 +69,10 @@ class DeiTHighway(SequenceHighway, DeiTForImageClassificationWithTeacher):
         return 2 if self.config.distilled else 1
 
     def final(self, state: State) -> Tensor:
-        hidden = self.deit.layernorm(state["hidden"])
-        if self.config.distilled:
-            return (self.cls_classifier(hidden[:, 0]) + self.distillation_classifier(hidden[:, 1])) / 2
-        return self.classifier(hidden[:, 0] if self.config.pool == "cls" else hidden.mean(1))
+        if not self.config.distilled:
+            return super().final(state)
+        hidden = self.normed(state)
+        return (self.cls_classifier(hidden[:, 0]) + self.distillation_classifier(hidden[:, 1])) / 2
 
 
 DeiTHighwayForImageClassification = DeiTHighway

@@ -87,16 +87,15 @@ def all_exits_output(
     )
 
 
-def run_block(layer: nn.Module, state: State, feature_map: FeatureMap | None = None) -> State:
-    """One transformer block of `[B, N, D]` hidden states, as ViT's and DeiT's are."""
-    # what a layer is given beside the state goes to the attention function as it is; a linear map has none
-    given = () if feature_map is None or is_replaced(layer) else (feature_map.random_features,)
-    return State({"hidden": layer(state["hidden"], *given)}, state.grid)
-
-
 def is_replaced(block: nn.Module) -> bool:
     """Whether a linear map of each token (`config.linear_blocks`) stands in the place of a transformer block."""
     return isinstance(block, (nn.Linear, nn.Identity))
+
+
+def grid_of(state: State) -> tuple[int, int]:
+    """Rows and columns of patches of a state after the stem."""
+    assert state.grid is not None, "the stem says it"
+    return state.grid
 
 
 class PolicyHolder:
@@ -174,6 +173,8 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
 
     # whether images of another size than the config's need no new position embeddings
     takes_any_size = False
+    # what of the backbone only its final answer needs
+    final_modules: tuple[str, ...] = ("layernorm",)
     # the loss is a mean: `Trainer` must divide it by the accumulation steps itself
     accepts_loss_kwargs = False
 
@@ -355,7 +356,9 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
         return pixel_values
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        # upstream would begin with the classifier, which a truncated model has not
+        if not (module is self and self.config.truncated):
+            super()._init_weights(module)
         # transformers 4.57 leaves batch norms of a warm start as uninitialised memory
         if isinstance(module, nn.BatchNorm2d) and not getattr(module.running_mean, "_is_hf_initialized", False):
             nn.init.ones_(module.weight)
@@ -405,7 +408,8 @@ class HighwayMixin(PolicyHolder, PretrainedHighway):
             blocks[index] = nn.Identity() if number else nn.Linear(width, width)
 
     def _remove_final(self) -> None:
-        self.base_model.layernorm = nn.Identity()
+        for name in self.final_modules:
+            setattr(self.base_model, name, nn.Identity())
         for name, child in list(self.named_children()):
             if child is not self.base_model and child is not self.exits:
                 setattr(self, name, nn.Identity())

@@ -10,7 +10,9 @@ from transformers import SwinForImageClassification, SwinModel
 from transformers.models.swin.modeling_swin import SwinStage
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
-from .configuration import SwinHighwayConfig
+from .checkpoint_files import check_files  # noqa: F401
+from .configuration import HighwayConfig  # noqa: F401
+from .configuration_swin import SwinHighwayConfig
 from .engine import run_early  # noqa: F401
 from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
@@ -20,7 +22,8 @@ from .files import add_files  # noqa: F401
 from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape
 from .losses import task_loss  # noqa: F401
-from .modeling_highway import HighwayMixin, is_replaced
+from .modeling_highway import HighwayMixin, grid_of, is_replaced
+from .plain_checkpoint import load_native  # noqa: F401
 from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401
@@ -64,14 +67,9 @@ class SwinHighwayStage(SwinStage):
         return block(hidden_states) if is_replaced(block) else block(hidden_states, input_dimensions)[0]
 
 
-def _grid_of(state: State) -> tuple[int, int]:
-    assert state.grid is not None, "the stem says it"
-    return state.grid
-
-
 def _run_block(stage: nn.Module, index: int, before: nn.Module | None, state: State) -> State:
     """One block of a stage; the first has patches merged before, so that an exit before it does not pay for that."""
-    hidden, grid = state["hidden"], _grid_of(state)
+    hidden, grid = state["hidden"], grid_of(state)
     if before is not None:
         # transformers 5 checkpoints a stage once; the merging is little beside its blocks
         merge: Any = before.downsample if before.gradient_checkpointing else partial(before, part="merge")
@@ -129,7 +127,7 @@ class SwinHighway(HighwayMixin, SwinForImageClassification):
         return [stage.blocks for stage in self.swin.encoder.layers]
 
     def tokens(self, state: State) -> Tokens:
-        return Tokens(state["hidden"], _grid_of(state), state["hidden"][:, :0])
+        return Tokens(state["hidden"], grid_of(state), state["hidden"][:, :0])
 
     def final(self, state: State) -> Tensor:
         hidden = self.swin.layernorm(state["hidden"])

@@ -1,14 +1,15 @@
-"""ViTHighway: stem, blocks, tokens and final for transformers' ViT."""
+"""ViTHighway: transformers' ViT with exits."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from transformers import ViTForImageClassification, ViTModel
 
 from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
-from .configuration import ViTHighwayConfig
+from .checkpoint_files import check_files  # noqa: F401
+from .configuration import HighwayConfig  # noqa: F401
+from .configuration_sequence import ViTHighwayConfig
 from .engine import run_early  # noqa: F401
 from .ensemble import Ensemble  # noqa: F401
 from .exit_head import ExitHead  # noqa: F401
@@ -19,12 +20,13 @@ from .gate import GatePolicy  # noqa: F401
 from .heads import HeadShape  # noqa: F401
 from .losses import task_loss  # noqa: F401
 from .modeling_highway import HighwayMixin  # noqa: F401
+from .plain_checkpoint import load_native  # noqa: F401
 from .policies import ExitPolicy  # noqa: F401
 from .pretrained import PretrainedHighway  # noqa: F401
 from .recording import recording  # noqa: F401
 from .remote_code import write_code  # noqa: F401
 from .safe_config import SafeConfig  # noqa: F401
-from .segments import State
+from .segments import State  # noqa: F401
 from .sequence_highway import SequenceHighway
 
 
@@ -50,10 +52,6 @@ class ViTHighway(SequenceHighway, ViTForImageClassification):
     config_class = ViTHighwayConfig  # type: ignore[assignment]  # `None` upstream
     _no_split_modules = ["ViTEmbeddings", "ViTLayer"]
     native_classes = (ViTForImageClassification, ViTModel)
-
-    def final(self, state: State) -> Tensor:
-        hidden = self.vit.layernorm(state["hidden"])
-        return self.classifier(hidden[:, 0] if self.config.pool == "cls" else hidden.mean(1))
 
 
 ViTHighwayForImageClassification = ViTHighway

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .checkpoint_files import HUB_ARGUMENTS, NO_OTHER_WEIGHTS, WrongShape, check_files, hub_arguments
 from .configuration import OWN_FIELDS, HighwayConfig
-from .files import leads_out
+from .plain_checkpoint import HIGHWAYS, RECOMPUTED, load_native, name_of, resized
 from .remote_code import auto_map, code_goes_with, write_code
-from .safe_config import without_attention_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,9 +40,6 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# buffers that are made, not learned
-RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
-NO_OTHER_WEIGHTS = "weights are read from model.safetensors or by its index, from no other file; leave it out"
 PUSH_ARGUMENTS = (
     "repo_id",
     "commit_message",
@@ -53,11 +49,6 @@ PUSH_ARGUMENTS = (
     "create_pr",
     "tags",
 )
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-
-
-class WrongShape(ValueError, RuntimeError):
-    """A tensor of a file has not the shape that the config asks for; a `RuntimeError` too, which upstream raises."""
 
 
 class SafeCheckpoint(_Model):
@@ -141,6 +132,8 @@ class PretrainedHighway(SafeCheckpoint):
 
     # transformers' classes whose checkpoints warm-start this one, the bare backbone last
     native_classes: tuple[Any, ...]
+    # how the names of those of their tensors begin, in the backbone or beside it, that no classifier reads
+    unread: tuple[str, ...] = ("pooler.",)
     # softmax checkpoints load as Performers, and Performers as softmax
     _keys_to_ignore_on_load_missing: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # None there
     _keys_to_ignore_on_load_unexpected: list[str] | None = [r"random_features"]  # type: ignore[assignment]  # likewise
@@ -199,7 +192,7 @@ class PretrainedHighway(SafeCheckpoint):
         output_loading_info: bool = False,
         **kwargs: Any,
     ):
-        """Put exits on a plain ViT, DeiT or Swin checkpoint; its own answers stay what they are.
+        """Put exits on a plain checkpoint of the backbone; its own answers stay what they are.
 
         Args:
             backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
@@ -208,7 +201,8 @@ class PretrainedHighway(SafeCheckpoint):
             output_loading_info (`bool`, *optional*, defaults to `False`): Also return which tensors are new.
             kwargs:
                 Config fields to set: `exit_positions`, `exit_types`, `exit_policy`, ..., `num_labels`, `id2label`.
-                With a `num_labels` that the checkpoint does not have, the classifier is made anew. `dtype` converts
+                With a `num_labels` that the checkpoint does not have, the classifier is made anew. With another
+                `image_size`, position embeddings are interpolated as upstream does in each forward. `dtype` converts
                 the result; Hub arguments (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
                 `subfolder`) are passed on.
 
@@ -231,17 +225,27 @@ class PretrainedHighway(SafeCheckpoint):
         native = backbone if isinstance(backbone, PreTrainedModel) else load_native(backbone, hub, cls._natives)
         cls._natives(name_of(backbone), native.config.model_type)
         model = cls(cls._config_of(native, kwargs)).to(native.device, native.dtype)
-        ours, prefix = model.state_dict(), cls.base_model_prefix
+        ours, prefix = model.state_dict(), f"{cls.base_model_prefix}."
         state = native.state_dict()
-        if native.base_model is native:
-            state = {f"{prefix}.{name}": tensor for name, tensor in state.items()}
-        # a bare backbone may carry a pooler, which no classifier of transformers uses
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.pooler.")}
-        classifiers = [name for name in ours if not name.startswith(("exits.", "feature_maps.", f"{prefix}."))]
+        if not any(name.startswith(prefix) for name in state):
+            state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        unread = (*cls.unread, *(f"{prefix}{name}" for name in cls.unread))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unread)}
+        state = {name: resized(native, tensor, ours.get(name), model.config) for name, tensor in state.items()}
+        classifiers = [name for name in ours if not name.startswith(("exits.", "feature_maps.", prefix))]
         reset = [name for name in classifiers if name not in state or state[name].shape != ours[name].shape]
         if reset and not {"num_labels", "id2label"} & set(kwargs):
-            raise ValueError(f"{name_of(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier")
+            raise ValueError(
+                f"{name_of(backbone)}: no tensor {reset[0]!r}; give num_labels to make a new classifier, "
+                "which `lgvit train --stage head` fits (`lgvit grow --new-classifier`: and exits)"
+            )
         kept = {name: tensor for name, tensor in state.items() if name not in reset}
+        wrong = [name for name, tensor in kept.items() if name in ours and tensor.shape != ours[name].shape]
+        if wrong:
+            raise ValueError(
+                f"{name_of(backbone)}: tensor {wrong[0]!r} is {tuple(kept[wrong[0]].shape)} there, and "
+                f"{tuple(ours[wrong[0]].shape)} with the settings asked for"
+            )
         missing, unexpected = model.load_state_dict(kept, strict=False)
         exits = [name for name in missing if name.startswith("exits.")]
         lost = [name for name in missing if name not in exits + reset and not name.endswith(RECOMPUTED)]
@@ -276,15 +280,20 @@ class PretrainedHighway(SafeCheckpoint):
     @classmethod
     def _natives(cls, name: str, model_type: str | None) -> tuple[Any, ...]:
         """The classes that load a checkpoint of a model type, if this highway takes it."""
-        wanted = cls.native_classes[0].config_class.model_type
-        if model_type != wanted:
-            raise ValueError(f"{name}: model type {model_type!r}, but {cls.__name__} takes {wanted!r} backbones")
+        wanted = [each for each, highway in HIGHWAYS.items() if highway == cls.__name__] or [
+            native.config_class.model_type for native in cls.native_classes
+        ]
+        if model_type not in wanted:
+            fits = f"; {HIGHWAYS[model_type]} fits" if model_type in HIGHWAYS else ""
+            raise ValueError(
+                f"{name}: model type {model_type!r}, but {cls.__name__} takes {' and '.join(map(repr, wanted))}{fits}"
+            )
         return cls.native_classes
 
     @classmethod
     def _config_of(cls, native: PreTrainedModel, changes: dict[str, Any]):
         """The native model's config as ours, with `changes`."""
-        settings = native.config.to_dict()
+        settings = cls.config_class.as_own(native.config.to_dict())
         for key in ("model_type", "transformers_version", "_name_or_path"):
             settings.pop(key, None)
         unknown = sorted(set(changes) - set(settings) - set(OWN_FIELDS))
@@ -347,104 +356,3 @@ def _renamed(name: str, conversions: list[Any]) -> str:
     for conversion in conversions:
         name, _ = conversion.rename_source_key(name)
     return name
-
-
-def load_native(
-    path: str | os.PathLike[str], hub: dict[str, Any], natives: Callable[[str, str | None], Sequence[Any]]
-) -> PreTrainedModel:
-    """A plain checkpoint of a backbone, from safetensors only, without code that its config names.
-
-    Args:
-        path (`str` or path): Folder or Hub id.
-        hub (`dict`): As `hub_arguments` gives them.
-        natives (`Callable`):
-            Name and model type -> transformers' classes for it, the bare backbone last, or `ValueError`.
-
-    Raises:
-        ValueError: The checkpoint is of another kind, or lacks a tensor.
-        OSError: There is none, or only pickles.
-    """
-    check_files(path, hub)
-    settings, _ = PretrainedConfig.get_config_dict(path, **hub)
-    classes = natives(str(path), settings.get("model_type"))
-    config = classes[0].config_class.from_dict(without_attention_code(settings))
-    # an architecture that is not listed (masked image modelling, say) still has the bare backbone inside, the last
-    named = [native for native in classes if native.__name__ in (config.architectures or [])]
-    model, info = (named or [classes[-1]])[0].from_pretrained(
-        path, config=config, use_safetensors=True, output_loading_info=True, **hub
-    )
-    lost = sorted(name for name in info["missing_keys"] if not name.endswith(RECOMPUTED))
-    lost = [name for name in lost if not name.startswith("pooler.")]
-    if lost:
-        raise ValueError(f"{path}: {len(lost)} tensors of the backbone are missing, such as {lost[0]!r}")
-    return cast(PreTrainedModel, model)
-
-
-def name_of(backbone: str | os.PathLike | PreTrainedModel) -> str:
-    """What an error calls a checkpoint, or a model in memory."""
-    return type(backbone).__name__ if isinstance(backbone, PreTrainedModel) else str(backbone)
-
-
-def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where a checkpoint is found."""
-    return {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
-
-
-def check_files(path: str | os.PathLike | None, hub: Mapping[str, Any] | None = None) -> None:
-    """Refuse a checkpoint whose weights are a pickle, or whose config or index leads to other files.
-
-    Args:
-        path (`str` or path, *optional*): Folder or Hub id.
-        hub (`dict`, *optional*): As `hub_arguments` gives them.
-
-    Raises:
-        OSError: There are only pickles.
-        ValueError: A file names weights elsewhere, or is no JSON.
-    """
-    if path is None:
-        return
-    folder = Path(path) / (dict(hub or {}).get("subfolder") or "")
-    if not Path(path).is_dir():
-        settings, _ = PretrainedConfig.get_config_dict(path, **(hub or {}))
-    elif (folder / "config.json").is_file():
-        settings = _read_json(folder / "config.json")
-    else:
-        settings = {}
-    if settings.get("transformers_weights") is not None:
-        raise ValueError(f"{path}: transformers_weights in config.json: {NO_OTHER_WEIGHTS}")
-    if not folder.is_dir():
-        return
-    # transformers would go on to the base model that such a file names, wherever that lies
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder}: adapter_config.json names a base model elsewhere: from_backbone(BASE, lora=FOLDER)"
-        )
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise OSError(
-            f"{folder}: only {pickles[0]}, a pickle that could run code, and no safetensors; save the model again "
-            "with save_pretrained, or convert an original LGViT checkpoint with `lgvit convert --from lgvit`"
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(_read_json(index)["weight_map"].values())
-            stray = sorted(shard for shard in shards if not _is_shard(folder, shard))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is no index of weights: {error}") from error
-        if stray:
-            raise ValueError(
-                f"{index}: {stray[0]!r} must be the name of a .safetensors file in this folder, and no link out of it"
-            )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON object: {error}") from error
-
-
-def _is_shard(folder: Path, name: str) -> bool:
-    # what is called otherwise upstream would open as a pickle
-    return name.endswith(".safetensors") and Path(name).name == name and not leads_out(folder / name)

@@ -40,7 +40,7 @@ def auto_map(model_class: Any) -> dict[str, str]:
 
         >>> from lgvit_hf import ViTHighway
         >>> auto_map(ViTHighway)["AutoConfig"], auto_map(ViTHighway)["AutoModel"]
-        ('configuration.ViTHighwayConfig', 'modeling_vit.ViTHighway')
+        ('configuration_sequence.ViTHighwayConfig', 'modeling_vit.ViTHighway')
     """
     config, model = (
         f"{each.__module__.rpartition('.')[2]}.{each.__name__}" for each in (model_class.config_class, model_class)

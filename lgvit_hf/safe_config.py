@@ -54,7 +54,11 @@ def check_num_labels(num_labels: Any) -> None:
 def without_attention_code(config_dict: dict[str, Any]) -> dict[str, Any]:
     """The content of a `config.json` without what would choose the attention code.
 
-    Transformers before 5.3 fetches and runs code from a Hub repository that is named there (CVE-2026-4372). The caller
-    of `from_pretrained` may still choose with `attn_implementation=`.
+    At any depth: a config may hold others. Transformers before 5.3 fetches and runs code from a Hub repository that is
+    named there (CVE-2026-4372). The caller of `from_pretrained` may still choose with `attn_implementation=`.
     """
-    return {key: value for key, value in config_dict.items() if "attn_implementation" not in key}
+    return {
+        key: without_attention_code(value) if isinstance(value, dict) else value
+        for key, value in config_dict.items()
+        if not (isinstance(key, str) and "attn_implementation" in key)
+    }

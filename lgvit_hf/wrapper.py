@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from .checkpoint_files import HUB_ARGUMENTS, check_files
 from .configuration_wrapper import OWN, HighwayWrapperConfig, class_name, config_of_wrapped
 from .exit_settings import Exit
 from .feature_layout import default_head, reading_of
@@ -25,7 +26,8 @@ from .heads import ExitHead, HeadShape
 from .modeling_highway import HighwayMixin
 from .modes import evaluating
 from .module_split import cut, cut_points, proven_pieces
-from .pretrained import HUB_ARGUMENTS, check_files
+from .plain_checkpoint import load_native  # noqa: F401
+from .pretrained import PretrainedHighway  # noqa: F401
 from .safe_config import without_attention_code
 from .segments import Block, State, Tokens, height_width
 from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece

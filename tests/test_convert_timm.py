@@ -13,6 +13,7 @@ from lgvit_hf import DeiTHighway, SwinHighway, ViTHighway
 from lgvit_hf.cli import main
 from lgvit_hf.hub.convert import convert_timm, convert_torchvision
 from lgvit_hf.hub.timm_names import swin_sizes, vit_sizes
+from tests.seeds import generator
 
 ASSETS = Path(__file__).parent / "assets" / "convert"
 HEADS = {"num_attention_heads": 2}
@@ -154,6 +155,22 @@ def test_half_precision_is_kept(tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "b" / "model.safetensors").values()} == {torch.float16}
 
 
+@torch.no_grad()
+def test_layer_scale_and_positions_of_patches_alone(tmp_path):
+    """As of DeiT III: the same model, written with factors after each branch and no position for the class token."""
+    golden, numbers = Golden("timm_vit"), generator(0)
+    state = {name: tensor.clone() for name, tensor in golden.state.items()}
+    for block in range(len({name.split(".")[1] for name in state if name.startswith("blocks.")})):
+        for name, layer in ((f"blocks.{block}.ls1.gamma", "attn.proj"), (f"blocks.{block}.gamma_2", "mlp.fc2")):
+            state[name] = 0.1 + torch.rand(len(state["norm.bias"]), generator=numbers)
+            state[f"blocks.{block}.{layer}.weight"] /= state[name][:, None]
+            state[f"blocks.{block}.{layer}.bias"] /= state[name]
+    state["cls_token"] += state["pos_embed"][:, :1]
+    state["pos_embed"] = state["pos_embed"][:, 1:].contiguous()
+    golden.convert(golden.write(tmp_path / "theirs", state), tmp_path / "ours", **golden.given)
+    golden.check(tmp_path / "ours")
+
+
 # -- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -171,8 +188,7 @@ def changed(name, tensor=None, base="timm_vit"):
         ("norm_pre.weight", "a norm before the first block"),
         ("attn_pool.q.weight", "attention pooling"),
         ("pre_logits.fc.weight", "a layer before the classifier"),
-        ("blocks.0.ls1.gamma", "layer scale"),
-        ("blocks.0.gamma_1", "layer scale"),
+        ("layers.0.blocks.0.gamma_1", "layer scale"),
         ("blocks.1.attn.q_norm.weight", "norms inside attention"),
         ("blocks.1.mlp.w12.weight", "another MLP"),
         ("blocks.1.attn.q_bias", "BEiT's attention"),
@@ -199,7 +215,7 @@ def test_what_transformers_does_not_compute(name, what, tmp_path, capsys):
         (changed("colour", torch.zeros(1)), r"1 tensors have no place in the model \(colour\)"),
         (changed("cls_token"), "transformers has no ViT without class token"),
         (changed("head.weight"), "no tensor 'head.weight' there: not a ViT, DeiT or Swin with a classifier"),
-        (changed("pos_embed", torch.zeros(1, 16, 16)), "positions for the patches alone"),
+        (changed("blocks.0.ls1.gamma", torch.ones(15)), "blocks.0.attn.proj.weight, which it scales, is not there"),
         (changed("pos_embed", torch.zeros(1, 18, 16)), "17 patches are no square; give --image-size"),
         (changed("patch_embed.proj.weight", torch.zeros(16, 3, 4, 2)), "patches of 4 x 2 pixels are not square"),
         (changed("blocks.0.attn.qkv.weight", torch.zeros(47, 16)), r"\[47, 16\] is not as many rows for each"),
@@ -243,7 +259,10 @@ def test_options_that_do_not_fit(tmp_path, capsys):
     source = Golden("timm_vit").write(tmp_path / "theirs")
     out = str(tmp_path / "out")
     for arguments, message in (
-        (["--from", "lgvit", "--image-size", "16", "16"], "--image-size goes with --from timm or torchvision"),
+        (
+            ["--from", "lgvit", "--image-size", "16", "16"],
+            "--image-size goes with --from dinov2 or timm or",
+        ),
         (["--to", "lgvit", "--exit-positions", "1"], "--exit-positions goes with --from timm or torchvision"),
         (["--from", "timm", "--to", "lgvit"], "give either --from"),
         (["--from", "timm", "--exit-types", "linear"], "--exit-types goes with --exit-positions"),

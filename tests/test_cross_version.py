@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from lgvit_hf import AViT, AViTConfig
+from lgvit_hf.modeling_highway import HighwayMixin
 from tests.seeds import seeded
-from tests.tiny import KINDS, MODELS, tiny_images, tiny_model, tiny_native
+from tests.tiny import KINDS, MODELS, OTHER_KINDS, tiny_images, tiny_model, tiny_native
 
 OTHER_PYTHON = os.environ.get("LGVIT_OTHER_PYTHON")
 EXITS = {"exit_positions": [2, 3, 5], "exit_types": ["conv1_1", "vit", "attention_r2"]}
 HIGHWAYS = {"highway": {}, "shortened": {"linear_blocks": [1, 2]}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
+ALL_KINDS = (*KINDS, *OTHER_KINDS)
 
 # names that transformers 4 gives, and that stand in every file on the Hub
 PORTABLE = {
@@ -59,17 +61,23 @@ def tiny_avit(backbone):
     ).eval()
 
 
+def answer_of(model):
+    """Logits of all images, or the features of a backbone without a classifier."""
+    out = model(tiny_images(4), early_exit=False) if isinstance(model, HighwayMixin) else model(tiny_images(4))
+    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+
+
 def save_all(folder):
     """Highways, adaptive and plain models, with their logits."""
     for backbone in ("vit", "deit"):
         model = tiny_avit(backbone)
         model.save_pretrained(folder / f"{backbone}-avit")
         save_file({"avit": model(tiny_images(4)).logits.detach()}, folder / f"{backbone}-avit.safetensors")
-    for kind in KINDS:
+    for kind in ALL_KINDS:
         native, logits = tiny_native(kind, seed=2), {}
         native.save_pretrained(folder / f"{kind}-plain")
         with torch.no_grad():
-            logits["plain"] = native(tiny_images(4)).logits
+            logits["plain"] = answer_of(native)
             for name, settings in HIGHWAYS.items():
                 highway = tiny_model(kind, seed=1, **EXITS, **settings)
                 highway.save_pretrained(folder / f"{kind}-{name}")
@@ -83,11 +91,13 @@ def compare_all(folder):
         expected = load_file(folder / f"{backbone}-avit.safetensors")["avit"]
         model = AutoModelForImageClassification.from_pretrained(folder / f"{backbone}-avit").eval()
         torch.testing.assert_close(model(tiny_images(4)).logits, expected, atol=1e-5, rtol=0)
-    for kind in KINDS:
+    for kind in ALL_KINDS:
         expected = load_file(folder / f"{kind}.safetensors")
-        grown = MODELS[kind].from_backbone(folder / f"{kind}-plain", **EXITS)
+        # of DINOv3 there are features alone
+        labels = {"num_labels": 2} if kind == "dinov3_vit" else {}
+        grown = MODELS[kind].from_backbone(folder / f"{kind}-plain", **EXITS, **labels)
         with torch.no_grad():
-            logits = {"plain": grown(tiny_images(4), early_exit=False).logits}
+            logits = {"plain": answer_of(grown.base_model if labels else grown)}
         for name in HIGHWAYS:
             highway, info = AutoModelForImageClassification.from_pretrained(
                 folder / f"{kind}-{name}", output_loading_info=True

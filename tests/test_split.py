@@ -29,7 +29,7 @@ from lgvit_hf.serving.open_part import open_part
 from lgvit_hf.serving.split import run_chain
 from tests.gates import typical_models
 from tests.seeds import rng
-from tests.tiny import IMAGE_SIZE, scrambled, tiny_images, tiny_model
+from tests.tiny import IMAGE_SIZE, OTHER_KINDS, scrambled, tiny_images, tiny_model
 
 version_independent = pytest.mark.version_independent
 SMALL = {"num_hidden_layers": 4, "exit_positions": [1, 2, 3], "exit_types": "linear"}
@@ -136,7 +136,7 @@ def test_every_policy_travels_between_parts(name, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["deit", "swin"])
+@pytest.mark.parametrize("kind", ["deit", "swin", *OTHER_KINDS])
 def test_every_backbone_splits_anywhere(kind, tmp_path):
     model, images = drawn(lambda *given: between(*given, "confidence"), kind, least=3)
     model.split([2, 3, 4], tmp_path / "parts")

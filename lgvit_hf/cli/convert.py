@@ -18,6 +18,7 @@ EXAMPLE = (
     "  lgvit convert --from eevit eevit/ converted/    (a state dict and EEVIT's one .yaml)\n"
     "  lgvit convert --from avit small-10-75.pth avit_small/\n"
     "  lgvit convert --from timm vit_small_patch16_224/model.safetensors plain/\n"
+    "  lgvit convert --from dinov2 dinov2-small/ plain/ --image-size 112 112\n"
     "  lgvit convert --from torchvision swin_t-704ceda3.pth highway/ --exit-positions 4 8 --exit-types conv1_1\n"
     "  lgvit convert --to lgvit runs/stage2 original/"
 )
@@ -29,7 +30,7 @@ OPTIONS = {
     "gate_scale": ("avit",),
     "gate_center": ("avit",),
     "num_attention_heads": ("avit", *_PLAIN),
-    "image_size": _PLAIN,
+    "image_size": ("dinov2", *_PLAIN),
     "exit_positions": _PLAIN,
     "exit_types": _PLAIN,
 }
@@ -38,7 +39,7 @@ OPTIONS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lgvit convert`."""
     add = parser.add_argument
-    formats = ("lgvit", "eevit", "avit", *_PLAIN)
+    formats = ("lgvit", "eevit", "avit", "dinov2", *_PLAIN)
     add("--from", dest="source_format", choices=formats, help="whose checkpoint (default: lgvit)")
     add("--to", dest="target_format", choices=("lgvit",), help="the way back, for a highway of ours")
     add("source", help="folder with weights and what belongs to them, or the file of weights")
@@ -46,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gate-scale", type=real(), help="of avit, where the file's name does not say it")
     add("--gate-center", type=real(), help="likewise")
     add("--num-attention-heads", type=whole(), help="of avit, timm, torchvision (one for 64 channels)")
-    add("--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of timm, torchvision")
+    add("--image-size", type=whole(), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of dinov2, timm, torchvision")
     add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="of these: new exits, from 1")
     add("--exit-types", nargs="+", metavar="HEAD", help="one head for all, or one each (LGViT's)")
 
@@ -98,6 +99,9 @@ def _in_words(config: PretrainedConfig) -> str:
 
 def _next_steps(source_format: str, config: PretrainedConfig, output: str) -> str:
     """What is still to be done with what comes without exits."""
+    if source_format == "dinov2":
+        new = f"lgvit grow {output} photos/ OUT --new-classifier"
+        return f"\nthe classifier is new, and there are no exits: {new} fits a classifier, then exits"
     if source_format not in _PLAIN:
         return ""
     lines = []

@@ -81,7 +81,7 @@ def _run(folder: Path, quick: bool, seed: int) -> None:
     import torch
     from transformers import set_seed
 
-    from ..configuration import ViTHighwayConfig
+    from ..configuration_sequence import ViTHighwayConfig
     from ..data.datasets import load_images
     from ..data.held_out import TrainingData, write_training_data
     from ..data.processing import ProcessedImages, make_processor

@@ -7,17 +7,21 @@ import argparse
 from ..data.settings import real, whole
 from .options import SEED, one_or_all
 
-HELP = "give a plain fine-tuned ViT, DeiT or Swin early exits, from images alone"
-EXAMPLE = "lgvit grow google/vit-base-patch16-224 photos/ early_vit --max-accuracy-drop 0.01"
+HELP = "give a plain fine-tuned backbone early exits, from images alone"
+EXAMPLE = (
+    "lgvit grow google/vit-base-patch16-224 photos/ early_vit --max-accuracy-drop 0.01\n"
+    "  lgvit grow facebook/dinov2-small flowers/ early_dinov2 --new-classifier    (flowers/ has labels)"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `lgvit grow`."""
     add = parser.add_argument
-    add("checkpoint", help="folder or Hub id of a plain ViT, DeiT or Swin")
+    add("checkpoint", help="folder or Hub id of a plain checkpoint of a backbone")
     add("images", help="digits, a folder of images, parquet files or a Hub id; labels are not needed")
     add("output", help="folder for the model; type the same command again to go on after a stop")
     add("--limit", type=whole(), default=5000, help="use at most that many random images (default: 5000)")
+    add("--new-classifier", action="store_true", help="first fit a classifier to the labels, on the frozen backbone")
     add("--ignore-labels", action="store_true", help="do as if the images had none")
     add("--exit-positions", type=whole(), nargs="+", metavar="BLOCK", help="candidates, from 1")
     add("--exit-types", nargs="+", default=["conv1_1"], metavar="HEAD", help="one for all, or one each (conv1_1)")
@@ -38,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
         options.checkpoint,
         options.images,
         options.output,
+        new_classifier=options.new_classifier,
         exit_types=one_or_all(options.exit_types),
         training=HeadTraining(epochs=options.epochs),
         cache_limit=options.cache_limit,

@@ -312,6 +312,19 @@ def make_processor(image_size: int | Sequence[int], num_channels: int = 3) -> Ba
     return ViTImageProcessor(size=size, image_mean=half, image_std=half, do_convert_rgb=num_channels == 3)
 
 
+def image_size_of(processor: BaseImageProcessor) -> int | list[int]:
+    """Height and width of what an image processor gives, as a config has them: one number for both where they agree.
+
+    Example:
+
+        >>> image_size_of(make_processor(32)), image_size_of(make_processor([16, 32]))
+        (32, [16, 32])
+    """
+    picture = Image.new("RGB", (64, 64))
+    height, width = processor(images=[picture], return_tensors="pt")["pixel_values"].shape[-2:]
+    return height if height == width else [height, width]
+
+
 def stack(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of items, as the model's forward takes it; without `labels` where the items have none."""
     batch = {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])}

@@ -21,7 +21,7 @@ from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..hub.loading import example_image
+from ..hub.loading import HIGHWAYS, example_image
 from ..modeling_highway import HighwayMixin
 from ..pretrained import PretrainedHighway
 from ..runtimes.manifest import MANIFEST
@@ -32,9 +32,6 @@ TASK = "image-classification"
 register = TasksManager.create_register("onnx")
 
 
-@register("vit_highway", TASK)
-@register("deit_highway", TASK)
-@register("swin_highway", TASK)
 class HighwayOnnxConfig(ViTOnnxConfig):
     """How Optimum exports a highway: what it traces itself is replaced by the layout `single` of `export_onnx`.
 
@@ -162,3 +159,7 @@ def _infer_library_of_highways(model: PreTrainedModel | None = None, model_class
 
 
 TasksManager._infer_library_from_model_or_model_class = staticmethod(_infer_library_of_highways)
+
+
+for model_type in HIGHWAYS:
+    register(model_type, TASK)(HighwayOnnxConfig)

@@ -35,7 +35,6 @@ PAGES = {
 TASK = "image-classification"
 # as `lgvit benchmark` has it
 NOISY = 0.25
-FAMILIES = {"vit": "ViT", "deit": "DeiT", "swin": "Swin"}
 
 
 def card(
@@ -109,7 +108,7 @@ def card(
         figure=figure,
         pages={name: PAGES[name] for name in pages},
         config=config,
-        family=FAMILIES[config.backbone if config.model_type == "avit" else config.model_type.split("_")[0]],
+        family=_family(config),
         image_size=height_width(config.image_size),
         evaluations=kinds["lgvit evaluate"],
         calibrations=kinds["lgvit calibrate"],
@@ -148,6 +147,12 @@ def reports_beside(folder: str | Path) -> list[Path]:
 def pages_beside(folder: str | Path) -> list[str]:
     """The pages that lie in a folder under the names of `PAGES`, as `lgvit report` and `export --web` write them."""
     return [name for name in PAGES if (Path(folder) / name).is_file()]
+
+
+def _family(config: PretrainedConfig) -> str:
+    """The backbone, as people call it."""
+    kind = f"{config.backbone}_highway" if config.model_type == "avit" else config.model_type
+    return HIGHWAYS[kind].__name__.removesuffix("Highway")
 
 
 def has_card(config: PretrainedConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .from_avit import convert_avit
+from .from_dinov2 import convert_dinov2
 from .from_eevit import convert_eevit, eevit_config
 from .from_lgvit import convert_lgvit, lgvit_config, parse_positions
 from .from_timm import convert_timm
@@ -11,6 +12,7 @@ from .to_lgvit import export_lgvit, lgvit_settings
 
 __all__ = [
     "convert_avit",
+    "convert_dinov2",
     "convert_eevit",
     "convert_lgvit",
     "convert_timm",
@@ -27,5 +29,6 @@ READERS = {
     "eevit": convert_eevit,
     "avit": convert_avit,
     "timm": convert_timm,
+    "dinov2": convert_dinov2,
     "torchvision": convert_torchvision,
 }

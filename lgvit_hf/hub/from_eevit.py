@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..configuration import ViTHighwayConfig
+from ..configuration_sequence import ViTHighwayConfig
 from ..data.settings import read_yaml
 from ..heads import num_sparse_heads
 from ..modeling_vit import ViTHighway

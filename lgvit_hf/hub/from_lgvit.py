@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig, ViTHighwayConfig
+from ..configuration import HighwayConfig
+from ..configuration_sequence import DeiTHighwayConfig, ViTHighwayConfig
+from ..configuration_swin import SwinHighwayConfig
 from .lgvit_names import from_lgvit, kind_of
 from .loading import BY_BACKBONE
 from .reading import find_weights, read_json, read_weights

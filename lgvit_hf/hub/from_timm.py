@@ -10,15 +10,21 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..segments import height_width
+from .layer_scale import fold_layer_scale
 from .loading import BY_BACKBONE
 from .reading import find_weights, in_short, read_if_there, read_weights
 from .strict import Rename, load_strictly, renamed, split_fused, write_model
-from .timm_names import SWIN_NAMES, VIT_NAMES, swin_sizes, vit_sizes
+from .timm_names import SWIN_NAMES, VIT_NAMES, swin_sizes, vit_sizes, with_class_position
 
 NAMES = {kind: [(theirs, f"{kind}.{ours}") for theirs, ours in VIT_NAMES] for kind in ("vit", "deit")}
 NAMES["vit"] += [("head", "classifier")]
 NAMES["deit"] += [("head", "cls_classifier"), ("head_dist", "distillation_classifier")]
 NAMES["swin"] = [*((theirs, f"swin.{ours}") for theirs, ours in SWIN_NAMES), (r"head(?:\.fc)?", "classifier")]
+# layer scale (`init_values`), and the layers before it
+FACTORS = {
+    r"blocks\.(\d+)\.(?:ls1\.gamma|gamma_1)": r"blocks.\1.attn.proj",
+    r"blocks\.(\d+)\.(?:ls2\.gamma|gamma_2)": r"blocks.\1.mlp.fc2",
+}
 # tensors (regular expression) that say what transformers' classes do not compute
 REFUSED = [
     (r"reg_token", "register tokens (`reg_tokens`)"),
@@ -26,7 +32,7 @@ REFUSED = [
     (r"norm_pre\..+", "a norm before the first block (`pre_norm`, as CLIP)"),
     (r"attn_pool\..+", "attention pooling (`global_pool='map'`)"),
     (r"pre_logits\..+|heads\.pre_logits\..+", "a layer before the classifier (`representation_size`)"),
-    (r"(blocks\.\d+|layers\.\d+\.blocks\.\d+)\.(ls[12]\..+|gamma_[12])", "layer scale (`init_values`)"),
+    (r"layers\.\d+\.blocks\.\d+\.(ls[12]\..+|gamma_[12])", "layer scale (`init_values`)"),
     (r"blocks\.\d+\.attn\.(q_norm|k_norm|norm)\..+", "norms inside attention (`qk_norm`, `scale_attn_norm`)"),
     (r"blocks\.\d+\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x|norm)\..+", "another MLP than two linear layers (gated, normed)"),
     (r"blocks\.\d+\.attn\.(q_bias|v_bias|relative_position_bias_table)|rel_pos_bias\..+", "BEiT's attention"),
@@ -48,7 +54,8 @@ def convert_timm(
 
     What is written is a plain checkpoint of transformers, a ViT, a DeiT with teacher (only where there is a
     distillation token; without one DeiT is a ViT) or a Swin, which `from_backbone`, `lgvit grow` and `lgvit train`
-    take. With `exit_positions` it is a highway, whose exits are new and untrained.
+    take. Layer scale, as of DeiT III, is folded into the layer before it. With `exit_positions` it is a highway, whose
+    exits are new and untrained.
 
     Args:
         source (`str` or `Path`):
@@ -107,7 +114,7 @@ def convert_plain(
         )
     image_size = image_size or about.get("image_size")
     try:
-        state = split_fused(state, "qkv")
+        state = split_fused(with_class_position(fold_layer_scale(state, FACTORS), image_size), "qkv")
         sizes = swin_sizes(state, image_size) if kind == "swin" else vit_sizes(state, num_attention_heads, image_size)
     except KeyError as error:
         raise ValueError(

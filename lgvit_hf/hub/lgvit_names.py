@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ..configuration import DeiTHighwayConfig, HighwayConfig, SwinHighwayConfig
+from ..configuration import HighwayConfig
+from ..configuration_sequence import DeiTHighwayConfig
+from ..configuration_swin import SwinHighwayConfig
 from .strict import Rename, by_module
 
 POOLER = "deit.pooler."

@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,14 +14,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 
+from ..checkpoint_files import hub_arguments
 from ..configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
 from ..configuration_avit import HALTING_FIELDS, AViTConfig
-from ..data.processing import make_processor, open_processor
+from ..data.processing import image_size_of, make_processor, open_processor
 from ..modeling_avit import AViT
+from ..modeling_beit import BeitHighway
+from ..modeling_clip import CLIPHighway
 from ..modeling_deit import DeiTHighway
+from ..modeling_dinov2 import Dinov2Highway
+from ..modeling_dinov2_with_registers import Dinov2WithRegistersHighway
+from ..modeling_dinov3_vit import Dinov3ViTHighway
 from ..modeling_highway import HighwayMixin
+from ..modeling_ijepa import IJepaHighway
+from ..modeling_siglip import SiglipHighway
 from ..modeling_swin import SwinHighway
 from ..modeling_vit import ViTHighway
+from ..modeling_vit_msn import ViTMSNHighway
+from ..pretrained import name_of
 from ..segments import height_width
 from ..wrapper import HighwayWrapper
 from .lora import add_lora
@@ -29,10 +40,62 @@ logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-BY_BACKBONE: dict[str, type[HighwayMixin]] = {"vit": ViTHighway, "deit": DeiTHighway, "swin": SwinHighway}
-HIGHWAYS = {f"{kind}_highway": highway for kind, highway in BY_BACKBONE.items()}
+# by the model type of the backbone; a whole model of images and texts and its image side are each of their own
+BY_BACKBONE: dict[str, type[HighwayMixin]] = {
+    "vit": ViTHighway,
+    "deit": DeiTHighway,
+    "swin": SwinHighway,
+    "dinov2": Dinov2Highway,
+    "dinov2_with_registers": Dinov2WithRegistersHighway,
+    "dinov3_vit": Dinov3ViTHighway,
+    "siglip": SiglipHighway,
+    "siglip_vision_model": SiglipHighway,
+    "clip": CLIPHighway,
+    "clip_vision_model": CLIPHighway,
+    "beit": BeitHighway,
+    "vit_msn": ViTMSNHighway,
+    "ijepa": IJepaHighway,
+}
+HIGHWAYS = {highway.config_class.model_type: highway for highway in BY_BACKBONE.values()}
 # those whose module is one of transformers' own; of any other, only whoever has its class can open them
 SAVED: dict[str, type[HighwayMixin]] = {**HIGHWAYS, HighwayWrapper.config_class.model_type: HighwayWrapper}
+
+
+class AutoHighway:
+    """Any highway, the class by what it is made from; what transformers' Auto classes are for saved ones."""
+
+    @staticmethod
+    def from_backbone(backbone: str | PathLike[str] | PreTrainedModel, **kwargs: Any) -> Any:
+        """Put exits on a plain checkpoint of any backbone that has a highway; see `ViTHighway.from_backbone`.
+
+        Args:
+            backbone (`str`, path or `PreTrainedModel`): Hub id, folder, or a model in memory (copied).
+            kwargs: See there; without a classifier in the checkpoint, `num_labels` makes a new one.
+
+        Raises:
+            ValueError: There is no highway for that model type.
+
+        Example:
+
+            >>> from transformers import Dinov2Config, Dinov2Model
+            >>> from lgvit_hf import AutoHighway
+            >>> plain = Dinov2Model(Dinov2Config(num_hidden_layers=3, hidden_size=24, num_attention_heads=2))
+            >>> type(AutoHighway.from_backbone(plain, num_labels=10)).__name__
+            'Dinov2Highway'
+        """
+        if isinstance(backbone, PreTrainedModel):
+            kind = backbone.config.model_type
+        else:
+            hub = hub_arguments(kwargs)
+            kind = read_config(str(backbone), **hub).model_type
+        return highway_for(name_of(backbone), kind).from_backbone(backbone, **kwargs)
+
+
+def highway_for(name: str, model_type: str) -> type[HighwayMixin]:
+    """The class for backbones of a model type; `ValueError`, which gives the checkpoint's `name`, if there is none."""
+    if model_type not in BY_BACKBONE:
+        raise ValueError(f"{name}: model type {model_type!r} must be one of {', '.join(BY_BACKBONE)}")
+    return BY_BACKBONE[model_type]
 
 
 def answer_depths(config: HighwayConfig) -> list[int]:
@@ -175,11 +238,14 @@ def open_for_probing(checkpoint: str, label_names: list[str]) -> tuple[HighwayMi
         ours = model.state_dict()
         fitting = {name: each for name, each in old.state_dict().items() if each.shape == ours[name].shape}
         model.load_state_dict(fitting, strict=False)
-    elif config.model_type in BY_BACKBONE:
-        none: dict[str, Any] = {"exit_positions": [], "exit_types": []}
-        model = BY_BACKBONE[config.model_type].from_backbone(checkpoint, **none, **labels)
     else:
-        raise ValueError(f"{checkpoint}: model type {config.model_type!r} must be one of {', '.join(BY_BACKBONE)}")
+        highway = highway_for(checkpoint, config.model_type)
+        settings: dict[str, Any] = {"exit_positions": [], "exit_types": []}
+        size = image_size_of(open_processor(checkpoint)) if highway.takes_any_size else None
+        if isinstance(size, int):
+            # what it was pretrained on may be far larger; upstream has positions of a square alone
+            settings["image_size"] = size
+        model = highway.from_backbone(checkpoint, **settings, **labels)
     return model, open_processor(checkpoint)
 
 
@@ -356,8 +422,8 @@ def load_highway(checkpoint: str) -> HighwayMixin:
     return model
 
 
-def read_config(checkpoint: str) -> PretrainedConfig:
-    """The config of a folder or Hub id; code that lies there is not run.
+def read_config(checkpoint: str, **hub: Any) -> PretrainedConfig:
+    """The config of a folder or Hub id (found by `hub`, as `hub_arguments` gives them); code there is not run.
 
     Raises:
         OSError: There is no saved model.
@@ -365,4 +431,4 @@ def read_config(checkpoint: str) -> PretrainedConfig:
     """
     if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
         raise OSError(f"{checkpoint}: no config.json there, not a saved model")
-    return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub)

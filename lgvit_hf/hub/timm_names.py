@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # timm's module (regular expression) -> that of a file of transformers 4, inside a block and inside the backbone
@@ -40,6 +41,29 @@ SWIN_NAMES = [
 HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}
 
 
+def with_class_position(state: dict[str, Tensor], image_size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Weights with a position for the class token: of those for the patches alone (`no_embed_class`, DeiT III) zeros.
+
+    Example:
+
+        >>> state = {"cls_token": torch.zeros(1, 1, 4), "pos_embed": torch.ones(1, 9, 4)}
+        >>> with_class_position(state)["pos_embed"].shape
+        torch.Size([1, 10, 4])
+    """
+    positions = state.get("pos_embed")
+    if positions is None or positions.dim() != 3 or "cls_token" not in state or "dist_token" in state:
+        return state
+    number = positions.shape[1]
+    if image_size is not None:
+        _, _, patch = _patches(state)
+        of_patches_alone = number == (image_size[0] // patch) * (image_size[1] // patch)
+    else:
+        of_patches_alone = math.isqrt(number) ** 2 == number
+    if not of_patches_alone:
+        return state
+    return {**state, "pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
+
+
 def vit_sizes(
     state: dict[str, Tensor], num_attention_heads: int | None = None, image_size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
@@ -61,8 +85,6 @@ def vit_sizes(
     num_patches = positions - (2 if "dist_token" in state else 1)
     side = math.isqrt(max(0, num_patches))
     if image_size is None and side * side != num_patches:
-        if math.isqrt(positions) ** 2 == positions:
-            raise ValueError("pos_embed: positions for the patches alone (`no_embed_class`), not for the class token")
         raise ValueError(
             f"pos_embed: {num_patches} patches are no square; give --image-size HEIGHT WIDTH, in patches of {patch}"
         )

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration import HighwayConfig, SwinHighwayConfig
+from ..configuration import HighwayConfig
+from ..configuration_swin import SwinHighwayConfig
 from ..files import replace_folder, write_json
 from ..heads import lgvit_heads, num_sparse_heads
 from ..policies import build_policy
 from ..pretrained import RECOMPUTED
 from .lgvit_names import POOLER, exit_modules, kind_of, to_lgvit
-from .loading import BY_BACKBONE, load_highway
+from .loading import load_highway
 from .reading import read_if_there
 from .strict import PROCESSOR
 
@@ -111,7 +112,7 @@ def lgvit_settings(config: HighwayConfig) -> dict[str, Any]:
 
 def _check_known(config: HighwayConfig, kind: str) -> None:
     """Refuse what LGViT's code cannot be told."""
-    if kind not in BY_BACKBONE:
+    if kind not in ("vit", "deit", "swin"):
         raise ValueError(f"model type {config.model_type!r} is not in LGViT, which has ViT, DeiT and Swin")
     if config.truncated or not config.exits:
         raise ValueError(

@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 from transformers.utils.logging import tqdm
 
 from ..data.datasets import class_names, find_columns, with_columns
@@ -68,6 +68,7 @@ def grow(
     output: str | Path | None = None,
     *,
     processor: BaseImageProcessor | None = None,
+    new_classifier: bool = False,
     exit_positions: list[int] | None = None,
     exit_types: list[str] | str = "conv1_1",
     max_accuracy_drop: float = 0.01,
@@ -103,6 +104,9 @@ def grow(
             stopped wait in the hidden folder `.{output}-states` beside it; those of one that failed are removed.
             Without an output, nothing is saved.
         processor (`BaseImageProcessor`, *optional*): By default the checkpoint's.
+        new_classifier (`bool`, *optional*, defaults to `False`):
+            First fit a classifier to the labels of the dataset, as `lgvit train --stage head` does: a checkpoint may
+            then have none, or one for other classes. Checkpoint and dataset must be names, and an output is needed.
         exit_positions (`list[int]`, *optional*): Candidates; the first block and every second one by default.
         exit_types (`list[str]` or `str`, *optional*, defaults to `"conv1_1"`): Head of each, or one for all.
         max_accuracy_drop (`float`, *optional*, defaults to 0.01): On the held-out images, a point estimate.
@@ -148,6 +152,16 @@ def grow(
     if not 0 < cache_limit < math.inf:
         raise ValueError(f"cache_limit: {cache_limit!r} must be a number of GB above 0")
     started, training = time.perf_counter(), training or HeadTraining()
+    if new_classifier:
+        if isinstance(checkpoint, PreTrainedModel) or not isinstance(dataset, str) or output is None:
+            raise ValueError("new_classifier: checkpoint and dataset must be names, and a folder for the output given")
+        from .new_classifier import with_new_classifier
+
+        source = {"limit": limit, "validation_share": validation_share, "seed": seed}
+        others: dict[str, Any] = {"processor": processor, "exit_positions": exit_positions, "exit_types": exit_types}
+        others |= {"training": training, "cost": cost, "cache_limit": cache_limit, "say": say}
+        with with_new_classifier(os.fspath(checkpoint), dataset, Path(output), **source) as folder:
+            return grow(folder, dataset, output, max_accuracy_drop=max_accuracy_drop, **source, **others)
     with cache_folder(output, say) as folder, ExitStack() as stack:
         set_seed(seed)
         model = _candidates(checkpoint, exit_positions, exit_types)
@@ -236,6 +250,13 @@ def early_positions(num_blocks: int) -> list[int]:
     return [*range(1, min(2, num_blocks)), *range(2, num_blocks - 1, 2)]
 
 
+def _depth(config: PretrainedConfig) -> int:
+    """Blocks of a backbone: of all stages, and of a model of images and texts those of the image side."""
+    if hasattr(config, "depths"):
+        return sum(config.depths)
+    return cast(int, getattr(config, "vision_config", config).num_hidden_layers)
+
+
 def _candidates(
     checkpoint: str | os.PathLike | PreTrainedModel, exit_positions: list[int] | None, exit_types: list[str] | str
 ) -> HighwayMixin:
@@ -251,7 +272,7 @@ def _candidates(
         raise ValueError(f"{name} is a {config.model_type!r}{has_exits}; {plain}")
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"{name}: exits learn from class probabilities, and this model answers with other numbers")
-    depth = sum(config.depths) if kind == "swin" else config.num_hidden_layers
+    depth = _depth(config)
     if exit_positions is None:
         replaced = getattr(config, "replaced_positions", ())
         positions = [position for position in early_positions(depth) if position not in replaced]

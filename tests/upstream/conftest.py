@@ -20,6 +20,14 @@ UPSTREAM_OF = {
     "ViTHighwayTest": "ViTTest",
     "DeiTHighwayTest": "DeiTTest",
     "SwinHighwayTest": "SwinTest",
+    "Dinov2HighwayTest": "Dinov2Test",
+    "Dinov2WithRegistersHighwayTest": "Dinov2WithRegistersTest",
+    "Dinov3ViTHighwayTest": "Dinov3ViTTest",
+    "SiglipHighwayTest": "SiglipTest",
+    "CLIPHighwayTest": "CLIPTest",
+    "BeitHighwayTest": "BeitTest",
+    "ViTMSNHighwayTest": "ViTMSNTest",
+    "IJepaHighwayTest": "IJepaTest",
     "AViTTest": "ViTTest",
 }
 FOLDER = os.environ.get("TRANSFORMERS_TESTS")

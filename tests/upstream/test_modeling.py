@@ -7,12 +7,25 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BeitForImageClassification,
+    BeitModel,
+    CLIPForImageClassification,
     DeiTForImageClassification,
     DeiTModel,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    IJepaForImageClassification,
+    IJepaModel,
+    SiglipForImageClassification,
     SwinForImageClassification,
     SwinModel,
     ViTForImageClassification,
     ViTModel,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.testing_utils import CaptureLogger
@@ -20,11 +33,28 @@ from transformers.utils import logging
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor
 
-from lgvit_hf import AViT, DeiTHighway, SwinHighway, ViTHighway
+from lgvit_hf import (
+    AViT,
+    BeitHighway,
+    CLIPHighway,
+    DeiTHighway,
+    Dinov2Highway,
+    Dinov2WithRegistersHighway,
+    Dinov3ViTHighway,
+    IJepaHighway,
+    SiglipHighway,
+    SwinHighway,
+    ViTHighway,
+    ViTMSNHighway,
+)
 
+HIGHWAYS = (
+    *(ViTHighway, DeiTHighway, SwinHighway, Dinov2Highway, Dinov2WithRegistersHighway, Dinov3ViTHighway),
+    *(SiglipHighway, CLIPHighway, BeitHighway, ViTMSNHighway, IJepaHighway),
+)
 # by these names the tests know who takes labels
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.update(
-    (model.config_class.model_type, model.__name__) for model in (ViTHighway, DeiTHighway, SwinHighway, AViT)
+    (model.config_class.model_type, model.__name__) for model in (*HIGHWAYS, AViT)
 )
 
 VIT = {
@@ -36,6 +66,10 @@ VIT = {
     "intermediate_size": 37,
     "attn_implementation": "eager",
 }
+DINO = {name: value for name, value in VIT.items() if name != "intermediate_size"}
+BEIT = {**VIT, "use_relative_position_bias": True}
+TEXTS = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4}
+WHOLE = {**VIT, "whole": True}
 SWIN = {
     "image_size": 16,
     "patch_size": 2,
@@ -64,7 +98,11 @@ class ImageModelTester:
         self.mask_length, self.num_masks = num_patches, num_patches // 2
 
     def get_config(self):
-        return self.config_class(**self.settings)
+        settings = dict(self.settings)
+        # of a model of images and texts the settings of the image side
+        if settings.pop("whole", False):
+            return self.config_class(vision_config=settings, text_config=TEXTS, attn_implementation="eager")
+        return self.config_class(**settings)
 
     def prepare_config_and_inputs_for_common(self):
         pixels = floats_tensor([self.batch_size, self.num_channels, self.image_size, self.image_size])
@@ -203,6 +241,89 @@ class SwinTest(SwinTests, TestCase):
 class SwinHighwayTest(HighwayTests, SwinTests, TestCase):
     all_model_classes = (SwinHighway,)
     settings = {**SWIN, "exit_positions": [1, 3], "exit_types": "conv2_1"}
+
+
+class Dinov2Test(ImageModelTests, TestCase):
+    all_model_classes = (Dinov2Model, Dinov2ForImageClassification)
+    settings = DINO
+
+
+class Dinov2HighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (Dinov2Highway,)
+    settings = {**DINO, "exit_positions": [1], "exit_types": "concat"}
+
+
+class Dinov2WithRegistersTest(ImageModelTests, TestCase):
+    all_model_classes = (Dinov2WithRegistersModel, Dinov2WithRegistersForImageClassification)
+    settings, num_prefix_tokens = {**DINO, "num_register_tokens": 2}, 3
+
+
+class Dinov2WithRegistersHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (Dinov2WithRegistersHighway,)
+    settings = {**DINO, "num_register_tokens": 2, "exit_positions": [1], "exit_types": "linear"}
+    num_prefix_tokens = 3
+
+
+class Dinov3ViTTest(ImageModelTests, TestCase):
+    all_model_classes = (DINOv3ViTModel,)
+    settings, num_prefix_tokens = {**VIT, "num_register_tokens": 2}, 3
+
+
+class Dinov3ViTHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (Dinov3ViTHighway,)
+    settings = {**VIT, "num_register_tokens": 2, "exit_positions": [1], "exit_types": "conv1_1"}
+    num_prefix_tokens = 3
+
+
+class SiglipTest(ImageModelTests, TestCase):
+    all_model_classes = (SiglipForImageClassification,)
+    settings, num_prefix_tokens = WHOLE, 0
+
+
+class SiglipHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (SiglipHighway,)
+    settings = {**VIT, "exit_positions": [1], "exit_types": "conv1_1"}
+    num_prefix_tokens = 0
+
+
+class CLIPTest(ImageModelTests, TestCase):
+    all_model_classes = (CLIPForImageClassification,)
+    settings = WHOLE
+
+
+class CLIPHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (CLIPHighway,)
+    settings = {**VIT, "exit_positions": [1], "exit_types": "attention_r2"}
+
+
+class BeitTest(ImageModelTests, TestCase):
+    all_model_classes = (BeitModel, BeitForImageClassification)
+    settings = BEIT
+
+
+class BeitHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (BeitHighway,)
+    settings = {**BEIT, "exit_positions": [1], "exit_types": "conv1_1"}
+
+
+class ViTMSNTest(ImageModelTests, TestCase):
+    all_model_classes = (ViTMSNModel, ViTMSNForImageClassification)
+
+
+class ViTMSNHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (ViTMSNHighway,)
+    settings = {**VIT, "exit_positions": [1], "exit_types": "linear"}
+
+
+class IJepaTest(ImageModelTests, TestCase):
+    all_model_classes = (IJepaModel, IJepaForImageClassification)
+    num_prefix_tokens = 0
+
+
+class IJepaHighwayTest(HighwayTests, ImageModelTests, TestCase):
+    all_model_classes = (IJepaHighway,)
+    settings = {**VIT, "exit_positions": [1], "exit_types": "conv2_1"}
+    num_prefix_tokens = 0
 
 
 class AViTTest(OurTests, ImageModelTests, TestCase):

@@ -1,0 +1,59 @@
+"""Dinov2Highway: transformers' DINOv2 with exits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import Dinov2ForImageClassification, Dinov2Model
+
+from .attention import FeatureMap  # noqa: F401  (see CONTRIBUTING.md, rule 5)
+from .checkpoint_files import check_files  # noqa: F401
+from .configuration import HighwayConfig  # noqa: F401
+from .configuration_sequence import Dinov2HighwayConfig
+from .engine import run_early  # noqa: F401
+from .ensemble import Ensemble  # noqa: F401
+from .exit_head import ExitHead  # noqa: F401
+from .exit_policy import Memory  # noqa: F401
+from .exit_settings import Exit  # noqa: F401
+from .files import add_files  # noqa: F401
+from .gate import GatePolicy  # noqa: F401
+from .heads import HeadShape  # noqa: F401
+from .losses import task_loss  # noqa: F401
+from .modeling_highway import HighwayMixin  # noqa: F401
+from .plain_checkpoint import load_native  # noqa: F401
+from .policies import ExitPolicy  # noqa: F401
+from .pretrained import PretrainedHighway  # noqa: F401
+from .recording import recording  # noqa: F401
+from .remote_code import write_code  # noqa: F401
+from .safe_config import SafeConfig  # noqa: F401
+from .segments import State
+from .sequence_highway import SequenceHighway
+
+
+class Dinov2Highway(SequenceHighway, Dinov2ForImageClassification):
+    """DINOv2 with early exits. Its final classifier reads the class token and the mean patch, as the head `concat`.
+
+    Example:
+
+        >>> import torch
+        >>> from lgvit_hf import Dinov2Highway, Dinov2HighwayConfig
+        >>> sizes = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8)
+        >>> Dinov2Highway(Dinov2HighwayConfig(**sizes)).eval()(torch.randn(5, 3, 32, 32)).logits.shape
+        torch.Size([5, 2])
+    """
+
+    if TYPE_CHECKING:
+        config: Dinov2HighwayConfig
+
+    config_class = Dinov2HighwayConfig  # type: ignore[assignment]  # `None` upstream
+    _no_split_modules = ["Dinov2Embeddings", "Dinov2Layer"]
+    native_classes = (Dinov2ForImageClassification, Dinov2Model)
+    takes_any_size = True
+
+    def final(self, state: State) -> Tensor:
+        return self.class_and_patches(state)
+
+
+Dinov2HighwayForImageClassification = Dinov2Highway
+"""The name that transformers gives such a class: the same one."""

@@ -1,0 +1,66 @@
+"""The backbones beside ViT, DeiT and Swin: one test class each, and what is special about one."""
+
+import torch
+
+from lgvit_hf import Dinov3ViTHighway
+from tests.test_modeling_common import AnyHighwayTesterMixin, SomeHighwayTesterMixin
+from tests.tiny import tiny_images, tiny_model, tiny_native
+
+
+class TestDinov2Highway(SomeHighwayTesterMixin):
+    kind = "dinov2"
+
+
+class TestDinov2WithRegistersHighway(SomeHighwayTesterMixin):
+    kind = "dinov2_with_registers"
+
+
+class TestSiglipHighway(SomeHighwayTesterMixin):
+    kind = "siglip"
+
+
+class TestCLIPHighway(SomeHighwayTesterMixin):
+    kind = "clip"
+
+
+class TestBeitHighway(SomeHighwayTesterMixin):
+    kind = "beit"
+
+
+class TestViTMSNHighway(SomeHighwayTesterMixin):
+    kind = "vit_msn"
+
+
+class TestIJepaHighway(SomeHighwayTesterMixin):
+    kind = "ijepa"
+
+
+class TestDinov3ViTHighway(AnyHighwayTesterMixin):
+    """Of which upstream has no classifier."""
+
+    kind = "dinov3_vit"
+
+    @torch.no_grad()
+    def test_the_classifier_reads_what_upstream_gives(self, tmp_path):
+        native = tiny_native("dinov3_vit")
+        native.save_pretrained(tmp_path)
+        for images in (tiny_images(3), tiny_images(3, (24, 8))):
+            hidden = native(images).last_hidden_state
+            expected = torch.cat([hidden[:, 0], hidden[:, 4:].mean(1)], dim=1)
+            for source in (native, tmp_path):
+                highway = Dinov3ViTHighway.from_backbone(source, num_labels=4, exit_positions=[2])
+                out = highway(images, early_exit=False)
+                assert torch.equal(out.logits, highway.classifier(expected))
+
+    @torch.no_grad()
+    def test_training_jitters_all_blocks_of_a_forward_alike(self):
+        model, seen = tiny_model("dinov3_vit").train(), []
+        for layer in model.layers:
+            layer.register_forward_pre_hook(
+                lambda *given: seen.append(given[2]["position_embeddings"]), with_kwargs=True
+            )
+        for _ in range(2):
+            model(tiny_images(2))
+        first, second = seen[:6], seen[6:]
+        assert all(torch.equal(cos, first[0][0]) and torch.equal(sin, first[0][1]) for cos, sin in first)
+        assert all(torch.equal(cos, second[0][0]) for cos, _ in second) and not torch.equal(first[0][0], second[0][0])
