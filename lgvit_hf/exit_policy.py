@@ -247,6 +247,64 @@ class CustomPolicy(ExitPolicy):
         return self.rule(logits, memory)
 
 
+class PerSamplePolicy(ExitPolicy):
+    """A policy of thresholds whose thresholds are each sample's own, such as those of its rung of a ladder.
+
+    Exits that `policy` itself skips are skipped, whatever the thresholds. With an ensemble, `with_ensemble` goes
+    around this.
+
+    Args:
+        policy (`ExitPolicy`): One with a `threshold`, which these take the place of.
+        thresholds (`Tensor`): `[B, E]`, a row per sample and a column per early exit.
+
+    Raises:
+        ValueError: The policy has no threshold; `thresholds` are no numbers `[B, E]`, or of other samples or exits.
+
+    Example:
+
+        >>> import torch
+        >>> policy = build_policy({"name": "confidence", "threshold": 0.5}, num_exits=1)
+        >>> each = PerSamplePolicy(policy, torch.tensor([[0.9], [0.6]]), num_exits=1)
+        >>> each(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), each.start(2, "cpu"))[0].tolist()  # 0.73 is more than 0.6
+        [False, True]
+    """
+
+    name = "per_sample"
+
+    def __init__(self, policy: ExitPolicy, thresholds: Tensor, num_exits: int):
+        if not hasattr(policy, "threshold"):
+            raise ValueError(f"exit_policy: {policy.name!r} has no threshold that each sample could have its own of")
+        if thresholds.dim() != 2 or thresholds.shape[1] != num_exits or not thresholds.is_floating_point():
+            raise ValueError(
+                f"thresholds {tuple(thresholds.shape)} of {thresholds.dtype} must be floats (samples, {num_exits}), "
+                "one for each early exit"
+            )
+        if thresholds.isnan().any():
+            raise ValueError("thresholds are NaN for some samples")
+        self.policy, self.thresholds = policy, thresholds.float()
+        self.nan_never_exits = policy.nan_never_exits
+
+    def start(self, batch_size: int, device: torch.device | str) -> Memory:
+        """The memory of the policy, and the thresholds, which go with the samples."""
+        if batch_size != len(self.thresholds):
+            raise ValueError(f"thresholds of {len(self.thresholds)} samples for a batch of {batch_size}")
+        return {**self.policy.start(batch_size, device), "thresholds": self.thresholds.to(device)}
+
+    def skips(self, exit_index: int) -> bool:
+        """As the policy itself."""
+        return self.policy.skips(exit_index)
+
+    def __call__(self, logits: Tensor, memory: Memory, exit_index: int = 0) -> tuple[Tensor, Memory]:
+        """See `ExitPolicy`."""
+        thresholds = memory["thresholds"]
+        # a copy whose threshold at each exit is a number per sample; comparisons take both alike
+        policy = copy.copy(self.policy)
+        object.__setattr__(policy, "threshold", thresholds.unbind(1))
+        own = {name: tensor for name, tensor in memory.items() if name != "thresholds"}
+        exits, after = policy(logits, own, exit_index)
+        return exits, {**after, "thresholds": thresholds}
+
+
 def build_policy(policy: ExitPolicy | Rule | dict[str, Any] | str, num_exits: int) -> ExitPolicy:
     """Make a checked policy for a highway of `num_exits` early exits.
 

@@ -10,8 +10,8 @@ load: for each of so many streams a policy is calibrated on a draw of samples, w
     `Ladder` gives it when it arrives, in the time of the blocks and heads that it takes, or refused. A promise is
     broken where the true harm (or drop) of the mixture of rungs is above the one asked for: at most delta of them may
     be. "bursts": the images of the middle third are hard ones, which the promise does not hold for.
-drift: `DriftMonitor` on streams of the calibrated policy's answers, its baseline drawn anew for each: false alarms,
-    and when a shift of the first exit's share by 10 points is found, at once or after unchanged samples.
+drift: `DriftMonitor` on streams of answers, those of five exits made here and those of the calibrated policy, its
+    baseline drawn anew for each: false alarms, and when a shift of the first exit's share by 10 points is found.
 audit: how many requests it takes until harm that has grown is found, by the share of them that is audited.
 """
 
@@ -28,7 +28,7 @@ from lgvit_hf.serving.ladder import Ladder
 
 # the full model's time, what a sample may wait, and the load at ordinary times, of the safest rung's capacity
 FULL_MS, MAX_QUEUE_MS, LOAD = 10.0, 200.0, 0.7
-ALPHA, SHIFT = 0.001, 0.1
+ALPHA, SHIFT, AUDIT = 0.001, 0.1, 0.01
 
 
 # -- load ------------------------------------------------------------------------------------------------------
@@ -113,29 +113,22 @@ def load(truth, *, streams, rows, length, bound, drop, delta, policy="confidence
 # -- drift -----------------------------------------------------------------------------------------------------
 
 
-def first_alarm(truth, answers, chances, *, known, clean, length, audit, step, seed):
+def first_alarm(answers, chances, *, known, clean, length, step, seed):
     """The sample after a change at which an alarm is raised, `None` if none is; `answers` are exits, labels, harm.
 
-    Samples are drawn from all of the table, after `clean` of them with `chances` `[N]`.
+    Samples are drawn from all answers, after `clean` of them with `chances` `[N]`.
     """
     random = np.random.default_rng(seed)
     exits, labels, harm = answers
     drawn = random.integers(len(exits), size=known)
-    counts = {"exits": (exits, len(truth.depths)), "labels": (labels, truth.logits.shape[-1])}
-    monitor = DriftMonitor(
-        {
-            "samples": known,
-            **{name: np.bincount(each[drawn], minlength=size).tolist() for name, (each, size) in counts.items()},
-            "harm": int(harm[drawn].sum()),
-        },
-        alpha=ALPHA,
-    )
-    for start in range(0, clean + length, step):
-        picked = random.choice(len(exits), step, p=None if start < clean else chances)
-        monitor.update(exits[picked], labels[picked], harm[picked][random.random(step) < audit])
-        if monitor.alarm:
-            return monitor.samples - clean
-    return None
+    counts = {"exits": exits, "labels": labels}
+    baseline = {name: np.bincount(each[drawn], minlength=each.max() + 1).tolist() for name, each in counts.items()}
+    monitor = DriftMonitor({"samples": known, **baseline, "harm": int(harm[drawn].sum())}, alpha=ALPHA)
+    while monitor.samples < clean + length and not monitor.alarm:
+        before = monitor.samples < clean
+        picked = random.choice(len(exits), 500 if before else step, p=None if before else chances)
+        monitor.update(exits[picked], labels[picked], harm[picked][random.random(len(picked)) < AUDIT])
+    return monitor.samples - clean if monitor.alarm else None
 
 
 def shifted(exits):
@@ -154,18 +147,24 @@ def answers_of(truth, policy):
     return answers.exit_index.numpy(), labels.numpy(), (labels != truth.logits[-1].argmax(-1)).numpy()
 
 
-def drift(truth, policy, *, streams, known, audit):
-    """Lines: what happens, streams, alarms, and when the median one is raised after the change."""
-    answers = answers_of(truth, policy)
-    chances, no_change = shifted(answers[0]), None
-    cases = [("unchanged", no_change, 0, 10_000, streams, 100)]
-    cases += [(f"shift after {clean:,}", chances, clean, 6000, streams // 10, 20) for clean in (0, 20_000, 100_000)]
-    for name, chance, clean, length, number, step in cases:
-        given = {"known": known, "clean": clean, "length": length, "audit": audit, "step": step}
-        found = [first_alarm(truth, answers, chance, **given, seed=seed) for seed in range(number)]
-        raised = [length * 10 if at is None else at for at in found]
-        alarms, early = sum(at is not None for at in found), sum(at is not None and at <= 0 for at in found)
-        yield name, number, alarms, early, np.median(raised) if chance is not None else None
+def five_exits(samples=100_000):
+    """Answers of a model that there is not: five exits, ten labels, a harm of 1 %, all independent."""
+    random = np.random.default_rng(0)
+    exits = random.choice(5, samples, p=[0.5, 0.2, 0.15, 0.1, 0.05])
+    return exits, random.integers(10, size=samples), random.random(samples) < 0.01
+
+
+def drift(answers, *, streams, known):
+    """Of each case its name, streams, alarms, those before the change, and when the median one is raised after it."""
+    cases = [("unchanged", None, 0, 10_000, streams, 100)]
+    for clean in (0, 22_500, 102_500):  # in the middle of a window of the monitor
+        cases.append((f"shift after {clean:,}", shifted(answers[0]), clean, 10_000, streams // 5, 20))
+    for name, chances, clean, length, number, step in cases:
+        given = {"known": known, "clean": clean, "length": length, "step": step}
+        found = [first_alarm(answers, chances, **given, seed=seed) for seed in range(number)]
+        raised = [at for at in found if at is not None]
+        median = np.median([np.inf if at is None else at for at in found])
+        yield name, number, len(raised), sum(at <= 0 for at in raised), median
 
 
 def audits(before, after, *, known, streams, most):
@@ -211,24 +210,22 @@ def main():
                 )
     if "drift" in options.parts:
         policy = calibrate(truth, policy="confidence", max_accuracy_drop=options.drop).policy
-        exits = np.bincount(answers_of(truth, policy)[0], minlength=len(truth.depths)) / len(truth)
-        print(
-            f"\n{policy['name']}, shares of the exits {exits.round(3).tolist()}, baseline of {options.known} samples"
-        )
-        print("what                  streams  alarms  before  median samples")
-        for name, number, alarms, early, median in drift(
-            truth, policy, streams=options.streams, known=options.known, audit=0.01
-        ):
-            when = "-" if median is None else f"{median:.0f}"
-            print(f"{name:20}  {number:7}  {alarms:6}  {early:6}  {when:>14}", flush=True)
+        for answers in (five_exits(), answers_of(truth, policy)):
+            exits = (np.bincount(answers[0]) / len(answers[0])).round(3).tolist()
+            print(f"\nexits {exits}, baseline of {options.known} samples, {AUDIT:.0%} audited")
+            print("what                  streams  alarms  before  median samples")
+            for name, number, alarms, early, median in drift(answers, streams=options.streams, known=options.known):
+                when = "-" if median == np.inf else f"{median:.0f}"
+                print(f"{name:20}  {number:7}  {alarms:6}  {early:6}  {when:>14}", flush=True)
     if "audit" in options.parts:
         print(f"\nrequests until the median alarm, baseline of {options.known} samples, by the share audited")
-        print("harm before  now      audited     0.1 %       1 %       5 %     100 %")
+        print("harm before    now    audited      0.1 %        1 %        5 %      100 %")
         for before in (0.002, 0.005, 0.01, 0.02):
             after = [before + more for more in (0.005, 0.01, 0.02, 0.05)]
             for now, needed in audits(before, after, known=options.known, streams=500, most=200_000).items():
-                requests = "".join(f"{needed / share:10,.0f}" for share in (0.001, 0.01, 0.05, 1))
-                print(f"{before:11.1%}  {now:5.1%}  {needed:9,.0f}{requests}")
+                told = [needed, *(needed / share for share in (0.001, 0.01, 0.05, 1))]
+                cells = "".join(f"{'never' if each == np.inf else f'{each:,.0f}':>11}" for each in told)
+                print(f"{before:11.1%}  {now:5.1%}{cells}")
 
 
 if __name__ == "__main__":
