@@ -256,12 +256,36 @@ def test_bad_input_is_a_sentence(page_folder, address, tmp_path):
         ):
             page.set_input_files("#file", tmp_path / name)
             page.wait_for_function("text => document.querySelector('#message').textContent === text", arg=message)
-        drop = "window.dispatchEvent(new DragEvent('drop', { dataTransfer: new DataTransfer(), cancelable: true }))"
-        page.evaluate(drop)
+        drop = """files => {
+            const dataTransfer = new DataTransfer();
+            for (const name of files) dataTransfer.items.add(new File(["text"], name));
+            dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
+        }"""
+        page.evaluate(drop, [])
         page.wait_for_selector("#message:has-text('What was dropped: no file was dropped')")
+        page.evaluate(drop, ["dropped.txt"])
+        page.wait_for_selector("#message:has-text('dropped.txt: it is no image')")
         page.get_by_alt_text("sample image 1", exact=True).click()
         assert shown(page)[2] in (1, 2, 3, 4)
         assert page.evaluate("document.documentElement.scrollWidth") == 390 and not errors, errors
+
+
+@pytest.mark.slow
+@needs_browser
+@needs_runtime
+def test_a_model_that_does_not_open_is_a_sentence(page_folder, address):
+    file = page_folder / "onnx" / "model.onnx"
+    kept = file.read_bytes()
+    try:
+        for content, message in ((kept[:1000], "model.onnx does not open: "), (None, "the server says 404")):
+            file.write_bytes(content) if content is not None else file.unlink()
+            with open_page(address) as (page, _):
+                page.wait_for_function(
+                    "text => document.querySelector('#message').textContent.includes(text)", arg=message
+                )
+                assert "Export it again" in page.inner_text("#message")
+    finally:
+        file.write_bytes(kept)
 
 
 @pytest.mark.slow
