@@ -215,22 +215,27 @@ def test_a_service_that_could_not_answer_does_not_start(copied, file, change, me
 
 @one_version
 def test_an_upload_that_is_broken_off_leaves_nothing():
-    server = pytest.importorskip("lgvit_hf.serving.server", exc_type=ImportError)
+    admission = pytest.importorskip("lgvit_hf.serving.admission", exc_type=ImportError)
     pieces = [b"x" * 1000] * 3
 
     class Request:
         async def stream(self):
             for piece in pieces:
                 yield piece
-            raise server.ClientDisconnect
+            raise admission.ClientDisconnect
 
-    with pytest.raises(server.Refused, match="not sent to its end") as refused:
-        asyncio.run(server._body(Request(), 10_000))
-    held, error = [], refused.value
+    async def receive():
+        async with bodies.body(Request()):
+            pytest.fail("there is no body")
+
+    bodies = admission.Admission(admission.Limits())
+    with pytest.raises(admission.Gone) as gone:
+        asyncio.run(receive())
+    held, error = [], gone.value
     while error is not None:
         trace = error.__traceback__
         while trace is not None:
-            if trace.tb_frame.f_code.co_filename == server.__file__:
+            if trace.tb_frame.f_code.co_filename == admission.__file__:
                 held += [each for each in trace.tb_frame.f_locals.values() if isinstance(each, (bytes, bytearray))]
             trace = trace.tb_next
         error = error.__context__
@@ -240,8 +245,8 @@ def test_an_upload_that_is_broken_off_leaves_nothing():
 @one_version
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_compute_thread_is_said(home):
-    pytest.importorskip("fastapi")
-    from fastapi.testclient import TestClient
+    pytest.importorskip("starlette")
+    from starlette.testclient import TestClient
 
     from lgvit_hf.serving.server import make_app
 
@@ -271,14 +276,14 @@ def test_a_dead_compute_thread_is_said(home):
 @one_version
 def test_a_fault_of_ours_is_counted_and_told_in_json(home, monkeypatch):
     server = pytest.importorskip("lgvit_hf.serving.server", exc_type=ImportError)
-    from fastapi.testclient import TestClient
+    from starlette.testclient import TestClient
 
     def broken(*arguments):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(server, "_inputs", broken)
+    monkeypatch.setattr(server, "_pixels", broken)
     with TestClient(server.make_app(RemoteHighway(open_part(home[0] / "parts" / "part0")))) as client:
-        answer = client.post("/predict", content=b"x")
+        answer = client.post("/predict", content=b"P5 1 1 255 x")
         assert answer.status_code == 500 and "secret" not in answer.text and answer.json()["error"]
         assert 'lgvit_requests_total{path="/predict",status="500"} 1' in client.get("/metrics").text
 

@@ -41,6 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     wait = f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)"
     add("--max-wait-ms", type=_wait, default=2.0, help=wait)
     add("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
+    add("--max-connections", type=whole(), default=1000, help="open at a time (default: 1000)")
+    add("--max-per-address", type=whole(), help="requests of one peer address at a time; none behind a proxy")
+    add("--decoders", type=whole(1, 1024), help="processes that decode images, in each of two lanes (one a core)")
+    add("--drain-seconds", type=real(0, 3600), default=20.0, help="after SIGTERM for what waits (default: 20)")
     add("--threads", type=whole(1, 1024), help="of the processor")
     add_policy(parser)
     add_runtime(parser)
@@ -58,27 +62,37 @@ def run(options: argparse.Namespace) -> None:
     from ..serving.open_part import open_any
 
     try:
-        import uvicorn
-
+        from ..serving.admission import Limits
+        from ..serving.http_server import HttpServer
         from ..serving.server import make_app
     except ImportError as error:
-        packages = "fastapi, uvicorn and prometheus_client"
+        packages = "starlette, uvicorn, pydantic and prometheus_client"
         raise ImportError(f'a service needs {packages}: pip install "lgvit-hf[serve]"') from error
     policy, most = policy_of(options), options.max_batch_size
     if not options.max_body_mb > 0:
         raise ValueError(f"max_body_mb={options.max_body_mb} must be positive")
-    running = {"threads": options.threads, "runtime": options.runtime}
-    part = open_any(options.path, policy=policy, max_batch_size=most, **running)
-    sending = {name: getattr(options, name) for name in ("state_dtype", "timeout", "retries")}
-    highway = RemoteHighway(part, options.next, **sending)
+    body = int(options.max_body_mb * 1e6)
+    limits = Limits(
+        connections=options.max_connections,
+        body_bytes=body,
+        total_bytes=max(8 * body, 1 << 28),
+        per_address=options.max_per_address,
+    )
+
+    def open_highway() -> RemoteHighway:
+        running = {"threads": options.threads, "runtime": options.runtime}
+        part = open_any(options.path, policy=policy, max_batch_size=most, **running)
+        sending = {name: getattr(options, name) for name in ("state_dtype", "timeout", "retries")}
+        return RemoteHighway(part, options.next, **sending)
+
+    highway = open_highway()
     missing, info = highway.check_next(), highway.info
-    wait, body = options.max_wait_ms / 1e3, int(options.max_body_mb * 1e6)
-    app = make_app(highway, max_batch_size=most, max_wait=wait, max_body=body)
+    wait = options.max_wait_ms / 1e3
+    app = make_app(highway, max_batch_size=most, max_wait=wait, limits=limits, workers=options.decoders)
     listening = socket.create_server((options.host, options.port), backlog=1024)
     # accepted connections take it over; without it the second packet of an answer waits for the first's receipt
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    server = uvicorn.Server(config)
+    server = HttpServer(app, options.drain_seconds)
     # uvicorn takes the signal while it runs, drains, and then raises it again, by which the process would be said to
     # have failed; one that comes before it runs must not be lost
     signal.signal(signal.SIGTERM, lambda number, frame: setattr(server, "should_exit", True))

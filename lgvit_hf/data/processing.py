@@ -72,7 +72,8 @@ class ProcessedImages(TorchDataset):
         self._size = None if augment is None else image_size(processor)
         self._channels = channels_of(processor)
         self._table = value_table(processor)
-        self._resize_is_plain = augment is None and _resizes_plainly(processor, self._table)
+        # to a height and a width, before each value is looked up, and that is all
+        self.resizes_plainly = augment is None and _resizes_plainly(processor, self._table)
         # shared, so that dataloader workers that outlive an epoch hear of the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._kept: dict[int, tuple[Any, dict[str, int]]] | None = {} if keep else None
@@ -121,7 +122,7 @@ class ProcessedImages(TorchDataset):
         image = as_rgb(image, self._channels)
         if self.augment is not None:
             return np.asarray(image)
-        if self._resize_is_plain:
+        if self.resizes_plainly:
             return np.asarray(_resized(image, self.processor))
         return _processed(image, self.processor)
 
@@ -131,7 +132,7 @@ class ProcessedImages(TorchDataset):
             images = [self._augmented(image, index) for image, index in zip(images, indices, strict=True)]
             if self._table is None:
                 return [_normalised(image, self.processor) for image in images]
-        elif self._table is None or not self._resize_is_plain:
+        elif self._table is None or not self.resizes_plainly:
             return images
         return look_up(np.stack(images), self._table)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -19,10 +22,24 @@ MAX_WAIT = 60.0
 
 
 class Busy(RuntimeError):
-    """More samples are waiting than may."""
+    """More samples are waiting than may, or no more are taken."""
 
 
-@dataclass(frozen=True)
+class Expired(RuntimeError):
+    """The request's deadline passed before it was computed."""
+
+
+class Observer(Protocol):
+    """Who is told of batches: `Metrics`."""
+
+    def batch(self, ages: list[float], fill: float) -> None:
+        """Requests that waited for so many seconds run, as a batch that is filled to a share of what it may hold."""
+
+    def dropped(self, reason: str, samples: int) -> None:
+        """Samples are not computed: their client has left (`cancelled`) or their deadline has passed (`expired`)."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     inputs: Arrays
     samples: int
@@ -35,14 +52,17 @@ class Batcher:
     """Runs a highway on batches of what several callers ask at the same time.
 
     One thread computes; others send to the next part meanwhile. A sample's answer does not depend on the other samples
-    of its batch, so that requests may share one.
+    of its batch, so that requests may share one. What is cancelled or expired before it runs is not computed. The
+    requests of a batch that fails are run again, one by one.
 
     Args:
         highway (`RemoteHighway`): What answers.
         max_samples (`int`, *optional*, defaults to 32): Samples of a batch; a request with more runs alone.
-        max_wait (`float`, *optional*, defaults to 0.002): Seconds that a request waits for others to join it.
+        max_wait (`float`, *optional*, defaults to 0.002):
+            Seconds that a request waits for others to join it, as long as some are on their way, see `coming`.
         max_waiting (`int`, *optional*, defaults to 1024): Samples that may wait; more are refused.
         senders (`int`, *optional*, defaults to 16): Batches that may be on their way to the next part.
+        observer (`Observer`, *optional*): Is told of every batch.
 
     Raises:
         ValueError: A number that is not positive, or a wait of more than a minute.
@@ -56,16 +76,18 @@ class Batcher:
         max_wait: float = 0.002,
         max_waiting: int = 1024,
         senders: int = 16,
+        observer: Observer | None = None,
     ):
         if max_samples < 1 or not 0 <= max_wait <= MAX_WAIT or max_waiting < 1 or senders < 1:
             raise ValueError(
                 f"{max_samples=}, {max_wait=}, {max_waiting=}, {senders=}: must be positive; at most {MAX_WAIT:g} s"
             )
         self.highway, self.max_samples, self.max_wait, self.max_waiting = highway, max_samples, max_wait, max_waiting
-        self.batches = 0
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._next: _Waiting | None = None
-        self._samples, self._lock, self._closed, self._dead = 0, threading.Lock(), False, False
+        self.batches, self._coming = 0, 0
+        self._observer = observer
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed, self._dead = False, False
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
         self._thread = threading.Thread(target=self._work, name="lgvit-compute", daemon=True)
         self._thread.start()
@@ -75,85 +97,129 @@ class Batcher:
         """Whether the computing thread runs."""
         return not self._dead and self._thread.is_alive()
 
+    @property
+    def waiting(self) -> int:
+        """Samples that wait."""
+        with self._changed:
+            return self._samples()
+
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
-        """Have samples answered; the future gives what `RemoteHighway` would.
+        """Have samples answered; the future gives what `RemoteHighway` would, or can be cancelled until it runs.
 
         Args:
             inputs (`dict[str, np.ndarray]`): As the part takes them, batch first.
             timeout (`float`, *optional*):
-                Seconds from now on after which no next part is waited for, if less than it usually would be. Requests
-                with much shorter deadlines are not batched together with others.
+                Seconds from now on after which the request has expired, and no next part is waited for. Requests with
+                much shorter deadlines are not batched together with others.
 
         Raises:
             Busy: Too many samples are waiting, or no more are taken.
         """
         samples = len(next(iter(inputs.values())))
-        with self._lock:
+        with self._changed:
             if self._closed or not self.alive:
                 raise Busy("the service is shutting down" if self._closed else "no thread computes any more")
-            if self._samples and self._samples + samples > self.max_waiting:
-                raise Busy(f"{self._samples} samples are waiting already")
-            self._samples += samples
+            if self._queue and self._samples() + samples > self.max_waiting:
+                raise Busy(f"{self._samples()} samples are waiting already")
             waiting = _Waiting(inputs, samples, math.inf if timeout is None else timeout, time.monotonic(), Future())
-            self._queue.put(waiting)
+            self._queue.append(waiting)
+            self._changed.notify()
         return waiting.future
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """While a request is being decoded: it will soon be submitted, and those that wait may wait for it."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            if not self._coming:
+                with self._changed:
+                    self._changed.notify()
+
+    def refuse_waiting(self) -> None:
+        """Take no more, and tell all that have not begun to run that the service is shutting down."""
+        with self._changed:
+            self._closed = True
+            refused = [waiting for waiting in self._queue if waiting.future.set_running_or_notify_cancel()]
+            self._queue.clear()
+            self._changed.notify()
+        _fail(refused, Busy("the service is shutting down"))
 
     def close(self) -> None:
         """Answer what is waiting, take no more, and stop."""
-        with self._lock:
-            if self._closed:
-                return
+        with self._changed:
             self._closed = True
-            self._queue.put(None)
+            self._changed.notify()
         self._thread.join()
         self._senders.shutdown()
+
+    def _samples(self) -> int:
+        return sum(waiting.samples for waiting in self._queue if not waiting.future.cancelled())
 
     def _work(self) -> None:
         group: list[_Waiting] | None = []
         try:
             while (group := self._group()) is not None:
-                group = [waiting for waiting in group if waiting.future.set_running_or_notify_cancel()]
+                group = [waiting for waiting in group if self._begins(waiting)]
                 if group:
+                    self._observe(group)
                     self._run(group)
         except BaseException as error:
             # whatever ended this thread: no request waits for it
-            with self._lock:
+            with self._changed:
                 self._dead = True
-                while not self._queue.empty():
-                    group = [*(group or []), *filter(None, [self._queue.get()])]
-            _fail(group or [], Busy(f"no thread computes any more ({type(error).__name__})"))
+                group = [*(group or []), *self._queue]
+                self._queue.clear()
+            _fail(group, Busy(f"no thread computes any more ({type(error).__name__})"))
             raise
 
     def _group(self) -> list[_Waiting] | None:
         """The next requests to run together, or nothing at the end."""
-        first = self._next or self._queue.get()
-        self._next = None
-        if first is None:
-            return None
-        group, samples, until = [first], first.samples, time.monotonic() + self.max_wait
-        while samples < self.max_samples:
-            try:
-                waiting = self._queue.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if waiting is None:
-                self._queue.put(None)  # the end is found again after this group
-                break
-            if samples + waiting.samples > self.max_samples or not _alike(first.timeout, waiting.timeout):
-                self._next = waiting
-                break
-            group.append(waiting)
-            samples += waiting.samples
-        with self._lock:
-            self._samples -= samples
-        return group
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            until = time.monotonic() + self.max_wait
+            while self._coming > 0 and len(self._queue) < self.max_samples and not self._closed:
+                if not self._changed.wait(max(0.0, until - time.monotonic())):
+                    break
+            if not self._queue:
+                return None if self._closed else []
+            first, samples, group = self._queue[0], 0, []
+            for waiting in self._queue:
+                joins = samples + waiting.samples <= self.max_samples and _alike(first.timeout, waiting.timeout)
+                if waiting is first or joins:
+                    group.append(waiting)
+                    samples += waiting.samples
+                if samples >= self.max_samples:
+                    break
+            taken = set(group)
+            self._queue = deque(waiting for waiting in self._queue if waiting not in taken)
+            return group
+
+    def _begins(self, waiting: _Waiting) -> bool:
+        """Whether a request is still to be computed."""
+        expired = time.monotonic() >= waiting.asked + waiting.timeout
+        runs = waiting.future.set_running_or_notify_cancel()
+        if runs and not expired:
+            return True
+        if runs:
+            waiting.future.set_exception(Expired(f"it waited longer than its {waiting.timeout:g} s"))
+        if self._observer is not None:
+            self._observer.dropped("expired" if expired else "cancelled", waiting.samples)
+        return False
+
+    def _observe(self, group: list[_Waiting]) -> None:
+        self.batches += 1
+        if self._observer is not None:
+            now, samples = time.monotonic(), sum(waiting.samples for waiting in group)
+            self._observer.batch([now - waiting.asked for waiting in group], min(1.0, samples / self.max_samples))
 
     def _run(self, group: list[_Waiting]) -> None:
         try:
             names = group[0].inputs
             inputs = {name: np.concatenate([waiting.inputs[name] for waiting in group]) for name in names}
             answers, further, state = self.highway.part(inputs)
-            self.batches += 1
             ends = np.cumsum([waiting.samples for waiting in group]).tolist()
             done, rest = self.highway.finish(answers, further[:0], {}), []
             for waiting, end in zip(group, ends, strict=True):
@@ -165,7 +231,12 @@ class Batcher:
             if rest:
                 self._senders.submit(self._finish, rest, answers, further, state)
         except Exception as error:
-            _fail(group, error)
+            if len(group) == 1:
+                _fail(group, error)
+                return
+            for waiting in group:
+                if not waiting.future.done():
+                    self._run([waiting])
 
     def _finish(self, rest: list[tuple[_Waiting, slice]], answers: Arrays, further: np.ndarray, state: Arrays) -> None:
         try:

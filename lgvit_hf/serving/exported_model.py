@@ -65,9 +65,9 @@ class SingleFile:
         check_file_policy(self._policy, config.get("exit_ensemble"), manifest, runtime, self.folder)
         (self._session,) = open_sessions(self.folder, manifest, lambda file: SESSIONS[runtime].open(file, threads))
         self.shape = list(self._session.get_inputs()[0].shape[1:])
-        self._settings = _image_settings(self.folder, manifest, self.shape[0])
+        self.image = _image_settings(self.folder, manifest, self.shape[0])
         self._images: ProcessedImages | None = None
-        if self._settings is None and self._processor_file.is_file():
+        if self.image is None and self._processor_file.is_file():
             from .torch_model import open_images
 
             self._images = open_images(str(folder))
@@ -90,7 +90,7 @@ class SingleFile:
     @property
     def takes_images(self) -> bool:
         """Whether there is an image processor."""
-        return self._settings is not None or self._images is not None
+        return self.image is not None or self._images is not None
 
     def __call__(self, pixels: np.ndarray) -> Arrays:
         """`ANSWERS` to `pixels` `[B, C, H, W]` float32."""
@@ -102,7 +102,7 @@ class SingleFile:
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the file takes it, float32 `[C, H, W]`."""
-        return prepare(image, self._settings) if self._images is None else self._images.pixels(image).numpy()
+        return prepare(image, self.image) if self._images is None else self._images.pixels(image).numpy()
 
 
 def _usual_threads() -> int | None:

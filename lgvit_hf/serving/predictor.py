@@ -14,6 +14,7 @@ from ..runtimes.manifest import Manifest, is_exported
 from .device import loop
 from .device.info import is_text
 from .device.loop import Arrays, scaled_softmax
+from .device.pixels import PixelSettings
 from .device.rgb import as_rgb, read_image
 from .exported_model import SingleFile
 
@@ -49,6 +50,10 @@ class Opened(Protocol):
     @property
     def takes_images(self) -> bool:
         """Whether there is an image processor."""
+
+    @property
+    def image(self) -> PixelSettings | None:
+        """What the image processor does, where that is no more than to resize, crop and scale values."""
 
     @property
     def processor_digest(self) -> str:

@@ -19,6 +19,7 @@ from ..hub.loading import answer_depths, load_highway
 from ..runtimes.open_exported import open_exported
 from ..segments import height_width
 from .device.loop import ANSWERS, Arrays
+from .device.pixels import PixelSettings, pixel_settings
 
 
 class TorchModel:
@@ -74,6 +75,13 @@ class TorchModel:
         """By which another image processor is known."""
         assert self.images is not None  # whoever asks has images
         return hashlib.sha256(self.images.processor.to_json_string().encode()).hexdigest()
+
+    @property
+    def image(self) -> PixelSettings | None:
+        """What the image processor does, where that is no more than to resize and scale values."""
+        if self.images is None or not self.images.resizes_plainly:
+            return None
+        return pixel_settings(self.images.processor.to_dict(), self.shape[0])
 
     @property
     def takes_images(self) -> bool:

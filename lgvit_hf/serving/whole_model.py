@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Whole:
         try_part(self)
         if self._predictor.takes_images:
             self._try_images(path)
+            self.info = replace(self.info, image=opened.image)
 
     def _try_images(self, path: str | Path) -> None:
         """Images of three shapes through the processor: a size that does not fit would fail at a client's request."""

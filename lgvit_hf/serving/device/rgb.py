@@ -17,26 +17,34 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 # raster formats whose decoders run no other program, as that of EPS does
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 Image.init()  # pillow knows no more than five of them before
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_768
+# pixels times scans of a JPEG, each of which goes over the whole picture; usual are 10 or fewer
+MAX_SCANNED = 10 * MAX_PIXELS
 # of a resized image, in squares of its shortest edge: a thin image must not become a huge one
 MAX_ASPECT = 16
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _MODES = {1: "L", 3: "RGB"}
 
 
-def read_image(source: bytes | str | Path) -> Image.Image:
+class TooLarge(ValueError):
+    """An image that would take too long, or too much memory, to decode."""
+
+
+def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in an image file, as `as_rgb` gives it.
 
     Args:
         source (`bytes`, `str` or `Path`): What the file holds, or where it is.
+        max_pixels (`int`, *optional*, defaults to 50 million): Of a file that is decoded, if less than usual.
 
     Raises:
+        TooLarge: It has more pixels, or scans (of a JPEG), than are decoded.
         ValueError: It is none of `IMAGE_FORMATS`, is damaged or empty, too large, or of a mode that has no RGB.
 
     Example:
@@ -55,12 +63,17 @@ def read_image(source: bytes | str | Path) -> Image.Image:
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=IMAGE_FORMATS) as opened:
                 check_size(opened)
+                _check_work(opened, max_pixels)
                 return as_rgb(opened)
+    except TooLarge as error:
+        raise TooLarge(f"no readable image: {error}") from None
     except UnidentifiedImageError:
         raise ValueError(f"no readable image: not an image, or none of {', '.join(IMAGE_FORMATS)}") from None
     # pillow's decoders raise errors of many kinds on damaged files
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        )
         raise ValueError(f"no readable image: {' '.join(str(reason).split())[:200]}") from error
 
 
@@ -70,9 +83,23 @@ def check_size(image: Image.Image) -> None:
     if not width or not height:
         raise ValueError(f"it has {width} x {height} pixels")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(
+        raise TooLarge(
             f"it has {width} x {height} pixels; at most {MAX_PIXELS:,} are taken, and {MAX_SIDE:,} on one side"
         )
+
+
+def _check_work(image: Image.Image, max_pixels: int) -> None:
+    """Raise `TooLarge` for a file whose decoding would take more than its bytes tell."""
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise TooLarge(f"it has {image.width} x {image.height} pixels; at most {max_pixels:,} are left to decode")
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.fp is not None:
+        position = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(position)
+        if pixels * scans > min(MAX_SCANNED, 10 * max_pixels):
+            raise TooLarge(f"it has {pixels:,} pixels in {scans} scans; at most {MAX_SCANNED:,} together are decoded")
 
 
 def as_rgb(image: Image.Image, num_channels: int = 3) -> Image.Image:

@@ -1,0 +1,329 @@
+"""`Decoder`: image files become pixels in worker processes that can be killed; a file harms its own request alone."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import multiprocessing
+import os
+import reprlib
+import signal
+import socket
+import struct
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field, StrictStr, ValidationError, model_validator
+
+from .device.pixels import PixelSettings
+from .device.rgb import MAX_PIXELS, TooLarge, as_rgb, read_image
+
+# of one request; what takes more in the quick lane goes to the other
+QUICK_PIXELS, QUICK_BYTES, QUICK_SECONDS = 4_000_000, 4_000_000, 1.0
+PIXELS, SECONDS = 2 * MAX_PIXELS, 10.0
+# of a worker: 50 million pixels of 16 bits take 1.3 GB on their way to 8
+WORKER_BYTES = 2 << 30
+# seconds in which a worker may finish for a client that has left: most images take less than a new process
+GRACE = 0.25
+# `,` `{` and `[` in a body beside those between its images, which have none
+JSON_MARKS = 64
+_SIZES = struct.Struct("<QQ")
+
+
+class Undecodable(ValueError):
+    """What a request holds is no images, or more than is taken; `status` is that of the answer."""
+
+    def __init__(self, reason: str, status: int = 400):
+        super().__init__(reason)
+        self.status = status
+
+
+class Resize(NamedTuple):
+    """How a worker makes an image small: a height, a width, pillow's filter, 1 or 3 channels."""
+
+    height: int
+    width: int
+    resample: int
+    channels: int
+
+    @classmethod
+    def of(cls, settings: PixelSettings | None) -> Resize | None:
+        """From a part's description; nothing where only its image processor knows."""
+        return settings and cls(*settings["size"], settings["resample"], settings["channels"])
+
+
+class Images(BaseModel):
+    """JSON at `/predict`: what image files hold, in base64; `{"image": ...}` stands for one."""
+
+    images: list[StrictStr] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, said: Any) -> Any:
+        return {"images": [said["image"]], **said} if isinstance(said, dict) and "image" in said else said
+
+    @classmethod
+    def decoded(cls, body: bytes, most: int) -> list[bytes]:
+        """The files in a body.
+
+        Raises:
+            Undecodable: It is not such JSON, or holds more than `most`.
+        """
+        try:
+            images = cls.model_validate_json(body).images
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            found = f"{'.'.join(map(str, first['loc'])) or 'the body'}={reprlib.repr(first['input'])}: {first['msg']}"
+            raise Undecodable(f'{found}; send {{"image": BASE64}} or {{"images": [BASE64, ...]}}') from None
+        if len(images) > most:
+            raise Undecodable(f"{len(images)} images, but at most {most} are taken at once", 413)
+        try:
+            return [base64.b64decode(image, validate=True) for image in images]
+        except ValueError as error:
+            raise Undecodable(f"not base64: {error}") from error
+
+
+def check_json(body: bytes, most: int) -> None:
+    """Raise `Undecodable` for JSON of more values than `most` images can be, before any of them is made."""
+    marks = sum(map(body.count, (b",", b"{", b"[")))
+    if marks > most + JSON_MARKS:
+        raise Undecodable(
+            f"JSON of more than {most + JSON_MARKS} values; at most {most} images are taken at once", 413
+        )
+
+
+def decode(files: list[bytes], resize: Resize | None, budget: int) -> list[np.ndarray]:
+    """Image files as `[H, W, C]` or `[H, W]` uint8, of the size that the model takes where `resize` says so.
+
+    Raises:
+        Undecodable: One of them cannot be read, or all have more pixels than `budget`; says which.
+    """
+    arrays = []
+    for number, file in enumerate(files):
+        try:
+            image = read_image(file, budget)
+        except ValueError as error:
+            raise Undecodable(f"image {number}: {error}", 413 if isinstance(error, TooLarge) else 400) from error
+        budget -= image.width * image.height
+        if resize is not None:
+            image = as_rgb(image, resize.channels).resize((resize.width, resize.height), resize.resample)
+        arrays.append(np.asarray(image))
+    return arrays
+
+
+class Decoder:
+    """Workers in two lanes: small requests never wait for large ones.
+
+    Every request is tried in the quick lane. What has more pixels, or takes longer, than is quick goes to the other,
+    whose workers have a lower priority. A worker that exceeds its time or memory is killed, and another takes its
+    place.
+
+    Args:
+        workers (`int`): In each of the lanes.
+        max_waiting (`int`, *optional*, defaults to 1024): Requests that may wait in a lane.
+    """
+
+    def __init__(self, workers: int, max_waiting: int = 1024):
+        self._quick = _Lane(workers, QUICK_SECONDS, 0)
+        self._slow = _Lane(workers, SECONDS, 10)
+        self.max_waiting = max_waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether as many requests wait as may."""
+        return max(self._quick.waiting, self._slow.waiting) >= self.max_waiting
+
+    async def start(self) -> None:
+        """Start the workers and wait until they can be used."""
+        await asyncio.gather(self._quick.start(), self._slow.start())
+
+    def close(self) -> None:
+        """End all workers."""
+        self._quick.close()
+        self._slow.close()
+
+    async def __call__(self, body: bytes, is_json: bool, resize: Resize | None, most: int) -> list[np.ndarray]:
+        """The images of a request, as `decode` gives them.
+
+        Args:
+            body (`bytes`): An image file, or JSON as `Images` says.
+            is_json (`bool`): Which of them.
+            resize (`Resize`, *optional*): To what size.
+            most (`int`): Images that are taken.
+
+        Raises:
+            Undecodable: It is none, is damaged, or takes too much time or memory.
+        """
+        words = {"json": is_json, "resize": resize, "most": most, "pixels": QUICK_PIXELS}
+        if len(body) <= QUICK_BYTES:
+            with contextlib.suppress(_WorkerLost):
+                said, data = await self._quick.ask(words, body)
+                if said.get("status") != 413:
+                    return _arrays(said, data)
+        try:
+            said, data = await self._slow.ask({**words, "pixels": PIXELS}, body)
+        except _WorkerLost as error:
+            raise Undecodable(f"no readable image: {error}", 413) from error
+        return _arrays(said, data)
+
+
+class _WorkerLost(Exception):
+    """A worker ended before it answered; says why."""
+
+
+class _Worker:
+    """One process, and the socket on which it is asked."""
+
+    def __init__(self, niceness: int):
+        self.late = False
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        self._process = _context().Process(target=_work, args=(theirs, niceness), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    async def ask(self, words: dict[str, Any], data: bytes) -> tuple[dict[str, Any], memoryview]:
+        loop, received = asyncio.get_running_loop(), bytearray()
+        try:
+            for piece in _message(words, data):
+                await loop.sock_sendall(self._socket, piece)
+            missing = _SIZES.size
+            while missing > 0:
+                piece = await loop.sock_recv(self._socket, 1 << 18)
+                if not piece:
+                    raise EOFError
+                received += piece
+                if len(received) >= _SIZES.size:
+                    missing = _SIZES.size + sum(_SIZES.unpack_from(received)) - len(received)
+                else:
+                    missing = _SIZES.size - len(received)
+        except (OSError, EOFError) as error:
+            reason = "took too long" if self.late else "ended the process that decoded it"
+            raise _WorkerLost(f"it {reason}") from error
+        end = _SIZES.size + _SIZES.unpack_from(received)[0]
+        return json.loads(received[_SIZES.size : end]), memoryview(received)[end:]
+
+    def kill(self, late: bool = False) -> None:
+        self.late = late
+        self._process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        self._socket.close()
+
+
+class _Lane:
+    """Workers that are asked one request at a time each."""
+
+    def __init__(self, workers: int, seconds: float, niceness: int):
+        self.waiting = 0
+        self._workers, self._seconds, self._niceness = workers, seconds, niceness
+        self._free = asyncio.Semaphore(workers)
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+
+    async def start(self) -> None:
+        await asyncio.gather(*(self.ask({}, b"") for _ in range(self._workers)))
+
+    def close(self) -> None:
+        for worker in self._all:
+            worker.close()
+
+    async def ask(self, words: dict[str, Any], data: bytes) -> tuple[dict[str, Any], memoryview]:
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        task = asyncio.create_task(self._asked(words, data))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
+            asyncio.get_running_loop().call_later(GRACE, task.cancel)
+            raise
+
+    async def _asked(self, words: dict[str, Any], data: bytes) -> tuple[dict[str, Any], memoryview]:
+        worker = None
+        try:
+            worker = self._idle.pop() if self._idle else _Worker(self._niceness)
+            self._all.add(worker)
+            # the first request finds a process that is still starting
+            limit = self._seconds if words else 60.0
+            timer = asyncio.get_running_loop().call_later(limit, worker.kill, True)
+            try:
+                found = await worker.ask(words, data)
+            finally:
+                timer.cancel()
+            self._idle.append(worker)
+            return found
+        except BaseException:
+            if worker is not None:
+                self._all.discard(worker)
+                worker.close()
+            raise
+        finally:
+            self._free.release()
+
+
+def _context() -> Any:
+    """Processes that take milliseconds to start: forked from one that has imported this file and nothing else."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _message(words: dict[str, Any], data: bytes | memoryview) -> list[bytes | memoryview]:
+    text = json.dumps(words).encode()
+    head = _SIZES.pack(len(text), len(data)) + text
+    return [head + data] if len(data) < 1 << 16 else [head, data]
+
+
+def _arrays(said: dict[str, Any], data: memoryview) -> list[np.ndarray]:
+    """What a worker's answer holds; it is believed no more than a client."""
+    if "error" in said:
+        raise Undecodable(said["error"], said["status"])
+    flat, arrays, start = np.frombuffer(data, np.uint8), [], 0
+    for shape in said["shapes"]:
+        size = int(np.prod(shape))
+        arrays.append(flat[start : start + size].reshape(shape))
+        start += size
+    return arrays
+
+
+# -- in a worker -------------------------------------------------------------------------------------------------
+
+
+def _work(connection: socket.socket, niceness: int) -> None:
+    """Answer requests until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which ends its workers
+    if sys.platform != "win32":
+        import resource
+
+        os.nice(niceness)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_DATA, (WORKER_BYTES, WORKER_BYTES))
+    with connection, connection.makefile("rb") as stream:
+        while head := stream.read(_SIZES.size):
+            length, size = _SIZES.unpack(head)
+            words, data = json.loads(stream.read(length)), stream.read(size)
+            said, arrays = _answered(words, data) if words else ({}, [])
+            for piece in _message(said, b"".join(array.tobytes() for array in arrays)):
+                connection.sendall(piece)
+
+
+def _answered(words: dict[str, Any], body: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
+    resize = words["resize"] and Resize(*words["resize"])
+    try:
+        files = Images.decoded(body, words["most"]) if words["json"] else [body]
+        arrays = decode(files, resize, words["pixels"])
+    except MemoryError:
+        return {"error": "no readable image: it takes too much memory", "status": 413}, []
+    except Undecodable as error:
+        return {"error": str(error), "status": error.status}, []
+    return {"shapes": [array.shape for array in arrays]}, arrays

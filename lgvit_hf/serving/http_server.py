@@ -1,0 +1,44 @@
+"""`HttpServer`: uvicorn with the limits of a service, which drains on SIGTERM."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+
+from .admission import protocol
+
+# for what runs when waiting requests are refused, before it is cancelled
+LAST_BATCH_SECONDS = 60
+# connections that are accepted before those that are too many are closed
+BACKLOG = 64
+
+
+class HttpServer(uvicorn.Server):
+    """Runs what `make_app` gives.
+
+    Args:
+        app (`Starlette`): The service.
+        drain_seconds (`float`): After SIGTERM, for requests that wait; those left then get 503.
+    """
+
+    def __init__(self, app: Starlette, drain_seconds: float = 20.0):
+        self._service, self._drain_seconds = app.state.service, drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol(self._service.limits),
+                ws="none",
+                backlog=BACKLOG,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(drain_seconds) + LAST_BATCH_SECONDS,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what has been admitted, or say that it will not be."""
+        self._service.drain(self._drain_seconds)
+        await super().shutdown(sockets)

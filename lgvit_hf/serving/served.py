@@ -1,0 +1,68 @@
+"""`Served`: one version of a model that answers in a service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from .batching import Batcher, Expired, Observer
+from .device.loop import Arrays
+from .device.remote import RemoteHighway
+
+
+class Served:
+    """A highway and the batcher that runs it.
+
+    Args:
+        highway (`RemoteHighway`): What answers.
+        max_samples (`int`), max_wait (`float`), observer (`Observer`): See `Batcher`.
+        version (`int`, *optional*, defaults to 1): How often the model was opened.
+    """
+
+    def __init__(
+        self, highway: RemoteHighway, max_samples: int, max_wait: float, observer: Observer, version: int = 1
+    ):
+        self.highway, self.info, self.version = highway, highway.info, version
+        self.batcher = Batcher(highway, max_samples=max_samples, max_wait=max_wait, observer=observer)
+
+    def submit(self, inputs: Arrays, timeout: float | None) -> Coroutine[Any, Any, Arrays]:
+        """Have samples answered. Those of a large request run in several batches, between which others have theirs.
+
+        Raises:
+            Busy, Expired: See `Batcher`.
+        """
+        samples, step = len(next(iter(inputs.values()))), self.batcher.max_samples
+        return self._answers(inputs, self._begun(inputs, 0, timeout), range(step, samples, step), timeout)
+
+    async def _answers(self, inputs: Arrays, first: Future[Arrays], starts: range, timeout: float | None) -> Arrays:
+        until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        found = [await _answer(first, timeout)]
+        for start in starts:
+            left = None if until is None else until - asyncio.get_running_loop().time()
+            found.append(await _answer(self._begun(inputs, start, left), left))
+        if len(found) == 1:
+            return found[0]
+        return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+    def _begun(self, inputs: Arrays, start: int, timeout: float | None) -> Future[Arrays]:
+        span = slice(start, start + self.batcher.max_samples)
+        return self.batcher.submit({name: array[span] for name, array in inputs.items()}, timeout)
+
+
+async def _answer(future: Future[Arrays], timeout: float | None) -> Arrays:
+    """What a request gets; `Expired` as soon as its time is over, unless it runs by then."""
+    if timeout is None:
+        return await asyncio.wrap_future(future)
+    timer = asyncio.get_running_loop().call_later(max(0.0, timeout), future.cancel)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if timer.when() > asyncio.get_running_loop().time() or not future.cancelled():
+            raise
+        raise Expired(f"it waited longer than its {timeout:g} s") from None
+    finally:
+        timer.cancel()
