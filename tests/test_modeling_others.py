@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lgvit_hf import Dinov3ViTHighway
-from tests.test_modeling_common import AnyHighwayTesterMixin, SomeHighwayTesterMixin
+from tests.test_modeling_common import MIXES, AnyHighwayTesterMixin, SomeHighwayTesterMixin
 from tests.tiny import MODELS, OTHER_KINDS, tiny_images, tiny_model, tiny_native
 
 VARIANTS = {
@@ -44,11 +44,23 @@ def test_other_sizes_and_inner_states_are_those_of_upstream(kind):
         assert highway(images, **more).logits.shape == (2, 4)
 
 
+class FewHeads:
+    """Heads and policies are those of the engine: for most backbones one mix of heads will do."""
+
+    @pytest.mark.parametrize("heads", [MIXES["blocks"]], ids=["blocks"])
+    def test_law(self, heads):
+        super().test_law(heads)
+
+    @pytest.mark.parametrize("heads", [MIXES["lgvit"]], ids=["lgvit"])
+    def test_truncate(self, heads, tmp_path):
+        super().test_truncate(heads, tmp_path)
+
+
 class TestDinov2Highway(SomeHighwayTesterMixin):
     kind = "dinov2"
 
 
-class TestDinov2WithRegistersHighway(SomeHighwayTesterMixin):
+class TestDinov2WithRegistersHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "dinov2_with_registers"
 
 
@@ -56,7 +68,7 @@ class TestSiglipHighway(SomeHighwayTesterMixin):
     kind = "siglip"
 
 
-class TestCLIPHighway(SomeHighwayTesterMixin):
+class TestCLIPHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "clip"
 
 
@@ -64,15 +76,15 @@ class TestBeitHighway(SomeHighwayTesterMixin):
     kind = "beit"
 
 
-class TestViTMSNHighway(SomeHighwayTesterMixin):
+class TestViTMSNHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "vit_msn"
 
 
-class TestIJepaHighway(SomeHighwayTesterMixin):
+class TestIJepaHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "ijepa"
 
 
-class TestDinov3ViTHighway(AnyHighwayTesterMixin):
+class TestDinov3ViTHighway(FewHeads, AnyHighwayTesterMixin):
     """Of which upstream has no classifier."""
 
     kind = "dinov3_vit"
