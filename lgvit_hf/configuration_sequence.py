@@ -94,6 +94,7 @@ class SquareImages(HighwayConfig):
     """Of backbones that upstream builds for square images alone; other images can be interpolated to."""
 
     image_size: int
+    patch_size: int
 
     def validate_exits(self) -> None:
         """As of the base; sizes are single numbers."""

@@ -389,8 +389,8 @@ def _check_attention(name: str | dict[str, str]) -> None:
 def _natives(name: str, model_type: str | None) -> tuple[Any, ...]:
     if model_type not in NATIVES:
         raise ValueError(
-            f"{name}: model type {model_type!r}, but AViT takes {', '.join(map(repr, NATIVES))}, whose blocks and "
-            "tokens are those of a plain ViT; `lgvit convert --from dinov2` makes one of a DINOv2"
+            f"{name}: model type {model_type!r}, but AViT takes 'vit' and 'deit' backbones, and 'vit_msn'; "
+            "`lgvit convert --from dinov2` makes a plain ViT of a DINOv2"
         )
     return NATIVES[model_type]
 

@@ -31,7 +31,7 @@ from .segments import State
 from .sequence_highway import SequenceHighway
 
 
-class BeitHighway(SequenceHighway, BeitForImageClassification):
+class BeitHighway(SequenceHighway, BeitForImageClassification):  # type: ignore[misc]  # keys to ignore on loading
     """BEiT with early exits. Its attention adds a bias by position, and layer scale is inside its blocks.
 
     Example:
@@ -64,10 +64,10 @@ class BeitHighway(SequenceHighway, BeitForImageClassification):
 
     def layer_arguments(self, state: State) -> dict[str, Any]:
         rows, columns = grid_of(state)
-        patch = self.config.patch_size
+        patch: Any = self.config.patch_size
         given: dict[str, Any] = {"resolution": (rows * patch, columns * patch)}
         # there the bias that all layers share has an argument of its own
-        encoder = getattr(self.beit, "encoder", None)
+        encoder: Any = getattr(self.beit, "encoder", None)
         if getattr(encoder, "has_relative_position_bias", False):
             given["relative_position_bias"] = encoder.relative_position_bias((rows, columns))
         return given

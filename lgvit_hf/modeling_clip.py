@@ -49,7 +49,7 @@ class CLIPHighway(VisionTowerHighway, CLIPForImageClassification):
     """
 
     if TYPE_CHECKING:
-        config: CLIPHighwayConfig
+        config: CLIPHighwayConfig  # type: ignore[assignment]  # flat
 
     config_class = CLIPHighwayConfig  # type: ignore[assignment]  # `None` upstream
     _no_split_modules = ["CLIPVisionEmbeddings", "CLIPEncoderLayer"]

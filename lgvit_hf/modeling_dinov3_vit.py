@@ -77,7 +77,7 @@ class Dinov3ViTHighway(SequenceHighway, Dinov3ViTClassifier):
     if TYPE_CHECKING:
         config: Dinov3ViTHighwayConfig
 
-    config_class = Dinov3ViTHighwayConfig
+    config_class = Dinov3ViTHighwayConfig  # type: ignore[assignment]  # `None` upstream
     _no_split_modules = ["DINOv3ViTEmbeddings", "DINOv3ViTLayer"]
     native_classes = (DINOv3ViTModel,)
     takes_any_size = True

@@ -43,7 +43,7 @@ class SiglipHighway(VisionTowerHighway, SiglipForImageClassification):
     """
 
     if TYPE_CHECKING:
-        config: SiglipHighwayConfig
+        config: SiglipHighwayConfig  # type: ignore[assignment]  # flat
 
     config_class = SiglipHighwayConfig  # type: ignore[assignment]  # `None` upstream
     _no_split_modules = ["SiglipVisionEmbeddings", "SiglipEncoderLayer"]

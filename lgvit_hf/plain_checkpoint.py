@@ -14,8 +14,8 @@ from .checkpoint_files import WrongShape, check_files
 from .safe_config import without_attention_code
 from .segments import height_width
 
-# buffers that are made, not learned
-RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features")
+# buffers that are made, not learned, and what stands for patches that pretraining masks
+RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features", "embeddings.mask_token")
 # who takes the backbones of a model type
 HIGHWAYS = {
     "vit": "ViTHighway",

@@ -280,9 +280,7 @@ class PretrainedHighway(SafeCheckpoint):
     @classmethod
     def _natives(cls, name: str, model_type: str | None) -> tuple[Any, ...]:
         """The classes that load a checkpoint of a model type, if this highway takes it."""
-        wanted = [each for each, highway in HIGHWAYS.items() if highway == cls.__name__] or [
-            native.config_class.model_type for native in cls.native_classes
-        ]
+        wanted = list(dict.fromkeys(native.config_class.model_type for native in cls.native_classes))
         if model_type not in wanted:
             fits = f"; {HIGHWAYS[model_type]} fits" if model_type in HIGHWAYS else ""
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ class SequenceHighway(HighwayMixin):
     # where attention is in a layer
     attention_name = "attention"
 
+    def __init__(self, config: Any):
+        super().__init__(config)
+        # only pretraining masks patches: without a gradient, and thus frozen
+        mask_token = getattr(self.base_model.embeddings, "mask_token", None)
+        if mask_token is not None:
+            mask_token.requires_grad_(False)
+
     @property
     def num_read_tokens(self) -> int:
         """How many of the prefix tokens the exits read: the class token, if there is one."""
@@ -40,7 +47,8 @@ class SequenceHighway(HighwayMixin):
 
     def stem(self, state: State, interpolate_pos_encoding: bool = False) -> State:
         """`pixel_values` -> `hidden` `[B, P + h * w, D]` and its grid."""
-        convolution = next(each for each in self.base_model.embeddings.modules() if isinstance(each, nn.Conv2d))
+        embeddings: Any = self.base_model.embeddings
+        convolution = next(each for each in embeddings.modules() if isinstance(each, nn.Conv2d))
         pixels = state["pixel_values"].to(convolution.weight.dtype)
         height, width = pixels.shape[2:]
         grid = self.config.patch_grid(1, height, width)
@@ -93,8 +101,8 @@ class SequenceHighway(HighwayMixin):
 
     def final(self, state: State) -> Tensor:
         """The classifier on the class token, with `pool="mean"` on the mean of all tokens, after the final norm."""
-        hidden = self.normed(state)
-        return self.classifier(hidden[:, 0] if self.config.pool == "cls" else hidden.mean(1))
+        hidden, classifier = self.normed(state), cast(nn.Linear, self.classifier)
+        return classifier(hidden[:, 0] if self.config.pool == "cls" else hidden.mean(1))
 
     def normed(self, state: State) -> Tensor:
         """The last hidden state, through what the backbone has after its blocks."""
@@ -105,8 +113,8 @@ class SequenceHighway(HighwayMixin):
 
     def class_and_patches(self, state: State) -> Tensor:
         """DINOv2's classifier (https://arxiv.org/abs/2304.07193): class token and mean patch side by side."""
-        hidden = self.normed(state)
-        return self.classifier(torch.cat([hidden[:, 0], hidden[:, self.num_prefix_tokens :].mean(dim=1)], dim=1))
+        hidden, classifier = self.normed(state), cast(nn.Linear, self.classifier)
+        return classifier(torch.cat([hidden[:, 0], hidden[:, self.num_prefix_tokens :].mean(dim=1)], dim=1))
 
     def head_shape(self, after: int) -> HeadShape:
         """The same after each block."""
@@ -139,6 +147,16 @@ class VisionTowerHighway(SequenceHighway):
 
     base_model_prefix = "vision_model"
     attention_name = "self_attn"
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that makes tokens of patches."""
+        tower: Any = self.vision_model
+        return cast(nn.Module, tower.embeddings.patch_embedding)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it."""
+        tower: Any = self.vision_model
+        tower.embeddings.patch_embedding = value
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -26,8 +26,6 @@ from .heads import ExitHead, HeadShape
 from .modeling_highway import HighwayMixin
 from .modes import evaluating
 from .module_split import cut, cut_points, proven_pieces
-from .plain_checkpoint import load_native  # noqa: F401
-from .pretrained import PretrainedHighway  # noqa: F401
 from .safe_config import without_attention_code
 from .segments import Block, State, Tokens, height_width
 from .sequential_split import HIDDEN, LOGITS, PIXELS, Piece

@@ -21,7 +21,13 @@ def assert_same(ours, expected):
     torch.testing.assert_close(torch.as_tensor(ours.logits), expected.logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", OTHER_KINDS)
+# these are a ViT, or another of the list, by another name
+ALIKE = ("dinov2", "vit_msn", "ijepa")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ALIKE else ()) for kind in OTHER_KINDS]
+)
 @torch.no_grad()
 def test_exported(kind, tmp_path, monkeypatch):
     model, images = tiny_model(kind, **SMALL), tiny_images(24)

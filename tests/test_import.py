@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import lgvit_hf
@@ -82,7 +83,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ORDERS if transformers.__version__ >= "5" else list(ORDERS)[:2])
 def test_auto_config_knows_the_model_types(order):
     state = "(logging.root.handlers[:], logging.root.level, transformers.utils.logging.get_verbosity())"
     code = f"""

@@ -1,17 +1,66 @@
 """The backbones beside ViT, DeiT and Swin: one test class each, and what is special about one."""
 
+import pytest
 import torch
 
 from lgvit_hf import Dinov3ViTHighway
-from tests.test_modeling_common import AnyHighwayTesterMixin, SomeHighwayTesterMixin
-from tests.tiny import tiny_images, tiny_model, tiny_native
+from tests.test_modeling_common import MIXES, AnyHighwayTesterMixin, SomeHighwayTesterMixin
+from tests.tiny import MODELS, OTHER_KINDS, tiny_images, tiny_model, tiny_native
+
+VARIANTS = {
+    "shared bias": ("beit", {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}),
+    "class token": ("beit", {"use_mean_pooling": False, "use_absolute_position_embeddings": True}),
+    "no layer scale": ("beit", {"layer_scale_init_value": 0.0}),
+    "SwiGLU": ("dinov2", {"use_swiglu_ffn": True}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_variants_answer_as_upstream(name):
+    kind, settings = VARIANTS[name]
+    native, images = tiny_native(kind, **settings), tiny_images(3)
+    highway = MODELS[kind].from_backbone(native, exit_positions=[2], exit_types="linear")
+    assert torch.equal(highway(images, early_exit=False).logits, native(images).logits)
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@torch.no_grad()
+def test_other_sizes_and_inner_states_are_those_of_upstream(kind):
+    native = tiny_native(kind, bare=True, attn_implementation="eager")
+    highway = MODELS[kind].from_backbone(native, num_labels=4, exit_positions=[2], exit_types="conv1_1")
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    for size in ((16, 16), (24, 24), (16, 24)):
+        images, more = tiny_images(2, size), {}
+        if not highway.takes_any_size:
+            more = {"interpolate_pos_encoding": True}
+        ours, theirs = (model(images, **asked, **more) for model in (highway, native))
+        assert len(ours.hidden_states) == len(theirs.hidden_states) == 7
+        # the last may come after the final norm there
+        for mine, expected in zip(ours.hidden_states[:-1], theirs.hidden_states[:-1], strict=True):
+            assert torch.equal(mine, expected)
+        for mine, expected in zip(ours.attentions, theirs.attentions, strict=True):
+            assert torch.equal(mine, expected)
+        assert highway(images, **more).logits.shape == (2, 4)
+
+
+class FewHeads:
+    """Heads and policies are those of the engine: for most backbones one mix of heads will do."""
+
+    @pytest.mark.parametrize("heads", [MIXES["blocks"]], ids=["blocks"])
+    def test_law(self, heads):
+        super().test_law(heads)
+
+    @pytest.mark.parametrize("heads", [MIXES["lgvit"]], ids=["lgvit"])
+    def test_truncate(self, heads, tmp_path):
+        super().test_truncate(heads, tmp_path)
 
 
 class TestDinov2Highway(SomeHighwayTesterMixin):
     kind = "dinov2"
 
 
-class TestDinov2WithRegistersHighway(SomeHighwayTesterMixin):
+class TestDinov2WithRegistersHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "dinov2_with_registers"
 
 
@@ -19,7 +68,7 @@ class TestSiglipHighway(SomeHighwayTesterMixin):
     kind = "siglip"
 
 
-class TestCLIPHighway(SomeHighwayTesterMixin):
+class TestCLIPHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "clip"
 
 
@@ -27,15 +76,15 @@ class TestBeitHighway(SomeHighwayTesterMixin):
     kind = "beit"
 
 
-class TestViTMSNHighway(SomeHighwayTesterMixin):
+class TestViTMSNHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "vit_msn"
 
 
-class TestIJepaHighway(SomeHighwayTesterMixin):
+class TestIJepaHighway(FewHeads, SomeHighwayTesterMixin):
     kind = "ijepa"
 
 
-class TestDinov3ViTHighway(AnyHighwayTesterMixin):
+class TestDinov3ViTHighway(FewHeads, AnyHighwayTesterMixin):
     """Of which upstream has no classifier."""
 
     kind = "dinov3_vit"

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 IMAGE_SIZE = 24
-MODEL = {
+MODEL: dict[str, Any] = {
     "image_size": IMAGE_SIZE,
     "patch_size": 4,
     "hidden_size": 96,

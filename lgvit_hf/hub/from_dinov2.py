@@ -96,8 +96,8 @@ def convert_dinov2(
     with replace_folder(output) as folder:
         model.eval().save_pretrained(folder)
         if processor:
-            mean, std = processor.get("image_mean"), processor.get("image_std")
-            write_json(folder / PROCESSOR, processor_settings(size, mean, std, "bicubic"))
+            mean_and_std = processor["image_mean"], processor["image_std"]
+            write_json(folder / PROCESSOR, processor_settings(size, *mean_and_std, "bicubic"))
     return model.config
 
 

@@ -229,6 +229,7 @@ def open_for_probing(checkpoint: str, label_names: list[str]) -> tuple[HighwayMi
         ValueError: It is neither.
     """
     config, labels = read_config(checkpoint), _labels(label_names)
+    settings: dict[str, Any]
     if config.model_type in HIGHWAYS:
         old = load_highway(checkpoint)
         settings = {**old.config.to_dict(), "attn_implementation": old.config._attn_implementation}
@@ -240,7 +241,7 @@ def open_for_probing(checkpoint: str, label_names: list[str]) -> tuple[HighwayMi
         model.load_state_dict(fitting, strict=False)
     else:
         highway = highway_for(checkpoint, config.model_type)
-        settings: dict[str, Any] = {"exit_positions": [], "exit_types": []}
+        settings = {"exit_positions": [], "exit_types": []}
         size = image_size_of(open_processor(checkpoint)) if highway.takes_any_size else None
         if isinstance(size, int):
             # what it was pretrained on may be far larger; upstream has positions of a square alone

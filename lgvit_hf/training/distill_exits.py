@@ -157,7 +157,7 @@ def grow(
             raise ValueError("new_classifier: checkpoint and dataset must be names, and a folder for the output given")
         from .new_classifier import with_new_classifier
 
-        source = {"limit": limit, "validation_share": validation_share, "seed": seed}
+        source: dict[str, Any] = {"limit": limit, "validation_share": validation_share, "seed": seed}
         others: dict[str, Any] = {"processor": processor, "exit_positions": exit_positions, "exit_types": exit_types}
         others |= {"training": training, "cost": cost, "cache_limit": cache_limit, "say": say}
         with with_new_classifier(os.fspath(checkpoint), dataset, Path(output), **source) as folder:
