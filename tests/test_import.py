@@ -16,8 +16,10 @@ from tests.clear import clear_model
 from tests.tiny import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = "datasets evaluate accelerate sklearn scipy pandas matplotlib onnx onnxruntime onnxscript optimum "
-    "starlette uvicorn".split()
+OPTIONAL = [
+    *"datasets evaluate accelerate sklearn scipy pandas matplotlib".split(),
+    *"onnx onnxruntime onnxscript optimum starlette uvicorn".split(),
+]
 
 
 def fresh_process(code, *arguments):

@@ -188,7 +188,7 @@ class Admission:
         """The body of a request, which counts as held until the end of the context.
 
         Raises:
-            Refused: It is empty, too long, late, or has to make room.
+            Refused: It is empty, too long, late, or the largest where all together are too long.
         """
         limits, upload = self.limits, _Upload(anyio.CancelScope())
         try:
