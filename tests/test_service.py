@@ -185,31 +185,33 @@ def decoded(*bodies, is_json=False):
     return asyncio.run(ask())
 
 
-def test_large_images_go_to_the_other_lane_and_too_large_ones_nowhere(monkeypatch):
+def test_large_images_go_to_the_other_lane_and_too_large_ones_nowhere():
     side = int(decoding.QUICK_PIXELS**0.5) + 10
     large, many = decoded(as_png(Image.new("L", (side, side))), jpeg_of_scans(3500, 60))
     assert large[0].shape == (8, 6, 3)
     assert many.status == 413 and "scans" in str(many)
 
 
-def test_a_worker_that_is_too_slow_is_replaced(monkeypatch):
-    monkeypatch.setattr(decoding, "SECONDS", 0.3)
-    monkeypatch.setattr(decoding, "QUICK_SECONDS", 0.3)
-    good = as_png(random_image(9, 9))
+def test_a_worker_that_dies_or_is_too_slow_costs_its_own_request_alone():
+    good, side = as_png(random_image(9, 9)), int(decoding.QUICK_PIXELS**0.5) + 10
+    large = as_png(Image.new("L", (side, side)))
 
     async def ask():
         decoder = Decoder(1)
-        await decoder.start()
-        # as slow as an image can be: processes that do not go on at all
-        for lane in (decoder._quick, decoder._slow):
-            lane._idle[0]._process.terminate()
+        lanes = decoder._quick, decoder._slow
         try:
+            await decoder.start()
+            for lane in lanes:
+                lane._idle[0]._process.kill()
             with pytest.raises(Undecodable, match="ended the process") as ended:
                 await decoder(good, False, None, 1)
-            assert ended.value.status == 413
-            monkeypatch.undo()
-            for lane in (decoder._quick, decoder._slow):
-                lane._seconds = 60
+            for lane in lanes:
+                lane._seconds = 0.0
+            with pytest.raises(Undecodable, match="took too long") as late:
+                await decoder(large, False, None, 1)
+            assert ended.value.status == late.value.status == 413
+            for lane in lanes:
+                lane._seconds = 60.0
             return await decoder(good, False, None, 1)
         finally:
             decoder.close()
