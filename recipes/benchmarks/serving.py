@@ -269,7 +269,8 @@ async def soak(service, files, requests, seconds):
     shed = sum(count for name, count in statuses.items() if name.endswith(" 503")) / sent
     return {
         "requests": sent, "statuses": dict(statuses), "share shed": shed, "megabytes more": more,
-        "p99_ms alone": 1e3 * before, "p99_ms beside": 1e3 * after, "requests computed": computed, "requests answered": answered, **dropped,
+        "p99_ms alone": 1e3 * before, "p99_ms beside": 1e3 * after, "requests computed": computed,
+        "requests answered": answered, **dropped,
         "wrong": {name: count for name, count in wrong.items() if count},
     }  # fmt: skip
 
