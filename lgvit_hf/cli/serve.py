@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
     highway = open_highway()
     missing, info = highway.check_next(), highway.info
     wait = options.max_wait_ms / 1e3
-    app = make_app(highway, max_batch_size=most, max_wait=wait, limits=limits, workers=options.decoders)
+    running = {"limits": limits, "workers": options.decoders, "reopen": open_highway}
+    app = make_app(highway, max_batch_size=most, max_wait=wait, **running)
     listening = socket.create_server((options.host, options.port), backlog=1024)
     # accepted connections take it over; without it the second packet of an answer waits for the first's receipt
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -265,6 +265,8 @@ async def watched(request: Request) -> AsyncIterator[None]:
     watcher = asyncio.create_task(watch())
     try:
         yield
+        if gone:
+            await asyncio.sleep(0)  # the cancellation is on its way
     except asyncio.CancelledError:
         if not gone:
             raise

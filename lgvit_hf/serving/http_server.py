@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
+import threading
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,6 +28,7 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: Starlette, drain_seconds: float = 20.0):
         self._service, self._drain_seconds = app.state.service, drain_seconds
+        self._reloads: set[asyncio.Future[bool]] = set()  # the loop itself holds tasks weakly
         super().__init__(
             uvicorn.Config(
                 app,
@@ -37,6 +41,17 @@ class HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=int(drain_seconds) + LAST_BATCH_SECONDS,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and open the model again at every SIGHUP."""
+        await super().startup(sockets)
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        task = asyncio.ensure_future(self._service.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what has been admitted, or say that it will not be."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,22 @@ class Served:
     def __init__(
         self, highway: RemoteHighway, max_samples: int, max_wait: float, observer: Observer, version: int = 1
     ):
-        self.highway, self.info, self.version = highway, highway.info, version
+        self.highway, self.info, self.version, self.users = highway, highway.info, version, 0
         self.batcher = Batcher(highway, max_samples=max_samples, max_wait=max_wait, observer=observer)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What it has counted so far."""
+        return {**self.highway.counts, "batches": self.batcher.batches}
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """While a request is answered by this version."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
 
     def submit(self, inputs: Arrays, timeout: float | None) -> Coroutine[Any, Any, Arrays]:
         """Have samples answered. Those of a large request run in several batches, between which others have theirs.

@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import kserve
 from .admission import RETRY, Admission, Gone, Limits, Refused, watched
 from .batching import Busy, Expired
 from .decoding import Decoder, Resize, Undecodable, check_json
@@ -29,7 +32,9 @@ from .device.loop import Arrays, probabilities
 from .device.message import CONTENT_TYPE, MessageError, pack, unpack
 from .device.remote import MESSAGE_SAMPLES, TIMEOUT_HEADER, RemoteHighway
 from .metrics import PATHS, Metrics
+from .retries import ID_HEADER, Retries
 from .served import Served
+from .tracing import span
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +50,7 @@ def make_app(
     max_request_samples: int = MESSAGE_SAMPLES,
     limits: Limits | None = None,
     workers: int | None = None,
+    reopen: Callable[[], RemoteHighway] | None = None,
 ) -> Starlette:
     """The service around a highway.
 
@@ -60,9 +66,10 @@ def make_app(
         max_request_samples (`int`, *optional*, defaults to 256): Samples of a request.
         limits (`Limits`, *optional*): Of connections and bodies.
         workers (`int`, *optional*): Processes that decode images, in each of two lanes; by default one a core.
+        reopen (`Callable`, *optional*): Opens the model again, for `Service.reload`.
     """
     limits = limits or Limits()
-    service = Service(highway, max_batch_size, max_wait, max_request_samples, limits, workers or _cores())
+    service = Service(highway, max_batch_size, max_wait, max_request_samples, limits, workers or _cores(), reopen)
 
     async def predict(request: Request) -> Response:
         served = service.served
@@ -77,6 +84,29 @@ def make_app(
         if CONTENT_TYPE in request.headers.get("accept", ""):
             return _message(served, answers)
         return JSONResponse({"answers": _as_json(served, answers)})
+
+    async def infer(request: Request) -> Response:
+        served = service.served
+        kserve.check_model(request, served)
+        asked: list[kserve.Asked] = []
+
+        async def inputs_of(request: Request, served: Served, body: bytes) -> Arrays:
+            asked.append(await asyncio.to_thread(kserve.read, body, request.headers, served.info, max_request_samples))
+            return asked[0].inputs if asked[0].images is None else await service.decoded(served, asked[0].images)
+
+        answers = await service.answers(request, served, inputs_of)
+        return kserve.answered(asked[0], served, answers)
+
+    async def model_ready(request: Request) -> JSONResponse:
+        kserve.check_model(request, service.served)
+        return await ready(request)
+
+    async def server_metadata(request: Request) -> JSONResponse:
+        return JSONResponse(kserve.SERVER)
+
+    async def metadata(request: Request) -> JSONResponse:
+        kserve.check_model(request, service.served)
+        return JSONResponse(kserve.metadata(service.served))
 
     async def go_on(request: Request) -> Response:
         served = service.served
@@ -119,6 +149,18 @@ def make_app(
             Route("/livez", live),
             Route("/readyz", ready),
             Route("/metrics", show_metrics),
+            Route("/v2", server_metadata),
+            Route("/v2/health/live", live),
+            Route("/v2/health/ready", ready),
+            *(
+                Route(f"/v2/models/{{model}}{version}{path}", route, methods=[method])
+                for version in ("", "/versions/{version}")
+                for path, route, method in (
+                    ("", metadata, "GET"),
+                    ("/ready", model_ready, "GET"),
+                    ("/infer", infer, "POST"),
+                )
+            ),
         ],
         lifespan=lifespan,
         middleware=[Middleware(_Counted, metrics=service.metrics)],
@@ -146,9 +188,13 @@ class Service:
         max_request_samples: int,
         limits: Limits,
         workers: int,
+        reopen: Callable[[], RemoteHighway] | None = None,
     ):
         self.metrics, self.limits, self.max_samples = Metrics(), limits, max_request_samples
         self.served = Served(highway, max_batch_size, max_wait, self.metrics)
+        self._reopen, self._batching, self._reloading = reopen, (max_batch_size, max_wait), asyncio.Lock()
+        self._retries = Retries()
+        self._past: Counter[str] = Counter()
         self.not_ready: str | None = "it is starting"
         self._admission, self._workers, self._decoder = Admission(limits), workers, Decoder(workers)
 
@@ -167,7 +213,38 @@ class Service:
     @property
     def counts(self) -> dict[str, int]:
         """Counters that `Metrics` does not hold itself."""
-        return {**self.served.highway.counts, "batches": self.served.batcher.batches}
+        total = Counter(self._past)
+        total.update(self.served.counts)
+        return total
+
+    async def reload(self) -> bool:
+        """Open the model again; requests that come from then on get its answers, earlier ones those of the last.
+
+        Returns:
+            `bool`: Whether it could be opened; if not, the last one goes on, and the log says why.
+        """
+        if self._reopen is None:
+            raise ValueError("reopen=None: give make_app what opens the model again")
+        async with self._reloading:
+            before = self.served
+            try:
+                highway = await asyncio.to_thread(self._reopen)
+                if (highway.info.index, highway.info.parts) != (before.info.index, before.info.parts):
+                    raise ValueError(f"it is part {highway.info.index} of {highway.info.parts} now")
+            except (OSError, ValueError, RuntimeError) as error:
+                logger.error("the model is not opened again, version %d goes on: %s", before.version, error)
+                return False
+            seen = Counter(before.counts)
+            self._past.update(seen)
+            self.served = Served(highway, *self._batching, self.metrics, before.version + 1)
+            self.metrics.opened(self.served.version)
+            # requests that are still decoded are for the last version
+            while before.users:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(before.batcher.close)
+            self._past.update(before.counts)
+            self._past.subtract(seen)
+            return True
 
     def drain(self, seconds: float) -> None:
         """Say that the service is not ready, and after some seconds refuse what has not begun to run."""
@@ -177,14 +254,19 @@ class Service:
     async def answers(self, request: Request, served: Served, inputs_of: Callable[..., Any]) -> Arrays:
         """The answers to a request, whose inputs `inputs_of(request, served, body)` gives."""
         timeout, asked = _timeout(request), time.monotonic()
-        with self._admission.admitted(request):
+        with self._admission.admitted(request), served.used(), span("lgvit.request", request.headers):
             async with self._admission.body(request) as body, watched(request):
                 with served.batcher.coming():
-                    inputs = await inputs_of(request, served, body)
+                    with span("lgvit.decode"):
+                        inputs = await inputs_of(request, served, body)
+                    key = Retries.key(request, served.version, body)
                     del body
                     left = None if timeout is None else timeout - (time.monotonic() - asked)
-                    first = served.submit(inputs, left)
-                answers = await first
+                    compute = partial(served.submit, inputs, left)
+                    # submitted before the context ends, so that a batch that waits for it finds it
+                    found = compute() if key is None else self._retries.once(key, compute)
+                with span("lgvit.answer"):
+                    answers = await found
         self.metrics.answered(answers)
         return answers
 
@@ -198,6 +280,14 @@ class Service:
         is_json = kind == "application/json"
         if is_json:
             check_json(body, self.max_samples)
+        return await self._decoded(served, body, is_json)
+
+    async def decoded(self, served: Served, files: list[bytes]) -> Arrays:
+        """Pixels of what several image files hold."""
+        found = [await self._decoded(served, file, False) for file in files]
+        return {"pixel_values": np.concatenate([each["pixel_values"] for each in found])}
+
+    async def _decoded(self, served: Served, body: bytes, is_json: bool) -> Arrays:
         if self._decoder.full:
             raise Refused(503, f"{self._decoder.max_waiting} requests wait to be decoded already", RETRY)
         resize = Resize.of(served.info.image)
@@ -301,6 +391,10 @@ class _Counted:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                # whoever sent an id finds it in the answer
+                name = ID_HEADER.encode()
+                given = [value for key, value in scope["headers"] if key == name]
+                message["headers"] = [*message.get("headers", []), *((name, value) for value in given[:1])]
             await send(message)
 
         try:

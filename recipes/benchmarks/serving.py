@@ -1,0 +1,305 @@
+"""A service under bounded load on loopback: throughput and latency against the model called directly, and a soak.
+
+    python recipes/benchmarks/serving.py MODEL --data DATA [--seconds 20] [--output serving.json]
+    python recipes/benchmarks/serving.py MODEL --data DATA --soak --requests 10000
+
+`lgvit serve` runs on the first core of this machine with its decoding processes, this client on the last (`taskset`).
+
+1. Closed loop: 1, 8 and 32 clients, one image per request, each asks again when it is answered.
+2. Poisson arrivals at 0.5 and 0.8 of what 32 clients reach, and bursts of 32 every second.
+3. The same closed loop with `--max-batch-size 1`: one request at a time.
+4. Directly: `Predictor.images` on the same files, decoding included, one thread, batch 1 and 8; on the same core.
+5. LitServe with the same model without early exit, where it is installed.
+
+Images are mixed as they come; `--policy never` (all hard) and a low threshold (all easy) give the extremes.
+
+`--soak` sends good, hostile, slow and cancelled requests, and checks: no 5xx but 503 with Retry-After, none of them
+for a good client; memory at most 50 MB above its value after a tenth of the requests; the p99 of another client's good
+requests within twice its value without the others; cancelled requests are not computed. It ends with 1 where one
+fails.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+
+from lgvit_hf.data.datasets import load_encoded
+from lgvit_hf.files import write_json
+
+IMAGES, BURST = 256, 32
+SERVER_CORE, CLIENT_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+CLIENTS = (1, 8, 32)
+EXTRA_MB, SLOWER = 50, 2.0
+PIXEL_BOMB = b"P6 7000 7000 255\n"
+HOSTILE = (
+    (b"", {}),
+    (b"hello", {}),
+    (PIXEL_BOMB, {}),
+    (b'{"images":[' + b"{}," * 200_000 + b"{}]}", {"content-type": "application/json"}),
+    (b"[" * 100_000, {"content-type": "application/json"}),
+    (bytes(100_000), {"content-type": "application/vnd.safetensors"}),
+    (bytes(40_000_000), {}),
+)
+
+
+def on_server_core(*words):
+    """A command of Python that runs on the server's core."""
+    return ["taskset", "-c", str(SERVER_CORE), sys.executable, *words]
+
+
+class Service:
+    """`lgvit serve` on the first core."""
+
+    def __init__(self, model, *options):
+        words = ("-m", "lgvit_hf.cli", "serve", str(model), "--port", "0", "--threads", "1", *options)
+        self.process = subprocess.Popen(on_server_core(*words), stdout=subprocess.PIPE, text=True)
+        self.url = re.search(r"http://\S+", self.process.stdout.readline())[0]
+
+    def megabytes(self):
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(120)
+
+
+async def ask(session, url, body, headers=None):
+    """Status, seconds and whether a 503 says when to come again."""
+    began = time.perf_counter()
+    async with session.post(f"{url}/predict", data=body, headers=headers or {"content-type": "image/jpeg"}) as reply:
+        await reply.read()
+        return reply.status, time.perf_counter() - began, "retry-after" in reply.headers
+
+
+def summary(seconds, elapsed):
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1e3 if seconds else (None, None)
+    return {"requests": len(seconds), "per_second": len(seconds) / elapsed, "p50_ms": p50, "p99_ms": p99}
+
+
+async def loaded(url, files, seconds, clients=None, rate=None):
+    """A closed loop of clients, Poisson arrivals at a rate, or bursts (`rate=None`, `clients=None`)."""
+    done, statuses = [], Counter()
+    timeout, draw = aiohttp.ClientTimeout(total=120), random.Random(0)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+
+        async def once(number):
+            status, took, _ = await ask(session, url, files[number % len(files)])
+            statuses[status] += 1
+            if status == 200:
+                done.append(took)
+
+        async def loop(client):
+            number = client * 7
+            while time.perf_counter() < end:
+                await once(number)
+                number += 1
+
+        await asyncio.gather(*(once(number) for number in range(clients or 8)))  # warm
+        done.clear()
+        statuses.clear()
+        began = time.perf_counter()
+        end = began + seconds
+        if clients:
+            await asyncio.gather(*(loop(client) for client in range(clients)))
+        else:
+            tasks = []
+            while time.perf_counter() < end:
+                tasks += [asyncio.create_task(once(len(tasks) + each)) for each in range(1 if rate else BURST)]
+                await asyncio.sleep(draw.expovariate(rate) if rate else 1.0)
+            await asyncio.gather(*tasks)
+        return {**summary(done, time.perf_counter() - began), "statuses": dict(statuses)}
+
+
+def directly(model, policy, folder, batch_size, seconds):
+    """Images a second of `Predictor.images`, in a process of its own on the same core."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from lgvit_hf import Predictor
+files = [file.read_bytes() for file in sorted(Path(sys.argv[1]).iterdir())]
+predictor = Predictor({str(model)!r}, {policy!r}, max_batch_size={batch_size}, threads=1)
+predictor.images(files[:{batch_size}])
+done, began = 0, time.perf_counter()
+while time.perf_counter() < began + {seconds}:
+    start = done % (len(files) - {batch_size} + 1)
+    predictor.images(files[start:start + {batch_size}])
+    done += {batch_size}
+print(done / (time.perf_counter() - began))
+"""
+    done = subprocess.run(on_server_core("-c", code, folder), check=True, stdout=subprocess.PIPE)
+    return float(done.stdout)
+
+
+def litserve(model, files, seconds):
+    """LitServe with the model without early exit."""
+    code = f"""
+import litserve, socket
+from lgvit_hf import Predictor
+class Api(litserve.LitAPI):
+    def setup(self, device): self.predictor = Predictor({str(model)!r}, "never", threads=1)
+    async def decode_request(self, request): return await request.body()
+    def predict(self, bodies): return self.predictor.images(bodies)["label"].tolist()
+    def encode_response(self, output): return {{"label": output}}
+    def batch(self, inputs): return inputs
+    def unbatch(self, output): return output
+if __name__ == "__main__":
+    server = litserve.LitServer(Api(max_batch_size=32, batch_timeout=0.002), accelerator="cpu")
+    server.run(port=8765, generate_client_file=False)
+"""
+    process = subprocess.Popen(on_server_core("-c", code))
+    try:
+        time.sleep(20)
+        return {n: asyncio.run(loaded("http://127.0.0.1:8765", files, seconds, clients=n)) for n in CLIENTS}
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def measured(options, files):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(files):
+            Path(folder, f"{number:04}").write_bytes(file)
+        direct = {n: directly(options.model, options.policy, folder, n, options.seconds) for n in (1, 8)}
+    report = {"direct": direct}
+    policy = ["--policy", options.policy] if options.policy else []
+    for name, more in (("batched", []), ("one at a time", ["--max-batch-size", "1"])):
+        with Service(options.model, *policy, *more) as service:
+            loops = {n: asyncio.run(loaded(service.url, files, options.seconds, clients=n)) for n in CLIENTS}
+            report[name] = {"closed loop": loops}
+            for share in (0.5, 0.8):
+                rate = share * loops[CLIENTS[-1]]["per_second"]
+                report[name][f"poisson {share}"] = asyncio.run(loaded(service.url, files, options.seconds, rate=rate))
+            report[name]["bursts"] = asyncio.run(loaded(service.url, files, options.seconds))
+    report["share of direct"] = {
+        n: report["batched"]["closed loop"][n]["per_second"] / report["direct"][1 if n == 1 else 8] for n in CLIENTS
+    }
+    if importlib.util.find_spec("litserve"):
+        report["litserve"] = litserve(options.model, files, options.seconds)
+    return report
+
+
+async def soak(service, files, requests, seconds):
+    """Mixed requests; what went wrong, as counts."""
+    draw, statuses, wrong, quiet, beside = random.Random(0), Counter(), Counter(), [], []
+    free, timeout = asyncio.Semaphore(32), aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+
+        async def watched(seen, until):
+            while not until():
+                status, took, _ = await ask(session, service.url, files[len(seen) % len(files)])
+                wrong["good client refused"] += status != 200
+                seen.append(took)
+                await asyncio.sleep(0.02)
+
+        async def one(kind):
+            async with free:
+                try:
+                    if kind == "cancelled":
+                        await asyncio.wait_for(ask(session, service.url, draw.choice(files)), draw.uniform(0.0, 0.02))
+                        return
+                    if kind == "slow":
+
+                        async def trickle():
+                            for _ in range(5):
+                                yield b"x" * 1000
+                                await asyncio.sleep(0.2)
+
+                        body, headers = trickle(), {}
+                    else:
+                        body, headers = draw.choice(HOSTILE) if kind == "hostile" else (draw.choice(files), None)
+                    status, _, again = await ask(session, service.url, body, headers)
+                except (asyncio.TimeoutError, aiohttp.ClientError):
+                    statuses[f"{kind} broken off"] += 1
+                    return
+                statuses[f"{kind} {status}"] += 1
+                wrong["5xx"] += status >= 500 and not (status == 503 and again)
+                wrong["good refused"] += kind == "good" and status != 200
+
+        async def metrics():
+            async with session.get(f"{service.url}/metrics") as reply:
+                return dict(line.rsplit(" ", 1) for line in (await reply.text()).splitlines() if line[0] != "#")
+
+        began = time.perf_counter()
+        await watched(quiet, lambda: len(quiet) >= 300)
+        sent, first, tasks = 0, None, set()
+        side = asyncio.create_task(watched(beside, lambda: over))
+        over = False
+        while sent < requests or time.perf_counter() < began + seconds:
+            kind = draw.choices(("good", "hostile", "slow", "cancelled"), (70, 12, 3, 15))[0]
+            task = asyncio.create_task(one(kind))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            sent += 1
+            while len(tasks) >= 64:
+                await asyncio.sleep(0.005)
+            if sent == max(1000, requests // 10):
+                first = service.megabytes()
+        await asyncio.gather(*tasks)
+        over = True
+        await side
+        counted = await metrics()
+    await asyncio.sleep(5)
+    more = service.megabytes() - (first or service.megabytes())
+    before, after = (float(np.percentile(each, 99)) for each in (quiet, beside))
+    computed = sum(float(value) for name, value in counted.items() if name == "lgvit_queue_age_seconds_count")
+    dropped = {name: float(value) for name, value in counted.items() if name.startswith("lgvit_samples_dropped")}
+    wrong["memory"] += more > EXTRA_MB
+    wrong["p99 of another client"] += after > SLOWER * before
+    answered = sum(count for name, count in statuses.items() if name.endswith(" 200")) + len(quiet) + len(beside)
+    # those that ran when their client left are computed; most of the others are not
+    wrong["cancelled computed"] += computed - answered > max(100, statuses["cancelled broken off"] / 2)
+    shed = sum(count for name, count in statuses.items() if name.endswith(" 503")) / sent
+    return {
+        "requests": sent, "statuses": dict(statuses), "share shed": shed, "megabytes more": more,
+        "p99_ms alone": 1e3 * before, "p99_ms beside": 1e3 * after, "requests computed": computed,
+        "requests answered": answered, **dropped,
+        "wrong": {name: count for name, count in wrong.items() if count},
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="A checkpoint with its image processor, or an exported folder.")
+    parser.add_argument("--data", required=True, help="Images: a dataset as `lgvit predict` takes it.")
+    parser.add_argument("--split", help="Of it.")
+    parser.add_argument("--seconds", type=float, default=20.0, help="Of each measurement; of the soak, at least.")
+    parser.add_argument("--policy", help="Such as `never`, for hard images alone.")
+    parser.add_argument("--soak", action="store_true")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    dataset = load_encoded(options.data, options.split)
+    files = [dataset[number]["image"]["bytes"] for number in range(min(IMAGES, len(dataset)))]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.sched_setaffinity(0, {CLIENT_CORE})
+    if options.soak:
+        with Service(options.model) as service:
+            report = asyncio.run(soak(service, files, options.requests, options.seconds))
+    else:
+        report = measured(options, files)
+    print(json.dumps(report, indent=2))
+    if options.output:
+        write_json(options.output, report)
+    sys.exit(1 if report.get("wrong") else 0)
+
+
+if __name__ == "__main__":
+    main()
