@@ -81,7 +81,8 @@ class TorchModel:
         """What the image processor does, where that is no more than to resize and scale values."""
         if self.images is None or not self.images.resizes_plainly:
             return None
-        return pixel_settings(self.images.processor.to_dict(), self.shape[0])
+        settings: dict[str, Any] = self.images.processor.to_dict()  # type: ignore[no-untyped-call]
+        return pixel_settings(settings, self.shape[0])
 
     @property
     def takes_images(self) -> bool:
