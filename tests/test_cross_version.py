@@ -49,7 +49,7 @@ PORTABLE = {
         "classifier.weight",
     ],
 }
-VIT = re.compile(r"vit\.")
+VIT = re.compile(r"vit\.encoder\.layer\.")
 OF_TRANSFORMERS_5 = re.compile(r"q_proj|k_proj|v_proj|o_proj|mlp\.fc|(vit|deit)\.layers\.")
 
 
