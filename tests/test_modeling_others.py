@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from lgvit_hf import Dinov3ViTHighway
+from lgvit_hf.hub.loading import BY_BACKBONE
+from lgvit_hf.plain_checkpoint import HIGHWAYS
 from tests.test_modeling_common import MIXES, AnyHighwayTesterMixin, SomeHighwayTesterMixin
 from tests.tiny import MODELS, OTHER_KINDS, tiny_images, tiny_model, tiny_native
+
+
+def test_every_backbone_has_its_class():
+    assert {kind: highway.__name__ for kind, highway in BY_BACKBONE.items()} == HIGHWAYS
+
 
 VARIANTS = {
     "shared bias": ("beit", {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}),

@@ -65,7 +65,7 @@ class Recipe:
     data: str = _option("digits, a folder of images, parquet files or a Hub id")
     output: str = _option("folder for the model and its checkpoints")
     stage: str = _option("what to train (default: 1)", "1", choices=("backbone", "head", "1", "2", "avit"))
-    model: str | None = _option("checkpoint to start from: a highway, an A-ViT, or a plain ViT, DeiT or Swin")
+    model: str | None = _option("checkpoint to start from: a highway, an A-ViT, or a plain backbone")
     backbone: str | None = _option("or: start from a small new one", choices=("vit", "deit", "swin"))
     image_size: int | None = _option("of a new backbone (default: 32)", type=whole())
     model_settings: Settings = _option("of a new backbone, such as '{hidden_size: 192}'", type=mapping)
