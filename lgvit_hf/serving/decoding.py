@@ -52,7 +52,10 @@ class Resize(NamedTuple):
     @classmethod
     def of(cls, settings: PixelSettings | None) -> Resize | None:
         """From a part's description; nothing where only its image processor knows."""
-        return settings and cls(*settings["size"], settings["resample"], settings["channels"])
+        if settings is None:
+            return None
+        height, width = settings["size"]
+        return cls(height, width, settings["resample"], settings["channels"])
 
 
 class Images(BaseModel):
