@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from typing import Any, cast
 
@@ -81,7 +82,7 @@ class TorchModel:
         """What the image processor does, where that is no more than to resize and scale values."""
         if self.images is None or not self.images.resizes_plainly:
             return None
-        settings: dict[str, Any] = self.images.processor.to_dict()  # type: ignore[no-untyped-call]
+        settings = json.loads(self.images.processor.to_json_string())
         return pixel_settings(settings, self.shape[0])
 
     @property
