@@ -309,7 +309,8 @@ class _Result:
 
     def baseline(self, table: ExitTable) -> dict[str, Any]:
         """What `DriftMonitor` compares samples in use with: counts of the samples that this is the result of."""
-        labels = table.policy_logits(self.evaluated).argmax(-1).gather(0, self.exit_index[None])[0]
+        answers = table.policy_logits(self.evaluated)[self.exit_index, torch.arange(len(table))]
+        labels = answers.argmax(-1)
         counts = {"exits": (self.exit_index, len(table.depths)), "labels": (labels, table.logits.shape[-1])}
         return {
             "samples": len(table),

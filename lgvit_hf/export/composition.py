@@ -63,7 +63,8 @@ def compose_single(
         decisions (`Sequence[Decision]`): The policy at each of these exits; the last part only takes its score.
         depths (`Sequence[int]`): Blocks run before each exit of the whole highway.
         defaults (`dict[str, np.ndarray]`):
-            Values of the inputs that may be given anew: `exit_temperatures` `[E]`, and as `PARAMETERS` calls them.
+            Values of the inputs that may be given anew: `exit_temperatures` `[E]`, and as `PARAMETERS` calls them;
+            `exit_thresholds` may be those of each sample, too, `[B * E]`.
 
     Returns:
         An `onnx.ModelProto`: `pixel_values` in; `logits` `[B, C]`, `exit_layer`, `exit_index` `[B]` int64 and
@@ -77,7 +78,9 @@ def compose_single(
         sizes = graph.constant(f"sizes_{name}", np.array(value.shape[1:], dtype=np.int64))
         shape = graph.add("Concat", [batch, sizes], f"shape_{name}", axis=0)
         memory.append(graph.add("Expand", [first, shape], f"start_{name}"))
-    answers = _body(graph, ["pixel_values"], memory, parts, decisions)
+    own = ["exit_thresholds"] if "threshold" in decisions[0].parameters else []
+    own = [_of_each_sample(graph, name, batch, len(defaults[name])) for name in own]
+    answers = _body(graph, ["pixel_values"], memory, own, parts, decisions)
     for name, answer in zip(ANSWERS, answers, strict=True):
         graph.add("Identity", [answer], name)
     graph.add("Gather", [graph.constant("depths", np.array(depths)), "exit_index"], "exit_layer", axis=0)
@@ -86,14 +89,26 @@ def compose_single(
     return _model(graph, parts[0], [logits, exit_layer, exit_index, exit_score], defaults)
 
 
+def _of_each_sample(graph: Graph, name: str, batch: str, length: int) -> str:
+    """An input `[E]` or `[B * E]`, E of this `length`, as `[B, E]`."""
+    rows = graph.add("Reshape", [name, graph.constant(f"rows_{name}", np.array([-1, length]))], f"{name}_rows")
+    width = graph.constant(f"width_{name}", np.array([length]))
+    shape = graph.add("Concat", [batch, width], f"shape_{name}", axis=0)
+    return graph.add("Expand", [rows, shape], f"{name}_of_each")
+
+
 def _body(
     graph: Graph,
     state: Sequence[str],
     memory: Sequence[str],
+    own: Sequence[str],
     parts: Sequence[OnnxSegment],
     decisions: Sequence[Decision],
 ) -> list[str]:
-    """From one exit on: names of the logits, exit index and score of the samples that reach it."""
+    """From one exit on: names of the logits, exit index and score of the samples that reach it.
+
+    `own` is the tensor `[B, E]` of the thresholds of these samples, of a policy that has some.
+    """
     (part, *deeper), (decision, *decisions), here = parts, decisions, f"e{parts[0].exit_index}_"
     *after, logits = graph.inline(part.model, f"{here}part_", state)
     index = graph.constant(f"{here}index", np.array([part.exit_index]))
@@ -103,7 +118,10 @@ def _body(
     threshold = part.exit_index if deeper else max(0, part.exit_index - 1)
     inputs = [_at(graph, here, "exit_temperatures", part.exit_index)]
     for name in decision.parameters:
-        inputs.append(_at(graph, here, PARAMETERS[name], 0 if name == "patience" else threshold))
+        if name == "threshold":
+            inputs.append(_column(graph, here, own[0], threshold))
+        else:
+            inputs.append(_at(graph, here, PARAMETERS[name], 0 if name == "patience" else threshold))
     exits, score, *after_it = graph.inline(decision.model, f"{here}decide_", [logits, *inputs, *memory])
     memory, answer = after_it[: len(memory)], after_it[len(memory) :]
     answers = [*(answer or [logits]), exit_index, score]
@@ -120,11 +138,13 @@ def _body(
     done, on = Graph(), Graph()
     last = [done.add("Identity", [name], f"{here}done_{place}") for place, name in enumerate(answers)]
     kept = on.add("Squeeze", [found, on.constant(f"{here}first_axis", np.array([0]))], f"{here}kept")
-    carried = [on.add("Gather", [name, kept], f"{name}_kept", axis=0) for name in (*after, *memory)]
-    given = _body(on, carried[: len(after)], carried[len(after) :], deeper, decisions)
-    places = on.add("Unsqueeze", [kept, on.constant(f"{here}last_axis", np.array([1]))], f"{here}places")
+    carried = [on.add("Gather", [name, kept], f"{name}_kept", axis=0) for name in (*after, *memory, *own)]
+    places = len(after), len(after) + len(memory)
+    kinds = carried[: places[0]], carried[places[0] : places[1]], carried[places[1] :]
+    given = _body(on, *kinds, deeper, decisions)
+    numbers = on.add("Unsqueeze", [kept, on.constant(f"{here}last_axis", np.array([1]))], f"{here}places")
     merged = [
-        on.add("ScatterND", [old, places, new], f"{here}merged_{place}")
+        on.add("ScatterND", [old, numbers, new], f"{here}merged_{place}")
         for place, (old, new) in enumerate(zip(answers, given, strict=True))
     ]
     names = [f"{here}answer_{place}" for place in range(3)]
@@ -141,6 +161,14 @@ def _at(graph: Graph, here: str, name: str, index: int) -> str:
     """One number `[1]` of an input. Not by `Gather`, which a quantizer would turn into integers with its values."""
     start, end = (graph.constant(f"{here}{name}_{end}", np.array([index + end])) for end in (0, 1))
     return graph.add("Slice", [name, start, end], f"{here}{name}")
+
+
+def _column(graph: Graph, here: str, name: str, index: int) -> str:
+    """One number of each sample, `[B]`, of a tensor `[B, E]`."""
+    start, end = (graph.constant(f"{here}column_{end}", np.array([index + end])) for end in (0, 1))
+    axis = graph.constant(f"{here}column_axis", np.array([1]))
+    column = graph.add("Slice", [name, start, end, axis], f"{here}column")
+    return graph.add("Squeeze", [column, axis], f"{here}threshold")
 
 
 def _answer_infos(names: Sequence[str], part: OnnxSegment, shape: list[str] | None) -> list[Any]:
@@ -171,6 +199,11 @@ def set_thresholds(model: Any, thresholds: str) -> None:
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     adjustable = {entry.name for entry in graph.input} & constants
+    for entry in graph.input:
+        # where defaults are not known, shapes must be
+        if entry.name in adjustable and thresholds == "input":
+            value = next(tensor for tensor in graph.initializer if tensor.name == entry.name)
+            entry.CopyFrom(helper.make_tensor_value_info(entry.name, TensorProto.FLOAT, list(value.dims)))
     held = {"optional": None, "input": graph.initializer, "fixed": graph.input}[thresholds]
     if held is not None:
         kept = [entry for entry in held if entry.name not in adjustable]
@@ -200,7 +233,9 @@ def _model(graph: Graph, first: OnnxSegment, outputs: Sequence[Any], defaults: d
     for name, value in defaults.items():
         graph.constant(name, value)
         # an initializer that is an input too: what it holds is the default
-        inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(value.shape)))
+        # thresholds may be those of each sample, one sample after the other
+        shape = ["thresholds"] if name == "exit_thresholds" else list(value.shape)
+        inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     model = helper.make_model(
         helper.make_graph(graph.nodes, "highway", inputs, list(outputs), graph.constants),
         producer_name=PRODUCER,

@@ -83,7 +83,9 @@ def check_file_policy(
         )
 
 
-def run_file(session: Session, pixels: np.ndarray, policy: ExitPolicy, num_exits: int) -> list[np.ndarray]:
+def run_file(
+    session: Session, pixels: np.ndarray, policy: ExitPolicy, num_exits: int, thresholds: np.ndarray | None = None
+) -> list[np.ndarray]:
     """`ANSWERS` to a batch of `pixels` `[B, C, H, W]` float32, decided inside the file.
 
     Args:
@@ -91,8 +93,22 @@ def run_file(session: Session, pixels: np.ndarray, policy: ExitPolicy, num_exits
         pixels (`np.ndarray`): From the image processor.
         policy (`ExitPolicy`): One that `check_file_policy` lets pass.
         num_exits (`int`): Of the whole highway, the final classifier counted.
+        thresholds (`np.ndarray`, *optional*): `[B, E]` instead of the policy's, each sample's own.
+
+    Raises:
+        ValueError: `thresholds` are of another shape, or this file takes none for each sample.
     """
     # what this kind of policy has no use for is no input
     known = {entry.name for entry in (*session.get_inputs(), *session.get_overridable_initializers())}
     numbers = {name: array for name, array in parameter_inputs(policy, num_exits).items() if name in known}
+    if thresholds is not None:
+        if "exit_thresholds" not in {entry.name for entry in session.get_overridable_initializers()}:
+            raise ValueError(
+                f"exit_thresholds: this file takes none for each sample by {policy.name!r}; export a policy that has "
+                "thresholds, with thresholds='optional' (--thresholds), and run it in ONNX Runtime"
+            )
+        wanted = (len(pixels), max(1, num_exits - 1))
+        if thresholds.shape != wanted:
+            raise ValueError(f"exit_thresholds: shape {thresholds.shape} must be {wanted}: samples, early exits")
+        numbers["exit_thresholds"] = thresholds.astype(np.float32).reshape(-1)
     return session.run(ANSWERS, {"pixel_values": pixels, **numbers})
