@@ -200,7 +200,8 @@ class OurTests:
         for (name, fresh), trained in zip(new.named_parameters(), model.parameters(), strict=True):
             if name in of_labels:
                 assert fresh.shape == (42, *trained.shape[1:]) and fresh.isfinite().all()
-                assert fresh.mean().abs() < 0.1 and fresh.std() < 0.2
+                # SigLIP begins its own at 1 / sqrt(width) and more
+                assert fresh.mean().abs() < 0.1 and fresh.std() < 0.22
             else:
                 assert torch.equal(fresh, trained), name
 
