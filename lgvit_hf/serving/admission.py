@@ -242,6 +242,9 @@ class Admission:
         if self._held > self.limits.total_bytes:
             largest = max((each for each in self._arriving if not each.refused), key=lambda each: each.size)
             largest.refused = True
+            # it is let go at once, or the next chunk of another would be refused for it
+            self._held -= largest.size
+            largest.size = 0
             largest.scope.cancel()
 
 
