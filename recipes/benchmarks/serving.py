@@ -15,8 +15,8 @@ Images are mixed as they come; `--policy never` (all hard) and a low threshold (
 
 `--soak` sends good, hostile, slow and cancelled requests at a rate below what it can answer, and
 checks: no 5xx but 503 with Retry-After, none of them for a good client; memory at most 50 MB above its value
-after a tenth of the requests; the p99 of another client's good requests within twice its value without the others; cancelled requests are not computed. It ends with 1 where one
-fails.
+after a tenth of the requests; the p99 of another client's good requests within twice its value without the others;
+cancelled requests are not computed. It ends with 1 where one fails.
 """
 
 import argparse
