@@ -213,7 +213,9 @@ async def soak(service, files, requests, seconds, rate):
             async with free:
                 try:
                     if kind == "cancelled":
-                        await asyncio.wait_for(ask(session, service.url, draw.choice(files)), draw.uniform(0.0, 0.02))
+                        asked = ask(session, service.url, draw.choice(files))
+                        status, _, _ = await asyncio.wait_for(asked, draw.uniform(0.0, 0.02))
+                        statuses[f"cancelled too late {status}"] += 1
                         return
                     if kind == "slow":
 
