@@ -13,10 +13,10 @@
 
 Images are mixed as they come; `--policy never` (all hard) and a low threshold (all easy) give the extremes.
 
-`--soak` sends good, hostile, slow and cancelled requests, and checks: no 5xx but 503 with Retry-After, none of them
-for a good client; memory at most 50 MB above its value after a tenth of the requests; the p99 of another client's good
-requests within twice its value without the others; cancelled requests are not computed. It ends with 1 where one
-fails.
+`--soak` sends good, hostile, slow and cancelled requests at a rate below what it can answer, and
+checks: no 5xx but 503 with Retry-After, none of them for a good client; memory at most 50 MB above its value
+after a tenth of the requests; the p99 of another client's good requests within twice its value without the others;
+cancelled requests are not computed. It ends with 1 where one fails.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def measured(options, files):
     return report
 
 
-async def soak(service, files, requests, seconds):
+async def soak(service, files, requests, seconds, rate):
     """Mixed requests; what went wrong, as counts."""
     draw, statuses, wrong, quiet, beside = random.Random(0), Counter(), Counter(), [], []
     free, timeout = asyncio.Semaphore(32), aiohttp.ClientTimeout(total=120)
@@ -213,7 +213,9 @@ async def soak(service, files, requests, seconds):
             async with free:
                 try:
                     if kind == "cancelled":
-                        await asyncio.wait_for(ask(session, service.url, draw.choice(files)), draw.uniform(0.0, 0.02))
+                        asked = ask(session, service.url, draw.choice(files))
+                        status, _, _ = await asyncio.wait_for(asked, draw.uniform(0.0, 0.02))
+                        statuses[f"cancelled too late {status}"] += 1
                         return
                     if kind == "slow":
 
@@ -248,6 +250,7 @@ async def soak(service, files, requests, seconds):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             sent += 1
+            await asyncio.sleep(draw.expovariate(rate))
             while len(tasks) >= 64:
                 await asyncio.sleep(0.005)
             if sent == max(1000, requests // 10):
@@ -284,6 +287,7 @@ def main():
     parser.add_argument("--policy", help="Such as `never`, for hard images alone.")
     parser.add_argument("--soak", action="store_true")
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--rate", type=float, default=40.0, help="Requests a second of the soak, at random times.")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     dataset = load_encoded(options.data, options.split)
@@ -292,7 +296,7 @@ def main():
     os.sched_setaffinity(0, {CLIENT_CORE})
     if options.soak:
         with Service(options.model) as service:
-            report = asyncio.run(soak(service, files, options.requests, options.seconds))
+            report = asyncio.run(soak(service, files, options.requests, options.seconds, options.rate))
     else:
         report = measured(options, files)
     print(json.dumps(report, indent=2))
