@@ -17,7 +17,7 @@ from .segments import height_width
 # buffers that are made, not learned, and what stands for patches that pretraining masks
 RECOMPUTED = ("relative_position_index", "num_batches_tracked", "random_features", "embeddings.mask_token")
 # who takes the backbones of a model type
-HIGHWAYS = {
+HIGHWAY_NAMES = {
     "vit": "ViTHighway",
     "deit": "DeiTHighway",
     "swin": "SwinHighway",

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .checkpoint_files import HUB_ARGUMENTS, NO_OTHER_WEIGHTS, WrongShape, check_files, hub_arguments
 from .configuration import OWN_FIELDS, HighwayConfig
-from .plain_checkpoint import HIGHWAYS, RECOMPUTED, load_native, name_of, resized
+from .plain_checkpoint import HIGHWAY_NAMES, RECOMPUTED, load_native, name_of, resized
 from .remote_code import auto_map, code_goes_with, write_code
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class PretrainedHighway(SafeCheckpoint):
         """The classes that load a checkpoint of a model type, if this highway takes it."""
         wanted = list(dict.fromkeys(native.config_class.model_type for native in cls.native_classes))
         if model_type not in wanted:
-            fits = f"; {HIGHWAYS[model_type]} fits" if model_type in HIGHWAYS else ""
+            fits = f"; {HIGHWAY_NAMES[model_type]} fits" if model_type in HIGHWAY_NAMES else ""
             raise ValueError(
                 f"{name}: model type {model_type!r}, but {cls.__name__} takes {' and '.join(map(repr, wanted))}{fits}"
             )

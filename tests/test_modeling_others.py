@@ -5,13 +5,13 @@ import torch
 
 from lgvit_hf import Dinov3ViTHighway
 from lgvit_hf.hub.loading import BY_BACKBONE
-from lgvit_hf.plain_checkpoint import HIGHWAYS
+from lgvit_hf.plain_checkpoint import HIGHWAY_NAMES
 from tests.test_modeling_common import MIXES, AnyHighwayTesterMixin, SomeHighwayTesterMixin
 from tests.tiny import MODELS, OTHER_KINDS, tiny_images, tiny_model, tiny_native
 
 
 def test_every_backbone_has_its_class():
-    assert {kind: highway.__name__ for kind, highway in BY_BACKBONE.items()} == HIGHWAYS
+    assert {kind: highway.__name__ for kind, highway in BY_BACKBONE.items()} == HIGHWAY_NAMES
 
 
 VARIANTS = {
