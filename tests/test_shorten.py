@@ -280,7 +280,7 @@ def test_models_of_another_kind_are_refused(tmp_path):
     model = shortened(plain).model
     with pytest.raises(ValueError, match=r"blocks \[3, 4\] are one linear map already"):
         shortened(model)
-    with pytest.raises(ValueError, match="AViT takes 'vit', 'deit', 'vit_msn'"):
+    with pytest.raises(ValueError, match="AViT takes 'vit' and 'deit' backbones"):
         AViT.from_backbone(model)
     with pytest.raises(ValueError, match=r"exit_positions: \[3\] lie between blocks 3 and 4"):
         shortened(tiny_model("vit", exit_positions=[2, 3, 4], exit_types="linear"))
