@@ -8,7 +8,7 @@ from contextlib import contextmanager
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    trace = None  # type: ignore[assignment]  # optional
+    trace = None
 
 
 @contextmanager
