@@ -240,7 +240,8 @@ class Admission:
         upload.size += more
         self._held += more
         if self._held > self.limits.total_bytes:
-            largest = max((each for each in self._arriving if not each.refused), key=lambda each: each.size)
+            arriving = (each for each in self._arriving if not each.refused)
+            largest = max(arriving, key=lambda each: each.size, default=upload)
             largest.refused = True
             # it is let go at once, or the next chunk of another would be refused for it
             self._held -= largest.size
