@@ -26,7 +26,7 @@ from starlette.testclient import TestClient  # noqa: E402
 from lgvit_hf.serving import decoding  # noqa: E402
 from lgvit_hf.serving.admission import Limits, protocol  # noqa: E402
 from lgvit_hf.serving.decoding import Decoder, Resize, Undecodable, check_json  # noqa: E402
-from lgvit_hf.serving.metrics import Metrics  # noqa: E402
+from lgvit_hf.serving.prometheus import Metrics  # noqa: E402
 from lgvit_hf.serving.server import make_app  # noqa: E402
 
 pytestmark = pytest.mark.version_independent

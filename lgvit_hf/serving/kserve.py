@@ -21,7 +21,7 @@ from .. import __version__
 from .admission import Refused
 from .device.info import PartInfo
 from .device.loop import Arrays
-from .served import Served
+from .model_version import Served
 
 JSON_LENGTH = "inference-header-content-length"
 SERVER = {"name": "lgvit serve", "version": __version__, "extensions": ["binary_tensor_data"]}

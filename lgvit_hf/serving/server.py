@@ -31,9 +31,9 @@ from .device.info import SCHEMA
 from .device.loop import Arrays, probabilities
 from .device.message import CONTENT_TYPE, MessageError, pack, unpack
 from .device.remote import MESSAGE_SAMPLES, TIMEOUT_HEADER, RemoteHighway
-from .metrics import PATHS, Metrics
+from .model_version import Served
+from .prometheus import PATHS, Metrics
 from .retries import ID_HEADER, Retries
-from .served import Served
 from .tracing import span
 
 logger = logging.getLogger(__name__)
