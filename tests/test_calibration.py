@@ -13,21 +13,15 @@ from scipy import stats
 from scipy.special import softmax
 
 from lgvit_hf import ExitTable, calibrate
-from lgvit_hf.evaluation import calibration
+from lgvit_hf.evaluation import calibration, threshold_search
 from lgvit_hf.evaluation import cost_table as cost_tables
 from lgvit_hf.evaluation import search as searching
 from lgvit_hf.evaluation.calibration import fit_temperature, split_table
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
-from lgvit_hf.evaluation.search import (
-    SEARCHES,
-    candidates,
-    confidence_scores,
-    consequences,
-    replayed_exits,
-    search,
-    uniform_thresholds,
-)
+from lgvit_hf.evaluation.predictions import Measured, consequences, replayed_exits
+from lgvit_hf.evaluation.search import SEARCHES, candidates
+from lgvit_hf.evaluation.threshold_search import confidence_scores, search, uniform_thresholds
 from lgvit_hf.evaluation.timing import PartTimes, time_parts
 from lgvit_hf.policies import POLICIES, build_policy
 from tests.seeds import generator, rng
@@ -192,7 +186,7 @@ def test_exits_that_gain_nothing_are_off_and_all_leave_below_the_least_score():
 def test_frontier_by_hand(monkeypatch):
     """Of the same drop the cheaper, of the same cost the one that loses less, and of twins the first."""
     measured = [(3.0, 0.1), (1.0, 0.6), (1.0, 0.5), (2.0, 0.5), (3.0, 0.2), (4.0, 0.1), (5.0, -0.1), (1.0, 0.5)]
-    found = [(*numbers, {"name": name}) for numbers, name in zip(measured, "abcdefgh", strict=True)]
+    found = [Measured(*numbers, {"name": name}) for numbers, name in zip(measured, "abcdefgh", strict=True)]
     monkeypatch.setitem(searching.SEARCHES, "margin", lambda *arguments: iter(found))
     assert [settings["name"] for settings in candidates(synthetic(4), COSTS, "margin", (1.0,) * 4)] == ["g", "a", "c"]
 
@@ -364,13 +358,13 @@ def test_fewer_exits_are_the_best_where_each_counts_for_itself():
     def judged(number, exits):
         return base[number] - saved[number, list(exits)].sum(), lost[number, list(exits)].sum()
 
-    found = list(searching._with_fewer_exits(3, 2, judged, 10.0, True))
+    found = list(threshold_search.with_fewer_exits(3, 2, judged, 10.0, True))
     assert found[:2] == [(0, (0, 1, 2)), (1, (0, 1, 2))]
     subsets = [exits for size in (1, 2, 3) for exits in itertools.combinations(range(3), size)]
     for price, (number, exits) in zip(10 * np.geomspace(1000, 0.1, 17)[::3], found[2:], strict=True):
         cost = {some: judged(1, some)[0] + price * judged(1, some)[1] for some in subsets}
         assert number == 1 and cost[exits] == pytest.approx(min(cost.values()))
-    assert list(searching._with_fewer_exits(3, 2, judged, 10.0, False)) == found[:2]
+    assert list(threshold_search.with_fewer_exits(3, 2, judged, 10.0, False)) == found[:2]
 
 
 @version_independent
@@ -486,7 +480,7 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
 def test_no_row_lies_on_a_threshold(policy):
     """A model and its export differ by a bit: a row on a threshold would leave one of them earlier."""
     table, temperatures = synthetic(300), (1.0,) * 4
-    found = [settings for _, _, settings in SEARCHES[policy](table, COSTS, policy, temperatures, True)]
+    found = [entry.settings for entry in SEARCHES[policy](table, COSTS, policy, temperatures, True)]
     assert len(found) > 8
     judged_by = {"confidence_entropy": "confidence", "patience_confidence": "entropy"}.get(policy, policy)
     cuts = [(judged_by, number) for settings in found for number in np.ravel(settings["threshold"]).tolist()]

@@ -17,7 +17,8 @@ from lgvit_hf.ensemble import Ensemble, EnsemblePolicy, build_ensemble, with_ens
 from lgvit_hf.evaluation.calibration import calibrate, split_table
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.gate_fitting import fit_gate, gate_features
-from lgvit_hf.evaluation.search import SEARCHES, consequences, replayed_exits
+from lgvit_hf.evaluation.predictions import consequences, replayed_exits
+from lgvit_hf.evaluation.search import SEARCHES
 from lgvit_hf.evaluation.timing import time_parts
 from lgvit_hf.hub.card import _check, card
 from lgvit_hf.hub.to_lgvit import lgvit_settings

@@ -16,8 +16,9 @@ from .calibration_report import Calibration
 from .cost_table import CostTable
 from .exit_table import ExitTable
 from .metrics import expected_calibration_error
+from .predictions import Settings, consequences, replayed_exits, shares
 from .risk_control import drop_p_value, harm_p_value, passed_in_order, samples_needed
-from .search import SEARCHES, Settings, candidates, consequences, replayed_exits, shares
+from .search import SEARCHES, candidates
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -165,7 +166,8 @@ def calibrate(
     seen = searched.policy_logits()
     temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in seen)
     # safest first the full model, which is within any drop, unless an ensemble's bias changes its answers
-    found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits)]
+    proven = None if delta is None else max_accuracy_drop
+    found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits, proven)]
     results = [_result(tested, settings, cost_table, batch_size) for settings in found]
     allowed = _within_drop(results, max_accuracy_drop, delta, bound, is_sure=not _changes_final(table))
     if not allowed:

@@ -7,7 +7,9 @@ import torch
 
 from lgvit_hf import CostTable, ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
-from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, replayed_exits, shares, uniform_thresholds
+from lgvit_hf.evaluation.predictions import replayed_exits, shares
+from lgvit_hf.evaluation.search import SEARCHES
+from lgvit_hf.evaluation.threshold_search import RANGES, confidence_scores, uniform_thresholds
 
 Settings = dict[str, Any]
 Offer = tuple[float, float, Settings]  # how often it is right, what it costs
