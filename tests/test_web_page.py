@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,11 @@ from lgvit_hf.pages import FOLDER
 from lgvit_hf.policies import build_policy
 from lgvit_hf.runtimes.manifest import Manifest
 from lgvit_hf.serving.device.pixels import pixel_settings, prepare
+from lgvit_hf.serving.device.session import open_session, run_session
 from tests.browser import needs_browser, open_page
+from tests.gates import typical_models
 from tests.seeds import rng, seeded
-from tests.tiny import IMAGE_SIZE
+from tests.tiny import IMAGE_SIZE, tiny_config, tiny_images, tiny_model
 
 pytestmark = pytest.mark.version_independent
 HOSTILE = "<img src=x onerror=window.hacked=1>"
@@ -128,21 +132,95 @@ def test_what_cannot_be_a_page_is_said_before_exporting(tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert main([*words, str(tmp_path)]) == 2 and "npm install --prefix web" in capsys.readouterr().err
     assert main(words) == 2 and "no onnxruntime-web" in capsys.readouterr().err
-    confidence, processor = build_policy({"name": "confidence", "threshold": 0.5}, 1), make_processor(16)
+    config, number, processor = tiny_config("vit"), tiny_config("vit", num_labels=1), make_processor(16)
     shortest, nearest = make_processor(16), make_processor(16)
     shortest.size, nearest.resample = {"shortest_edge": 16}, 0
-    never = build_policy({"name": "never"}, 1)
-    for policy, images, export, message in (
-        (never, processor, {}, "policy 'never' has no threshold"),
-        (confidence, processor, {"layout": "segments"}, "--layout single"),
-        (confidence, processor, {"thresholds": "fixed"}, "--thresholds input"),
-        (confidence, processor, {"precision": "float16"}, "not float16"),
-        (confidence, shortest, {}, "it does not resize to a height and a width"),
-        (confidence, nearest, {}, r"resample=0 of the image processor must be one of 1 \(lanczos\)"),
+    for asked, images, export, message in (
+        (number, processor, {}, r"this model's 1 label\(s\) are numbers"),
+        (config, processor, {"layout": "segments"}, "--layout single"),
+        (config, processor, {"thresholds": "fixed"}, "--thresholds input"),
+        (config, processor, {"precision": "float16"}, "not float16"),
+        (config, shortest, {}, "it does not resize to a height and a width"),
+        (config, nearest, {}, r"resample=0 of the image processor must be one of 1 \(lanczos\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            web.check_web(policy, images, 3, **export)
-    web.check_web(confidence, processor, 3)
+            web.check_web(asked, images, **export)
+    web.check_web(config, processor)
+
+
+# -- every policy that exports ---------------------------------------------------------------------------------
+
+# the first ones are each moved in their own way, the others as one of these
+POLICIES = [
+    {"name": "confidence_entropy", "threshold": 0.6, "entropy_threshold": 1.6},
+    {"name": "gate", "threshold": 0.8, "exits": [0, 2], "models": typical_models(2), "num_labels": 5},
+    {"name": "patience", "patience": 2},
+    {"name": "patience_confidence", "threshold": 0.9, "patience": 2},
+    {"name": "fixed", "exit_index": 1},
+    {"name": "calibrated_confidence", "threshold": 0.8, "edges": [[0.6]] * 3, "accuracies": [[0.5, 0.9]] * 3},
+    {"name": "confidence", "threshold": [0.6, 0.7, 0.8]},
+    {"name": "entropy", "threshold": 0.6, "temperature": 2.0},
+    {"name": "label_confidence", "threshold": 0.6},
+    {"name": "margin", "threshold": 0.3},
+    {"name": "never"},
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """For a policy: a folder with the single file of a tiny highway by it, and its manifest."""
+    pytest.importorskip("onnxruntime", reason='pip install "lgvit-hf[onnx]"')
+    import onnx
+
+    from lgvit_hf.export.composition import joined, set_thresholds
+    from lgvit_hf.export.segment_graphs import EXPORTABLE, export_parts
+    from lgvit_hf.export.writing import exits_in_files, manifest_of, write_parts
+
+    assert {settings["name"] for settings in POLICIES} == {*EXPORTABLE} == {*web.SCORES, "fixed", "never"}
+    model = tiny_model("vit", num_hidden_layers=4, exit_positions=[1, 2, 3], exit_types="linear")
+    parts = export_parts(model, range(4))
+
+    def write(settings):
+        folder = tmp_path_factory.mktemp(settings["name"])
+        model.config.problem_type = build_policy(settings, 3).problem_type
+        model.set_exit_policy(settings)
+        files = write_parts(model, joined(parts, exits_in_files(model.exit_policy, 4, "single")), folder, "single")
+        content = onnx.load(folder / "model.onnx")
+        set_thresholds(content, "input")
+        onnx.save(content, folder / "model.onnx")
+        return folder, replace(manifest_of(model, folder, files), thresholds="input")
+
+    return write
+
+
+def exits_by(folder, manifest, pixels, changes):
+    """At which exits a batch exits with some of the inputs changed, as the page runs the file."""
+    inputs = {name: np.array(numbers, np.float32) for name, numbers in {**manifest.inputs, **changes}.items()}
+    return run_session(open_session(folder / "model.onnx", 1), {"pixel_values": pixels, **inputs})["exit_index"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*POLICIES[:5], *(pytest.param(settings, marks=pytest.mark.slow) for settings in POLICIES[5:])],
+    ids=lambda settings: settings["name"],
+)
+def test_slider_and_exits_of_every_policy(settings, written):
+    """Its ends are all exits and none, and every exit has numbers by which any image exits there."""
+    (folder, manifest), pixels = written(settings), tiny_images(40).numpy()
+    data, last = web.page_data(manifest, ["a", "b", "c", "d", "e"]), 3
+    slider, taken = data["slider"], [exits_by(folder, manifest, pixels, changes) for changes in data["runs"]]
+    if "exit_patience" in manifest.inputs and "exit_thresholds" not in manifest.inputs:
+        assert set(taken[0]) == {0} and set(taken[-1]) == {last} and len(taken) == 4
+    else:
+        assert [set(exits) for exits in taken] == [{exit} for exit in manifest.exits]
+    assert (slider is None) == (settings["name"] in ("fixed", "never"))
+    if slider is not None:
+        length = len(manifest.inputs[slider["input"]])
+        least, most = (
+            exits_by(folder, manifest, pixels, {slider["input"]: [slider[end]] * length}) for end in ("least", "most")
+        )
+        fewest, all = (least, most) if slider["lower"] else (most, least)
+        assert set(fewest) == {last} and all.min() < last and slider["score"]
 
 
 # -- in a browser ----------------------------------------------------------------------------------------------
@@ -182,20 +260,28 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def address(page_folder):
-    """Of a server as `python -m http.server` is one."""
-    handler = functools.partial(Quiet, directory=page_folder / "onnx")
+@contextmanager
+def served(folder):
+    """The address of a page in a folder, by a server as `python -m http.server` is one."""
+    handler = functools.partial(Quiet, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/index.html"
         server.shutdown()
 
 
-def shown(page):
+@pytest.fixture
+def address(page_folder):
+    with served(page_folder / "onnx") as found:
+        yield found
+
+
+def shown(page, exits=4):
     """The answer once every exit is drawn: class, probability in per cent, blocks run."""
     page.wait_for_function(
-        "document.querySelectorAll('#exit-table tbody tr').length === 4 && document.querySelector('#message').hidden"
+        "exits => document.querySelectorAll('#exit-table tbody tr').length === exits && "
+        "document.querySelector('#message').hidden",
+        arg=exits,
     )
     label, probability = page.inner_text("#label").split("\nprobability ")
     return label, float(probability.split("\u00a0")[0]), int(page.inner_text("#exit").split()[2])
@@ -232,6 +318,49 @@ def test_answers_as_python_does(page_folder, address):
                 assert abs(probability - 100 * probabilities.max()) < 0.06
             assert found[0][2] == 1 and found[1000][2] == 4
         assert page.evaluate("window.hacked") is None and not errors, errors
+
+
+@pytest.mark.slow
+@needs_browser
+@needs_runtime
+@pytest.mark.parametrize("settings", POLICIES, ids=lambda settings: settings["name"])
+def test_every_policy_on_a_page(settings, written):
+    """As exported and with the slider at both ends, an image exits where the file lets it exit in ONNX Runtime."""
+    folder, manifest = written(settings)
+    fields = {
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": 2,
+        "do_rescale": True,
+    }
+    manifest = replace(manifest, image=pixel_settings({**fields, "rescale_factor": 1 / 255}, 3))
+    pictures = [Image.fromarray(rng(number).integers(0, 256, (20, 20, 3), np.uint8)) for number in range(2)]
+    several = settings["name"] == "label_confidence"
+    runtime = web.find_runtime(RUNTIME)
+    web.write_web(folder, manifest, list("abcde"), runtime, name="tiny", has_several=several, pictures=pictures)
+    data = web.page_data(manifest, list("abcde"))
+    slider = data["slider"]
+    positions = {None: None} if slider is None else {None: None, 0: slider["least"], slider["steps"]: slider["most"]}
+    with served(folder) as address, open_page(address) as (page, errors):
+        page.wait_for_selector("#message:has-text('Ready')")
+        assert page.locator("#slider").is_visible() == (slider is not None)
+        said = page.inner_text("#position")
+        assert said.startswith(settings["name"]) and ("as exported" in said) == (slider is not None)
+        assert ("exit patience stays 2." in said) == (settings["name"] == "patience_confidence")
+        for number, picture in enumerate(pictures):
+            pixels = prepare(picture, manifest.image)[None]
+            page.get_by_alt_text(f"sample image {number + 1}", exact=True).click()
+            page.wait_for_timeout(100)
+            reached = {int(exits_by(folder, manifest, pixels, changes)[0]) for changes in data["runs"]}
+            for position, value in positions.items():
+                page.locator("#slider").fill(str(position)) if position is not None else None
+                page.wait_for_timeout(200)
+                moved = {} if value is None else {slider["input"]: [value] * len(manifest.inputs[slider["input"]])}
+                expected = manifest.depths[exits_by(folder, manifest, pixels, moved)[0]]
+                assert shown(page, len(reached))[2] == expected
+            if slider is not None:
+                page.click("#reset")
+        assert not errors, errors
 
 
 @pytest.mark.slow

@@ -69,9 +69,8 @@ def run(options: argparse.Namespace) -> None:
     model, processor = open_checkpoint(options)
     if runtime is not None:
         check_web(
-            model.exit_policy,
+            model.config,
             processor,
-            model.config.num_channels,
             layout=options.layout,
             precision=options.quantize or "float32",
             thresholds=thresholds_kind,
@@ -114,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
     if runtime is not None:
         names = [model.config.id2label[index] for index in range(model.config.num_labels)]
         title = Path(options.checkpoint).resolve().name
-        write_web(options.output, manifest, names, runtime, name=title, pictures=pictures)
+        several = model.config.problem_type == "multi_label_classification"
+        write_web(options.output, manifest, names, runtime, name=title, has_several=several, pictures=pictures)
     print(export_as_text(manifest, options.output))
     if runtime is not None:
         print(f"a page for browsers: python -m http.server --directory {options.output}, then http://localhost:8000")

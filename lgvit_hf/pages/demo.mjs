@@ -9,7 +9,8 @@ const MAX_PIXELS = 50e6;
 const MAX_SIDE = 32768;
 const last = data.depths.length - 1;
 const shape = [1, data.image.channels, ...(data.image.crop ?? data.image.size)];
-const state = { pixels: null, session: null, threshold: null, turn: 0, stream: null, exits: [], busy: Promise.resolve() };
+const { slider } = data;
+const state = { pixels: null, session: null, moved: null, turn: 0, stream: null, exits: [], busy: Promise.resolve() };
 
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "error";
@@ -23,30 +24,40 @@ const softmax = (logits) => {
   return powers.map((power) => power / sum);
 };
 
-/** One run, with a threshold per exit; a session takes one at a time. */
-function run(thresholds) {
-  const done = state.busy.then(() => runNow(thresholds));
+/** What the logits of an exit say: the class, or the classes, and how probable they are. */
+function read(logits) {
+  if (!data.several) {
+    const shares = softmax(logits);
+    const probability = Math.max(...shares);
+    return { label: data.class_names[shares.indexOf(probability)] ?? "no answer", probability };
+  }
+  const label = data.class_names.filter((_, index) => logits[index] > 0).join(", ") || "none of the classes";
+  return { label, probability: 1 / (1 + Math.exp(-Math.min(...logits.map(Math.abs)))) };
+}
+
+/** One run with some of the file's inputs changed; a session takes one at a time. */
+function run(changes) {
+  const done = state.busy.then(() => runNow(changes));
   state.busy = done.catch(() => null);
   return done;
 }
 
-async function runNow(thresholds) {
-  const inputs = { ...data.inputs, exit_thresholds: thresholds };
-  const feeds = Object.fromEntries(Object.entries(inputs).map(([name, list]) => [name, new ort.Tensor("float32", list, [list.length])]));
+async function runNow(changes) {
+  const feeds = { pixel_values: new ort.Tensor("float32", state.pixels, shape) };
+  for (const [name, list] of Object.entries({ ...data.inputs, ...changes })) {
+    // what this policy has no use for may be no input of the file
+    if (state.session.inputNames.includes(name)) feeds[name] = new ort.Tensor("float32", list, [list.length]);
+  }
   const began = performance.now();
-  const found = await state.session.run({ pixel_values: new ort.Tensor("float32", state.pixels, shape), ...feeds });
+  const found = await state.session.run(feeds);
   const ms = performance.now() - began;
   const exit = Number(found.exit_index.data[0]);
-  const logits = found.logits.data;
-  const shares = softmax(Array.from(logits, (logit) => logit / data.inputs.exit_temperatures[exit]));
-  const probability = Math.max(...shares);
-  return { exit, ms, probability, label: data.class_names[shares.indexOf(probability)], known: Number.isFinite(probability) };
+  const logits = Array.from(found.logits.data, (logit) => logit / data.inputs.exit_temperatures[exit]);
+  return { exit, ms, score: found.exit_score.data[0], known: logits.every(Number.isFinite), ...read(logits) };
 }
 
-const thresholds = () => data.inputs.exit_thresholds.map((number) => state.threshold ?? number);
-
-/** Thresholds by which an image exits at one exit, whatever it shows. */
-const forced = (exit) => data.inputs.exit_thresholds.map((_, index) => (index === exit ? data.always : data.never));
+/** The slider's input with the same number for all exits. */
+const chosen = () => (state.moved === null ? {} : { [slider.input]: data.inputs[slider.input].map(() => state.moved) });
 
 // -- an image -------------------------------------------------------------------------------------------------
 
@@ -110,7 +121,7 @@ function preview(canvas) {
 // -- answers --------------------------------------------------------------------------------------------------
 
 async function answer(turn) {
-  const found = await run(thresholds());
+  const found = await run(chosen());
   if (turn !== state.turn) return;
   const figure = (name, value, small, id) => html("div", {}, html("dt", {}, name), html("dd", { id }, value, html("small", {}, small)));
   byId("message").hidden = true;
@@ -123,14 +134,14 @@ async function answer(turn) {
   drawExits();
 }
 
-/** Every exit in turn, forced; the page is drawn between them. */
+/** Every exit in turn, as far as the policy can be brought to take it; the page is drawn between them. */
 async function everyExit(turn) {
-  for (const exit of data.exits) {
+  for (const changes of data.runs) {
     await new Promise((done) => setTimeout(done));
     if (turn !== state.turn) return;
-    const found = await run(forced(exit));
+    const found = await run(changes);
     if (turn !== state.turn) return;
-    state.exits.push(found);
+    if (!state.exits.some(({ exit }) => exit === found.exit)) state.exits.push(found);
     drawExits();
   }
 }
@@ -141,26 +152,39 @@ function drawExits() {
   }));
   byId("exits").replaceChildren(bars(rows, "Probability of the answer of every exit"));
   byId("exit-table").replaceChildren(table(
-    ["exit", "answer", "probability", "ms until there"],
-    state.exits.map(({ exit, label, probability, ms }) => [
-      `block ${data.depths[exit]}${exit === state.taken ? ", taken" : ""}`, label, percent(probability), ms.toFixed(1),
+    ["exit", "answer", "probability", "score", "ms"],
+    state.exits.map(({ exit, label, probability, score, ms }) => [
+      `block ${data.depths[exit]}${exit === state.taken ? ", taken" : ""}`, label, percent(probability), short(score), ms.toFixed(1),
     ]),
   ));
 }
 
 // -- what a person moves --------------------------------------------------------------------------------------
 
+/** A number in at most four digits. */
+const short = (value) => `${Number(value.toPrecision(4))}`;
+/** The numbers of an input at the early exits that are in the file; a patience is one for all. */
+const here = (name) => data.exits.slice(0, -1).map((exit) => data.inputs[name][exit] ?? data.inputs[name][0]);
+const inWords = (name) => [...new Set(here(name).map(short))].join(", ");
+
 function drawThreshold() {
-  const number = (value) => value.toPrecision(3);
-  const exported = data.inputs.exit_thresholds.map(number);
-  const told = state.threshold === null ? `as exported: ${[...new Set(exported)].join(", ")}` : `${number(state.threshold)} for all exits`;
-  byId("position").textContent = `${data.policy}: ${told}. ${data.lower ? "Lower" : "Higher"} means fewer early exits.`;
-  byId("slider").value = Math.round((1000 * (state.threshold ?? data.inputs.exit_thresholds[0])) / data.most);
+  byId("slider").hidden = byId("reset").hidden = slider === null;
+  if (slider === null) {
+    byId("position").textContent = `${data.policy}: nothing can be set here, every image is answered after block ${data.depths[data.exits[0]]}.`;
+    return;
+  }
+  const told = state.moved === null ? `${inWords(slider.input)} as exported` : `${short(state.moved)} for all exits`;
+  const others = Object.keys(data.inputs)
+    .filter((name) => name !== slider.input && name !== "exit_temperatures")
+    .map((name) => ` ${name.replaceAll("_", " ")} stays ${inWords(name)}.`);
+  byId("position").textContent = `${data.policy}, ${slider.score}: ${told}. ${slider.lower ? "Lower" : "Higher"} means fewer early exits.${others.join("")}`;
+  byId("slider").max = slider.steps;
+  byId("slider").value = Math.round((slider.steps * ((state.moved ?? here(slider.input)[0]) - slider.least)) / (slider.most - slider.least));
   byId("slider").setAttribute("aria-valuetext", told);
 }
 
-function setThreshold(value) {
-  state.threshold = value;
+function move(value) {
+  state.moved = value;
   drawThreshold();
   clearTimeout(state.timer);
   if (state.pixels !== null) state.timer = setTimeout(() => answer(state.turn), 30);
@@ -202,8 +226,9 @@ function listen() {
   });
   byId("camera").addEventListener("click", toggleCamera);
   byId("frame").addEventListener("click", () => look(async () => byId("video"), "The frame"));
-  byId("slider").addEventListener("input", (event) => setThreshold((data.most * Number(event.target.value)) / 1000));
-  byId("reset").addEventListener("click", () => setThreshold(null));
+  byId("slider").addEventListener("input", (event) =>
+    move(slider.least + ((slider.most - slider.least) * Number(event.target.value)) / slider.steps));
+  byId("reset").addEventListener("click", () => move(null));
   byId("samples").append(...data.samples.map((file, index) => {
     const button = html("button", { type: "button" }, html("img", { src: file, class: "small", alt: `sample image ${index + 1}` }));
     button.addEventListener("click", () => look(async () => bitmapOf(await (await fetch(file)).blob()), `Sample image ${index + 1}`));
@@ -214,7 +239,7 @@ function listen() {
 /** The first runs take longer than those after them. */
 async function warmUp() {
   state.pixels = new Float32Array(shape.reduce((product, side) => product * side));
-  for (const exit of data.exits) await run(forced(exit));
+  for (const changes of data.runs) await run(changes);
   state.pixels = null;
 }
 
@@ -227,7 +252,7 @@ async function start() {
   try {
     const file = await fetch(data.file);
     if (!file.ok) throw new Error(`the server says ${file.status}`);
-    state.session = await ort.InferenceSession.create(new Uint8Array(await file.arrayBuffer()), { executionProviders: ["wasm"] });
+    state.session = await ort.InferenceSession.create(new Uint8Array(await file.arrayBuffer()), { executionProviders: ["wasm"], logSeverityLevel: 3 });
     await warmUp();
   } catch (error) {
     byId("message").textContent = `${data.file} does not open: ${error.message}. Export it again, and serve the whole folder.`;
