@@ -647,6 +647,34 @@ def test_two_tables_search_on_all_of_the_first(monkeypatch):
 
 
 @version_independent
+@pytest.mark.parametrize("policy", [*SEARCHES, "auto"])
+def test_what_is_proven_differs_in_one_number(policy):
+    """Along the sequence each sample exits earlier, or where it did, so that few tests fail by chance alone."""
+    table = synthetic(400, seed=3)
+    found = candidates(table, COSTS, policy, (1.0,) * 4, True, 0.1)
+    exits = torch.stack([replayed_exits(table, settings)[0] for settings in found])
+    assert {settings["name"] for settings in found} == {found[0]["name"]} and len(found) > 1
+    assert (exits.diff(dim=0) <= 0).all()
+
+
+@version_independent
+def test_another_path_must_be_clearly_cheaper_than_one_threshold_for_all_exits():
+    def path(name, exits, *points):
+        return [Measured(cost, drop, {"name": name, "cost": cost}, (exits,)) for cost, drop in points]
+
+    usual = path("confidence", (0, 1), (9.0, 0.0), (8.0, 0.01), (4.0, 0.05))
+    level = path("margin", (0, 1), (7.7, 0.01), (1.0, 0.02))
+    cheaper = path("confidence", (1,), (7.5, 0.01), (1.0, 0.03))
+    apart = [Measured(2.0, 0.0, {"name": "confidence"})]
+    every = usual + level + cheaper + apart
+    assert searching.of_one_path(usual + level + apart, 0.01, "confidence", 2) == usual
+    assert searching.of_one_path(every, 0.01, "confidence", 2) == cheaper
+    assert searching.of_one_path(every, 0.01, "margin", 2) == level
+    # what nothing keeps to is the usual one's
+    assert searching.of_one_path(every, -0.1, "confidence", 2) == usual
+
+
+@version_independent
 def test_promises_are_kept(monkeypatch):
     """Of the drop and of the harm; both are tested on the same candidates, searched for once."""
     truth, splits, delta = synthetic(20_000, seed=99, exits=3, classes=3), 100, 0.1

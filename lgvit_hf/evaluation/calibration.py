@@ -107,14 +107,14 @@ def calibrate(
     """Fit temperatures and search for thresholds and exits on one half of a table; choose from these on the other.
 
     The cheapest policy within `max_accuracy_drop` is returned; without one, the most accurate within the cost asked.
-    With `delta`, what was found is tested on the second half from the safest to the fastest, up to the first that
-    fails (Learn then Test, https://arxiv.org/abs/2110.01052; early exits: https://arxiv.org/abs/2405.20915); if that
-    is the safest, all exits are skipped.
+    With `delta`, policies that differ in one number (see `of_one_path`) are tested on the second half from the safest
+    to the fastest, up to the first that fails (Learn then Test, https://arxiv.org/abs/2110.01052; early exits:
+    https://arxiv.org/abs/2405.20915); if that is the safest, all exits are skipped.
 
     Args:
         table (`ExitTable`): Of samples that were not trained on, with the costs that `collect` counts.
         policy (`str`, *optional*, defaults to `"confidence"`):
-            A built-in policy's name, or `"auto"`: all of them in one sequence, tested in one fixed order.
+            A built-in policy's name, or `"auto"`: all of them, and one confidence where none is clearly cheaper.
         max_accuracy_drop (`float`, *optional*): Share of all samples, in (0, 1) with `delta`.
         min_speedup (`float`, *optional*): Cost of the plain model over the mean cost.
         max_macs (`float`, *optional*): Largest mean MACs of a sample.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import Any
 
@@ -56,7 +57,7 @@ def candidates(
     )
     if proven is not None:
         usual = "confidence" if auto else policy
-        measured = of_one_path(measured, proven, usual, len(table.depths) - 1, costs.backbone)
+        measured = of_one_path(measured, proven, usual, len(table.depths) - 1)
     path, least = [], float("inf")
     for entry in sorted(measured, key=lambda entry: entry[:2]):
         # what is no cheaper than the full model must be more accurate
@@ -66,22 +67,22 @@ def candidates(
     return path[::-1]
 
 
-def of_one_path(
-    measured: list[Measured], limit: float, usual: str, num_exits: int, full_cost: float
-) -> list[Measured]:
+def of_one_path(measured: list[Measured], limit: float, usual: str, num_exits: int) -> list[Measured]:
     """Those of the policy and path that are cheapest within a predicted drop.
 
     Tests in a fixed order end at the first that fails. Along a path one test differs little from the next; where a
     sequence goes from policy to policy, some test soon fails by chance. For the same reason a path must be clearly
-    cheaper than that of the `usual` policy with all exits.
+    cheaper than that of the `usual` policy with all exits, of which some must be within the drop.
     """
     paths: dict[tuple[Any, ...], list[Measured]] = {}
     for entry in measured:
         if entry.path is not None:
             paths.setdefault((entry.settings["name"], *entry.path), []).append(entry)
 
-    def least(path: tuple[Any, ...]) -> float:
-        within = min((entry.cost for entry in paths[path] if entry.drop <= limit), default=full_cost)
-        return within * (_CLEARLY if path[:2] == (usual, tuple(range(num_exits))) else 1)
+    def least(path: list[Measured]) -> float:
+        return min((entry.cost for entry in path if entry.drop <= limit), default=math.inf)
 
-    return paths[min(paths, key=least)]
+    all_exits = usual, tuple(range(num_exits))
+    expected = min((path for key, path in paths.items() if key[:2] == all_exits), key=least)
+    cheapest = min(paths.values(), key=least)
+    return cheapest if least(cheapest) < _CLEARLY * least(expected) < math.inf else expected
