@@ -103,6 +103,12 @@ class Batcher:
         with self._changed:
             return self._samples()
 
+    @property
+    def queue_age(self) -> float:
+        """Seconds that the first request in the queue has waited, given up meanwhile or not; 0 if none waits."""
+        with self._changed:
+            return time.monotonic() - self._queue[0].asked if self._queue else 0.0
+
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
         """Have samples answered; the future gives what `RemoteHighway` would, or can be cancelled until it runs.
 
