@@ -181,7 +181,7 @@ class Certified:
     def _observe(self, watch: DriftWatch, served: Served, inputs: Arrays, rung: int, answers: Arrays) -> None:
         """Count answers, and audit some of them."""
         # what is not finite is no answer: its client gets an error
-        known: np.ndarray = np.isfinite(answers["logits"]).all(-1)
+        known = np.asarray(np.isfinite(answers["logits"]).all(-1))
         exits, labels = answers["exit_index"], answers["logits"].argmax(-1)
         watch.answered(rung, exits[known], labels[known])
         picked = watch.picked(len(known)) & known

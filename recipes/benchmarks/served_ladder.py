@@ -39,8 +39,8 @@ from lgvit_hf.evaluation.search import replayed_exits
 from lgvit_hf.files import write_json
 from lgvit_hf.serving.device.message import CONTENT_TYPE, pack
 
-# requests at once in the closed loop, and seconds of it
-CLIENTS, MEASURED = 16, 8.0
+# requests at once in the closed loop, and seconds of it, those before that it warms up
+CLIENTS, MEASURED, WARM = 16, 8.0, 2.0
 BATCH = 32
 
 
@@ -100,10 +100,10 @@ class Sent:
             for sample, answer in zip(range(span.start, span.stop), answers, strict=True):
                 rung = answer["rung"]
                 rungs[rung] += 1
-                wrong += answer["exit_index"] != replay.exits[rung][sample]
+                wrong += int(answer["exit_index"] != replay.exits[rung][sample])
                 label_wrong += answer["label"] != replay.names[replay.answers[rung][sample]]
                 right += answer["label"] == replay.names[replay.labels[sample]]
-                full += replay.full[sample] == replay.labels[sample]
+                full += int(replay.full[sample] == replay.labels[sample])
         total = max(1, sum(rungs.values()))
         p50, p99 = np.percentile(self.milliseconds, [50, 99]) if self.milliseconds else (None, None)
         refused = sum(count for status, count in self.statuses.items() if status == 503)
@@ -117,11 +117,11 @@ class Sent:
         }  # fmt: skip
 
 
-async def closed_loop(url, replay):
+async def closed_loop(url, replay, seconds):
     """Requests a second of so many clients that each ask again when they are answered."""
     sent = Sent()
     async with session_of() as session:
-        end = time.perf_counter() + MEASURED
+        end = time.perf_counter() + seconds
 
         async def loop(client):
             number = 7 * client
@@ -130,7 +130,7 @@ async def closed_loop(url, replay):
                 number += 1
 
         await asyncio.gather(*map(loop, range(CLIENTS)))
-    return sent.statuses[200] / MEASURED
+    return sent.statuses[200] / seconds
 
 
 async def arrivals(url, replay, phases, seed=0):
@@ -160,15 +160,15 @@ def measured(options, report, replay):
         alone = Path(folder, "safest.json")
         write_json(alone, {**report, "ladder": report["ladder"][:1]})
         with Service(options.model, "--ladder", str(alone), *words) as service:
-            asyncio.run(closed_loop(service.url, replay))
-            most = asyncio.run(closed_loop(service.url, replay))
+            asyncio.run(closed_loop(service.url, replay, WARM))
+            most = asyncio.run(closed_loop(service.url, replay, MEASURED))
         usual = options.usual * most
         print(f"the safest rung alone: {most:.1f} requests/s; usual load {usual:.1f}", flush=True)
         with Service(options.model, "--ladder", str(options.ladder), *words, *options.more) as service:
-            phases = [(options.seconds / 6, usual), (options.seconds, 2 * usual), (options.seconds / 6, usual)]
+            phases = [(options.seconds / 8, usual), (options.seconds, 2 * usual), (options.seconds / 8, usual)]
             before, doubled, after = asyncio.run(arrivals(service.url, replay, phases))
         with Service(options.model, "--ladder", str(alone), *words) as service:
-            (safest,) = asyncio.run(arrivals(service.url, replay, [(options.seconds / 3, 2 * usual)]))
+            (safest,) = asyncio.run(arrivals(service.url, replay, [(options.seconds / 4, 2 * usual)]))
     found = {"usual": before, "doubled": doubled, "usual again": after, "doubled, safest rung alone": safest}
     return {
         "safest alone, requests a second": most,
