@@ -193,10 +193,11 @@ class Batcher:
                 return None if self._closed else []
             first, samples, group = self._queue[0], 0, []
             for waiting in self._queue:
-                joins = samples + waiting.samples <= self.max_samples and _alike(first.timeout, waiting.timeout)
-                if waiting is first or joins:
+                # one that was given up takes no place
+                more = 0 if waiting.future.cancelled() else waiting.samples
+                if waiting is first or (samples + more <= self.max_samples and _alike(first.timeout, waiting.timeout)):
                     group.append(waiting)
-                    samples += waiting.samples
+                    samples += more
                 if samples >= self.max_samples:
                     break
             taken = set(group)

@@ -33,14 +33,13 @@ import torch
 from serving import CLIENT_CORE, SERVER_CORE, Service
 
 from lgvit_hf import Predictor
-from lgvit_hf.cli.inputs import open_highway
-from lgvit_hf.evaluation.exit_table import collect
+from lgvit_hf.cli.inputs import open_highway, table_of
 from lgvit_hf.evaluation.search import replayed_exits
 from lgvit_hf.files import write_json
 from lgvit_hf.serving.device.message import CONTENT_TYPE, pack
 
 # requests at once in the closed loop, and seconds of it, those before that it warms up
-CLIENTS, MEASURED, WARM = 16, 8.0, 2.0
+CLIENTS, MEASURED, WARM = 16, 6.0, 2.0
 BATCH = 32
 
 
@@ -50,8 +49,8 @@ class Replay:
     def __init__(self, options, rungs):
         opened = open_highway(str(options.model), options.data, options.split, None, None)
         some = torch.randperm(len(opened.dataset), generator=torch.Generator().manual_seed(0))[: options.images]
+        table = table_of(opened.model, opened.dataset, options.table).select(some)
         samples = [opened.dataset[number] for number in some.tolist()]
-        table = collect(opened.model, samples)
         self.labels, self.full = table.labels.numpy(), table.logits[-1].argmax(-1).numpy()
         self.names = [opened.model.config.id2label[index] for index in range(opened.model.config.num_labels)]
         self.exits = [replayed_exits(table, rung["policy"])[0].numpy() for rung in rungs]
@@ -165,10 +164,10 @@ def measured(options, report, replay):
         usual = options.usual * most
         print(f"the safest rung alone: {most:.1f} requests/s; usual load {usual:.1f}", flush=True)
         with Service(options.model, "--ladder", str(options.ladder), *words, *options.more) as service:
-            phases = [(options.seconds / 8, usual), (options.seconds, 2 * usual), (options.seconds / 8, usual)]
+            phases = [(options.seconds / 12, usual), (options.seconds, 2 * usual), (options.seconds / 12, usual)]
             before, doubled, after = asyncio.run(arrivals(service.url, replay, phases))
         with Service(options.model, "--ladder", str(alone), *words) as service:
-            (safest,) = asyncio.run(arrivals(service.url, replay, [(options.seconds / 4, 2 * usual)]))
+            (safest,) = asyncio.run(arrivals(service.url, replay, [(options.seconds / 6, 2 * usual)]))
     found = {"usual": before, "doubled": doubled, "usual again": after, "doubled, safest rung alone": safest}
     return {
         "safest alone, requests a second": most,
@@ -202,6 +201,7 @@ def main():
     parser.add_argument("--data", required=True, help="images with labels that it was not calibrated on")
     parser.add_argument("--split", default="test", help="of them (test)")
     parser.add_argument("--ladder", type=Path, help="instead of calibration.json in the folder of the model")
+    parser.add_argument("--table", help="file of their table of exits: read if it is there, otherwise written")
     parser.add_argument("--images", type=int, default=2000, help="that are sent again and again (2000)")
     parser.add_argument("--per-request", type=int, default=8, help="images of a request (8)")
     parser.add_argument("--max-queue-ms", type=float, default=400.0)
