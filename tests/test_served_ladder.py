@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from tests.test_split import SMALL
 from tests.tiny import IMAGE_SIZE
 
 pytest.importorskip("starlette", reason='pip install "lgvit-hf[serve]"')
+import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from lgvit_hf.serving import batching  # noqa: E402
@@ -197,6 +199,22 @@ def test_what_would_begin_too_late_is_refused(home, tmp_path):
         part.go_on.set()
         running.result(60)
     assert len(part.seen) == 1
+
+
+def test_what_was_given_up_takes_no_place_in_a_batch(home):
+    part = Gated(home.folder)
+    batcher = Batcher(RemoteHighway(part), max_samples=2, max_wait=0)
+    part.close()
+    one = {"pixel_values": home.pixels[:1]}
+    running = batcher.submit(one)
+    assert part.begun.wait(60)
+    given_up, *others = (batcher.submit(one) for _ in range(3))
+    assert given_up.cancel()
+    part.go_on.set()
+    for future in (running, *others):
+        future.result(60)
+    batcher.close()
+    assert [len(inputs["pixel_values"]) for inputs in part.seen] == [1, 2]
 
 
 def test_a_queue_is_as_old_as_its_first():
@@ -382,6 +400,23 @@ def test_one_state_is_of_one_service(home, tmp_path):
         assert json.loads(certified.watch.file.read_text())["monitors"][0]["p_value"] == 1.0
     with locked(certified.watch.file):
         pass
+
+
+def test_the_command_serves_by_a_ladder_and_holds_what_it_knows(home, tmp_path, monkeypatch, capsys):
+    before, held = signal.getsignal(signal.SIGTERM), []
+    lock = tmp_path / ".drift.json.lock"
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, **options: held.append(lock.exists()))
+    file = str(written(tmp_path, home.report))
+    words = ["--ladder", file, "--max-queue-ms", "100", "--drift", file, "--audit", "0.01"]
+    try:
+        assert (
+            main(["serve", str(home.folder), "--port", "0", *words, "--drift-state", str(tmp_path / "drift.json")])
+            == 0
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert held == [True] and not lock.exists() and (tmp_path / "drift.json").is_file()
+    assert "of each of 3 rungs" in capsys.readouterr().out
 
 
 # -- what is refused --------------------------------------------------------------------------------------------
