@@ -405,7 +405,12 @@ def test_one_state_is_of_one_service(home, tmp_path):
 def test_the_command_serves_by_a_ladder_and_holds_what_it_knows(home, tmp_path, monkeypatch, capsys):
     before, held = signal.getsignal(signal.SIGTERM), []
     lock = tmp_path / ".drift.json.lock"
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, **options: held.append(lock.exists()))
+
+    def run(self, sockets):
+        held.append(lock.exists())
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
     file = str(written(tmp_path, home.report))
     words = ["--ladder", file, "--max-queue-ms", "100", "--drift", file, "--audit", "0.01"]
     try:
