@@ -360,7 +360,6 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
 
     patience: int
     exits: Sequence[int] | None = field(default=None, kw_only=True)
-
     out_of_reach = -math.inf
 
     def __post_init__(self) -> None:
