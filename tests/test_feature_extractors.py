@@ -29,8 +29,13 @@ from lgvit_hf import (
     ViTMSNHighway,
 )
 from lgvit_hf.cli import main
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.hub.card import card
+from lgvit_hf.serving.device.remote import RemoteHighway
+from lgvit_hf.serving.open_part import open_any
+from lgvit_hf.serving.predictor import Predictor
+from tests.clear import clear_model
 from tests.seeds import seeded
 from tests.tiny import (
     IMAGE_SIZE,
@@ -245,3 +250,30 @@ def test_what_goes_with_every_backbone(kind, tmp_path):
     pytest.importorskip("peft")
     adapted = type(model).from_backbone(tiny_native(kind), num_labels=5, exit_positions=[2], lora=2)
     assert any("lora" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_every_backbone_predicts_and_serves(kind, tmp_path):
+    model, images = clear_model(kind, 2, num_hidden_layers=2, exit_positions=[1], exit_types="linear")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    make_processor(IMAGE_SIZE).save_pretrained(folder)
+    with torch.no_grad():
+        expected = model(images)
+    assert expected.exit_index.tolist() == [0, 1] * 2
+    answers = Predictor(folder)({"pixel_values": images.numpy()})
+    assert answers["exit_index"].tolist() == [0, 1] * 2
+    torch.testing.assert_close(torch.from_numpy(answers["logits"]), expected.logits)
+    testclient = pytest.importorskip("starlette.testclient", reason='pip install "lgvit-hf[serve]"')
+    from lgvit_hf.serving.server import make_app
+
+    pixels = {
+        "name": "pixel_values",
+        "datatype": "FP32",
+        "shape": list(images.shape),
+        "data": images.flatten().tolist(),
+    }
+    with testclient.TestClient(make_app(RemoteHighway(open_any(folder)), workers=1)) as client:
+        reply = client.post("/v2/models/model/infer", json={"inputs": [pixels]}).json()
+    (logits,) = (torch.tensor(each["data"]) for each in reply["outputs"] if each["name"] == "logits")
+    torch.testing.assert_close(logits.view(4, -1), expected.logits)
