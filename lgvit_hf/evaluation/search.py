@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,8 @@ from .threshold_search import RANGES, search_gates, search_thresholds
 
 # costs below this share of another are no accident of the samples that are searched on
 _CLEARLY = 0.95
+# judged on the samples that they were fitted to, so that they seem cheaper than they are
+_FITTED = ("calibrated_confidence",)
 _GRIDS = ("calibrated_confidence", "confidence_entropy", "patience", "patience_confidence", "fixed")
 SEARCHES = {**dict.fromkeys(RANGES, search_thresholds), "gate": search_gates, **dict.fromkeys(_GRIDS, search_grid)}
 
@@ -29,7 +32,7 @@ def candidates(
     """Policies of one name or of all, none worse than another in both cost and accuracy drop, as the table predicts.
 
     They come from the safest to the fastest. What was fitted to the samples is judged by cross-fitting, and a drop is
-    predicted as `predicted_drop` says.
+    predicted as `predicted_drop` says. For a proof those that differ in one number only, see `of_one_path`.
 
     Args:
         table (`ExitTable`): Samples to search on.
@@ -37,10 +40,11 @@ def candidates(
         policy (`str`): Its name, one of `SEARCHES`, or `"auto"` for all of them.
         temperatures (`tuple[float, ...]`): One per exit, the final classifier last.
         choose_exits (`bool`, *optional*, defaults to `True`): Whether exits may be skipped.
-        proven (`float`, *optional*): Drop that is to be proven, see `of_one_path`.
+        proven (`float`, *optional*): Drop that is to be proven.
 
     Example:
 
+        >>> import torch
         >>> logits = torch.tensor([[[4.0, 0.0], [0.0, 0.1]], [[5.0, 0.0], [5.0, 0.0]]])
         >>> table = ExitTable(logits, labels=torch.tensor([0, 0]), depths=[1, 2])
         >>> found = candidates(table, Costs([4.0, 4.0], [0.1, 0.1]), "confidence", (1.0, 1.0))
@@ -48,16 +52,13 @@ def candidates(
         [0.75, 0.0]
     """
     auto = policy == "auto"
-    measured = list(
-        chain.from_iterable(
-            # with every set of exits the policies of several parameters would take most of the time and win nothing
-            SEARCHES[name](table, costs, name, temperatures, choose_exits and not (auto and name in _GRIDS))
-            for name in (SEARCHES if auto else [policy])
-        )
+    measured = chain.from_iterable(
+        # with every set of exits the policies of several parameters would take most of the time and win nothing
+        SEARCHES[name](table, costs, name, temperatures, choose_exits and not (auto and name in _GRIDS))
+        for name in ([name for name in SEARCHES if proven is None or name not in _FITTED] if auto else [policy])
     )
     if proven is not None:
-        usual = "confidence" if auto else policy
-        measured = of_one_path(measured, proven, usual, len(table.depths) - 1)
+        return of_one_path(measured, proven, "confidence" if auto else policy, len(table.depths) - 1)
     path, least = [], float("inf")
     for entry in sorted(measured, key=lambda entry: entry[:2]):
         # what is no cheaper than the full model must be more accurate
@@ -68,7 +69,7 @@ def candidates(
 
 
 def of_one_path(measured: list[Measured], limit: float, usual: str, num_exits: int) -> list[Measured]:
-    """Those of the policy and path that are cheapest within a predicted drop.
+    """Policies that differ in one number, from the safest to the fastest: of the path that is cheapest within a drop.
 
     Tests in a fixed order end at the first that fails. Along a path one test differs little from the next; where a
     sequence goes from policy to policy, some test soon fails by chance. For the same reason a path must be clearly
@@ -85,4 +86,7 @@ def of_one_path(measured: list[Measured], limit: float, usual: str, num_exits: i
     all_exits = usual, tuple(range(num_exits))
     expected = min((path for key, path in paths.items() if key[:2] == all_exits), key=least)
     cheapest = min(paths.values(), key=least)
-    return cheapest if least(cheapest) < _CLEARLY * least(expected) < math.inf else expected
+    chosen = cheapest if least(cheapest) < _CLEARLY * least(expected) < math.inf else expected
+    # of twins the first
+    apart = {entry[:2]: entry.settings for entry in reversed(chosen)}
+    return [apart[point] for point in sorted(apart, reverse=True)]

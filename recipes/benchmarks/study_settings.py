@@ -55,7 +55,7 @@ def calibrated(table: ExitTable, costs: CostTable, size: int) -> list[Offer]:
     temperatures = tuple(fit_temperature(logits, table.labels) for logits in table.logits)
     searched = SEARCHES["confidence"](table, costs.at(size), "confidence", temperatures, True)
     offers = []
-    for settings in ({"name": "never"}, *(settings for _, _, settings in searched)):
+    for settings in ({"name": "never"}, *(entry.settings for entry in searched)):
         facts = replayed(table, settings)
         price = costs.mean_latency(facts["exit_shares"], facts["evaluated"], size)
         offers.append((share(facts["right"]), price, settings))
