@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -201,10 +203,17 @@ def test_a_worker_that_dies_or_is_too_slow_costs_its_own_request_alone():
         lanes = decoder._quick, decoder._slow
         try:
             await decoder.start()
-            for lane in lanes:
-                lane._idle[0]._process.kill()
+            # each is killed while it has the request
+            workers = [lane._idle[0] for lane in lanes]
+            for worker in workers:
+                os.kill(worker._process.pid, signal.SIGSTOP)
+            asked = asyncio.create_task(decoder(good, False, None, 1))
+            for worker in workers:
+                while worker._answer is None:
+                    await asyncio.sleep(0.01)
+                worker._process.kill()
             with pytest.raises(Undecodable, match="ended the process") as ended:
-                await decoder(good, False, None, 1)
+                await asked
             for lane in lanes:
                 lane._seconds = 0.0
             with pytest.raises(Undecodable, match="took too long") as late:
