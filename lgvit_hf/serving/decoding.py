@@ -20,9 +20,9 @@ import numpy as np
 from pydantic import BaseModel, Field, StrictStr, ValidationError, model_validator
 
 from .device.pixels import PixelSettings
-from .device.rgb import MAX_PIXELS, TooLarge, as_rgb, read_image
+from .device.rgb import MAX_PIXELS, MAX_SCANNED, TooLarge, as_rgb, read_image
 
-# of one request; what takes more in the quick lane goes to the other
+# of one request; what takes more in the quick lane goes to the other; pixels of a JPEG count once for each scan there
 QUICK_PIXELS, QUICK_BYTES, QUICK_SECONDS = 4_000_000, 4_000_000, 1.0
 PIXELS, SECONDS = 2 * MAX_PIXELS, 10.0
 # of a worker: 50 million pixels of 16 bits take 1.3 GB on their way to 8
@@ -105,16 +105,17 @@ def check_json(body: bytes, most: int) -> None:
         )
 
 
-def decode(files: list[bytes], resize: Resize | None, budget: int) -> list[np.ndarray]:
+def decode(files: list[bytes], resize: Resize | None, budget: int, max_scanned: int) -> list[np.ndarray]:
     """Image files as `[H, W, C]` or `[H, W]` uint8, of the size that the model takes where `resize` says so.
 
     Raises:
-        Undecodable: One of them cannot be read, or all have more pixels than `budget`; says which.
+        Undecodable: One of them cannot be read, all have more pixels than `budget`, or one more than `max_scanned` in
+            all of its scans; says which.
     """
     arrays = []
     for number, file in enumerate(files):
         try:
-            image = read_image(file, budget)
+            image = read_image(file, budget, max_scanned)
         except ValueError as error:
             raise Undecodable(f"image {number}: {error}", 413 if isinstance(error, TooLarge) else 400) from error
         budget -= image.width * image.height
@@ -127,9 +128,9 @@ def decode(files: list[bytes], resize: Resize | None, budget: int) -> list[np.nd
 class Decoder:
     """Workers in two lanes: small requests never wait for large ones.
 
-    Every request is tried in the quick lane. What has more pixels, or takes longer, than is quick goes to the other,
-    whose workers have a lower priority. A worker that exceeds its time or memory is killed, and another takes its
-    place.
+    Every request is tried in the quick lane. What has more pixels or scans, or takes longer, than is quick goes to the
+    other, whose workers have a lower priority. A worker that exceeds its time or memory is killed, and another takes
+    its place.
 
     Args:
         workers (`int`): In each of the lanes.
@@ -143,8 +144,8 @@ class Decoder:
 
     @property
     def full(self) -> bool:
-        """Whether as many requests wait as may."""
-        return max(self._quick.waiting, self._slow.waiting) >= self.max_waiting
+        """Whether as many requests wait as may; large images that wait keep out no small ones."""
+        return self._quick.waiting >= self.max_waiting
 
     async def start(self) -> None:
         """Start the workers and wait until they can be used."""
@@ -165,16 +166,18 @@ class Decoder:
             most (`int`): Images that are taken.
 
         Raises:
-            Undecodable: It is none, is damaged, or takes too much time or memory.
+            Undecodable: It is none, is damaged, or takes too much time or memory; too many large ones wait (503).
         """
-        words = {"json": is_json, "resize": resize, "most": most, "pixels": QUICK_PIXELS}
+        words = {"json": is_json, "resize": resize, "most": most, "pixels": QUICK_PIXELS, "scanned": QUICK_PIXELS}
         if len(body) <= QUICK_BYTES:
             with contextlib.suppress(_WorkerLost):
                 said, data = await self._quick.ask(words, body)
                 if said.get("status") != 413:
                     return _arrays(said, data)
+        if self._slow.waiting >= self.max_waiting:
+            raise Undecodable(f"{self._slow.waiting} large images wait to be decoded already", 503)
         try:
-            said, data = await self._slow.ask({**words, "pixels": PIXELS}, body)
+            said, data = await self._slow.ask({**words, "pixels": PIXELS, "scanned": MAX_SCANNED}, body)
         except _WorkerLost as error:
             raise Undecodable(f"no readable image: {error}", 413) from error
         return _arrays(said, data)
@@ -390,7 +393,7 @@ def _answered(words: dict[str, Any], body: bytes) -> tuple[dict[str, Any], list[
     resize = words["resize"] and Resize(*words["resize"])
     try:
         files = Images.decoded(body, words["most"]) if words["json"] else [body]
-        arrays = decode(files, resize, words["pixels"])
+        arrays = decode(files, resize, words["pixels"], words["scanned"])
     except MemoryError:
         return {"error": "no readable image: it takes too much memory", "status": 413}, []
     except Undecodable as error:

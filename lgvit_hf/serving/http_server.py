@@ -17,8 +17,8 @@ from .admission import protocol
 LAST_BATCH_SECONDS = 60
 # connections that are accepted before those that are too many are closed
 BACKLOG = 64
-# Python lets a thread run for 5 ms while others wait for it: whenever the event loop has sent or received something, it
-# would wait that long for the thread that computes
+# Python lets a thread run for 5 ms while others wait: whenever the event loop has sent or received something, it would
+# wait that long for the thread that computes
 TURN_SECONDS = 0.0005
 
 

@@ -26,8 +26,8 @@ class ResizedImages:
 
         >>> from functools import partial
         >>> from lgvit_hf.serving.device.pixels import pixel_settings, prepare
-        >>> scaled = dict(do_rescale=True, rescale_factor=1 / 255)
-        >>> settings = pixel_settings({"do_resize": True, "size": {"height": 8, "width": 6}, "resample": 2, **scaled}, 1)
+        >>> processor = {"do_resize": True, "size": {"height": 8, "width": 6}, "resample": 2}
+        >>> settings = pixel_settings(processor, 1)
         >>> images = ResizedImages(settings, partial(prepare, settings=settings))
         >>> images([np.full((8, 6), 255, np.uint8)] * 5).shape
         (5, 1, 8, 6)
