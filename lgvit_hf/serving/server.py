@@ -258,7 +258,7 @@ class Service:
                 with served.batcher.coming():
                     with span("lgvit.decode"):
                         inputs = await inputs_of(request, served, body)
-                    key = Retries.key(request, served.version, body)
+                    key = await Retries.key(request, served.version, body)
                     del body
                     left = None if timeout is None else timeout - (time.monotonic() - asked)
                     compute = partial(served.submit, inputs, left)
