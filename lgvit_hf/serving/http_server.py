@@ -48,13 +48,9 @@ class HttpServer(uvicorn.Server):
             )
         )
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until the process is told to stop."""
-        sys.setswitchinterval(TURN_SECONDS)
-        super().run(sockets)
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and open the model again at every SIGHUP."""
+        sys.setswitchinterval(TURN_SECONDS)
         await super().startup(sockets)
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
