@@ -1,6 +1,5 @@
 """A service under load and attack: limits, workers that die, deadlines, clients that leave, reload; KServe."""
 
-import asyncio
 import io
 import json
 import socket
@@ -9,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.serving.batching import Batcher, Busy, Expired
@@ -23,9 +21,7 @@ from tests.tiny import IMAGE_SIZE
 pytest.importorskip("starlette", reason='pip install "lgvit-hf[serve]"')
 from starlette.testclient import TestClient  # noqa: E402
 
-from lgvit_hf.serving import decoding  # noqa: E402
 from lgvit_hf.serving.admission import Limits, protocol  # noqa: E402
-from lgvit_hf.serving.decoding import Decoder, Resize, Undecodable, check_json  # noqa: E402
 from lgvit_hf.serving.prometheus import Metrics  # noqa: E402
 from lgvit_hf.serving.server import make_app  # noqa: E402
 
@@ -54,15 +50,6 @@ def as_png(image):
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
-
-
-def jpeg_of_scans(side, scans):
-    """A flat progressive JPEG whose last scan is repeated."""
-    stream = io.BytesIO()
-    Image.new("RGB", (side, side)).save(stream, "JPEG", progressive=True)
-    data = stream.getvalue()
-    last = data.rindex(b"\xff\xda")
-    return data[:-2] + data[last:-2] * scans + data[-2:]
 
 
 # -- KServe -----------------------------------------------------------------------------------------------------
@@ -162,68 +149,6 @@ def test_a_public_client_reads_it(home):
                 given.set_data_from_numpy(home[1], binary_data=binary)
                 found = client.infer("model", [given], request_id="1")
                 np.testing.assert_allclose(found.as_numpy("logits"), home[2]["logits"], atol=1e-5)
-
-
-# -- decoding ---------------------------------------------------------------------------------------------------
-
-
-def decoded(*bodies, is_json=False):
-    """What a decoder says to bodies, one after another: arrays, or the error."""
-
-    async def ask():
-        decoder, said = Decoder(1), []
-        try:
-            for body in bodies:
-                try:
-                    said.append(await decoder(body, is_json, Resize(8, 6, 2, 3), 4))
-                except Undecodable as error:
-                    said.append(error)
-        finally:
-            decoder.close()
-        return said
-
-    return asyncio.run(ask())
-
-
-def test_large_images_go_to_the_other_lane_and_too_large_ones_nowhere():
-    side = int(decoding.QUICK_PIXELS**0.5) + 10
-    large, many = decoded(as_png(Image.new("L", (side, side))), jpeg_of_scans(3500, 60))
-    assert large[0].shape == (8, 6, 3)
-    assert many.status == 413 and "scans" in str(many)
-
-
-def test_a_worker_that_dies_or_is_too_slow_costs_its_own_request_alone():
-    good, side = as_png(random_image(9, 9)), int(decoding.QUICK_PIXELS**0.5) + 10
-    large = as_png(Image.new("L", (side, side)))
-
-    async def ask():
-        decoder = Decoder(1)
-        lanes = decoder._quick, decoder._slow
-        try:
-            await decoder.start()
-            for lane in lanes:
-                lane._idle[0]._process.kill()
-            with pytest.raises(Undecodable, match="ended the process") as ended:
-                await decoder(good, False, None, 1)
-            for lane in lanes:
-                lane._seconds = 0.0
-            with pytest.raises(Undecodable, match="took too long") as late:
-                await decoder(large, False, None, 1)
-            assert ended.value.status == late.value.status == 413
-            for lane in lanes:
-                lane._seconds = 60.0
-            return await decoder(good, False, None, 1)
-        finally:
-            decoder.close()
-
-    assert np.array_equal(asyncio.run(ask())[0], np.asarray(random_image(9, 9)))
-
-
-def test_json_is_measured_before_it_is_read():
-    check_json(b'{"images":[' + b'"aGk=",' * 255 + b'"aGk="]}', 256)
-    with pytest.raises(Undecodable, match="at most 256 images") as refused:
-        check_json(b'{"images":[' + b"{}," * 1000 + b"{}]}", 256)
-    assert refused.value.status == 413
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------
@@ -357,6 +282,38 @@ def test_idle_connections_make_room_and_late_headers_are_refused(home):
             assert all(closed_or_late(connection) for connection in idle)
         for connection in idle:
             connection.close()
+
+
+def whole_answer(connection):
+    """What is read until the other side closes."""
+    parts = []
+    while part := connection.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_a_body_that_is_too_long_is_refused_before_it_has_come(home, chunked):
+    from tests.test_serving import Running
+
+    limits = Limits(body_bytes=100_000)
+    app = make_app(RemoteHighway(open_any(home[0])), workers=1, limits=limits)
+    piece = bytes(150_000)
+    with Running(app) as running, socket.create_connection(("127.0.0.1", running.port), timeout=60) as sender:
+        # nothing of the first is sent, and half of the second, before the answer is there
+        head = b"transfer-encoding: chunked" if chunked else b"content-length: 3000000"
+        begun = b"%x\r\n" % 3_000_000 + piece if chunked else b""
+        sender.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n\r\n" + begun)
+        answer = sender.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer.lower()
+        held = running.server.config.app.state.service._admission
+        assert held._held == 0
+        # who sends all before it reads finds no connection that was reset
+        for _ in range(19 if chunked else 20):
+            sender.sendall(piece)
+        if chunked:
+            sender.sendall(b"\r\n0\r\n\r\n")
+        assert b"more than 100000 bytes" in answer + whole_answer(sender)
 
 
 def test_the_largest_upload_makes_way(home):

@@ -6,7 +6,7 @@ import asyncio
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +14,66 @@ from typing import Any
 import anyio
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 # file descriptors that a process needs for other things than connections
 OTHER_FILES = 128
 RETRY = {"retry-after": "1"}
+CLOSE = {"connection": "close"}
+# of a body that is dropped; the pauses are shared, so that all together are read at some 50 MB a second
+DROP_SECONDS, DROP_PAUSE = 10.0, 0.005
+# bodies of fewer bytes leave no memory behind that is worth looking for
+TRIMMED_BYTES = 1 << 20
 _LATE = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 # of glibc, whose heap keeps what it once held: gives free memory back to the system
 _trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Refused(HTTPException):
-    """A request that is not answered; says why."""
+    """A request that is not answered; says why. Where its body is still arriving, `pace` is at which it is dropped."""
+
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None, pace: Pace | None = None):
+        super().__init__(status, reason, headers)
+        self.pace = pace
 
 
 class Gone(Exception):
     """The client left before it had its answer."""
+
+
+class Pace:
+    """At which all bodies that nobody wants are dropped: slowly, so that it takes little of the processor."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def drop(self, receive: Receive) -> None:
+        """Read what still comes of a body, for some seconds."""
+        with anyio.move_on_after(DROP_SECONDS):
+            while (await receive()).get("more_body"):
+                async with self._turn:
+                    await asyncio.sleep(DROP_PAUSE)
+
+
+class EarlyAnswer(JSONResponse):
+    """An answer to a request whose body is still arriving: it is sent at once, and the rest of the body dropped.
+
+    Were the connection closed instead, the system would reset it, and a client that reads when it has sent everything
+    would not find the answer.
+    """
+
+    def __init__(self, content: Any, status: int, headers: Mapping[str, str] | None, pace: Pace):
+        super().__init__(content, status, headers)
+        self._pace = pace
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await self._pace.drop(receive)
+        await send({"type": "http.response.body", "body": b""})
 
 
 @dataclass(frozen=True)
@@ -160,6 +204,7 @@ class Admission:
         self._requests, self._held = 0, 0
         self._addresses: Counter[str] = Counter()
         self._arriving: set[_Upload] = set()
+        self._pace = Pace()
 
     @contextmanager
     def admitted(self, request: Request) -> Iterator[None]:
@@ -170,9 +215,9 @@ class Admission:
         """
         limits, address = self.limits, request.client.host if request.client else ""
         if self._requests >= limits.requests:
-            raise Refused(503, f"{self._requests} requests are worked on already", RETRY)
+            raise Refused(503, f"{self._requests} requests are worked on already", RETRY, self._pace)
         if limits.per_address is not None and self._addresses[address] >= limits.per_address:
-            raise Refused(429, f"{limits.per_address} requests of {address} are worked on already", RETRY)
+            raise Refused(429, f"{limits.per_address} requests of {address} are worked on already", RETRY, self._pace)
         self._requests += 1
         self._addresses[address] += 1
         try:
@@ -191,6 +236,9 @@ class Admission:
             Refused: It is empty, too long, late, or the largest where all together are too long.
         """
         limits, upload = self.limits, _Upload(anyio.CancelScope())
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limits.body_bytes:
+            raise self._too_long()
         try:
             try:
                 # most come at once, with the header
@@ -198,17 +246,18 @@ class Admission:
                 with anyio.move_on_after(limits.body_seconds) as upload.scope:
                     body = await self._received(request, upload)
             except ClientDisconnect:
-                if _trim_heap is not None:
+                if _trim_heap is not None and upload.size >= TRIMMED_BYTES:
                     _trim_heap(0)
                 raise Gone from None
             finally:
                 self._arriving.discard(upload)
             if upload.refused:
-                raise Refused(503, "the bodies under way have more bytes than are held, and this has most", RETRY)
+                reason = "the bodies under way have more bytes than are held, and this has most"
+                raise Refused(503, reason, {**RETRY, **CLOSE}, self._pace)
             if upload.scope.cancelled_caught:
                 raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s")
             if body is None:
-                raise Refused(413, f"the body has more than {limits.body_bytes} bytes")
+                raise self._too_long()
             if not body:
                 raise Refused(400, "the body is empty")
             yield body
@@ -217,24 +266,20 @@ class Admission:
 
     async def _received(self, request: Request, upload: _Upload) -> bytes | None:
         # one large piece of memory goes back to the system when it is freed; thousands of small ones do not
-        body, come = bytearray(), 0
+        body = bytearray()
         try:
             async for chunk in request.stream():
-                come += len(chunk)
-                if come <= self.limits.body_bytes:
-                    body += chunk
-                    self._hold(upload, len(chunk))
-                else:
-                    # read on, within bounds, without keeping anything: a client that is still sending can read the
-                    # answer
-                    body.clear()
-                    self._hold(upload, -upload.size)
-                    if come > 4 * self.limits.body_bytes:
-                        break
-            return None if come > self.limits.body_bytes else bytes(body)
+                if len(body) + len(chunk) > self.limits.body_bytes:
+                    return None
+                body += chunk
+                self._hold(upload, len(chunk))
+            return bytes(body)
         finally:
             # the error of an upload that was broken off holds this frame, and with it all that had come
             body.clear()
+
+    def _too_long(self) -> Refused:
+        return Refused(413, f"the body has more than {self.limits.body_bytes} bytes", CLOSE, self._pace)
 
     def _hold(self, upload: _Upload, more: int) -> None:
         upload.size += more

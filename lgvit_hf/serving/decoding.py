@@ -13,15 +13,16 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, Field, StrictStr, ValidationError, model_validator
 
 from .device.pixels import PixelSettings
-from .device.rgb import MAX_PIXELS, TooLarge, as_rgb, read_image
+from .device.rgb import MAX_PIXELS, MAX_SCANNED, TooLarge, as_rgb, read_image
 
-# of one request; what takes more in the quick lane goes to the other
+# of one request; what takes more in the quick lane goes to the other; pixels of a JPEG count once for each scan there
 QUICK_PIXELS, QUICK_BYTES, QUICK_SECONDS = 4_000_000, 4_000_000, 1.0
 PIXELS, SECONDS = 2 * MAX_PIXELS, 10.0
 # of a worker: 50 million pixels of 16 bits take 1.3 GB on their way to 8
@@ -30,7 +31,13 @@ WORKER_BYTES = 2 << 30
 GRACE = 0.25
 # `,` `{` and `[` in a body beside those between its images, which have none
 JSON_MARKS = 64
+# until a new process answers
+START_SECONDS = 60.0
+# of a message that is written at a time
+PIECE_BYTES = 1 << 18
 _SIZES = struct.Struct("<QQ")
+# of a worker: words and pixels
+Answer = tuple[dict[str, Any], memoryview]
 
 
 class Undecodable(ValueError):
@@ -98,16 +105,17 @@ def check_json(body: bytes, most: int) -> None:
         )
 
 
-def decode(files: list[bytes], resize: Resize | None, budget: int) -> list[np.ndarray]:
+def decode(files: list[bytes], resize: Resize | None, budget: int, max_scanned: int) -> list[np.ndarray]:
     """Image files as `[H, W, C]` or `[H, W]` uint8, of the size that the model takes where `resize` says so.
 
     Raises:
-        Undecodable: One of them cannot be read, or all have more pixels than `budget`; says which.
+        Undecodable: One of them cannot be read, all have more pixels than `budget`, or one more than `max_scanned` in
+            all of its scans; says which.
     """
     arrays = []
     for number, file in enumerate(files):
         try:
-            image = read_image(file, budget)
+            image = read_image(file, budget, max_scanned)
         except ValueError as error:
             raise Undecodable(f"image {number}: {error}", 413 if isinstance(error, TooLarge) else 400) from error
         budget -= image.width * image.height
@@ -120,9 +128,9 @@ def decode(files: list[bytes], resize: Resize | None, budget: int) -> list[np.nd
 class Decoder:
     """Workers in two lanes: small requests never wait for large ones.
 
-    Every request is tried in the quick lane. What has more pixels, or takes longer, than is quick goes to the other,
-    whose workers have a lower priority. A worker that exceeds its time or memory is killed, and another takes its
-    place.
+    Every request is tried in the quick lane. What has more pixels or scans, or takes longer, than is quick goes to the
+    other, whose workers have a lower priority. A worker that exceeds its time or memory is killed, and another takes
+    its place.
 
     Args:
         workers (`int`): In each of the lanes.
@@ -136,8 +144,8 @@ class Decoder:
 
     @property
     def full(self) -> bool:
-        """Whether as many requests wait as may."""
-        return max(self._quick.waiting, self._slow.waiting) >= self.max_waiting
+        """Whether as many requests wait as may; large images that wait keep out no small ones."""
+        return self._quick.waiting >= self.max_waiting
 
     async def start(self) -> None:
         """Start the workers and wait until they can be used."""
@@ -158,16 +166,18 @@ class Decoder:
             most (`int`): Images that are taken.
 
         Raises:
-            Undecodable: It is none, is damaged, or takes too much time or memory.
+            Undecodable: It is none, is damaged, or takes too much time or memory; too many large ones wait (503).
         """
-        words = {"json": is_json, "resize": resize, "most": most, "pixels": QUICK_PIXELS}
+        words = {"json": is_json, "resize": resize, "most": most, "pixels": QUICK_PIXELS, "scanned": QUICK_PIXELS}
         if len(body) <= QUICK_BYTES:
             with contextlib.suppress(_WorkerLost):
                 said, data = await self._quick.ask(words, body)
                 if said.get("status") != 413:
                     return _arrays(said, data)
+        if self._slow.waiting >= self.max_waiting:
+            raise Undecodable(f"{self._slow.waiting} large images wait to be decoded already", 503)
         try:
-            said, data = await self._slow.ask({**words, "pixels": PIXELS}, body)
+            said, data = await self._slow.ask({**words, "pixels": PIXELS, "scanned": MAX_SCANNED}, body)
         except _WorkerLost as error:
             raise Undecodable(f"no readable image: {error}", 413) from error
         return _arrays(said, data)
@@ -177,45 +187,105 @@ class _WorkerLost(Exception):
     """A worker ended before it answered; says why."""
 
 
-class _Worker:
-    """One process, and the socket on which it is asked."""
+class _Worker(asyncio.Protocol):
+    """One process, and the connection on which it is asked one request at a time.
 
-    def __init__(self, niceness: int):
-        self.late = False
+    Args:
+        niceness (`int`): Of the process.
+        ended (`Callable`): Is told when it is free again (`True`) or gone (`False`).
+    """
+
+    def __init__(self, niceness: int, ended: Callable[[_Worker, bool], None]):
+        self._ended, self._late, self._received = ended, False, bytearray()
+        self._answer: asyncio.Future[Answer] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._socket, theirs = socket.socketpair()
-        self._socket.setblocking(False)
         self._process = _context().Process(target=_work, args=(theirs, niceness), daemon=True)
         self._process.start()
         theirs.close()
 
-    async def ask(self, words: dict[str, Any], data: bytes) -> tuple[dict[str, Any], memoryview]:
-        loop, received = asyncio.get_running_loop(), bytearray()
+    async def connect(self) -> None:
+        """Before it is asked."""
+        loop, is_unix = asyncio.get_running_loop(), self._socket.family != socket.AF_INET
+        connect = loop.create_unix_connection if is_unix else loop.create_connection
+        self._transport, _ = await connect(lambda: self, sock=self._socket)
+
+    async def ask(self, words: dict[str, Any], data: bytes, seconds: float) -> Answer:
+        """What it answers; who no longer waits for it lets it finish, if that does not take long."""
+        assert self._transport is not None  # is connected
+        answer, sent = asyncio.get_running_loop().create_future(), False
+        self._answer = answer
+        self._kill_in(seconds)
         try:
             for piece in _message(words, data):
-                await loop.sock_sendall(self._socket, piece)
-            missing = _SIZES.size
-            while missing > 0:
-                piece = await loop.sock_recv(self._socket, 1 << 18)
-                if not piece:
-                    raise EOFError
-                received += piece
-                if len(received) >= _SIZES.size:
-                    missing = _SIZES.size + sum(_SIZES.unpack_from(received)) - len(received)
-                else:
-                    missing = _SIZES.size - len(received)
-        except (OSError, EOFError) as error:
-            reason = "took too long" if self.late else "ended the process that decoded it"
-            raise _WorkerLost(f"it {reason}") from error
-        end = _SIZES.size + _SIZES.unpack_from(received)[0]
-        return json.loads(received[_SIZES.size : end]), memoryview(received)[end:]
-
-    def kill(self, late: bool = False) -> None:
-        self.late = late
-        self._process.kill()
+                for start in range(0, len(piece), PIECE_BYTES):
+                    self._transport.write(piece[start : start + PIECE_BYTES])
+                    await self._writable.wait()
+            sent = True
+            found: Answer = await answer
+            return found
+        except asyncio.CancelledError:
+            if self._answer is answer:
+                self._kill_in(GRACE if sent else 0.0)
+            raise
 
     def close(self) -> None:
-        self.kill()
-        self._socket.close()
+        """End the process."""
+        self._process.kill()
+        if self._transport is None:
+            self._socket.close()
+        else:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._received += data
+        if len(self._received) < _SIZES.size:
+            return
+        length, size = _SIZES.unpack_from(self._received)
+        end = _SIZES.size + length
+        if len(self._received) >= end + size and self._answer is not None:
+            found = json.loads(self._received[_SIZES.size : end]), memoryview(self._received)[end:]
+            answer, self._answer, self._received = self._answer, None, bytearray()
+            self._stop_timer()
+            if not answer.done():
+                answer.set_result(found)
+            self._ended(self, True)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._process.kill()
+        self._stop_timer()
+        self._writable.set()
+        if self._answer is not None and not self._answer.done():
+            reason = "took too long" if self._late else "ended the process that decoded it"
+            self._answer.set_exception(_WorkerLost(f"it {reason}"))
+        self._ended(self, False)
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._writable.set()
+
+    def _kill_in(self, seconds: float) -> None:
+        """Unless it is free by then."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._is_late)
+
+    def _is_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Lane:
@@ -232,43 +302,42 @@ class _Lane:
         await asyncio.gather(*(self.ask({}, b"") for _ in range(self._workers)))
 
     def close(self) -> None:
-        for worker in self._all:
+        for worker in list(self._all):
             worker.close()
 
-    async def ask(self, words: dict[str, Any], data: bytes) -> tuple[dict[str, Any], memoryview]:
+    async def ask(self, words: dict[str, Any], data: bytes) -> Answer:
         self.waiting += 1
         try:
             await self._free.acquire()
         finally:
             self.waiting -= 1
-        task = asyncio.create_task(self._asked(words, data))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
-            asyncio.get_running_loop().call_later(GRACE, task.cancel)
-            raise
+        worker = self._idle.pop() if self._idle else await self._started()
+        # the first request finds a process that is still starting
+        return await worker.ask(words, data, self._seconds if words else START_SECONDS)
 
-    async def _asked(self, words: dict[str, Any], data: bytes) -> tuple[dict[str, Any], memoryview]:
+    async def _started(self) -> _Worker:
         worker = None
         try:
-            worker = self._idle.pop() if self._idle else _Worker(self._niceness)
+            worker = _Worker(self._niceness, self._ended)
             self._all.add(worker)
-            # the first request finds a process that is still starting
-            limit = self._seconds if words else 60.0
-            timer = asyncio.get_running_loop().call_later(limit, worker.kill, True)
-            try:
-                found = await worker.ask(words, data)
-            finally:
-                timer.cancel()
-            self._idle.append(worker)
-            return found
+            await worker.connect()
+            return worker
         except BaseException:
             if worker is not None:
                 self._all.discard(worker)
                 worker.close()
+            self._free.release()
             raise
-        finally:
+
+    def _ended(self, worker: _Worker, free: bool) -> None:
+        was_idle = worker in self._idle
+        if free:
+            self._idle.append(worker)
+        else:
+            self._all.discard(worker)
+            if was_idle:
+                self._idle.remove(worker)
+        if not was_idle:
             self._free.release()
 
 
@@ -281,10 +350,10 @@ def _context() -> Any:
     return context
 
 
-def _message(words: dict[str, Any], data: bytes | memoryview) -> list[bytes | memoryview]:
+def _message(words: dict[str, Any], data: bytes) -> list[memoryview]:
     text = json.dumps(words).encode()
     head = _SIZES.pack(len(text), len(data)) + text
-    return [head + data] if len(data) < 1 << 16 else [head, data]
+    return [memoryview(head + data)] if len(data) < 1 << 16 else [memoryview(head), memoryview(data)]
 
 
 def _arrays(said: dict[str, Any], data: memoryview) -> list[np.ndarray]:
@@ -324,7 +393,7 @@ def _answered(words: dict[str, Any], body: bytes) -> tuple[dict[str, Any], list[
     resize = words["resize"] and Resize(*words["resize"])
     try:
         files = Images.decoded(body, words["most"]) if words["json"] else [body]
-        arrays = decode(files, resize, words["pixels"])
+        arrays = decode(files, resize, words["pixels"], words["scanned"])
     except MemoryError:
         return {"error": "no readable image: it takes too much memory", "status": 413}, []
     except Undecodable as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 
 import uvicorn
@@ -16,6 +17,9 @@ from .admission import protocol
 LAST_BATCH_SECONDS = 60
 # connections that are accepted before those that are too many are closed
 BACKLOG = 64
+# Python lets a thread run for 5 ms while others wait: whenever the event loop has sent or received something, it would
+# wait that long for the thread that computes
+TURN_SECONDS = 0.0005
 
 
 class HttpServer(uvicorn.Server):
@@ -34,6 +38,8 @@ class HttpServer(uvicorn.Server):
                 app,
                 http=protocol(self._service.limits),
                 ws="none",
+                # a client that says it is a proxy is none
+                proxy_headers=False,
                 backlog=BACKLOG,
                 log_level="warning",
                 access_log=False,
@@ -44,6 +50,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and open the model again at every SIGHUP."""
+        sys.setswitchinterval(TURN_SECONDS)
         await super().startup(sockets)
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .batching import Batcher, Expired, Observer
 from .device.loop import Arrays
 from .device.remote import RemoteHighway
+from .resized import ResizedImages
 
 
 class Served:
@@ -29,6 +31,7 @@ class Served:
     ):
         self.highway, self.info, self.version, self.users = highway, highway.info, version, 0
         self.batcher = Batcher(highway, max_samples=max_samples, max_wait=max_wait, observer=observer)
+        self._resized = _resized(highway)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -43,6 +46,23 @@ class Served:
             yield
         finally:
             self.users -= 1
+
+    def pixels(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """What the model takes, `[B, C, H, W]` float32, of images as a `Decoder` gives them.
+
+        Raises:
+            ValueError: One cannot be prepared, with its number; there is no image processor.
+        """
+        if self._resized is not None:
+            return self._resized(arrays)
+        pixels = []
+        for number, array in enumerate(arrays):
+            try:
+                pixels.append(self.highway.part.pixels(Image.fromarray(array)))
+            # also where a checkpoint has no image processor
+            except (ValueError, OSError) as error:
+                raise ValueError(f"image {number}: {error}") from error
+        return np.stack(pixels)
 
     def submit(self, inputs: Arrays, timeout: float | None) -> Coroutine[Any, Any, Arrays]:
         """Have samples answered. Those of a large request run in several batches, between which others have theirs.
@@ -66,6 +86,17 @@ class Served:
     def _begun(self, inputs: Arrays, start: int, timeout: float | None) -> Future[Arrays]:
         span = slice(start, start + self.batcher.max_samples)
         return self.batcher.submit({name: array[span] for name, array in inputs.items()}, timeout)
+
+
+def _resized(highway: RemoteHighway) -> ResizedImages | None:
+    """What makes pixels of resized images; nothing where only the image processor can."""
+    settings = highway.info.image
+    if settings is None:
+        return None
+    try:
+        return ResizedImages(settings, highway.part.pixels)
+    except ValueError:
+        return None
 
 
 async def _answer(future: Future[Arrays], timeout: float | None) -> Arrays:

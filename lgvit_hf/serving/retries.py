@@ -14,6 +14,7 @@ from .device.loop import Arrays
 ID_HEADER = "x-request-id"
 # answers that are kept, and for how long
 KEPT, SECONDS = 1024, 60.0
+LARGE_BYTES = 1 << 18
 Key = tuple[str, int, bytes]
 
 
@@ -24,10 +25,15 @@ class Retries:
         self._answers: dict[Key, asyncio.Future[Arrays]] = {}
 
     @staticmethod
-    def key(request: Request, version: int, body: bytes) -> Key | None:
+    async def key(request: Request, version: int, body: bytes) -> Key | None:
         """By which a request is known; nothing where it has no id."""
         name = request.headers.get(ID_HEADER)
-        return None if name is None else (name, version, hashlib.sha256(body).digest())
+        if name is None:
+            return None
+        # of 30 MB it takes longer than others should wait
+        large = len(body) > LARGE_BYTES
+        digest = await asyncio.to_thread(hashlib.sha256, body) if large else hashlib.sha256(body)
+        return name, version, digest.digest()
 
     async def once(self, key: Key, compute: Callable[[], Coroutine[Any, Any, Arrays]]) -> Arrays:
         """The answers under a key: those that were computed, are being computed, or are computed now.

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -24,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import kserve
-from .admission import RETRY, Admission, Gone, Limits, Refused, watched
+from .admission import RETRY, Admission, EarlyAnswer, Gone, Limits, Refused, watched
 from .batching import Busy, Expired
 from .certified import MARKS, Certified
 from .decoding import Decoder, Resize, Undecodable, check_json
@@ -271,7 +270,7 @@ class Service:
                 with served.batcher.coming():
                     with span("lgvit.decode"):
                         inputs = await inputs_of(request, served, body)
-                    key = Retries.key(request, served.version, body)
+                    key = await Retries.key(request, served.version, body)
                     del body
                     left = None if timeout is None else timeout - (time.monotonic() - asked)
                     submit = served.submit if certified is None else partial(certified.submit, served)
@@ -326,14 +325,10 @@ async def _unpacked(body: bytes, takes: Any, words: Any, most: int) -> Arrays:
 
 def _pixels(served: Served, arrays: list[np.ndarray]) -> Arrays:
     """What the model takes, of images that were decoded."""
-    pixels = []
-    for number, array in enumerate(arrays):
-        try:
-            pixels.append(served.highway.part.pixels(Image.fromarray(array)))
-        # also where a checkpoint has no image processor
-        except (ValueError, OSError) as error:
-            raise Refused(400, f"image {number}: {error}") from error
-    return {"pixel_values": np.stack(pixels)}
+    try:
+        return {"pixel_values": served.pixels(arrays)}
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
 
 
 def _timeout(request: Request) -> float | None:
@@ -379,6 +374,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     reason = error.detail
     if not isinstance(error, Refused):
         reason += f": {request.method} {request.url.path[:100]}; there is {', '.join(PATHS)}"
+    elif error.pace is not None:
+        return EarlyAnswer({"error": reason}, error.status_code, error.headers, error.pace)
     return JSONResponse({"error": reason}, error.status_code, error.headers)
 
 

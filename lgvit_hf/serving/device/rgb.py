@@ -36,12 +36,15 @@ class TooLarge(ValueError):
     """An image that would take too long, or too much memory, to decode."""
 
 
-def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(
+    source: bytes | str | Path, max_pixels: int = MAX_PIXELS, max_scanned: int = MAX_SCANNED
+) -> Image.Image:
     """The picture in an image file, as `as_rgb` gives it.
 
     Args:
         source (`bytes`, `str` or `Path`): What the file holds, or where it is.
         max_pixels (`int`, *optional*, defaults to 50 million): Of a file that is decoded, if less than usual.
+        max_scanned (`int`, *optional*, defaults to 500 million): Pixels times scans of a JPEG, if less than usual.
 
     Raises:
         TooLarge: It has more pixels, or scans (of a JPEG), than are decoded.
@@ -63,7 +66,7 @@ def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Imag
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=IMAGE_FORMATS) as opened:
                 check_size(opened)
-                _check_work(opened, max_pixels)
+                _check_work(opened, max_pixels, max_scanned)
                 return as_rgb(opened)
     except TooLarge as error:
         raise TooLarge(f"no readable image: {error}") from None
@@ -88,7 +91,7 @@ def check_size(image: Image.Image) -> None:
         )
 
 
-def _check_work(image: Image.Image, max_pixels: int) -> None:
+def _check_work(image: Image.Image, max_pixels: int, max_scanned: int) -> None:
     """Raise `TooLarge` for a file whose decoding would take more than its bytes tell."""
     pixels = image.width * image.height
     if pixels > max_pixels:
@@ -98,8 +101,9 @@ def _check_work(image: Image.Image, max_pixels: int) -> None:
         image.fp.seek(0)
         scans = image.fp.read().count(b"\xff\xda")
         image.fp.seek(position)
-        if pixels * scans > min(MAX_SCANNED, 10 * max_pixels):
-            raise TooLarge(f"it has {pixels:,} pixels in {scans} scans; at most {MAX_SCANNED:,} together are decoded")
+        most = min(max_scanned, 10 * max_pixels)
+        if pixels * scans > most:
+            raise TooLarge(f"it has {pixels:,} pixels in {scans} scans; at most {most:,} together are decoded")
 
 
 def as_rgb(image: Image.Image, num_channels: int = 3) -> Image.Image:
