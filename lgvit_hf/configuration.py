@@ -233,6 +233,7 @@ class HighwayConfig(SafeConfig):
         Raises:
             ValueError: Naming the field, its value and what it may be.
         """
+        self.check_sizes()
         self.validate_linear_blocks()
         self.exit_positions = checked_positions(
             self.exit_positions, self.num_blocks, self.truncated, self.linear_blocks
@@ -251,6 +252,18 @@ class HighwayConfig(SafeConfig):
         self.exit_policy = following_default(self.exit_policy, self.num_labels, self.problem_type)
         self.checked_policy(self.exit_policy)
         self.check_ensemble()
+
+    def check_sizes(self) -> None:
+        """Raise `ValueError` where images have no size, or hold no patch."""
+        sizes = {name: getattr(self, name, None) for name in ("patch_size", "image_size")}
+        if None in sizes.values():
+            return
+        for name, size in sizes.items():
+            numbers = size if isinstance(size, (list, tuple)) else (size, size)
+            if len(numbers) != 2 or not all(isinstance(number, int) and number > 0 for number in numbers):
+                raise ValueError(f"{name}: {size!r} must be a positive number of pixels, or [height, width]")
+        if min(self.patch_grid(1, *height_width(self.image_size))) < 1:
+            raise ValueError(f"image_size: {self.image_size!r} is less than a patch of {self.patch_size!r} pixels")
 
     def checked_policy(self, policy: ExitPolicy | Rule | dict[str, Any] | str) -> ExitPolicy:
         """The policy that a name, dict or object stands for, if it suits these exits and this kind of answer.

@@ -72,7 +72,40 @@ class DeiTHighwayConfig(HighwayConfig, DeiTConfig):
         return ("cls",) if self.distilled else ("cls", "mean")
 
 
-class Dinov2HighwayConfig(HighwayConfig, Dinov2Config):
+class SquareImages(HighwayConfig):
+    """Of backbones that upstream builds for square images alone, and that take others for all that."""
+
+    image_size: int
+    patch_size: int
+    others_are_taken = "as they are"
+
+    def check_sizes(self) -> None:
+        """As of the base; sizes are single numbers, or twice the same."""
+        for field in ("image_size", "patch_size"):
+            size = getattr(self, field)
+            if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+                setattr(self, field, size[0])
+            elif not isinstance(size, int):
+                raise ValueError(
+                    f"{field}: {size!r} must be one number: {self.model_type} is built for squares; images of other "
+                    f"sizes are taken {self.others_are_taken}"
+                )
+        super().check_sizes()
+
+
+class Registers(HighwayConfig):
+    """Of backbones with tokens that neither the exits nor the classifier read."""
+
+    num_register_tokens: int
+
+    def check_sizes(self) -> None:
+        """As of the base; and there is a number of registers."""
+        if not isinstance(self.num_register_tokens, int) or self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens: {self.num_register_tokens!r} must be a number from 0")
+        super().check_sizes()
+
+
+class Dinov2HighwayConfig(SquareImages, Dinov2Config):
     """A `Dinov2Config` with exits; see `HighwayConfig` for the exit settings. `pool` is what the exits read.
 
     Example:
@@ -84,30 +117,13 @@ class Dinov2HighwayConfig(HighwayConfig, Dinov2Config):
     model_type = "dinov2_highway"
 
 
-class Dinov2WithRegistersHighwayConfig(HighwayConfig, Dinov2WithRegistersConfig):
+class Dinov2WithRegistersHighwayConfig(Registers, SquareImages, Dinov2WithRegistersConfig):
     """A `Dinov2WithRegistersConfig` with exits; see `HighwayConfig`. `pool` is what the exits read."""
 
     model_type = "dinov2_with_registers_highway"
 
 
-class SquareImages(HighwayConfig):
-    """Of backbones that upstream builds for square images alone; other images can be interpolated to."""
-
-    image_size: int
-    patch_size: int
-
-    def validate_exits(self) -> None:
-        """As of the base; sizes are single numbers."""
-        for field in ("image_size", "patch_size"):
-            if not isinstance(getattr(self, field), int):
-                raise ValueError(
-                    f"{field}: {getattr(self, field)!r} must be one number: {self.model_type} is built for squares, "
-                    "and takes other images with interpolate_pos_encoding=True"
-                )
-        super().validate_exits()
-
-
-class Dinov3ViTHighwayConfig(SquareImages, DINOv3ViTConfig):
+class Dinov3ViTHighwayConfig(Registers, SquareImages, DINOv3ViTConfig):
     """A `DINOv3ViTConfig` with exits; see `HighwayConfig`. `pool` is what the exits read."""
 
     model_type = "dinov3_vit_highway"
@@ -124,6 +140,7 @@ class VisionTower(SquareImages):
 
     # a saved one is no part of another config
     base_config_key = ""
+    others_are_taken = "with interpolate_pos_encoding=True"
     attribute_map = {"attention_probs_dropout_prob": "attention_dropout"}
     initializer_factor: float = 1.0
 

@@ -146,6 +146,8 @@ class ExitPolicy:
     problem_type: ClassVar[str | None] = None
     # the parameters that may be a list with a value for each exit
     per_exit: ClassVar[tuple[str, ...]] = ("threshold", "entropy_threshold", "temperature")
+    # a threshold that no score reaches, so that no sample exits early
+    out_of_reach: ClassVar[float] = math.inf
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -56,7 +56,10 @@ def load_native(
     named = [native for native in classes if native.__name__ in (settings.get("architectures") or [])]
     native = (named or [classes[-1]])[0]
     # of a model of images and texts the config of the image side is a part
-    settings = settings.get(native.config_class.base_config_key, settings)
+    part = native.config_class.base_config_key
+    settings = settings.get(part, settings)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: {part}: {settings!r} in config.json must be a dict")
     config = native.config_class.from_dict(without_attention_code(settings))
     model, info = native.from_pretrained(
         path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **hub
@@ -99,6 +102,9 @@ def resized(native: PreTrainedModel, tensor: Tensor, ours: Tensor | None, config
     if table is None and hasattr(embeddings, "position_embedding"):
         table = embeddings.position_embedding.weight
     if table is None or table.shape != tensor.shape or ours.shape[-1] != tensor.shape[-1]:
+        return tensor
+    if config.patch_size != getattr(native.config, "vision_config", native.config).patch_size:
+        # its weights do not fit, which says more
         return tensor
     with torch.no_grad():
         made = embeddings.interpolate_pos_encoding(

@@ -125,6 +125,8 @@ class EntropyPolicy(_ThresholdPolicy):
         [False, True]
     """
 
+    out_of_reach = -math.inf
+
     def skips(self, exit_index: int) -> bool:
         """No entropy is below 0."""
         return number_at(self.threshold, exit_index, -math.inf) <= 0
@@ -358,6 +360,7 @@ class PatienceConfidencePolicy(_ThresholdPolicy):
 
     patience: int
     exits: Sequence[int] | None = field(default=None, kw_only=True)
+    out_of_reach = -math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()

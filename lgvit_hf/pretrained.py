@@ -159,9 +159,11 @@ class PretrainedHighway(SafeCheckpoint):
                 asked for other exits than it was trained with.
             OSError: No config or no safetensors there.
         """
-        model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
         if pretrained_model_name_or_path is not None:
             stored, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_arguments(kwargs))
+            cls._check_family(str(pretrained_model_name_or_path), stored.get("model_type"))
+        model, info = cls._load_safely(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is not None:
             for field in ("exit_positions", "exit_types", "linear_blocks", "feature_map_dim", "feature_map_seed"):
                 asked = getattr(model.config, field, None)
                 if asked is not None and stored.get(field) not in (None, asked):
@@ -276,6 +278,13 @@ class PretrainedHighway(SafeCheckpoint):
         return import_module(f"{__package__}.hub.lora").save(
             self, save_directory, *args, adapters_only=adapters_only, **kwargs
         )
+
+    @classmethod
+    def _check_family(cls, name: str, model_type: str | None) -> None:
+        """Raise `ValueError` where another highway takes what is saved there, plain or with exits."""
+        fits = HIGHWAY_NAMES.get((model_type or "").removesuffix("_highway"))
+        if fits is not None and fits not in {base.__name__ for base in cls.__mro__}:
+            raise ValueError(f"{name}: model type {model_type!r} is not for {cls.__name__}; {fits} fits")
 
     @classmethod
     def _natives(cls, name: str, model_type: str | None) -> tuple[Any, ...]:

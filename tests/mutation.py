@@ -33,6 +33,9 @@ TESTS = {
     "heads.py": ("tests/test_heads.py", "tests/test_modeling_vit.py"),
     "exit_head.py": ("tests/test_heads.py", "tests/test_modeling_vit.py"),
     "evaluation/search.py": ("tests/test_calibration.py", "tests/test_evaluation.py"),
+    "evaluation/threshold_search.py": ("tests/test_calibration.py", "tests/test_evaluation.py"),
+    "evaluation/grid_search.py": ("tests/test_calibration.py", "tests/test_evaluation.py"),
+    "evaluation/predictions.py": ("tests/test_calibration.py", "tests/test_evaluation.py"),
     "evaluation/risk_control.py": ("tests/test_bounds.py",),
 }
 # these two need arguments: names of variables

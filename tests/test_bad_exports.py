@@ -34,6 +34,7 @@ ALLOWED = {
     ("inputs", "{}"),
     ("ensemble", "None"),
     ("image", "None"),
+    ("weights", "None"),
     ("versions", "{}"),
     ("checks", "{}"),
     ("versions", "{'x': None}"),
@@ -263,7 +264,7 @@ def test_segments_that_do_not_follow_each_other(tmp_path):
 
 FIELDS = list(Manifest.__dataclass_fields__)
 # not in folders written before 0.2
-NEW_FIELDS = ("thresholds", "inputs", "ensemble", "image")
+NEW_FIELDS = ("thresholds", "inputs", "ensemble", "image", "weights")
 
 
 @version_independent

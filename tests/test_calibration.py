@@ -13,21 +13,15 @@ from scipy import stats
 from scipy.special import softmax
 
 from lgvit_hf import ExitTable, calibrate
-from lgvit_hf.evaluation import calibration
+from lgvit_hf.evaluation import calibration, threshold_search
 from lgvit_hf.evaluation import cost_table as cost_tables
 from lgvit_hf.evaluation import search as searching
 from lgvit_hf.evaluation.calibration import fit_temperature, split_table
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.metrics import expected_calibration_error, summarise
-from lgvit_hf.evaluation.search import (
-    SEARCHES,
-    candidates,
-    confidence_scores,
-    consequences,
-    replayed_exits,
-    search,
-    uniform_thresholds,
-)
+from lgvit_hf.evaluation.predictions import Measured, consequences, replayed_exits
+from lgvit_hf.evaluation.search import SEARCHES, candidates
+from lgvit_hf.evaluation.threshold_search import confidence_scores, search, uniform_thresholds
 from lgvit_hf.evaluation.timing import PartTimes, time_parts
 from lgvit_hf.policies import POLICIES, build_policy
 from tests.seeds import generator, rng
@@ -192,7 +186,7 @@ def test_exits_that_gain_nothing_are_off_and_all_leave_below_the_least_score():
 def test_frontier_by_hand(monkeypatch):
     """Of the same drop the cheaper, of the same cost the one that loses less, and of twins the first."""
     measured = [(3.0, 0.1), (1.0, 0.6), (1.0, 0.5), (2.0, 0.5), (3.0, 0.2), (4.0, 0.1), (5.0, -0.1), (1.0, 0.5)]
-    found = [(*numbers, {"name": name}) for numbers, name in zip(measured, "abcdefgh", strict=True)]
+    found = [Measured(*numbers, {"name": name}) for numbers, name in zip(measured, "abcdefgh", strict=True)]
     monkeypatch.setitem(searching.SEARCHES, "margin", lambda *arguments: iter(found))
     assert [settings["name"] for settings in candidates(synthetic(4), COSTS, "margin", (1.0,) * 4)] == ["g", "a", "c"]
 
@@ -257,11 +251,12 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         searches.append((right.shape[1], price, choose_exits))
         return search(scores, right, of, price, limits, choose_exits)
 
-    monkeypatch.setattr(searching, "search", recorded)
+    monkeypatch.setattr(threshold_search, "search", recorded)
     found = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))
     uniform = uniform_thresholds(scores, limits)
-    # 17 prices, three exits alone, one threshold for all exits, and for fewer exits at six of the prices
-    assert len(found) == 17 + 3 + len(uniform) + 6
+    # 17 prices, three exits alone, one threshold for all exits, and for fewer of them
+    sets = list(dict.fromkeys(entry.path for entry in found[20:]))
+    assert len(found) == 17 + 3 + len(sets) * len(uniform) and sets[0] == ((0, 1, 2),)
     prices = COSTS.backbone * np.geomspace(1000, 0.1, 17)
     expected = [(rows, price, True) for price in prices for rows in (20, 21, 21, 31)]
     assert searches == [(rows, pytest.approx(price), choose) for rows, price, choose in expected]
@@ -274,7 +269,7 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
 
     every = np.arange(31)
-    for number, (cost, drop, settings) in enumerate(found):
+    for number, (cost, drop, settings, _) in enumerate(found):
         seen = consequences_of(settings, every)
         if number < 17:
             apart = []
@@ -290,21 +285,23 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         first = next((index for index, number in enumerate(signed) if number <= limits[0]), 3)
         assert all(number == limits[1] for number in signed[first + 1 :]), settings
         assert not any(str(number) == "-0.0" for number in settings["threshold"])
-    for index, (_, _, settings) in enumerate(found[17:20]):
+    for index, (_, _, settings, path) in enumerate(found[17:20]):
         left, on = replayed_exits(table, settings)
-        assert on == [index] and (left == index).all()
+        assert on == [index] and (left == index).all() and path is None
         assert settings == settings_of(np.where(np.arange(3) == index, *np.float32(limits)))
     assert found[20][2] == found[17][2], "below the least score all leave at the first exit"
-    for cut, (_, _, settings) in zip(uniform[1:], found[21 : 20 + len(uniform)], strict=True):
+    for cut, (_, _, settings, _) in zip(uniform[1:], found[21 : 20 + len(uniform)], strict=True):
         assert settings == settings_of(cut)
     fixed = list(SEARCHES[policy](table, COSTS, policy, temperatures, False))
     assert len(fixed) == 17 + len(uniform) and not any(choose for _, _, choose in searches[68:])
 
     # one threshold for some of the exits, and the others off
-    monkeypatch.setattr(searching, "_with_fewer_exits", lambda *given: iter([(9, (0, 2)), (5, (1,))]))
-    *_, first, second = SEARCHES[policy](table, COSTS, policy, temperatures, True)
+    monkeypatch.setattr(threshold_search, "with_fewer_exits", lambda *given: iter([(9, (0, 2)), (5, (1,))]))
+    some = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))[20:]
+    assert [entry.path for entry in some] == [((0, 2),)] * len(uniform) + [((1,),)] * len(uniform)
     off, nine, five = limits[1], uniform[9][0], uniform[5][0]
-    for (cost, drop, settings), cuts in ((first, [nine, off, nine]), (second, [off, five, off])):
+    cases = (some[9], [nine, off, nine]), (some[len(uniform) + 5], [off, five, off])
+    for (cost, drop, settings, _), cuts in cases:
         assert settings == settings_of(np.array(cuts, np.float32))
         assert (cost, drop) == pytest.approx(consequences_of(settings, every))
 
@@ -313,7 +310,9 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
 @pytest.mark.parametrize(("rows", "sizes"), [(2, [2, 2]), (3, [2, 2, 2, 3])])
 def test_folds_of_few_rows(rows, sizes, monkeypatch):
     searched = []
-    monkeypatch.setattr(searching, "search", lambda *given: searched.append(given[0].shape[1]) or search(*given))
+    monkeypatch.setattr(
+        threshold_search, "search", lambda *given: searched.append(given[0].shape[1]) or search(*given)
+    )
     list(SEARCHES["margin"](synthetic(rows), COSTS, "margin", (1.0,) * 4, True))
     assert searched == 17 * sizes
 
@@ -326,9 +325,9 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
     tried = {"confidence_entropy": 8 * 8, "patience": 3, "patience_confidence": 3 * 8, "fixed": 4}[policy]
     assert len(found) == tried + (0 if policy == "fixed" else 6)
     assert len(list(SEARCHES[policy](table, COSTS, policy, (1.0,) * 4, False))) == tried
-    for cost, drop, settings in found:
+    for cost, drop, settings, _ in found:
         assert (cost, drop) == pytest.approx(predicted(table, settings))
-    settings = [settings for _, _, settings in found[:tried]]
+    settings = [entry.settings for entry in found[:tried]]
     if policy == "fixed":
         assert [one["exit_index"] for one in settings] == [0, 1, 2, 3]
     elif policy == "patience":
@@ -349,7 +348,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
                 below["confidence"], 8
             ).tolist()
             assert [(scores["entropy"] <= -one["entropy_threshold"]).sum() for one in settings] == 8 * below["entropy"]
-            fewer = [number for _, _, one in found[tried:] for number in one["threshold"] if number == 1.0]
+            fewer = [number for _, _, one, _ in found[tried:] for number in one["threshold"] if number == 1.0]
             assert len(fewer) == sum(3 - len(replayed_exits(table, one)[1]) for _, _, one in found[tried:])
 
 
@@ -364,13 +363,13 @@ def test_fewer_exits_are_the_best_where_each_counts_for_itself():
     def judged(number, exits):
         return base[number] - saved[number, list(exits)].sum(), lost[number, list(exits)].sum()
 
-    found = list(searching._with_fewer_exits(3, 2, judged, 10.0, True))
+    found = list(threshold_search.with_fewer_exits(3, 2, judged, 10.0, True))
     assert found[:2] == [(0, (0, 1, 2)), (1, (0, 1, 2))]
     subsets = [exits for size in (1, 2, 3) for exits in itertools.combinations(range(3), size)]
     for price, (number, exits) in zip(10 * np.geomspace(1000, 0.1, 17)[::3], found[2:], strict=True):
         cost = {some: judged(1, some)[0] + price * judged(1, some)[1] for some in subsets}
         assert number == 1 and cost[exits] == pytest.approx(min(cost.values()))
-    assert list(searching._with_fewer_exits(3, 2, judged, 10.0, False)) == found[:2]
+    assert list(threshold_search.with_fewer_exits(3, 2, judged, 10.0, False)) == found[:2]
 
 
 @version_independent
@@ -486,7 +485,7 @@ def test_candidates_are_a_frontier_nowhere_worse_than_one_threshold(policy):
 def test_no_row_lies_on_a_threshold(policy):
     """A model and its export differ by a bit: a row on a threshold would leave one of them earlier."""
     table, temperatures = synthetic(300), (1.0,) * 4
-    found = [settings for _, _, settings in SEARCHES[policy](table, COSTS, policy, temperatures, True)]
+    found = [entry.settings for entry in SEARCHES[policy](table, COSTS, policy, temperatures, True)]
     assert len(found) > 8
     judged_by = {"confidence_entropy": "confidence", "patience_confidence": "entropy"}.get(policy, policy)
     cuts = [(judged_by, number) for settings in found for number in np.ravel(settings["threshold"]).tolist()]
@@ -650,6 +649,39 @@ def test_two_tables_search_on_all_of_the_first(monkeypatch):
     assert found.samples_tested == 300
     assert found.accuracy == pytest.approx((answers == other.labels).float().mean().item())
     assert found.full_accuracy == pytest.approx(other.accuracies()[-1]) and found.mean_macs < COSTS.backbone
+
+
+@version_independent
+@pytest.mark.parametrize("policy", [*SEARCHES, "auto"])
+def test_what_is_proven_differs_in_one_number(policy):
+    """Along the sequence each sample exits earlier, or where it did, so that few tests fail by chance alone."""
+    table = synthetic(400, seed=3)
+    found = candidates(table, COSTS, policy, (1.0,) * 4, True, 0.1)
+    exits = torch.stack([replayed_exits(table, settings)[0] for settings in found])
+    assert {settings["name"] for settings in found} == {found[0]["name"]} and len(found) > 1
+    assert (exits.diff(dim=0) <= 0).all()
+
+
+@version_independent
+def test_another_path_must_be_clearly_cheaper_than_one_threshold_for_all_exits():
+    def path(name, exits, *points):
+        return [Measured(cost, drop, {"name": name, "cost": cost}, (exits,)) for cost, drop in points]
+
+    usual = path("confidence", (0, 1), (9.0, 0.0), (8.0, 0.01), (4.0, 0.05))
+    level = path("margin", (0, 1), (1.0, 0.02), (7.7, 0.01))
+    cheaper = path("confidence", (1,), (7.5, 0.01), (7.5, 0.01), (1.0, 0.03))
+    apart = [Measured(2.0, 0.0, {"name": "confidence"})]
+    every = usual + level + cheaper + apart
+
+    def chosen(measured, limit, name):
+        return [(one["name"], one["cost"]) for one in searching.of_one_path(measured, limit, name, 2)]
+
+    expected = [("confidence", 9.0), ("confidence", 8.0), ("confidence", 4.0)]
+    assert chosen(usual + level + apart, 0.01, "confidence") == expected
+    assert chosen(every, 0.01, "confidence") == [("confidence", 7.5), ("confidence", 1.0)]
+    assert chosen(every, 0.01, "margin") == [("margin", 7.7), ("margin", 1.0)]
+    # what nothing keeps to is the usual one's
+    assert chosen(every, -0.1, "confidence") == expected
 
 
 @version_independent

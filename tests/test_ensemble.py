@@ -17,7 +17,8 @@ from lgvit_hf.ensemble import Ensemble, EnsemblePolicy, build_ensemble, with_ens
 from lgvit_hf.evaluation.calibration import calibrate, split_table
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.gate_fitting import fit_gate, gate_features
-from lgvit_hf.evaluation.search import SEARCHES, consequences, replayed_exits
+from lgvit_hf.evaluation.predictions import consequences, replayed_exits
+from lgvit_hf.evaluation.search import SEARCHES
 from lgvit_hf.evaluation.timing import time_parts
 from lgvit_hf.hub.card import _check, card
 from lgvit_hf.hub.to_lgvit import lgvit_settings
@@ -366,7 +367,7 @@ def test_calibration_measures_what_the_ensemble_answers(policy):
 def test_every_candidate_is_searched_with_the_exits_that_it_evaluates(policy):
     table = replace(calibration_table(3), ensemble={"weights": [1, 2, 3, 4], "bias": [0.1, 0.0, -0.1]})
     temperatures = (1.5, 1.0, 0.8, 1.0)
-    for cost, drop, settings in SEARCHES[policy](table, table.known_costs, policy, temperatures, True):
+    for cost, drop, settings, _ in SEARCHES[policy](table, table.known_costs, policy, temperatures, True):
         exits, evaluated = replayed_exits(table, settings)
         again, drops = consequences(table, exits, evaluated, table.known_costs)
         answers = table.replay(settings)

@@ -26,13 +26,20 @@ from lgvit_hf import (
     Dinov2WithRegistersHighway,
     SiglipHighway,
     ViTHighway,
+    ViTMSNHighway,
 )
 from lgvit_hf.cli import main
+from lgvit_hf.data.processing import make_processor
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.hub.card import card
+from lgvit_hf.serving.device.remote import RemoteHighway
+from lgvit_hf.serving.open_part import open_any
+from lgvit_hf.serving.predictor import Predictor
+from tests.clear import clear_model
 from tests.seeds import seeded
 from tests.tiny import (
     IMAGE_SIZE,
+    MODELS,
     OTHER_KINDS,
     scrambled,
     tiny_backbone_settings,
@@ -109,7 +116,28 @@ def test_another_family_is_told_which_class_fits():
         CLIPHighway.from_backbone(tiny_native("siglip"))
 
 
+def test_another_family_in_a_folder_is_told_too(tmp_path):
+    for kind, model in (("dinov2", tiny_native("dinov2")), ("beit", tiny_model("beit"))):
+        model.save_pretrained(tmp_path / kind)
+        fits = f"is not for ViTMSNHighway; {MODELS[kind].__name__} fits"
+        with pytest.raises(ValueError, match=f"{kind}: model type '{model.config.model_type}' {fits}"):
+            ViTMSNHighway.from_pretrained(tmp_path / kind)
+
+
+def test_model_types_that_transformers_does_not_know(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "siglip_text_model_of_tomorrow"}')
+    with pytest.raises(ValueError, match="'siglip_text_model_of_tomorrow' must be one of .*siglip_vision_model"):
+        AutoHighway.from_backbone(tmp_path, num_labels=2)
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": 3}')
+    for highway in (AutoHighway, CLIPHighway):
+        with pytest.raises(ValueError, match="vision_config: 3 in config.json must be a dict|no .*safetensors"):
+            highway.from_backbone(tmp_path, num_labels=2)
+
+
 def test_registers_that_do_not_match(tmp_path):
+    for kind in ("dinov2_with_registers", "dinov3_vit"):
+        with pytest.raises(ValueError, match="num_register_tokens: -1 must be a number from 0"):
+            tiny_config(kind, num_register_tokens=-1)
     native = tiny_native("dinov2_with_registers")
     with pytest.raises(ValueError, match=r"register_tokens' is \(1, 3, 32\) there, and \(1, 4, 32\)"):
         Dinov2WithRegistersHighway.from_backbone(native, num_register_tokens=4)
@@ -122,12 +150,30 @@ def test_registers_that_do_not_match(tmp_path):
 
 def test_sizes_that_upstream_refuses():
     for kind in ("siglip", "clip"):
-        with pytest.raises(ValueError, match=r"image_size: \[16, 32\] must be one number"):
+        with pytest.raises(ValueError, match=r"image_size: \[16, 32\] must be one number.* interpolate_pos_encoding"):
             tiny_model(kind, image_size=[16, 32])
+    for kind in ("dinov2", "dinov2_with_registers"):
+        with pytest.raises(ValueError, match=r"image_size: \[16, 32\] must be one number.* taken as they are"):
+            tiny_model(kind, image_size=[16, 32])
+        assert tiny_config(kind, image_size=[16, 16]).image_size == 16
+    for kind in ("dinov2", "siglip", "vit"):
+        with pytest.raises(ValueError, match="embedding.* with the settings asked for"):
+            MODELS[kind].from_backbone(tiny_native(kind), patch_size=8)
     with pytest.raises(ValueError, match="pixel_values: 2 x 16 pixels .* patch"):
         tiny_model("dinov2")(tiny_images(2, (2, 16)))
     with pytest.raises(ValueError, match="takes 16 x 16; .*interpolate_pos_encoding"):
         tiny_model("siglip")(tiny_images(2, 24))
+
+
+@pytest.mark.parametrize("kind", [*OTHER_KINDS, "vit"])
+def test_images_that_hold_no_patch(kind):
+    for size in (0, -16):
+        with pytest.raises(ValueError, match=f"image_size: {size} must be a positive number"):
+            tiny_config(kind, image_size=size)
+    with pytest.raises(ValueError, match="image_size: 1 is less than a patch of . pixels"):
+        tiny_config(kind, image_size=1)
+    with pytest.raises(ValueError, match="patch_size: 0 must be a positive number"):
+        tiny_config(kind, patch_size=0)
 
 
 @torch.no_grad()
@@ -204,3 +250,30 @@ def test_what_goes_with_every_backbone(kind, tmp_path):
     pytest.importorskip("peft")
     adapted = type(model).from_backbone(tiny_native(kind), num_labels=5, exit_positions=[2], lora=2)
     assert any("lora" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_every_backbone_predicts_and_serves(kind, tmp_path):
+    model, images = clear_model(kind, 2, num_hidden_layers=2, exit_positions=[1], exit_types="linear")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    make_processor(IMAGE_SIZE).save_pretrained(folder)
+    with torch.no_grad():
+        expected = model(images)
+    assert expected.exit_index.tolist() == [0, 1] * 2
+    answers = Predictor(folder)({"pixel_values": images.numpy()})
+    assert answers["exit_index"].tolist() == [0, 1] * 2
+    torch.testing.assert_close(torch.from_numpy(answers["logits"]), expected.logits)
+    testclient = pytest.importorskip("starlette.testclient", reason='pip install "lgvit-hf[serve]"')
+    from lgvit_hf.serving.server import make_app
+
+    pixels = {
+        "name": "pixel_values",
+        "datatype": "FP32",
+        "shape": list(images.shape),
+        "data": images.flatten().tolist(),
+    }
+    with testclient.TestClient(make_app(RemoteHighway(open_any(folder)), workers=1)) as client:
+        reply = client.post("/v2/models/model/infer", json={"inputs": [pixels]}).json()
+    (logits,) = (torch.tensor(each["data"]) for each in reply["outputs"] if each["name"] == "logits")
+    torch.testing.assert_close(logits.view(4, -1), expected.logits)

@@ -35,8 +35,7 @@ from lgvit_hf.export.optimum_config import HighwayOnnxConfig  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "lgvit_hf/export/optimum_plugin"
 TASK = "image-classification"
-KINDS = ("vit", "deit", "swin")
-# Optimum's ways of exporting differ, and backbones do: each of them once
+# Optimum's ways of exporting differ, and backbones do: each of them once, others in `test_backbone_exports.py`
 only_vit = pytest.mark.parametrize("exported", ["vit"], indirect=True)
 IMAGES = tiny_images(12)
 PHOTOS = [Image.fromarray(rng(number).integers(0, 256, (20, 30, 3), np.uint8)) for number in range(4)]
@@ -86,7 +85,7 @@ def exported(request, tmp_path_factory):
     return model, expected, folder / "checkpoint", folder / "out"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODELS)
 def test_tasks_manager_knows_the_model_types(kind):
     model_type = MODELS[kind].config_class.model_type
     tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")

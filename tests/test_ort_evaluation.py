@@ -23,7 +23,7 @@ from lgvit_hf.evaluation.costs import Costs, model_macs
 from lgvit_hf.evaluation.exit_table import collect, weights_digest
 from lgvit_hf.evaluation.report import evaluate, evaluate_as_text
 from lgvit_hf.evaluation.report_text import benchmark_as_text, verdict
-from lgvit_hf.evaluation.search import confidence_scores
+from lgvit_hf.evaluation.threshold_search import confidence_scores
 from tests.seeds import rng, seeded
 from tests.tiny import scrambled, tiny_images
 

@@ -24,15 +24,14 @@ from lgvit_hf.remote_code import auto_map, code_files
 from tests.clear import clear_model
 from tests.test_cross_version import elsewhere, other, tiny_avit  # noqa: F401  (`other` is a fixture)
 from tests.test_modeling_common import training_arguments
-from tests.tiny import IMAGE_SIZE, KINDS, tiny_dataset, tiny_images, tiny_model
+from tests.tiny import IMAGE_SIZE, KINDS, OTHER_KINDS, tiny_dataset, tiny_images, tiny_model
 from tests.tiny import MODELS as HIGHWAYS
 
 PACKAGE = Path(lgvit_hf.__file__).parent
 MODELS = (*dict.fromkeys(HIGHWAYS.values()), AViT)
 AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForImageClassification"}
 EXITS = {"exit_positions": [2, 3, 5], "exit_types": ["conv1_1", "vit", "attention_r2"]}
-# of those that differ from ViT in little but names, none
-ALL_KINDS = (*KINDS, "dinov3_vit", "clip", "avit")
+ALL_KINDS = (*KINDS, *OTHER_KINDS, "avit")
 
 
 def save_all(folder):

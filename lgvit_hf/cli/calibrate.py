@@ -122,8 +122,8 @@ def plot_calibration(
     """Accuracy against MACs on the half of a table that was not searched on: one threshold for all, and the choice."""
     from ..evaluation.calibration import split_table
     from ..evaluation.plots import plot_pareto
-    from ..evaluation.search import RANGES
     from ..evaluation.sweep import threshold_curve
+    from ..evaluation.threshold_search import RANGES
     from .drawing import UNIT, point, points
 
     name = report.policy["name"] if report.policy["name"] in RANGES else "confidence"

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..data.settings import real, whole
 from .options import add_policy, add_runtime, policy_of
+
+if TYPE_CHECKING:
+    from ..serving.device.loop import Runs
 
 HELP = "answer images over HTTP, as a whole highway or as a part of one"
 EXAMPLE = (
     "lgvit serve parts/part2 --port 8002\n"
     "  lgvit serve parts/part1 --port 8001 --next http://cloud:8002 --state-dtype float16\n"
-    "  lgvit serve runs/stage2 --port 8000 --policy confidence --threshold 0.8"
+    "  lgvit serve runs/stage2 --port 8000 --policy confidence --threshold 0.8\n"
+    "  lgvit serve runs/stage2 --ladder runs/stage2/calibration.json --max-queue-ms 200\n"
+    "  lgvit serve runs/stage2 --drift runs/stage2/calibration.json --audit 0.01"
 )
 LONGEST_WAIT_MS = 1000.0
 
@@ -46,6 +52,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--decoders", type=whole(1, 1024), help="processes that decode images, in each of two lanes (one a core)")
     add("--drain-seconds", type=real(0, 3600), default=20.0, help="after SIGTERM for what waits (default: 20)")
     add("--threads", type=whole(1, 1024), help="of the processor")
+    add("--ladder", metavar="FILE", help="calibration.json with --delta: faster certified policies as the queue grows")
+    add("--max-queue-ms", type=real(0), help="with --ladder: what would wait for longer gets 503")
+    add("--drift", metavar="FILE", help="calibration.json to compare answers with; after an alarm the safest policy")
+    add("--audit", type=real(), default=0.0, help="with --drift: share of samples that are run to the end, too (0)")
+    add("--drift-state", metavar="FILE", help="kept over restarts (default: calibration.drift.json beside --drift)")
     add_policy(parser)
     add_runtime(parser)
 
@@ -63,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
 
     try:
         from ..serving.admission import Limits
+        from ..serving.certified import Certified
+        from ..serving.certified_files import check_options
         from ..serving.http_server import HttpServer
         from ..serving.server import make_app
     except ImportError as error:
@@ -79,17 +92,22 @@ def run(options: argparse.Namespace) -> None:
         per_address=options.max_per_address,
     )
 
-    def open_highway() -> RemoteHighway:
-        running = {"threads": options.threads, "runtime": options.runtime}
-        part = open_any(options.path, policy=policy, max_batch_size=most, **running)
-        sending = {name: getattr(options, name) for name in ("state_dtype", "timeout", "retries")}
-        return RemoteHighway(part, options.next, **sending)
+    running = {"threads": options.threads, "runtime": options.runtime}
+    sending = {name: getattr(options, name) for name in ("state_dtype", "timeout", "retries")}
+    promised = {name: getattr(options, name) for name in ("ladder", "max_queue_ms", "drift", "audit", "drift_state")}
+    check_options(**promised)
+    opened = partial(open_any, options.path, policy=policy, max_batch_size=most, **running)
+    part = opened()
+    certified = Certified(part, **promised) if options.ladder or options.drift else None
 
-    highway = open_highway()
+    def highway_of(part: Runs) -> RemoteHighway:
+        return RemoteHighway(part if certified is None else certified.fitted(part), options.next, **sending)
+
+    highway = highway_of(part)
     missing, info = highway.check_next(), highway.info
     wait = options.max_wait_ms / 1e3
-    running = {"limits": limits, "workers": options.decoders, "reopen": open_highway}
-    app = make_app(highway, max_batch_size=most, max_wait=wait, **running)
+    serving = {"limits": limits, "workers": options.decoders, "reopen": lambda: highway_of(opened())}
+    app = make_app(highway, max_batch_size=most, max_wait=wait, certified=certified, **serving)
     listening = socket.create_server((options.host, options.port), backlog=1024)
     # accepted connections take it over; without it the second packet of an answer waits for the first's receipt
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -103,4 +121,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"until the next part is there, samples are answered here: {missing}", flush=True)
     elif info.gives and options.next is None:
         print("no --next: samples that do not exit are answered here too, and marked degraded", flush=True)
-    server.run(sockets=[listening])
+    if certified is None:
+        return server.run(sockets=[listening])
+    if certified.ladder is not None:
+        print(certified.ladder.promise(), flush=True)
+    with certified.held():
+        server.run(sockets=[listening])

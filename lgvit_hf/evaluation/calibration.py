@@ -16,8 +16,9 @@ from .calibration_report import Calibration
 from .cost_table import CostTable
 from .exit_table import ExitTable
 from .metrics import expected_calibration_error
+from .predictions import Settings, consequences, replayed_exits, shares
 from .risk_control import drop_p_value, harm_p_value, passed_in_order, samples_needed
-from .search import SEARCHES, Settings, candidates, consequences, replayed_exits, shares
+from .search import SEARCHES, candidates
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -106,14 +107,14 @@ def calibrate(
     """Fit temperatures and search for thresholds and exits on one half of a table; choose from these on the other.
 
     The cheapest policy within `max_accuracy_drop` is returned; without one, the most accurate within the cost asked.
-    With `delta`, what was found is tested on the second half from the safest to the fastest, up to the first that
-    fails (Learn then Test, https://arxiv.org/abs/2110.01052; early exits: https://arxiv.org/abs/2405.20915); if that
-    is the safest, all exits are skipped.
+    With `delta`, policies that differ in one number (see `of_one_path`) are tested on the second half from the safest
+    to the fastest, up to the first that fails (Learn then Test, https://arxiv.org/abs/2110.01052; early exits:
+    https://arxiv.org/abs/2405.20915); if that is the safest, all exits are skipped.
 
     Args:
         table (`ExitTable`): Of samples that were not trained on, with the costs that `collect` counts.
         policy (`str`, *optional*, defaults to `"confidence"`):
-            A built-in policy's name, or `"auto"`: all of them in one sequence, tested in one fixed order.
+            A built-in policy's name, or `"auto"`: all of them, and one confidence where none is clearly cheaper.
         max_accuracy_drop (`float`, *optional*): Share of all samples, in (0, 1) with `delta`.
         min_speedup (`float`, *optional*): Cost of the plain model over the mean cost.
         max_macs (`float`, *optional*): Largest mean MACs of a sample.
@@ -165,7 +166,8 @@ def calibrate(
     seen = searched.policy_logits()
     temperatures = tuple(fit_temperature(exit, searched.labels) if temperature else 1.0 for exit in seen)
     # safest first the full model, which is within any drop, unless an ensemble's bias changes its answers
-    found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits)]
+    proven = None if delta is None else max_accuracy_drop
+    found = [{"name": "never"}, *candidates(searched, costs, policy, temperatures, choose_exits, proven)]
     results = [_result(tested, settings, cost_table, batch_size) for settings in found]
     allowed = _within_drop(results, max_accuracy_drop, delta, bound, is_sure=not _changes_final(table))
     if not allowed:

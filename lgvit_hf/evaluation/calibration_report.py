@@ -11,6 +11,12 @@ from typing import Any
 from ..hub.report_keys import current_names
 from .report_text import policy_in_words
 
+# what holds of a ladder whose rungs are all certified
+MIXTURE = (
+    "every rung holds the bound, and so does any mixture of them, if which rung a sample gets says nothing of the\n"
+    "sample: samples must arrive independently of one another and be alike, and bursts of hard images void it"
+)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -115,6 +121,8 @@ class Calibration:
                 f"{number:4}   {rung['accuracy']:8.2%}   {rung['mean_macs'] / 1e6:7.2f} M{latency}   "
                 f"{threshold.removeprefix(': threshold ')}"
             )
+        if self.delta is not None:
+            lines += ["", MIXTURE]
         return "\n".join(lines)
 
     @classmethod

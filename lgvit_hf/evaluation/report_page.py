@@ -21,8 +21,9 @@ from .calibration_report import Calibration
 from .cost_table import CostTable
 from .exit_table import ExitTable
 from .metrics import per_class, reliability_by_exit, summarise
-from .search import RANGES, Settings
+from .predictions import Settings
 from .sweep import threshold_settings
+from .threshold_search import RANGES
 
 # of a page: positions of the slider, classes and pairs of answers in a table, images on each side and their pixels
 STEPS, CLASSES, PAIRS, IMAGES, PIXELS = 40, 40, 20, 8, 96

@@ -12,7 +12,8 @@ from ..hub.report_keys import current_names
 from ..policies import build_policy
 from .exit_table import ExitTable
 from .metrics import summarise
-from .search import RANGES, Settings, confidence_scores, uniform_thresholds
+from .predictions import Settings
+from .threshold_search import RANGES, confidence_scores, uniform_thresholds
 
 
 def sweep(

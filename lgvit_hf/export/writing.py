@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..evaluation.costs import model_macs
+from ..evaluation.exit_table import weights_digest
 from ..modeling_highway import HighwayMixin
 from ..policies import ExitPolicy
 from ..runtimes.manifest import Manifest, exits_that_run
@@ -83,6 +84,7 @@ def manifest_of(
         checks={},
         ensemble=model.config.exit_ensemble,
         inputs={name: numbers.tolist() for name, numbers in inputs.items()},
+        weights=weights_digest(model) if precision == "float32" else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, BaseImageProcessor, PretrainedConfig, PreTrainedModel, set_seed
 
 from ..checkpoint_files import hub_arguments
 from ..configuration import EXIT_FIELDS, OWN_FIELDS, HighwayConfig
@@ -212,7 +212,8 @@ def open_model(
     elif kind in BY_BACKBONE and not must_be_highway:
         model = _from_plain(source, config, label_names, partial(BY_BACKBONE[kind].from_backbone, source, **exits))
     else:
-        raise ValueError(f"{source}: model type {kind!r} must be one of {', '.join(HIGHWAYS)}")
+        choices = HIGHWAYS if must_be_highway else (*BY_BACKBONE, *HIGHWAYS)
+        raise ValueError(f"{source}: model type {kind!r} must be one of {', '.join(choices)}")
     if lora is not None:
         add_lora(model, lora)
     return model, open_processor(source)
@@ -432,4 +433,12 @@ def read_config(checkpoint: str, **hub: Any) -> PretrainedConfig:
     """
     if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
         raise OSError(f"{checkpoint}: no config.json there, not a saved model")
+    settings, _ = PretrainedConfig.get_config_dict(checkpoint, **hub)
+    kind = settings.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in settings:
+        # transformers would say that it is too old
+        raise ValueError(f"{checkpoint}: model type {kind!r} must be one of {', '.join((*BY_BACKBONE, *SAVED))}")
+    for part in ("vision_config", "text_config"):
+        if not isinstance(settings.get(part) or {}, dict):
+            raise ValueError(f"{checkpoint}: {part}: {settings[part]!r} in config.json must be a dict")
     return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub)

@@ -12,7 +12,7 @@ from typing import Any
 from ..files import leads_out, write_json
 from ..hub.report_keys import current_names
 from ..policies import ExitPolicy, FixedPolicy
-from ..serving.device.info import Description, are_counts, are_digests
+from ..serving.device.info import Description, are_counts, are_digests, is_digest
 from ..serving.device.pixels import PixelSettings
 
 LAYOUTS = ("single", "segments", "all_exits")
@@ -67,6 +67,8 @@ class Manifest(Description):
         inputs (`dict[str, list[float]]`): Of a single file, these inputs with the policy's numbers.
         image (`dict`, *optional*):
             How `prepare` makes pixels of an image, tried against the image processor; nothing where that does more.
+        weights (`str`, *optional*):
+            Digest of the model's weights, where the files answer as it does, so that its calibration is theirs.
     """
 
     FILE = MANIFEST
@@ -87,6 +89,7 @@ class Manifest(Description):
     thresholds: str = "optional"
     inputs: dict[str, list[float]] = field(default_factory=dict)
     image: PixelSettings | None = None
+    weights: str | None = None
 
     @property
     def digest(self) -> str:
@@ -129,6 +132,7 @@ class Manifest(Description):
             "thresholds": self.thresholds in THRESHOLDS,
             "image": self.image is None
             or (isinstance(self.image, dict) and set(self.image) == set(PixelSettings.__annotations__)),
+            "weights": self.weights is None or is_digest(self.weights),
             "inputs": isinstance(self.inputs, dict)
             and all(isinstance(numbers, list) for numbers in self.inputs.values())
             and {type(number) for numbers in self.inputs.values() for number in numbers} <= {int, float},

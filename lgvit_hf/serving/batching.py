@@ -103,6 +103,12 @@ class Batcher:
         with self._changed:
             return self._samples()
 
+    @property
+    def queue_age(self) -> float:
+        """Seconds that the first request in the queue has waited, given up meanwhile or not; 0 if none waits."""
+        with self._changed:
+            return time.monotonic() - self._queue[0].asked if self._queue else 0.0
+
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
         """Have samples answered; the future gives what `RemoteHighway` would, or can be cancelled until it runs.
 
@@ -187,10 +193,11 @@ class Batcher:
                 return None if self._closed else []
             first, samples, group = self._queue[0], 0, []
             for waiting in self._queue:
-                joins = samples + waiting.samples <= self.max_samples and _alike(first.timeout, waiting.timeout)
-                if waiting is first or joins:
+                # one that was given up takes no place
+                more = 0 if waiting.future.cancelled() else waiting.samples
+                if waiting is first or (samples + more <= self.max_samples and _alike(first.timeout, waiting.timeout)):
                     group.append(waiting)
-                    samples += waiting.samples
+                    samples += more
                 if samples >= self.max_samples:
                     break
             taken = set(group)

@@ -55,7 +55,7 @@ class SingleFile:
         check_runtime(runtime)
         threads = _usual_threads() if threads is None else threads
         self.folder, runtime = Path(folder), runtime or next(iter(SESSIONS))
-        self.depths, self.digest = manifest.depths, manifest.digest
+        self.depths, self.digest, self.weights = manifest.depths, manifest.digest, manifest.weights
         config = _settings_of(self.folder, manifest)
         self.labels, self.problem_type = config["labels"], config.get("problem_type")
         if policy is None:
@@ -92,12 +92,13 @@ class SingleFile:
         """Whether there is an image processor."""
         return self.image is not None or self._images is not None
 
-    def __call__(self, pixels: np.ndarray) -> Arrays:
-        """`ANSWERS` to `pixels` `[B, C, H, W]` float32."""
+    def __call__(self, pixels: np.ndarray, thresholds: np.ndarray | None = None) -> Arrays:
+        """`ANSWERS` to `pixels` `[B, C, H, W]` float32, by `thresholds` `[B, E]` instead of the policy's, if given."""
         if not len(pixels) or list(pixels.shape[1:]) != self.shape:
             wanted = ", ".join(map(str, self.shape))
             raise ValueError(f"pixel_values: shape {pixels.shape} must be (batch, {wanted}), with at least one image")
-        found = run_file(self._session, np.ascontiguousarray(pixels), self._policy, len(self.depths))
+        given = self._session, np.ascontiguousarray(pixels), self._policy, len(self.depths)
+        found = run_file(*given, thresholds=thresholds)
         return dict(zip(ANSWERS, found, strict=True))
 
     def pixels(self, image: Image.Image) -> np.ndarray:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.drift import DriftMonitor
+from ..policies import build_policy
+from ..runtimes.manifest import exits_that_run
 
 # a faster rung is left again when the queue is this much shorter than what it was taken at
 _RETURN = 0.5
@@ -132,4 +134,10 @@ def _thresholds(rung: Mapping[str, Any], served: Mapping[str, Any], num_exits: i
     thresholds = [float(threshold)] * num_exits if isinstance(threshold, (int, float)) else list(threshold)
     if len(thresholds) != num_exits:
         raise ValueError(f"the ladder has {len(thresholds)} thresholds, but the model has {num_exits} exits; {HOW}")
+    evaluated, ours = (exits_that_run(build_policy(dict(each), num_exits), num_exits + 1) for each in (rung, served))
+    if evaluated != ours:
+        raise ValueError(
+            f"the ladder is of another policy: a rung evaluates exits {evaluated}, and the model's {ours}; set the "
+            "policy of that report"
+        )
     return thresholds

@@ -59,8 +59,12 @@ class Opened(Protocol):
     def processor_digest(self) -> str:
         """By which another image processor is known."""
 
-    def __call__(self, pixels: np.ndarray) -> Arrays:
-        """Logits, exits and scores of `pixels` `[B, C, H, W]` float32."""
+    @property
+    def weights(self) -> str | None:
+        """By which a calibration names the model, where that is not `digest`: of the checkpoint that was exported."""
+
+    def __call__(self, pixels: np.ndarray, thresholds: np.ndarray | None = None) -> Arrays:
+        """Logits, exits and scores of `pixels` `[B, C, H, W]` float32, by `thresholds` `[B, E]` if there are any."""
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""

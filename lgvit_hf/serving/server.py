@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import kserve
 from .admission import RETRY, Admission, Gone, Limits, Refused, watched
 from .batching import Busy, Expired
+from .certified import MARKS, Certified
 from .decoding import Decoder, Resize, Undecodable, check_json
 from .device.info import SCHEMA
 from .device.loop import Arrays, probabilities
@@ -51,6 +52,7 @@ def make_app(
     limits: Limits | None = None,
     workers: int | None = None,
     reopen: Callable[[], RemoteHighway] | None = None,
+    certified: Certified | None = None,
 ) -> Starlette:
     """The service around a highway.
 
@@ -67,9 +69,11 @@ def make_app(
         limits (`Limits`, *optional*): Of connections and bodies.
         workers (`int`, *optional*): Processes that decode images, in each of two lanes; by default one a core.
         reopen (`Callable`, *optional*): Opens the model again, for `Service.reload`.
+        certified (`Certified`, *optional*): Has samples answered by rungs, or looks for drift; of this highway's part.
     """
     limits = limits or Limits()
-    service = Service(highway, max_batch_size, max_wait, max_request_samples, limits, workers or _cores(), reopen)
+    given = limits, workers or _cores(), reopen, certified
+    service = Service(highway, max_batch_size, max_wait, max_request_samples, *given)
 
     async def predict(request: Request) -> Response:
         served = service.served
@@ -123,6 +127,7 @@ def make_app(
             **{name: getattr(info, name) for name in ("model", "parts", "format", "takes", "labels", "policy")},
             "next": served.highway.hop and served.highway.hop.url,
             "version": served.version,
+            **({} if certified is None else certified.health()),
         }
         return JSONResponse(said, 200 if served.batcher.alive else 503)
 
@@ -134,11 +139,13 @@ def make_app(
         return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
 
     async def show_metrics(request: Request) -> PlainTextResponse:
-        return PlainTextResponse(service.metrics.text(service.counts))
+        of_rungs = "" if certified is None else certified.metrics()
+        return PlainTextResponse(service.metrics.text(service.counts) + of_rungs)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with service.running():
+        # the first to begin and the last to end: what waits at the end is counted too
+        async with certified.watching() if certified is not None else nullcontext(), service.running():
             yield
 
     app = Starlette(
@@ -189,7 +196,9 @@ class Service:
         limits: Limits,
         workers: int,
         reopen: Callable[[], RemoteHighway] | None = None,
+        certified: Certified | None = None,
     ):
+        self.certified = certified
         self.metrics, self.limits, self.max_samples = Metrics(), limits, max_request_samples
         self.served = Served(highway, max_batch_size, max_wait, self.metrics)
         self._reopen, self._batching, self._reloading = reopen, (max_batch_size, max_wait), asyncio.Lock()
@@ -254,7 +263,10 @@ class Service:
     async def answers(self, request: Request, served: Served, inputs_of: Callable[..., Any]) -> Arrays:
         """The answers to a request, whose inputs `inputs_of(request, served, body)` gives."""
         timeout, asked = _timeout(request), time.monotonic()
+        certified = self.certified
         with self._admission.admitted(request), served.used(), span("lgvit.request", request.headers):
+            if certified is not None:
+                certified.check_queue(served)
             async with self._admission.body(request) as body, watched(request):
                 with served.batcher.coming():
                     with span("lgvit.decode"):
@@ -262,7 +274,8 @@ class Service:
                     key = Retries.key(request, served.version, body)
                     del body
                     left = None if timeout is None else timeout - (time.monotonic() - asked)
-                    compute = partial(served.submit, inputs, left)
+                    submit = served.submit if certified is None else partial(certified.submit, served)
+                    compute = partial(submit, inputs, left)
                     # submitted before the context ends, so that a batch that waits for it finds it
                     found = compute() if key is None else self._retries.once(key, compute)
                 with span("lgvit.answer"):
@@ -347,6 +360,7 @@ def _as_json(served: Served, answers: Arrays) -> list[dict[str, Any]]:
             "exit_layer": int(answers["exit_layer"][number]),
             "exit_score": float(answers["exit_score"][number]),
             "degraded": bool(answers["degraded"][number]),
+            **{name: kind(answers[name][number]) for name, kind in MARKS.items() if name in answers},
         }
         for number, label in enumerate(labels.tolist())
     ]

@@ -14,11 +14,14 @@ from torch import nn
 
 from ..configuration import HighwayConfig
 from ..data.processing import ProcessedImages, open_processor
+from ..engine import Answers, run_early
+from ..ensemble import with_ensemble
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import weights_digest
+from ..exit_policy import ExitPolicy, PerSamplePolicy
 from ..hub.loading import answer_depths, load_highway
 from ..runtimes.open_exported import open_exported
-from ..segments import height_width
+from ..segments import State, height_width
 from .device.loop import ANSWERS, Arrays
 from .device.pixels import PixelSettings, pixel_settings
 
@@ -72,6 +75,12 @@ class TorchModel:
         return weights_digest(self.model)
 
     @property
+    def weights(self) -> str | None:
+        """Of the checkpoint that was exported, if it is known."""
+        manifest = getattr(self.model, "manifest", None)
+        return None if manifest is None else manifest.weights
+
+    @property
     def processor_digest(self) -> str:
         """By which another image processor is known."""
         assert self.images is not None  # whoever asks has images
@@ -91,12 +100,20 @@ class TorchModel:
         return self.images is not None
 
     @torch.inference_mode()
-    def __call__(self, pixels: np.ndarray) -> Arrays:
-        """`ANSWERS` to `pixels` `[B, C, H, W]` float32."""
+    def __call__(self, pixels: np.ndarray, thresholds: np.ndarray | None = None) -> Arrays:
+        """`ANSWERS` to `pixels` `[B, C, H, W]` float32, by `thresholds` `[B, E]` instead of the policy's, if given."""
         # a copy, for others' arrays may be read-only
-        found = self.model(pixel_values=torch.tensor(pixels, device=self.model.device, dtype=self.model.dtype))
+        images = torch.tensor(pixels, device=self.model.device, dtype=self.model.dtype)
+        found: Any = self.model(pixel_values=images) if thresholds is None else self._by(thresholds, images)
         tensors = {name: getattr(found, name) for name in ANSWERS}
         return {name: (each.float() if name == "logits" else each).cpu().numpy() for name, each in tensors.items()}
+
+    def _by(self, thresholds: np.ndarray, images: torch.Tensor) -> Answers:
+        """Answers by thresholds of each sample's own."""
+        num_exits = len(self.depths) - 1
+        policy: ExitPolicy = PerSamplePolicy(self.model.exit_policy, torch.tensor(thresholds), num_exits)
+        policy = with_ensemble(policy, self.model.config.exit_ensemble, num_exits + 1, len(self.labels))
+        return run_early(self.model.segments(), State({"pixel_values": images}), policy)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""

@@ -13,6 +13,9 @@ from .device.info import PartInfo
 from .device.loop import ANSWERS, Arrays, try_part
 from .predictor import Predictor
 
+# an input beside the samples: the thresholds of each, a row of its own
+THRESHOLDS = "thresholds"
+
 
 class Whole:
     """A checkpoint or an exported highway; called as a part is, but all samples exit in it.
@@ -39,6 +42,7 @@ class Whole:
         self.folder = Path(path)
         self._predictor = Predictor(path, policy, max_batch_size=max_batch_size, runtime=runtime, threads=threads)
         opened = self._predictor.opened
+        self.weights = opened.weights
         self.info = PartInfo(
             model=opened.digest or "",
             format="whole",
@@ -68,8 +72,12 @@ class Whole:
                 )
 
     def __call__(self, inputs: Arrays) -> tuple[Arrays, np.ndarray, Arrays]:
-        """Answer samples, all of them."""
-        found = self._predictor(inputs)
+        """Answer samples, all of them; by `thresholds` `[B, E]` of each sample's own, where the inputs hold them."""
+        thresholds = inputs.get(THRESHOLDS)
+        if thresholds is None:
+            found = self._predictor(inputs)
+        else:
+            found = self._predictor.opened(inputs["pixel_values"], thresholds)
         return {name: found[name] for name in ANSWERS}, np.zeros(0, np.int64), {}
 
     def pixels(self, image: Image.Image) -> np.ndarray:

@@ -33,14 +33,9 @@ from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
 from lgvit_hf.evaluation.costs import model_macs
 from lgvit_hf.evaluation.gate_fitting import fit_gate
-from lgvit_hf.evaluation.search import (
-    RANGES,
-    candidates,
-    confidence_scores,
-    replayed_exits,
-    shares,
-    uniform_thresholds,
-)
+from lgvit_hf.evaluation.predictions import replayed_exits, shares
+from lgvit_hf.evaluation.search import candidates
+from lgvit_hf.evaluation.threshold_search import RANGES, confidence_scores, uniform_thresholds
 from lgvit_hf.evaluation.timing import time_interleaved, time_parts
 from lgvit_hf.files import write_json
 from lgvit_hf.hub.loading import example_image, load_highway

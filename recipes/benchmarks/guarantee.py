@@ -19,7 +19,8 @@ import torch
 
 from lgvit_hf import ExitTable, calibrate
 from lgvit_hf.evaluation.costs import Costs
-from lgvit_hf.evaluation.search import RANGES, confidence_scores, consequences, replayed_exits, uniform_thresholds
+from lgvit_hf.evaluation.predictions import consequences, replayed_exits
+from lgvit_hf.evaluation.threshold_search import RANGES, confidence_scores, uniform_thresholds
 
 COSTS = Costs([3.0, 3.0, 3.0, 3.0], [0.2, 0.3, 0.2, 0.1])
 POPULATION = 50_000

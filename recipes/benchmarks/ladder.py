@@ -23,7 +23,7 @@ import torch
 
 from lgvit_hf import DriftMonitor, ExitTable, calibrate
 from lgvit_hf.evaluation.drift import log_evidence
-from lgvit_hf.evaluation.search import consequences, replayed_exits
+from lgvit_hf.evaluation.predictions import consequences, replayed_exits
 from lgvit_hf.serving.ladder import Ladder
 
 # the full model's time, what a sample may wait, and the load at ordinary times, of the safest rung's capacity

@@ -7,7 +7,9 @@ import torch
 
 from lgvit_hf import CostTable, ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
-from lgvit_hf.evaluation.search import RANGES, SEARCHES, confidence_scores, replayed_exits, shares, uniform_thresholds
+from lgvit_hf.evaluation.predictions import replayed_exits, shares
+from lgvit_hf.evaluation.search import SEARCHES
+from lgvit_hf.evaluation.threshold_search import RANGES, confidence_scores, uniform_thresholds
 
 Settings = dict[str, Any]
 Offer = tuple[float, float, Settings]  # how often it is right, what it costs
@@ -53,7 +55,7 @@ def calibrated(table: ExitTable, costs: CostTable, size: int) -> list[Offer]:
     temperatures = tuple(fit_temperature(logits, table.labels) for logits in table.logits)
     searched = SEARCHES["confidence"](table, costs.at(size), "confidence", temperatures, True)
     offers = []
-    for settings in ({"name": "never"}, *(settings for _, _, settings in searched)):
+    for settings in ({"name": "never"}, *(entry.settings for entry in searched)):
         facts = replayed(table, settings)
         price = costs.mean_latency(facts["exit_shares"], facts["evaluated"], size)
         offers.append((share(facts["right"]), price, settings))

@@ -25,7 +25,8 @@ from lgvit_hf.cli.inputs import open_highway
 from lgvit_hf.data.processing import stack
 from lgvit_hf.engine import run_early
 from lgvit_hf.evaluation.cost_table import CostTable
-from lgvit_hf.evaluation.search import RANGES, confidence_scores, replayed_exits, shares, uniform_thresholds
+from lgvit_hf.evaluation.predictions import replayed_exits, shares
+from lgvit_hf.evaluation.threshold_search import RANGES, confidence_scores, uniform_thresholds
 from lgvit_hf.evaluation.timing import time_interleaved
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State

@@ -30,7 +30,8 @@ from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
 from lgvit_hf.evaluation.ensemble_fitting import fit_ensemble
 from lgvit_hf.evaluation.exit_table import collect
-from lgvit_hf.evaluation.search import candidates, replayed_exits, shares
+from lgvit_hf.evaluation.predictions import replayed_exits, shares
+from lgvit_hf.evaluation.search import candidates
 from lgvit_hf.evaluation.timing import time_interleaved, time_parts
 from lgvit_hf.files import write_json
 from lgvit_hf.hub.loading import example_image, load_highway

@@ -15,6 +15,8 @@ PACKAGE = "transformers_tests"
 FILES = ("test_modeling_common.py", "test_configuration_common.py")
 # what these files need that our own tests do not
 REQUIRES = "parameterized==0.9.0"
+# for `test_timm.py`, apart from all else and without torchvision, whose builds want a torch with CUDA
+TIMM = "timm==1.0.31"
 CONFIG_VALUES = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "dtype": "float16"}
 # what these files import of others that are not in the archive; text generation and exporters have no part here
 STUBS = {
@@ -32,6 +34,7 @@ def main(folder: Path) -> None:
         with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
             texts = {name: archive.extractfile(f"transformers-{wanted}/tests/{name}").read() for name in FILES}
     pip("install", "--upgrade", "--target", str(folder), REQUIRES)
+    pip("install", "--upgrade", "--target", str(folder / "with_timm"), TIMM)
     texts |= {name: text.encode() for name, text in STUBS.items()}
     for name, text in {**texts, "__init__.py": f'__version__ = "{wanted}"\n'.encode()}.items():
         path = folder / PACKAGE / name
