@@ -19,6 +19,7 @@ from lgvit_hf.cli import main
 from lgvit_hf.data.datasets import load_images
 from lgvit_hf.data.processing import ProcessedImages, make_processor
 from lgvit_hf.serving import batch_predict as predict
+from lgvit_hf.serving import image_sources
 from lgvit_hf.serving.predictor import ANSWERS, open_image
 from tests.clear import clear, clear_model
 from tests.tiny import IMAGE_SIZE, NUM_LABELS, tiny_images, tiny_model
@@ -384,7 +385,7 @@ def test_folders_files_and_patterns(checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def found(*paths):
-        return predict._find_images(paths, None).files
+        return image_sources.find_images(paths, None).files
 
     linked = [f"here/linked/{number:02}.png" for number in range(0, 12, 2)]
     assert found("here/*/t*") == ["here/deep/three.tiff", "here/deep/two.png"]
@@ -405,7 +406,7 @@ def test_what_lies_beside_images_is_no_dataset_and_no_pipe_is_waited_for(tmp_pat
     os.mkfifo(tmp_path / "pipe.png")
     # predictions of an earlier run
     (tmp_path / "rows.parquet").write_bytes(b"")
-    images = predict._find_images([str(tmp_path)], None)
+    images = image_sources.find_images([str(tmp_path)], None)
     assert images.files == [str(tmp_path / "broken.png"), str(tmp_path / "deep" / "one.png")]
 
 
@@ -537,6 +538,7 @@ KILLED = """
 import os, signal, sys
 from lgvit_hf.cli import main
 from lgvit_hf.serving import batch_predict as predict
+from lgvit_hf.serving import image_sources
 
 calls, work = iter(range(100)), predict._Work.__call__
 

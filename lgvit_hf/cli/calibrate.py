@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.calibration import calibrate, check_request, check_rows
     from ..evaluation.cost_table import CostTable, architecture
     from .drawing import check_can_draw
-    from .inputs import open_options, table_of
+    from .inputs import launched, open_options, table_of
 
     folder = Path(options.checkpoint)
     if options.output is None:
@@ -65,16 +65,19 @@ def run(options: argparse.Namespace) -> None:
     names = ("policy", "max_accuracy_drop", "min_speedup", "max_macs", "max_latency", "delta", "bound")
     wanted = {name: getattr(options, name) for name in names}
     check_request(**wanted, has_cost_table=options.cost_table is not None)
-    model, processor, dataset, known = open_options(options)
-    warning = known.warning(options.split)
-    if warning is not None:
-        logger.warning(warning)
-    check_rows(len(dataset) - len(dataset) // 2, options.max_accuracy_drop, options.delta, options.bound)
-    costs = None
-    if options.cost_table is not None:
-        costs = CostTable.load(options.cost_table, num_exits=len(model.segments()), model=architecture(model))
-        costs.at(options.batch_size)
-    table = table_of(model, dataset, options.table)
+    with launched() as (distributed, is_first):
+        model, processor, dataset, known = open_options(options)
+        warning = known.warning(options.split)
+        if warning is not None:
+            logger.warning(warning)
+        check_rows(len(dataset) - len(dataset) // 2, options.max_accuracy_drop, options.delta, options.bound)
+        costs = None
+        if options.cost_table is not None:
+            costs = CostTable.load(options.cost_table, num_exits=len(model.segments()), model=architecture(model))
+            costs.at(options.batch_size)
+        table = table_of(model, dataset, options.table, distributed=distributed)
+    if not is_first:
+        return
     report = calibrate(
         table,
         cost_table=costs,

@@ -37,17 +37,22 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.costs import decides_inside
     from ..evaluation.report import evaluate_as_text, judge, look
     from .drawing import check_can_draw
-    from .inputs import open_options, progress_bar
+    from .inputs import launched, open_options, progress_bar
 
     if options.plots is not None:
         check_can_draw()
-    model, _, dataset, _ = open_options(options, has_policy=True)
-    if options.plots is not None and decides_inside(model):
-        hint = "figures show what every exit answers; export with --layout segments for that"
-        raise ValueError(f"{options.checkpoint}: {hint}")
-    if options.plots is not None and not model.config.exits:
-        raise ValueError(f"{options.checkpoint}: the figures of --plots compare exits, and it has none; leave it out")
-    table, answers = look(model, dataset, batch_size=options.batch_size)
+    with launched() as (distributed, is_first):
+        model, _, dataset, _ = open_options(options, has_policy=True)
+        if options.plots is not None and decides_inside(model):
+            hint = "figures show what every exit answers; export with --layout segments for that"
+            raise ValueError(f"{options.checkpoint}: {hint}")
+        if options.plots is not None and not model.config.exits:
+            raise ValueError(
+                f"{options.checkpoint}: the figures of --plots compare exits, and it has none; leave it out"
+            )
+        table, answers = look(model, dataset, batch_size=options.batch_size, distributed=distributed)
+    if not is_first:
+        return
     timed = options.timed_batch_sizes
     report = judge(model, dataset, table, answers, timed_batch_sizes=timed, progress=progress_bar)
     report = {"what": "lgvit evaluate", "data": options.data, "split": options.split, **report}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
@@ -100,8 +104,36 @@ def open_checkpoint(options: argparse.Namespace) -> tuple[Any, BaseImageProcesso
     return model, processor
 
 
-def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) -> ExitTable:
+@contextmanager
+def launched() -> Iterator[tuple[bool, bool]]:
+    """Whether several processes were started to do this together, and whether this is the first, which reports.
+
+    `torchrun` and `accelerate launch` start them; a group of `torch.distributed` that is there already is used.
+    """
+    has_group = dist.is_available() and dist.is_initialized()
+    if not has_group and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield False, True
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not has_group:
+        dist.init_process_group("gloo")  # what is sent are answers, on the CPU
+    is_first = dist.get_rank() == 0
+    if not is_first:
+        logging.disable_progress_bar()
+    try:
+        yield dist.get_world_size() > 1, is_first
+    finally:
+        if not has_group:
+            dist.destroy_process_group()
+
+
+def table_of(
+    model: Highway, dataset: ProcessedImages, file: str | Path | None, *, distributed: bool = False
+) -> ExitTable:
     """The table of a model and a dataset: read from `file` where that is there, otherwise collected and written to it.
+
+    With `distributed`, by all processes together, see `collect`; the first writes it.
 
     Raises:
         ValueError: The file holds a table of another model or of other samples; the model is one exported file.
@@ -120,7 +152,7 @@ def table_of(model: Highway, dataset: ProcessedImages, file: str | Path | None) 
             )
         # of the model as it is now: the table holds what each exit says
         return replace(table, ensemble=model.config.exit_ensemble)
-    table = collect(model, dataset)
-    if file is not None:
+    table = collect(model, dataset, distributed=distributed)
+    if file is not None and not (distributed and dist.get_rank()):
         table.save(file)
     return table

@@ -31,6 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_runtime(parser)
     add("--batch-size", type=whole(), default=64, help="default: 64")
     add("--workers", type=whole(), default=1, help="processes; one thread each if several (default: 1)")
+    engines = "ray: workers are actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine (default: local)"
+    add("--engine", choices=("local", "ray"), default="local", help=engines)
     add("--top-k", type=whole(), help="also write that many most probable labels")
     add("--probabilities", action="store_true", help="also write the probabilities of all labels")
 
@@ -39,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and print the result."""
     from ..serving.batch_predict import run_predict
 
-    names = ("split", "batch_size", "workers", "top_k", "probabilities", "runtime")
+    names = ("split", "batch_size", "workers", "top_k", "probabilities", "runtime", "engine")
     report = run_predict(
         options.checkpoint,
         options.paths,

@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from ..data.batches import Samples, in_batches, to_model
+from ..data.shares import gather, own_share
 from ..engine import Answers, replay, run_all
 from ..ensemble import build_ensemble, with_ensemble
 from ..files import add_files
@@ -217,7 +219,14 @@ def is_right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(model: Highway, dataset: Samples, *, batch_size: int = 64, num_workers: int | None = None) -> ExitTable:
+def collect(
+    model: Highway,
+    dataset: Samples,
+    *,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    distributed: bool = False,
+) -> ExitTable:
     """Run every exit of a highway on every sample of a dataset, in `eval()` mode, and count the MACs of one sample.
 
     Args:
@@ -228,12 +237,20 @@ def collect(model: Highway, dataset: Samples, *, batch_size: int = 64, num_worke
         batch_size (`int`, *optional*, defaults to 64): Samples at a time.
         num_workers (`int`, *optional*):
             Processes that read images; by default none on a CPU, and a few beside an accelerator.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Called by all processes of `torch.distributed`'s group at once: each runs its share of the samples, and all
+            get the whole table.
 
     Raises:
         ValueError: The dataset is empty, or the model is one exported file, which does not say what exits answer.
     """
     if len(dataset) == 0:
         raise ValueError("there is no image to collect exits for: the dataset is empty")
+    if distributed:
+        mine = Subset(cast("Dataset[Any]", dataset), own_share(len(dataset)))
+        part = collect(model, mine, batch_size=batch_size, num_workers=num_workers)
+        logits = gather(part.logits.transpose(0, 1), len(dataset)).transpose(0, 1).contiguous()
+        return replace(part, logits=logits, labels=gather(part.labels, len(dataset)))
     with evaluating(model):
         batches = in_batches(dataset, batch_size, num_workers=num_workers)
         segments, logits, costs, start = model.segments(), torch.empty(0), None, 0

@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from ..data.batches import Samples, in_batches, to_model
+from ..data.shares import gather, own_share
 from ..engine import Answers
 from ..hub.loading import answer_depths
 from ..modes import evaluating
@@ -53,26 +55,37 @@ def evaluate(
     return judge(model, dataset, table, answers, timed_batch_sizes=timed_batch_sizes, progress=progress)
 
 
-def look(model: Highway, dataset: Samples, *, batch_size: int = 64) -> tuple[ExitTable, Answers]:
+def look(
+    model: Highway, dataset: Samples, *, batch_size: int = 64, distributed: bool = False
+) -> tuple[ExitTable, Answers]:
     """What every exit of a highway says of a dataset, and what the highway answers, run by itself.
+
+    With `distributed`, by all processes of `torch.distributed`'s group at once, see `collect`.
 
     Of one exported file, which does not say what exits answer where a sample does not exit, the table holds the
     sample's answer at every exit.
     """
     if not decides_inside(model):
-        return collect(model, dataset, batch_size=batch_size), answer_all(model, dataset, batch_size=batch_size)
-    answers = answer_all(model, dataset, batch_size=batch_size)
+        table = collect(model, dataset, batch_size=batch_size, distributed=distributed)
+        return table, answer_all(model, dataset, batch_size=batch_size, distributed=distributed)
+    answers = answer_all(model, dataset, batch_size=batch_size, distributed=distributed)
     depths = answer_depths(model.config)
     labels = torch.tensor([int(dataset[index]["labels"]) for index in range(len(dataset))])
     return ExitTable(answers.logits.expand(len(depths), -1, -1), labels, depths, model_macs(model)), answers
 
 
 @torch.no_grad()
-def answer_all(model: Highway, dataset: Samples, *, batch_size: int = 64) -> Answers:
-    """The answers of a highway to every sample of a dataset, each sample exiting by the model's policy; on the CPU."""
+def answer_all(model: Highway, dataset: Samples, *, batch_size: int = 64, distributed: bool = False) -> Answers:
+    """The answers of a highway to every sample of a dataset, each sample exiting by the model's policy; on the CPU.
+
+    With `distributed`, by all processes of `torch.distributed`'s group at once, see `collect`.
+    """
+    names = ("logits", "exit_index", "exit_layer", "exit_score")
+    if distributed:
+        part = answer_all(model, Subset(cast("Dataset[Any]", dataset), own_share(len(dataset))), batch_size=batch_size)
+        return Answers(*(gather(getattr(part, name), len(dataset)) for name in names))
     with evaluating(model):
         outs = [model(to_model(batch["pixel_values"], model)) for batch in in_batches(dataset, batch_size)]
-    names = ("logits", "exit_index", "exit_layer", "exit_score")
     return Answers(*(torch.cat([getattr(out, name) for out in outs]).cpu() for name in names))
 
 

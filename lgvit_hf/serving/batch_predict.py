@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
 import multiprocessing
 import os
@@ -20,25 +18,20 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from ..data.datasets import load_encoded
-from ..data.folders import is_archive, is_saved
 from ..data.settings import check_counts
-from ..files import file_stamp, locked, replace_file, write_json
+from ..files import locked, replace_file, write_json
 from .answer_files import COLUMNS, check_format, write_predictions
-from .device.rgb import IMAGE_FORMATS
+from .image_sources import Images, Source, find_images
 from .predictor import Predictor
-
-if TYPE_CHECKING:
-    import datasets
+from .ray_data import ShardAnswers, answered_by_ray, check_ray
 
 Row = dict[str, Any]  # of the output, by column
-Source = tuple[str, str | bytes | None]  # path, and the file or what it holds; `None` where a dataset has no image
+ENGINES = ("local", "ray")
 SHARD = 256  # about so many images are answered before they are kept
 _here: _Work  # of a process that answers for another
 
@@ -55,6 +48,7 @@ def run_predict(
     top_k: int | None = None,
     probabilities: bool = False,
     runtime: str | None = None,
+    engine: str = "local",
 ) -> dict[str, Any]:
     """Answer images, a row of `output` each; what cannot be read is a row with an `error`.
 
@@ -77,6 +71,9 @@ def run_predict(
         top_k (`int`, *optional*): Also write the most probable labels, `top_labels` and `top_scores`.
         probabilities (`bool`, *optional*, defaults to `False`): Also write those of all labels, in the model's order.
         runtime (`str`, *optional*): Of an exported highway, see `open_exported`.
+        engine (`str`, *optional*, defaults to `"local"`):
+            `"ray"`: the workers are actors of Ray Data, each with one thread, on the cluster of `RAY_ADDRESS` or on
+            this machine. They read the checkpoint and the images by the same paths.
 
     Returns:
         `dict`: `images`, `errors`, `mean_depth`, `num_blocks`, `answered_now`, `images_per_second` (of those).
@@ -86,20 +83,26 @@ def run_predict(
             No images there; `output` is there already, or another run makes it; its parts are of another model,
             policy, class names, images that have changed since ...
         OSError: There is no saved model; a process died.
+        ImportError: The extra `ray` is not installed.
         KeyboardInterrupt: Stopped; says how to go on.
     """
     target = Path(output)
     check_format(target)
     check_counts(batch_size=[batch_size], workers=[workers])
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is none of {', '.join(ENGINES)}")
+    if engine == "ray":
+        check_ray()
     with locked(target):
         if target.exists():
             raise ValueError(f"{output} is there already; choose another output, or delete it")
-        images = _find_images(paths, split)
+        images = find_images(paths, split)
         predictor = Predictor(checkpoint, policy, max_batch_size=batch_size, runtime=runtime)
-        return _predict(_Work(predictor, predictor.label_names, top_k, probabilities), images, target, workers)
+        work = _Work(predictor, predictor.label_names, top_k, probabilities)
+        return _predict(work, images, target, workers, engine)
 
 
-def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
+def _predict(work: _Work, images: Images, target: Path, workers: int, engine: str) -> Row:
     predictor, opened, labels, top_k = work.predictor, work.predictor.opened, work.labels, work.top_k
     if not opened.takes_images:
         raise OSError(f"{predictor.path} has no image processor (preprocessor_config.json)")
@@ -129,7 +132,7 @@ def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
     }
     waiting = {file: numbers for file, numbers in shards.items() if not file.exists()}
     answered, started = sum(map(len, waiting.values())), time.perf_counter()
-    _answer(work, images, waiting, columns, workers)
+    _answer(work, images, waiting, columns, workers, engine)
     seconds, depths = time.perf_counter() - started, Counter[int | None]()
     with replace_file(target) as file:
         write_predictions(file, _counted(shards, depths), columns, target.suffix)
@@ -145,14 +148,15 @@ def _predict(work: _Work, images: _Images, target: Path, workers: int) -> Row:
     }
 
 
-def _answer(work: _Work, images: _Images, waiting: dict[Path, range], columns: Sequence[str], workers: int) -> None:
+def _answer(
+    work: _Work, images: Images, waiting: dict[Path, range], columns: Sequence[str], workers: int, engine: str
+) -> None:
     """Answer the images of each file and write it, all of it or nothing."""
-    kept = len(images) - sum(map(len, waiting.values()))
-    tasks = ((file, [images[number] for number in numbers]) for file, numbers in waiting.items())
+    kept, answer = len(images) - sum(map(len, waiting.values())), _answered if engine == "local" else _by_ray
     try:
         with (
             tqdm(total=len(images), initial=kept, unit=" images", desc="predict", leave=False) as progress,
-            closing(_answered(work, tasks, min(workers, len(waiting)))) as answered,
+            closing(answer(work, images, waiting, min(workers, len(waiting)))) as answered,
         ):
             for file, rows in answered:
                 with replace_file(file) as temporary:
@@ -197,115 +201,6 @@ def _begin(parts: Path, plan: Row) -> None:
                 f"{parts} was begun with another {name}: {old}, not {new}; go on with that, choose another output, or "
                 "delete the folder to begin again"
             )
-
-
-# -- the images ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Image files, in order."""
-
-    files: list[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> Source:
-        return self.files[number], self.files[number]
-
-    def digest(self) -> str:
-        """By which other images are known: names, sizes and times of change."""
-        stamps = (os.fsencode(file) + b"\0" + file_stamp(file).encode() for file in self.files)
-        return hashlib.sha256(b"\0".join(stamps)).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    """The images of one split of a dataset."""
-
-    source: str
-    split: str | None
-    dataset: datasets.Dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, number: int) -> Source:
-        image = self.dataset[number]["image"] or {}
-        path, encoded = image.get("path"), image.get("bytes")
-        if encoded is None and path is not None:
-            return path, path
-        return f"{self.split}/{number}" if self.split else str(number), encoded
-
-    def digest(self) -> str:
-        """By which other images are known."""
-        place = Path(self.source)
-        files = sorted(map(str, place.rglob("*"))) if place.is_dir() else [self.source] if place.exists() else []
-        # of what is not on this disk, `datasets` knows which version it holds
-        known = _Files(files).digest() if files else self.dataset._fingerprint
-        return f"{len(self)} images of {self.source}, {self.split}: {known}"
-
-
-_Images = _Files | _Dataset
-
-
-def _find_images(paths: Sequence[str], split: str | None) -> _Images:
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
-    if len(paths) == 1 and _is_dataset(paths[0], known):
-        return _Dataset(paths[0], split, load_encoded(paths[0], split))
-    if split is not None:
-        raise ValueError(f"--split {split} goes with a dataset, not with files or folders")
-    files = dict.fromkeys(file for path in paths for file in _files_of(path, known))
-    return _Files(list(files))
-
-
-def _is_dataset(path: str, known: set[str]) -> bool:
-    """Whether this is no image file: Parquet, an archive, a saved dataset, or written as the name of a Hub set."""
-    place = Path(path)
-    if place.is_dir():
-        # beside images it may be predictions of them
-        return (is_saved(place) or any(place.rglob("*.parquet"))) and not any(_walk(path, known))
-    if place.exists() or is_archive(path) or place.suffix.lower() in {".parquet", *known}:
-        return place.exists() and (place.suffix == ".parquet" or is_archive(path))
-    return not (glob.has_magic(path) or path.startswith((".", "/", "~")) or path.count("/") > 1)
-
-
-def _files_of(path: str, known: set[str]) -> list[str]:
-    """The files that one argument stands for; an image of any suffix may be named itself."""
-    place = Path(path)
-    if place.is_dir():
-        files, problem = sorted(_walk(path, known)), ": no images in this folder"
-    elif place.exists():
-        dataset = place.suffix == ".parquet" or is_archive(path)
-        files, problem = [] if dataset else [path], " is a dataset; give it alone"
-    elif glob.has_magic(path):
-        files, problem = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))), ": no file matches"
-    else:
-        files, problem = [], ": no such file or folder"
-    if not files:
-        raise ValueError(f"{path}{problem}")
-    return files
-
-
-def _walk(folder: str, known: set[str]) -> Iterator[str]:
-    """Images of a folder and all its subfolders, links followed once; hidden files and pipes are no images.
-
-    A folder that cannot be read stands among them, and its row says why.
-    """
-    seen, unreadable = set[str](), list[OSError]()
-    for place, folders, files in os.walk(folder, onerror=unreadable.append, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = (name for name in files if Path(name).suffix.lower() in known and not name.startswith("."))
-        paths = (os.path.join(place, name) for name in images)
-        # a link to nothing is one that cannot be read; what exists and is no file would be waited for
-        yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
-    yield from (str(error.filename) for error in unreadable)
 
 
 # -- the work --------------------------------------------------------------------------------------------------
@@ -370,10 +265,21 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _answered(
-    work: _Work, tasks: Iterator[tuple[Path, list[Source]]], workers: int
-) -> Generator[tuple[Path, list[Row]], None, None]:
+Answered = Generator[tuple[Path, list[Row]], None, None]
+
+
+def _by_ray(work: _Work, images: Images, waiting: dict[Path, range], workers: int) -> Answered:
+    """The rows of each shard with its file, as they come from the actors of Ray Data."""
+    if not waiting:
+        return
+    work.predictor.threads, files = 1, list(waiting)
+    answers = ShardAnswers(work, images, list(waiting.values()))
+    yield from ((files[shard], rows) for shard, rows in answered_by_ray(answers, workers))
+
+
+def _answered(work: _Work, images: Images, waiting: dict[Path, range], workers: int) -> Answered:
     """The rows of each shard with its file: in order here, or as they come from several processes."""
+    tasks = ((file, [images[number] for number in numbers]) for file, numbers in waiting.items())
     if workers <= 1:
         yield from ((file, work(shard)) for file, shard in tasks)
         return
