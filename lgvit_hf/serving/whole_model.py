@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from .device.info import PartInfo
 from .device.loop import ANSWERS, Arrays, try_part
+from .exported_model import SingleFile
 from .predictor import Predictor
+
+if TYPE_CHECKING:
+    from .torch_segments import TorchSegments
 
 
 class Whole:
@@ -71,6 +75,15 @@ class Whole:
         """Answer samples, all of them."""
         found = self._predictor(inputs)
         return {name: found[name] for name in ANSWERS}, np.zeros(0, np.int64), {}
+
+    def segments(self) -> TorchSegments | None:
+        """What runs its segments one by one; nothing of what is exported in one file."""
+        opened = self._predictor.opened
+        if isinstance(opened, SingleFile) or getattr(opened.model, "layout", "segments") != "segments":
+            return None
+        from .torch_segments import TorchSegments
+
+        return TorchSegments(opened)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""
