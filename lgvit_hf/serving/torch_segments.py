@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.devices import wait_for_accelerators
 from ..engine import Answers, answers_of_exit, drop_exited_samples, evaluate_exit
@@ -36,8 +37,8 @@ class Reached:
 class TorchSegments:
     """Runs blocks of a highway's segments, see `Runs` of `segment_scheduler.py`; the policy is the one of now.
 
-    Segments whose exit the policy skips are one with the next. Where samples come with `thresholds` `[E]` of their own,
-    these take the place of the policy's, see `PerSamplePolicy`.
+    Segments whose exit the policy skips are one with the next. Where samples come with `thresholds` `[E]` of their
+    own, these take the place of the policy's, see `PerSamplePolicy`.
 
     Args:
         opened (`TorchModel`): A highway in PyTorch, or an exported one of the layout `segments`.
@@ -103,12 +104,12 @@ class TorchSegments:
     def _joined(self, samples: Sequence[Arrays | Reached]) -> tuple[State, Memory]:
         reached = [sample for sample in samples if isinstance(sample, Reached)]
         if not reached:
-            new = [sample["pixel_values"] for sample in samples if not isinstance(sample, Reached)]
-            own = [
-                sample[THRESHOLDS] for sample in samples if not isinstance(sample, Reached) and THRESHOLDS in sample
-            ]
-            policy = self._by_thresholds(torch.tensor(np.stack(own))) if own else self._policy
-            return self._begun(np.stack(new)), policy.start(len(new), self._device)
+            new = [sample for sample in samples if not isinstance(sample, Reached)]
+            policy = self._policy
+            if THRESHOLDS in new[0]:
+                policy = self._by_thresholds(torch.tensor(np.stack([each[THRESHOLDS] for each in new])))
+            state = self._begun(np.stack([each["pixel_values"] for each in new]))
+            return state, policy.start(len(new), self._device)
         first = reached[0]
         if len(reached) == 1:
             return first.state, first.memory
