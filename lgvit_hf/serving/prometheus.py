@@ -70,7 +70,8 @@ class Metrics:
         ages_of = self._segment_ages.labels(segment)
         for seconds in ages:
             ages_of.observe(seconds)
-        self._segment_fills.labels(segment).observe(fill)
+        if ages:
+            self._segment_fills.labels(segment).observe(fill)
         if exits is not None:
             self._segment_exits.labels(segment).observe(exits)
 

@@ -147,7 +147,9 @@ class RunCosts:
             walks.append([walk(size), walk(size)])
             if min(map(min, walks[-1][-1])) > max_run_ms or time.perf_counter() > until:
                 break
-        while time.perf_counter() < until:
+        for _ in range(3):
+            if time.perf_counter() > until:
+                break
             for size, found in zip(sizes, walks, strict=True):
                 found.append(walk(size))
         # the least of each: what disturbs a walk only makes it longer

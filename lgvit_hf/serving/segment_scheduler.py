@@ -50,7 +50,7 @@ class SegmentObserver(Observer, Protocol):
     """Who is told of runs: `Metrics`."""
 
     def ran(self, segment: int, ages: list[float], fill: float, exits: int | None) -> None:
-        """Samples have run; `ages` are the seconds that they waited before the segment, none within it.
+        """Samples have run; `ages` are the seconds that they waited before the segment, and none within it.
 
         `exits` says how many of them exit, where the exit was evaluated.
         """
