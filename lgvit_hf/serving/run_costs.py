@@ -6,10 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..evaluation.cost_table import CostTable
+if TYPE_CHECKING:
+    # a service of an exported file does without PyTorch
+    from ..evaluation.cost_table import CostTable
+
 
 # milliseconds that each run takes beside its blocks: choosing samples, joining and parting their states, answering
 OVERHEAD_MS = 0.2
