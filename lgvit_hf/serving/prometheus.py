@@ -34,13 +34,13 @@ class Metrics:
         self._ages = Histogram("lgvit_queue_age_seconds", said, buckets=SECONDS, registry=own)
         said = "samples of a batch by what it may hold"
         self._fills = Histogram("lgvit_batch_fill", said, buckets=FILLS, registry=own)
-        own_of = {"labelnames": ["segment"], "registry": own}
+        of = ["segment"]
         said = "seconds that a sample waited before a segment"
-        self._segment_ages = Histogram("lgvit_segment_queue_age_seconds", said, buckets=SECONDS, **own_of)
+        self._segment_ages = Histogram("lgvit_segment_queue_age_seconds", said, of, buckets=SECONDS, registry=own)
         said = "samples of a run in a segment by what it may hold"
-        self._segment_fills = Histogram("lgvit_segment_batch_fill", said, buckets=FILLS, **own_of)
+        self._segment_fills = Histogram("lgvit_segment_batch_fill", said, of, buckets=FILLS, registry=own)
         said = "samples of a run that exit at the end of a segment"
-        self._segment_exits = Histogram("lgvit_segment_exits", said, buckets=SAMPLES, **own_of)
+        self._segment_exits = Histogram("lgvit_segment_exits", said, of, buckets=SAMPLES, registry=own)
         said = "samples that were not computed: their client left, or their deadline passed"
         self._dropped = Counter("lgvit_samples_dropped", said, ["reason"], registry=own)
         self._version = Gauge("lgvit_model_version", "how often the model was opened", registry=own)

@@ -79,11 +79,14 @@ class Whole:
     def segments(self) -> TorchSegments | None:
         """What runs its segments one by one; nothing of what is exported in one file."""
         opened = self._predictor.opened
-        if isinstance(opened, SingleFile) or getattr(opened.model, "layout", "segments") != "segments":
+        if isinstance(opened, SingleFile):
             return None
+        from .torch_model import TorchModel
         from .torch_segments import TorchSegments
 
-        return TorchSegments(opened)
+        if isinstance(opened, TorchModel) and getattr(opened.model, "layout", "segments") == "segments":
+            return TorchSegments(opened)
+        return None
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""
