@@ -47,7 +47,7 @@ def test_a_run_is_the_one_that_gains_most_within_its_time():
     for waiting in (1, 2, 3, 8, 32):
         for most in (3.0, 8.5, 15.0, 60.0):
             best = costs.best(0, 1, waiting, most)
-            limit = most if most >= 4 else 8.0  # twice what one sample takes
+            limit = max(most, 4.0)  # what one block of one sample takes
             assert best.samples <= waiting and 2 <= best.stop <= 4
             assert best.milliseconds == costs.milliseconds(0, 1, best.stop, best.samples) <= limit
     assert costs.best(0, 0, 32, 15.0).samples == 10 and costs.best(0, 0, 2, 15.0).stop == 3
@@ -70,10 +70,13 @@ def test_sizes_are_measured_until_a_block_takes_longer_than_a_run():
         sizes.append(samples)
         return [[4.0 * samples + (len(sizes) == 2)]]
 
-    costs = RunCosts.measured(walk, max_samples=32, max_run_ms=15.0, seconds=0.0)
-    assert costs.batch_sizes == [1] and costs.blocks == [[[4.0]]]  # the least of two
-    costs = RunCosts.measured(walk, max_samples=32, max_run_ms=15.0, seconds=0.2)
-    assert costs.batch_sizes == [1, 2, 4] and costs.blocks == [[[4.0, 8.0, 16.0]]]
+    costs = RunCosts.measured(walk, max_samples=32, max_run_ms=15.0, seconds=1000)
+    assert costs.batch_sizes == [1, 2, 4] and costs.blocks == [[[4.0, 8.0, 16.0]]]  # the least of several
+    assert costs.usual_run_ms == 15.0
+    assert RunCosts.measured(walk, max_samples=32, max_run_ms=None, seconds=1000).batch_sizes == [1, 2, 4]
+    assert RunCosts.measured(walk, max_samples=2, max_run_ms=100.0, seconds=1000).batch_sizes == [1, 2]
+    # large models: no more than time allows
+    assert RunCosts.measured(walk, max_samples=32, max_run_ms=15.0, seconds=0.0).batch_sizes == [1]
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 4], [1, 1]])
@@ -206,7 +209,7 @@ costs = st.builds(costs_of, st.just(NUM_BLOCKS), one=st.floats(0.1, 20), more=st
 options = st.fixed_dictionaries(
     {
         "max_samples": st.sampled_from([1, 3, 32]),
-        "max_run_ms": st.sampled_from([1.0, 15.0, 100.0]),
+        "max_run_ms": st.sampled_from([None, 1.0, 15.0, 100.0]),
         "max_wait": st.sampled_from([0.0, 0.002]),
         "max_waiting": st.sampled_from([5, 1024]),
     }
@@ -236,7 +239,8 @@ def test_each_request_ends_once_and_as_it_should(arrivals, costs, options):
         assert allowed[type(outcome.error)], outcome
     for segment, start, stop, samples in runs:
         assert 1 <= samples <= options["max_samples"] and 0 <= start < stop <= NUM_BLOCKS[segment]
-        most = max(options["max_run_ms"], 2 * costs.milliseconds(segment, start, start + 1, 1))
+        longest = costs.usual_run_ms if options["max_run_ms"] is None else options["max_run_ms"]
+        most = max(longest, costs.milliseconds(segment, start, start + 1, 1))
         assert costs.milliseconds(segment, start, stop, samples) <= most * (1 + 1e-9)
 
 
@@ -252,7 +256,7 @@ def test_no_sample_starves(number, load, costs):
         arrivals = [Arrival(float(time), [common]) for time in times]
         arrivals[50] = replace(arrivals[50], exits=[rare])
         outcomes, _ = simulate(arrivals, costs, max_waiting=10**6)
-        run = max(15.0, 2 * costs.milliseconds(1, 0, 1, 1), 2 * costs.milliseconds(0, 0, 1, 1)) / 1e3
+        run = costs.usual_run_ms / 1e3
         waited = outcomes[50].seconds
         if common == 0:
             # each of its runs waits for those of the first segment that keep that ahead by a run, and one more

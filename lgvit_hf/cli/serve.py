@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-wait-ms", type=_wait, default=2.0, help=wait)
     how = "make batches anew before each segment, the default where there are segments, or run each to its end"
     add("--scheduler", choices=("segments", "batch"), help=how)
-    add("--max-run-ms", type=real(0.1, 1e4), help="of one run of some blocks, with segments (default: 15)")
+    add("--max-run-ms", type=real(0.1, 1e4), help="of a run of some blocks, with segments (15, more for large models)")
     add("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
     add("--max-connections", type=whole(), default=1000, help="open at a time (default: 1000)")
     add("--max-per-address", type=whole(), help="requests of one peer address at a time; none behind a proxy")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # milliseconds that each run takes beside its blocks: choosing samples, joining and parting their states, answering
 OVERHEAD_MS = 0.2
+# of a run, where nobody says and no block of one sample takes a third of that
+MAX_RUN_MS = 15.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class RunCosts:
             raise ValueError(f"blocks={self.blocks}: each must have {len(sizes)} times above 0, one per batch size")
 
     @property
+    def usual_run_ms(self) -> float:
+        """See the function of that name."""
+        return usual_run_ms([[block[0] for block in segment] for segment in self.blocks])
+
+    @property
     def num_blocks(self) -> list[int]:
         """Of each segment."""
         return [len(segment) for segment in self.blocks]
@@ -93,20 +100,20 @@ class RunCosts:
     def best(self, segment: int, start: int, waiting: int, max_run_ms: float) -> Stretch:
         """The run that gains most of at most `waiting` samples before block `start`, within `max_run_ms`.
 
-        Where already one block of one sample takes longer, a run may take twice as long as that.
+        One block of one sample may take longer: a run cannot be shorter.
         """
         key = (segment, start, waiting, max_run_ms)
         if key not in self._best:
-            one = self.milliseconds(segment, start, start + 1, 1)
-            most_ms = max_run_ms if one <= max_run_ms else 2 * one
-            runs = [self._longest(segment, start, samples, most_ms) for samples in range(1, waiting + 1)]
-            within = [run for run in runs if run.milliseconds <= most_ms]
+            runs = [self._longest(segment, start, samples, max_run_ms) for samples in range(1, waiting + 1)]
+            within = [run for run in runs if run.milliseconds <= max_run_ms or run.samples == 1]
             self._best[key] = max(within, key=lambda run: run.gain)
         return self._best[key]
 
-    def _longest(self, segment: int, start: int, samples: int, most_ms: float) -> Stretch:
+    def _longest(self, segment: int, start: int, samples: int, max_run_ms: float) -> Stretch:
         stop = start + 1
-        while stop < len(self.blocks[segment]) and (self.milliseconds(segment, start, stop + 1, samples) <= most_ms):
+        while stop < len(self.blocks[segment]) and (
+            self.milliseconds(segment, start, stop + 1, samples) <= max_run_ms
+        ):
             stop += 1
         alone, together = (self.milliseconds(segment, start, stop, number) for number in (1, samples))
         return Stretch(samples, stop, together, samples * alone / (together + OVERHEAD_MS))
@@ -130,36 +137,49 @@ class RunCosts:
 
     @classmethod
     def measured(
-        cls,
-        walk: Callable[[int], list[list[float]]],
-        max_samples: int,
-        max_run_ms: float,
-        seconds: float = 1.0,
+        cls, walk: Callable[[int], list[list[float]]], max_samples: int, max_run_ms: float | None, seconds: float = 1.0
     ) -> RunCosts:
         """Time walks through a highway at 1, 2, 4, ... samples, until every block takes longer than a run may.
 
         Args:
             walk (`Callable`): Runs a number of samples through all blocks; milliseconds of each, `[segment][block]`.
             max_samples (`int`): That run together at most.
-            max_run_ms (`float`): Of a run.
-            seconds (`float`, *optional*, defaults to 1.0): About so long, but at least twice at each size.
+            max_run_ms (`float`, *optional*): Of a run.
+            seconds (`float`, *optional*, defaults to 1.0):
+                After which no walk begins. Each of the sizes that one walk reaches in thrice that is walked once.
         """
-        until, sizes, walks = time.perf_counter() + seconds, [], []
+        began, sizes, walks = time.perf_counter(), [], []
         walk(1)
         for size in (2**power for power in range(max_samples.bit_length())):
+            before = time.perf_counter()
+            walks.append([walk(size)])
             sizes.append(size)
-            walks.append([walk(size), walk(size)])
-            if min(map(min, walks[-1][-1])) > max_run_ms or time.perf_counter() > until:
+            now = time.perf_counter()
+            most_ms = usual_run_ms(walks[0][0]) if max_run_ms is None else max_run_ms
+            if min(map(min, walks[-1][0])) > most_ms or now + 2 * (now - before) > began + 3 * seconds:
                 break
-        for _ in range(3):
-            if time.perf_counter() > until:
-                break
+        for _ in range(4):
             for size, found in zip(sizes, walks, strict=True):
-                found.append(walk(size))
+                if time.perf_counter() < began + seconds:
+                    found.append(walk(size))
         # the least of each: what disturbs a walk only makes it longer
         least = [_each_least(found) for found in walks]
         segments = zip(*least, strict=True)
         return cls(sizes, [[list(times) for times in zip(*segment, strict=True)] for segment in segments])
+
+
+def usual_run_ms(blocks: Sequence[Sequence[float]]) -> float:
+    """What a run may take where nobody says: long enough for some samples, so that large models run batches too.
+
+    Args:
+        blocks (`Sequence`): Milliseconds of one sample in each block, `[segment][block]`.
+
+    Example:
+
+        >>> usual_run_ms([[2.0, 1.0], [2.0]]), usual_run_ms([[40.0]])
+        (15.0, 120.0)
+    """
+    return max(MAX_RUN_MS, 3 * max(map(max, blocks)))
 
 
 def _each_least(walks: Sequence[list[list[float]]]) -> list[list[float]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .batching import Batcher
 from .device.remote import RemoteHighway
-from .segment_scheduler import MAX_RUN_MS, SegmentObserver, SegmentScheduler
+from .segment_scheduler import SegmentObserver, SegmentScheduler
 from .whole_model import Whole
 
 SCHEDULERS = ("segments", "batch")
@@ -49,8 +49,7 @@ class Scheduling:
             return Batcher(highway, **batches)  # type: ignore[arg-type]  # of several types
         segments = highway.part.segments() if isinstance(highway.part, Whole) else None
         if segments is not None:
-            run_ms = MAX_RUN_MS if self.max_run_ms is None else self.max_run_ms
-            return SegmentScheduler(segments, max_run_ms=run_ms, **batches)  # type: ignore[arg-type]
+            return SegmentScheduler(segments, max_run_ms=self.max_run_ms, **batches)  # type: ignore[arg-type]
         if self.scheduler is None and self.max_run_ms is None:
             return Batcher(highway, **batches)  # type: ignore[arg-type]
         raise ValueError(

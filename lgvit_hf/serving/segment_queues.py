@@ -76,7 +76,7 @@ class SegmentQueues(Generic[Owner]):
     Args:
         costs (`RunCosts`): Of the blocks.
         max_samples (`int`, *optional*, defaults to 32): Of a run.
-        max_run_ms (`float`, *optional*, defaults to 15.0): Of a run; see `RunCosts.best` for blocks that take longer.
+        max_run_ms (`float`, *optional*, defaults to 15.0): Of a run, but for one block of one sample.
         max_wait (`float`, *optional*, defaults to 0.002): Seconds.
         over (`Callable`, *optional*): Whether nobody waits any more for what a request asked.
 
@@ -86,11 +86,12 @@ class SegmentQueues(Generic[Owner]):
         >>> queues.add([Sample("a", 0, asked=0.0), Sample("a", 1, asked=0.0)], now=0.0)
         >>> run = queues.next(now=0.0)
         >>> run.segment, run.start, run.stop, [sample.number for sample in run.samples]
-        (0, 0, 1, [0])
-        >>> queues.ran(run, run.samples, seconds=0.004, now=0.004)
-        >>> run = queues.next(now=0.004)  # the other sample, before the first has its turn in the second segment
-        >>> run.segment, [sample.number for sample in run.samples]
-        (0, [1])
+        (0, 0, 1, [0, 1])
+        >>> queues.ran(run, run.samples[:1], seconds=0.008, now=0.008)  # the second exits
+        >>> queues.add([Sample("b", 0, asked=0.008)], now=0.008)
+        >>> run = queues.next(now=0.008)  # a new sample, before the other has its turn in the second segment
+        >>> run.segment, [sample.owner for sample in run.samples]
+        (0, ['b'])
     """
 
     def __init__(

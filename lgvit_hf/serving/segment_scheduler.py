@@ -18,7 +18,6 @@ from .device.loop import Arrays
 from .run_costs import RunCosts
 from .segment_queues import Run, Sample, SegmentQueues
 
-MAX_RUN_MS = 15.0
 SHUTTING_DOWN = "the service is shutting down"
 
 
@@ -88,7 +87,9 @@ class SegmentScheduler:
         runner (`Runs`): What runs the blocks.
         costs (`RunCosts`, *optional*): Of the blocks; by default measured now, in a second or so.
         max_samples (`int`, *optional*, defaults to 32): Of a run.
-        max_run_ms (`float`, *optional*, defaults to 15.0): Of a run, for all others wait that long.
+        max_run_ms (`float`, *optional*):
+            Of a run, for all others wait that long; by default 15, or three times what the longest block takes for one
+            sample if that is more.
         max_wait (`float`, *optional*, defaults to 0.002): Seconds that a sample waits for others, see `coming`.
         max_waiting (`int`, *optional*, defaults to 1024): Samples that may wait; more are refused.
         observer (`SegmentObserver`, *optional*): Is told of every run.
@@ -104,13 +105,19 @@ class SegmentScheduler:
         costs: RunCosts | None = None,
         *,
         max_samples: int = 32,
-        max_run_ms: float = MAX_RUN_MS,
+        max_run_ms: float | None = None,
         max_wait: float = 0.002,
         max_waiting: int = 1024,
         observer: SegmentObserver | None = None,
         clock: Callable[[], float] | None = None,
     ):
-        if max_samples < 1 or not 0 <= max_wait <= MAX_WAIT or max_waiting < 1 or not 0 < max_run_ms < math.inf:
+        if (
+            max_samples < 1
+            or not 0 <= max_wait <= MAX_WAIT
+            or max_waiting < 1
+            or max_run_ms is not None
+            and not 0 < max_run_ms < math.inf
+        ):
             raise ValueError(
                 f"{max_samples=}, {max_wait=}, {max_waiting=}, {max_run_ms=}: must be positive; a wait at most "
                 f"{MAX_WAIT:g} s"
@@ -120,9 +127,10 @@ class SegmentScheduler:
         if costs.num_blocks != runner.num_blocks:
             raise ValueError(f"costs of segments of {costs.num_blocks} blocks, but here are {runner.num_blocks}")
         self.max_samples, self.max_waiting, self.batches = max_samples, max_waiting, 0
+        self.max_run_ms = costs.usual_run_ms if max_run_ms is None else max_run_ms
         self._runner, self._observer, self._clock = runner, observer, clock or time.monotonic
         self._queues: SegmentQueues[_Request] = SegmentQueues(
-            costs, max_samples=max_samples, max_run_ms=max_run_ms, max_wait=max_wait, over=_is_over
+            costs, max_samples=max_samples, max_run_ms=self.max_run_ms, max_wait=max_wait, over=_is_over
         )
         self._coming, self._closed, self._dead = 0, False, False
         self._changed = threading.Condition()
