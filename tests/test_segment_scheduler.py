@@ -96,7 +96,7 @@ def test_times_that_are_refused():
 
 def waiting_for(queues, *owners, now=0.0, **more):
     for owner, samples in owners:
-        queues.add([Sample(owner, number, now, **more) for number in range(samples)], now, client=owner)
+        queues.add([Sample(owner, number, now, **more) for number in range(samples)], client=owner)
 
 
 def owners(run):
@@ -134,7 +134,7 @@ def test_the_first_segment_has_half_of_the_time():
     now, had = 0.0, [0.0, 0.0]
     for number in range(200):
         if not any(sample.state is None for sample in queues.samples()):
-            queues.add([Sample("always", number, now)], now)
+            queues.add([Sample("always", number, now)])
         run = queues.next(now)
         milliseconds = queues.costs.milliseconds(run.segment, run.start, run.stop, 1)
         had[run.segment] += milliseconds
@@ -152,23 +152,6 @@ def test_the_deepest_goes_before_those_that_can_still_be_joined():
     assert [queues.next(0.0).segment for _ in range(2)] == [2, 1]
 
 
-def test_new_samples_wait_for_others_if_that_saves_those_who_wait_more():
-    """One more sample in the next run of the first segment would save 10.2 ms of 11."""
-
-    def decided(gap, deeper, now=1.0, **more):
-        queues = SegmentQueues(costs_of([1, 9], one=11.0, more=1.0))
-        gone_on(queues, deeper, segment_ms=0.0)
-        queues._gap, queues._last = gap, 1.0 - gap
-        waiting_for(queues, ("new", 1), now=1.0, **more)
-        return queues.next(now).segment
-
-    assert decided(gap=0.001, deeper=1) == 1 and decided(gap=0.1, deeper=1) == 0
-    assert decided(gap=0.02, deeper=3) == 0 and decided(gap=0.02, deeper=4) == 1
-    # but not for long, nor when time runs out
-    assert decided(gap=0.001, deeper=4, now=1.031) == 0
-    assert decided(gap=0.001, deeper=4, deadline=1.12) == 0 and decided(gap=0.001, deeper=4, deadline=2.0) == 1
-
-
 def test_where_nothing_else_waits_it_is_a_moment_if_others_are_coming():
     queues = SegmentQueues(costs_of([1]), max_wait=0.002)
     waiting_for(queues, ("a", 1), now=1.0)
@@ -176,6 +159,9 @@ def test_where_nothing_else_waits_it_is_a_moment_if_others_are_coming():
     assert len(queues.next(1.002, coming=True).samples) == 1
     waiting_for(queues, ("a", 1), now=1.0)
     assert len(queues.next(1.0).samples) == 1
+    # nor may the time run out
+    waiting_for(queues, ("a", 1), now=1.0, deadline=1.0199)
+    assert len(queues.next(1.001, coming=True).samples) == 1
     # a run that is full waits for nothing
     waiting_for(queues, ("a", 40), now=1.0)
     assert len(queues.next(1.0, coming=True).samples) == 10 and queues.next(1.0).fill == 1.0

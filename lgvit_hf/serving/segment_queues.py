@@ -13,11 +13,6 @@ from typing import Any, Generic, TypeVar
 from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
 Owner = TypeVar("Owner")
-# Of what the samples that wait lose by a run of few: at 1 the mean wait is least; at less, samples that exit first
-# are answered sooner, and the others a little later.
-_WEIGHT = 0.5
-# of the mean gap between arrivals, what the last one counts for
-_RECENT = 0.1
 
 
 @dataclass(eq=False)
@@ -66,11 +61,11 @@ class SegmentQueues(Generic[Owner]):
 
     A run takes as many samples and blocks as gain most within `max_run_ms`, see `RunCosts.best`.
 
-    - The first segment goes before the others, until it has had half of the time: who exits there is answered soon,
-      however many go on. While others wait, it waits to be joined by more as long as one more sample in its run saves
-      all who wait more time than its own lose by waiting for that, and no deadline nears.
+    - The first segment goes before the others, until it has had half of the time: what exits there is answered soon,
+      however many go on.
     - Of the others the deepest goes first: its samples are answered soonest, and those before can still be joined.
-    - Where nothing else waits, samples wait for others only while some are coming, and at most `max_wait`.
+    - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
+      one more sample in their run would save, and as long as their deadline allows.
     - Of those who wait for the first segment each client has a sample taken in turn, however many it has.
 
     Args:
@@ -83,12 +78,12 @@ class SegmentQueues(Generic[Owner]):
     Example:
 
         >>> queues = SegmentQueues(RunCosts([1], [[[4.0]], [[9.0], [9.0]]]))
-        >>> queues.add([Sample("a", 0, asked=0.0), Sample("a", 1, asked=0.0)], now=0.0)
+        >>> queues.add([Sample("a", 0, asked=0.0), Sample("a", 1, asked=0.0)])
         >>> run = queues.next(now=0.0)
         >>> run.segment, run.start, run.stop, [sample.number for sample in run.samples]
         (0, 0, 1, [0, 1])
         >>> queues.ran(run, run.samples[:1], seconds=0.008, now=0.008)  # the second exits
-        >>> queues.add([Sample("b", 0, asked=0.008)], now=0.008)
+        >>> queues.add([Sample("b", 0, asked=0.008)])
         >>> run = queues.next(now=0.008)  # a new sample, before the other has its turn in the second segment
         >>> run.segment, [sample.owner for sample in run.samples]
         (0, ['b'])
@@ -114,17 +109,15 @@ class SegmentQueues(Generic[Owner]):
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
-        self._gap, self._last = 0.1, -math.inf  # seconds between new samples, on average; when the last one came
 
     def __len__(self) -> int:
         return len(self._new) + sum(len(queue) for segment in self._queues for queue in segment)
 
-    def add(self, samples: Sequence[Sample[Owner]], now: float, client: Hashable = None) -> None:
+    def add(self, samples: Sequence[Sample[Owner]], client: Hashable = None) -> None:
         """Let samples wait for the first segment.
 
         Args:
             samples (`Sequence[Sample]`): Of one request.
-            now (`float`): Seconds.
             client (`Hashable`, *optional*): Whose they are; by default each request is of a client of its own.
         """
         turn = self._turn if client is None else max(self._turn, self._turns.get(client, 0.0))
@@ -133,8 +126,6 @@ class SegmentQueues(Generic[Owner]):
         if client is not None:
             self._turns = {other: last for other, last in self._turns.items() if last > self._turn}
             self._turns[client] = turn + len(samples)
-        gap, share = (now - self._last) / len(samples), 1 - (1 - _RECENT) ** len(samples)
-        self._gap, self._last = self._gap + share * (min(gap, 1.0) - self._gap), now
 
     def next(self, now: float, coming: bool = False) -> Run[Owner] | float:
         """What is to run now, or until when to wait if nothing else comes.
@@ -189,8 +180,7 @@ class SegmentQueues(Generic[Owner]):
         if deepest is None:
             until = self._until(now) if coming and first == (0, 0) else now
             return until if until > now else first
-        # a run within the first segment is brought to its exit before another begins
-        if self._lead_ms < self.max_run_ms and (first != (0, 0) or self._is_ripe(now)):
+        if self._lead_ms < self.max_run_ms:
             return first
         return deepest
 
@@ -207,15 +197,13 @@ class SegmentQueues(Generic[Owner]):
 
     def _until(self, now: float) -> float:
         """Until when new samples may wait to be joined, where nothing else is to run."""
-        if self._saved_ms() <= 0 or self._hurries(now):
+        saved_ms = self._saved_ms()
+        if saved_ms <= 0:
             return now
-        return min(sample.since for _, _, sample in self._new) + min(self.max_wait, self._saved_ms() / 1e3)
-
-    def _is_ripe(self, now: float) -> bool:
-        """Whether new samples lose more by waiting to be joined by one more than all who wait gain by that."""
-        waiting = len(self._new)
-        lost_ms = waiting * 1e3 * self._gap
-        return lost_ms >= _WEIGHT * self._saved_ms() * (len(self) - waiting) or self._hurries(now)
+        new = [sample for _, _, sample in self._new]
+        way = (self.max_run_ms + self.costs.whole_ms) / 1e3
+        until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
+        return min(until, min(sample.deadline for sample in new) - way)
 
     def _saved_ms(self) -> float:
         """What one more sample in the next run of the first segment saves; 0 where none fits in."""
@@ -227,12 +215,6 @@ class SegmentQueues(Generic[Owner]):
             self.costs.milliseconds(0, 0, best.stop, samples) for samples in (1, waiting, waiting + 1)
         )
         return OVERHEAD_MS + alone + these - joined
-
-    def _hurries(self, now: float) -> bool:
-        """Whether a new sample has waited for two runs, or has just time for its way through all blocks."""
-        run = self.max_run_ms / 1e3
-        way = run + self.costs.whole_ms / 1e3
-        return any(now >= min(sample.since + 2 * run, sample.deadline - way) for _, _, sample in self._new)
 
     # -- queues ------------------------------------------------------------------------------------------------
 

@@ -186,7 +186,7 @@ class SegmentScheduler:
                 Sample(request, each, now, deadline, {name: array[each] for name, array in inputs.items()})
                 for each in range(number)
             ]
-            self._queues.add(samples, now, client)
+            self._queues.add(samples, client)
             self._changed.notify()
         return request.future
 
