@@ -46,6 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-size", type=whole(), default=32, help="samples that run together (default: 32)")
     wait = f"for others to run with, up to {LONGEST_WAIT_MS:g}, which `inf` stands for (default: 2)"
     add("--max-wait-ms", type=_wait, default=2.0, help=wait)
+    how = "make batches anew before each segment, the default where there are segments, or run each to its end"
+    add("--scheduler", choices=("segments", "batch"), help=how)
+    add("--max-run-ms", type=real(0.1, 1e4), help="of a run of some blocks, with segments (15, more for large models)")
     add("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
     add("--max-connections", type=whole(), default=1000, help="open at a time (default: 1000)")
     add("--max-per-address", type=whole(), help="requests of one peer address at a time; none behind a proxy")
@@ -107,7 +110,8 @@ def run(options: argparse.Namespace) -> None:
     missing, info = highway.check_next(), highway.info
     wait = options.max_wait_ms / 1e3
     serving = {"limits": limits, "workers": options.decoders, "reopen": lambda: highway_of(opened())}
-    app = make_app(highway, max_batch_size=most, max_wait=wait, certified=certified, **serving)
+    serving |= {"scheduler": options.scheduler, "max_run_ms": options.max_run_ms, "certified": certified}
+    app = make_app(highway, max_batch_size=most, max_wait=wait, **serving)
     listening = socket.create_server((options.host, options.port), backlog=1024)
     # accepted connections take it over; without it the second packet of an answer waits for the first's receipt
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -109,6 +109,11 @@ class Batcher:
         with self._changed:
             return time.monotonic() - self._queue[0].asked if self._queue else 0.0
 
+    @property
+    def pass_seconds(self) -> float:
+        """How much longer than its timeout a request may run: 0, for one that has begun is answered."""
+        return 0.0
+
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
         """Have samples answered; the future gives what `RemoteHighway` would, or can be cancelled until it runs.
 

@@ -142,7 +142,7 @@ class Certified:
         if self._rows is not None:
             samples = len(inputs["pixel_values"])
             inputs = {**inputs, THRESHOLDS: np.tile(self._rows[rung], (samples, 1))}
-        return self._marked(served, inputs, rung, served.submit(inputs, self._within(timeout)))
+        return self._marked(served, inputs, rung, served.submit(inputs, self._within(served, timeout)))
 
     def _rung(self, served: Served) -> int:
         if self.ladder is None:
@@ -154,11 +154,11 @@ class Certified:
         self._metrics.admitted(rung)
         return rung
 
-    def _within(self, timeout: float | None) -> float | None:
-        """The time in which samples must begin to run."""
+    def _within(self, served: Served, timeout: float | None) -> float | None:
+        """The time in which samples must begin to run, or of segments have exited."""
         if self.ladder is None:
             return timeout
-        most = self.ladder.max_queue_ms / 1e3
+        most = self.ladder.max_queue_ms / 1e3 + served.batcher.pass_seconds
         return most if timeout is None else min(timeout, most)
 
     @property
@@ -200,7 +200,7 @@ class Certified:
         """Run samples that exited early to the end, and compare."""
         inputs = {"pixel_values": pixels, THRESHOLDS: np.tile(self._to_the_end, (len(pixels), 1))}
         try:
-            full = (await served.submit(inputs, self._within(None)))["logits"]
+            full = (await served.submit(inputs, self._within(served, None)))["logits"]
         except Exception as error:  # of a runtime, too: answers are given all the same
             if not isinstance(error, (Busy, Expired)):
                 logger.exception("an audit failed")

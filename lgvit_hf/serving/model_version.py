@@ -11,26 +11,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .batching import Batcher, Expired, Observer
+from .batching import Expired
 from .device.loop import Arrays
 from .device.remote import RemoteHighway
 from .resized import ResizedImages
+from .scheduling import Scheduling
+from .segment_scheduler import SegmentObserver
 
 
 class Served:
-    """A highway and the batcher that runs it.
+    """A highway and the scheduler that runs it.
 
     Args:
         highway (`RemoteHighway`): What answers.
-        max_samples (`int`), max_wait (`float`), observer (`Observer`): See `Batcher`.
+        scheduling (`Scheduling`): Which samples run together.
+        observer (`SegmentObserver`): Is told of that.
         version (`int`, *optional*, defaults to 1): How often the model was opened.
     """
 
-    def __init__(
-        self, highway: RemoteHighway, max_samples: int, max_wait: float, observer: Observer, version: int = 1
-    ):
+    def __init__(self, highway: RemoteHighway, scheduling: Scheduling, observer: SegmentObserver, version: int = 1):
         self.highway, self.info, self.version, self.users = highway, highway.info, version, 0
-        self.batcher = Batcher(highway, max_samples=max_samples, max_wait=max_wait, observer=observer)
+        self.batcher = scheduling.start(highway, observer)
         self._resized = _resized(highway)
 
     @property
@@ -68,7 +69,7 @@ class Served:
         """Have samples answered. Those of a large request run in several batches, between which others have theirs.
 
         Raises:
-            Busy, Expired: See `Batcher`.
+            Busy, Expired: See `Batcher` and `SegmentScheduler`.
         """
         samples, step = len(next(iter(inputs.values()))), self.batcher.max_samples
         return self._answers(inputs, self._begun(inputs, 0, timeout), range(step, samples, step), timeout)

@@ -12,6 +12,7 @@ from .device.loop import Arrays
 disable_created_metrics()  # type: ignore[no-untyped-call]  # has no types
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+SAMPLES = (0, 1, 2, 4, 8, 16, 32, 64)
 FILLS = (0.03125, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 ANSWERING = ("/predict", "/continue")
 PATHS = (*ANSWERING, "/health", "/metrics", "/livez", "/readyz")
@@ -33,6 +34,13 @@ class Metrics:
         self._ages = Histogram("lgvit_queue_age_seconds", said, buckets=SECONDS, registry=own)
         said = "samples of a batch by what it may hold"
         self._fills = Histogram("lgvit_batch_fill", said, buckets=FILLS, registry=own)
+        of = ["segment"]
+        said = "seconds that a sample waited before a segment"
+        self._segment_ages = Histogram("lgvit_segment_queue_age_seconds", said, of, buckets=SECONDS, registry=own)
+        said = "samples of a run in a segment by what it may hold"
+        self._segment_fills = Histogram("lgvit_segment_batch_fill", said, of, buckets=FILLS, registry=own)
+        said = "samples of a run that exit at the end of a segment"
+        self._segment_exits = Histogram("lgvit_segment_exits", said, of, buckets=SAMPLES, registry=own)
         said = "samples that were not computed: their client left, or their deadline passed"
         self._dropped = Counter("lgvit_samples_dropped", said, ["reason"], registry=own)
         self._version = Gauge("lgvit_model_version", "how often the model was opened", registry=own)
@@ -56,6 +64,16 @@ class Metrics:
         for seconds in ages:
             self._ages.observe(seconds)
         self._fills.observe(fill)
+
+    def ran(self, segment: int, ages: list[float], fill: float, exits: int | None) -> None:
+        """Count a run in a segment, see `SegmentObserver`."""
+        ages_of = self._segment_ages.labels(segment)
+        for seconds in ages:
+            ages_of.observe(seconds)
+        if ages:
+            self._segment_fills.labels(segment).observe(fill)
+        if exits is not None:
+            self._segment_exits.labels(segment).observe(exits)
 
     def dropped(self, reason: str, samples: int) -> None:
         """Count samples that are not computed, see `Observer`."""

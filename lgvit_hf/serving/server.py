@@ -34,6 +34,7 @@ from .device.remote import MESSAGE_SAMPLES, TIMEOUT_HEADER, RemoteHighway
 from .model_version import Served
 from .prometheus import PATHS, Metrics
 from .retries import ID_HEADER, Retries
+from .scheduling import Scheduling
 from .tracing import span
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def make_app(
     limits: Limits | None = None,
     workers: int | None = None,
     reopen: Callable[[], RemoteHighway] | None = None,
+    scheduler: str | None = "batch",
+    max_run_ms: float | None = None,
     certified: Certified | None = None,
 ) -> Starlette:
     """The service around a highway.
@@ -68,11 +71,13 @@ def make_app(
         limits (`Limits`, *optional*): Of connections and bodies.
         workers (`int`, *optional*): Processes that decode images, in each of two lanes; by default one a core.
         reopen (`Callable`, *optional*): Opens the model again, for `Service.reload`.
+        scheduler (`str`, *optional*, defaults to `"batch"`), max_run_ms (`float`, *optional*): See `Scheduling`.
         certified (`Certified`, *optional*): Has samples answered by rungs, or looks for drift; of this highway's part.
     """
     limits = limits or Limits()
+    scheduling = Scheduling(scheduler, max_batch_size, max_wait, max_run_ms)
     given = limits, workers or _cores(), reopen, certified
-    service = Service(highway, max_batch_size, max_wait, max_request_samples, *given)
+    service = Service(highway, scheduling, max_request_samples, *given)
 
     async def predict(request: Request) -> Response:
         served = service.served
@@ -189,8 +194,7 @@ class Service:
     def __init__(
         self,
         highway: RemoteHighway,
-        max_batch_size: int,
-        max_wait: float,
+        scheduling: Scheduling,
         max_request_samples: int,
         limits: Limits,
         workers: int,
@@ -199,8 +203,8 @@ class Service:
     ):
         self.certified = certified
         self.metrics, self.limits, self.max_samples = Metrics(), limits, max_request_samples
-        self.served = Served(highway, max_batch_size, max_wait, self.metrics)
-        self._reopen, self._batching, self._reloading = reopen, (max_batch_size, max_wait), asyncio.Lock()
+        self.served = Served(highway, scheduling, self.metrics)
+        self._reopen, self._scheduling, self._reloading = reopen, scheduling, asyncio.Lock()
         self._retries = Retries()
         self._past: Counter[str] = Counter()
         self.not_ready: str | None = "it is starting"
@@ -239,12 +243,14 @@ class Service:
                 highway = await asyncio.to_thread(self._reopen)
                 if (highway.info.index, highway.info.parts) != (before.info.index, before.info.parts):
                     raise ValueError(f"it is part {highway.info.index} of {highway.info.parts} now")
+                again = self._scheduling, self.metrics, before.version + 1
+                served = await asyncio.to_thread(Served, highway, *again)
             except (OSError, ValueError, RuntimeError) as error:
                 logger.error("the model is not opened again, version %d goes on: %s", before.version, error)
                 return False
             seen = Counter(before.counts)
             self._past.update(seen)
-            self.served = Served(highway, *self._batching, self.metrics, before.version + 1)
+            self.served = served
             self.metrics.opened(self.served.version)
             # requests that are still decoded are for the last version
             while before.users:

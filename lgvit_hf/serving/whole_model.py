@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from .device.info import PartInfo
 from .device.loop import ANSWERS, Arrays, try_part
+from .exported_model import SingleFile
 from .predictor import Predictor
+
+if TYPE_CHECKING:
+    from .torch_segments import TorchSegments
 
 # an input beside the samples: the thresholds of each, a row of its own
 THRESHOLDS = "thresholds"
@@ -79,6 +83,18 @@ class Whole:
         else:
             found = self._predictor.opened(inputs["pixel_values"], thresholds)
         return {name: found[name] for name in ANSWERS}, np.zeros(0, np.int64), {}
+
+    def segments(self) -> TorchSegments | None:
+        """What runs its segments one by one; nothing of what is exported in one file."""
+        opened = self._predictor.opened
+        if isinstance(opened, SingleFile):
+            return None
+        from .torch_model import TorchModel
+        from .torch_segments import TorchSegments
+
+        if isinstance(opened, TorchModel) and getattr(opened.model, "layout", "segments") == "segments":
+            return TorchSegments(opened)
+        return None
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""

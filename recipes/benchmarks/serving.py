@@ -244,6 +244,7 @@ def measured(options, files):
         direct = {n: directly(options.model, options.policy, folder, n, options.seconds) for n in (1, 8)}
     report = {"direct": direct}
     policy = ["--policy", options.policy] if options.policy else []
+    policy += ["--scheduler", options.scheduler] if options.scheduler else []
     for name, more in (("batched", []), ("one at a time", ["--max-batch-size", "1"])):
         with Service(options.model, *policy, *more) as service:
             loops = {n: asyncio.run(loaded(service.url, files, options.seconds, clients=n)) for n in CLIENTS}
@@ -367,6 +368,7 @@ def main():
     parser.add_argument("--split", help="Of it.")
     parser.add_argument("--seconds", type=float, default=20.0, help="Of each measurement; of the soak, at least.")
     parser.add_argument("--policy", help="Such as `never`, for hard images alone.")
+    parser.add_argument("--scheduler", choices=("segments", "batch"), help="Of `lgvit serve`.")
     parser.add_argument("--soak", action="store_true")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--rate", type=float, default=40.0, help="Requests a second of the soak, at random times.")

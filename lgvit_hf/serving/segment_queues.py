@@ -1,0 +1,240 @@
+"""`SegmentQueues`: which samples run next, through which blocks; by a clock that it is given. It runs nothing."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Generic, TypeVar
+
+from .run_costs import OVERHEAD_MS, RunCosts, Stretch
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(eq=False)
+class Sample(Generic[Owner]):
+    """A sample on its way.
+
+    Args:
+        owner (`Owner`): The request that it is of.
+        number (`int`): Which of that request's samples, from 0.
+        asked (`float`): When it came, in seconds.
+        deadline (`float`, *optional*): When nobody waits for it any more.
+        state (`Any`, *optional*): Before its next block; only what runs the blocks knows what that is.
+    """
+
+    owner: Owner
+    number: int
+    asked: float
+    deadline: float = math.inf
+    state: Any = None
+    since: float = field(init=False)  # when it came into the queue where it is
+    waited: float = 0.0  # seconds, in the queues where it was
+
+    def __post_init__(self) -> None:
+        self.since = self.asked
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Generic[Owner]):
+    """Samples that run together through some blocks of a segment, from `start` to before `stop`.
+
+    Args:
+        segment (`int`), start (`int`), stop (`int`): Numbers from 0.
+        samples (`list[Sample]`): At least one.
+        fill (`float`): Their number as a share of what such a run may hold.
+    """
+
+    segment: int
+    start: int
+    stop: int
+    samples: list[Sample[Owner]]
+    fill: float
+
+
+class SegmentQueues(Generic[Owner]):
+    """Samples that wait, in a queue before each segment; and before a block, where a run ended within a segment.
+
+    A run takes as many samples and blocks as gain most within `max_run_ms`, see `RunCosts.best`.
+
+    - The first segment goes before the others, until it has had half of the time: what exits there is answered soon,
+      however many go on.
+    - Of the others the deepest goes first: its samples are answered soonest, and those before can still be joined.
+    - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
+      one more sample in their run would save, and as long as their deadline allows.
+    - Of those who wait for the first segment each client has a sample taken in turn, however many it has.
+
+    Args:
+        costs (`RunCosts`): Of the blocks.
+        max_samples (`int`, *optional*, defaults to 32): Of a run.
+        max_run_ms (`float`, *optional*, defaults to 15.0): Of a run, but for one block of one sample.
+        max_wait (`float`, *optional*, defaults to 0.002): Seconds.
+        over (`Callable`, *optional*): Whether nobody waits any more for what a request asked.
+
+    Example:
+
+        >>> queues = SegmentQueues(RunCosts([1], [[[4.0]], [[9.0], [9.0]]]))
+        >>> queues.add([Sample("a", 0, asked=0.0), Sample("a", 1, asked=0.0)])
+        >>> run = queues.next(now=0.0)
+        >>> run.segment, run.start, run.stop, [sample.number for sample in run.samples]
+        (0, 0, 1, [0, 1])
+        >>> queues.ran(run, run.samples[:1], seconds=0.008, now=0.008)  # the second exits
+        >>> queues.add([Sample("b", 0, asked=0.008)])
+        >>> run = queues.next(now=0.008)  # a new sample, before the other has its turn in the second segment
+        >>> run.segment, [sample.owner for sample in run.samples]
+        (0, ['b'])
+    """
+
+    def __init__(
+        self,
+        costs: RunCosts,
+        *,
+        max_samples: int = 32,
+        max_run_ms: float = 15.0,
+        max_wait: float = 0.002,
+        over: Callable[[Owner], bool] = lambda owner: False,
+    ):
+        self.costs, self.max_samples, self.max_run_ms, self.max_wait = costs, max_samples, max_run_ms, max_wait
+        # samples that were taken out because nobody waits for them; who runs the others empties it
+        self.dropped: list[Sample[Owner]] = []
+        self._over = over
+        self._new: list[tuple[float, int, Sample[Owner]]] = []  # a heap, before the first block
+        self._queues: list[list[deque[Sample[Owner]]]] = [
+            [deque() for _ in range(blocks)] for blocks in costs.num_blocks
+        ]
+        self._order = count()
+        self._turn, self._turns = 0.0, dict[Hashable, float]()
+        self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
+
+    def __len__(self) -> int:
+        return len(self._new) + sum(len(queue) for segment in self._queues for queue in segment)
+
+    def add(self, samples: Sequence[Sample[Owner]], client: Hashable = None) -> None:
+        """Let samples wait for the first segment.
+
+        Args:
+            samples (`Sequence[Sample]`): Of one request.
+            client (`Hashable`, *optional*): Whose they are; by default each request is of a client of its own.
+        """
+        turn = self._turn if client is None else max(self._turn, self._turns.get(client, 0.0))
+        for number, sample in enumerate(samples, start=1):
+            heapq.heappush(self._new, (turn + number, next(self._order), sample))
+        if client is not None:
+            self._turns = {other: last for other, last in self._turns.items() if last > self._turn}
+            self._turns[client] = turn + len(samples)
+
+    def next(self, now: float, coming: bool = False) -> Run[Owner] | float:
+        """What is to run now, or until when to wait if nothing else comes.
+
+        Args:
+            now (`float`): Seconds.
+            coming (`bool`, *optional*, defaults to `False`): Whether samples are known to be added soon.
+        """
+        while (place := self._choose(now, coming)) is not None:
+            if isinstance(place, float):
+                return place
+            segment, start = place
+            best = self._best(segment, start)
+            if samples := self._take(segment, start, best.samples, now):
+                most = self.costs.best(segment, start, self.max_samples, self.max_run_ms).samples
+                return Run(segment, start, best.stop, samples, min(1.0, len(samples) / most))
+        return math.inf
+
+    def ran(self, run: Run[Owner], staying: Iterable[Sample[Owner]], seconds: float, now: float) -> None:
+        """Put the samples of a run that go on where they are now."""
+        within = run.stop < len(self._queues[run.segment])
+        place = (run.segment, run.stop) if within else (run.segment + 1, 0)
+        for sample in staying:
+            sample.since = now
+            self._queues[place[0]][place[1]].append(sample)
+        self._lead_ms += 1e3 * seconds if run.segment == 0 else -1e3 * seconds
+        deeper = any(queue for segment in self._queues[1:] for queue in segment)
+        self._lead_ms = max(0.0, self._lead_ms) if deeper else 0.0
+
+    def purge(self, now: float) -> None:
+        """Take out all that nobody waits for."""
+        keep = [entry for entry in self._new if self._wanted(entry[2], now)]
+        heapq.heapify(keep)
+        self._new = keep
+        for segment in self._queues:
+            for number, queue in enumerate(segment):
+                segment[number] = deque(sample for sample in queue if self._wanted(sample, now))
+
+    def samples(self) -> Iterator[Sample[Owner]]:
+        """All that wait."""
+        yield from (sample for _, _, sample in self._new)
+        yield from (sample for segment in self._queues for queue in segment for sample in queue)
+
+    # -- decisions ---------------------------------------------------------------------------------------------
+
+    def _choose(self, now: float, coming: bool) -> tuple[int, int] | float | None:
+        """Before which block samples are to run, until when to wait, or nothing where none are."""
+        first, *others = [self._deepest(segment) for segment in range(len(self._queues))]
+        deepest = next((place for place in reversed(others) if place is not None), None)
+        if first is None:
+            return deepest
+        if deepest is None:
+            until = self._until(now) if coming and first == (0, 0) else now
+            return until if until > now else first
+        if self._lead_ms < self.max_run_ms:
+            return first
+        return deepest
+
+    def _deepest(self, segment: int) -> tuple[int, int] | None:
+        queues = self._queues[segment]
+        within = next((start for start in reversed(range(len(queues))) if queues[start]), None)
+        if within is None and segment == 0 and self._new:
+            return 0, 0
+        return None if within is None else (segment, within)
+
+    def _best(self, segment: int, start: int) -> Stretch:
+        waiting = len(self._new) if (segment, start) == (0, 0) else len(self._queues[segment][start])
+        return self.costs.best(segment, start, min(waiting, self.max_samples), self.max_run_ms)
+
+    def _until(self, now: float) -> float:
+        """Until when new samples may wait to be joined, where nothing else is to run."""
+        saved_ms = self._saved_ms()
+        if saved_ms <= 0:
+            return now
+        new = [sample for _, _, sample in self._new]
+        way = (self.max_run_ms + self.costs.whole_ms) / 1e3
+        until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
+        return min(until, min(sample.deadline for sample in new) - way)
+
+    def _saved_ms(self) -> float:
+        """What one more sample in the next run of the first segment saves; 0 where none fits in."""
+        waiting = len(self._new)
+        best = self._best(0, 0)
+        if best.samples < waiting or waiting >= self.max_samples:
+            return 0.0
+        alone, these, joined = (
+            self.costs.milliseconds(0, 0, best.stop, samples) for samples in (1, waiting, waiting + 1)
+        )
+        return OVERHEAD_MS + alone + these - joined
+
+    # -- queues ------------------------------------------------------------------------------------------------
+
+    def _take(self, segment: int, start: int, most: int, now: float) -> list[Sample[Owner]]:
+        """The next samples of a queue that somebody waits for; those that nobody waits for are taken out."""
+        taken: list[Sample[Owner]] = []
+        queue = self._queues[segment][start]
+        is_new = (segment, start) == (0, 0)
+        while len(taken) < most and (self._new if is_new else queue):
+            if is_new:
+                self._turn, _, sample = heapq.heappop(self._new)
+            else:
+                sample = queue.popleft()
+            if self._wanted(sample, now):
+                sample.waited += now - sample.since
+                taken.append(sample)
+        return taken
+
+    def _wanted(self, sample: Sample[Owner], now: float) -> bool:
+        wanted = now < sample.deadline and not self._over(sample.owner)
+        if not wanted:
+            self.dropped.append(sample)
+        return wanted
