@@ -219,6 +219,8 @@ def test_an_upload_that_is_broken_off_leaves_nothing():
     pieces = [b"x" * 1000] * 3
 
     class Request:
+        headers = {}
+
         async def stream(self):
             for piece in pieces:
                 yield piece

@@ -154,6 +154,8 @@ def test_rounding_is_by_token_and_by_channel():
 
     graph, random = Graph(), rng()
     weight = random.normal(size=(24, 16)).astype(np.float32)
+    # without VNNI a processor adds the products of two neighbours in 16 bits, which two of the largest do not fit into
+    weight[1::2] = 0
     weight[:, 3] = 0
     graph.add("MatMul", ["state", graph.constant("weight", weight)], "state_out")
     graph.add("ReduceMean", ["state_out", graph.constant("axis", np.array([1]))], "logits", keepdims=0)

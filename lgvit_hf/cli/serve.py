@@ -126,7 +126,8 @@ def run(options: argparse.Namespace) -> None:
     elif info.gives and options.next is None:
         print("no --next: samples that do not exit are answered here too, and marked degraded", flush=True)
     if certified is None:
-        return server.run(sockets=[listening])
+        server.run(sockets=[listening])
+        return
     if certified.ladder is not None:
         print(certified.ladder.promise(), flush=True)
     with certified.held():

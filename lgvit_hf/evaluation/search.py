@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -14,7 +13,7 @@ from .predictions import Measured, Settings
 from .threshold_search import RANGES, search_gates, search_thresholds
 
 # costs below this share of another are no accident of the samples that are searched on
-_CLEARLY = 0.95
+_CLEARLY = 0.9
 # judged on the samples that they were fitted to, so that they seem cheaper than they are
 _FITTED = ("calibrated_confidence",)
 _GRIDS = ("calibrated_confidence", "confidence_entropy", "patience", "patience_confidence", "fixed")
