@@ -6,8 +6,9 @@
 Each line is one promise: of so many draws of samples, with replacement, the share after which the true drop (or harm)
 was above the one asked for, which must be at most delta, up to the noise of counting; how many draws returned early
 exits; and the mean speed-up in MACs of what was returned. The truth of a table is its own mean over all samples.
-The last columns compare with one uniform confidence threshold of the same true drop: the mean of the speed-up over
-that one's, with its standard error, which is below 1 only by noise where a policy is never worse.
+The last columns compare with one uniform confidence threshold: of the same true drop, and proven on the same halves.
+Each is the mean of the speed-up over that one's, with its standard error, and below 1 only by noise where a policy is
+never worse.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 
 from lgvit_hf import ExitTable, calibrate
+from lgvit_hf.evaluation.calibration import fit_temperature, split_table
 from lgvit_hf.evaluation.costs import Costs
 from lgvit_hf.evaluation.predictions import consequences, replayed_exits
+from lgvit_hf.evaluation.risk_control import drop_p_value, harm_p_value, passed_in_order
 from lgvit_hf.evaluation.threshold_search import RANGES, confidence_scores, uniform_thresholds
 
 COSTS = Costs([3.0, 3.0, 3.0, 3.0], [0.2, 0.3, 0.2, 0.1])
@@ -76,18 +79,38 @@ def uniform_curve(truth):
     return drops, np.minimum.accumulate(macs)
 
 
+def one_threshold(sample, max_accuracy_drop, delta, bound):
+    """The smallest confidence for all exits that is proven as `calibrate` proves a policy, on the same halves."""
+    searched, tested = split_table(sample)
+    temperatures = [fit_temperature(exit, searched.labels) for exit in searched.policy_logits()]
+    scores = confidence_scores(searched, "confidence", temperatures)
+    cuts = reversed(uniform_thresholds(scores.numpy(), RANGES["confidence"]))
+    path = [{"name": "confidence", "threshold": float(cut[0]), "temperature": temperatures} for cut in cuts]
+
+    def p_value(settings):
+        _, drops = consequences(tested, *replayed_exits(tested, settings), tested.known_costs)
+        drops = drops.numpy()
+        if bound == "harm":
+            return harm_p_value(drops == 1, max_accuracy_drop)
+        return float(drop_p_value(drops, max_accuracy_drop, delta))
+
+    return [{"name": "never"}, *path][passed_in_order([p_value(settings) for settings in path], delta)]
+
+
 def promises(truth, curve, policy, rows, splits, **asked):
-    """Draws that broke the promise, draws with early exits, speed-ups, and speed-ups over `curve`."""
-    broken, early, speed_ups, gains = 0, 0, [], []
+    """Draws that broke the promise, draws with early exits, speed-ups, and these over `curve` and `one_threshold`."""
+    broken, early, speed_ups, gains, proven = 0, 0, [], [], []
     for seed in range(splits):
         drawn = torch.randint(len(truth), (rows,), generator=torch.Generator().manual_seed(seed))
-        found = calibrate(truth.select(drawn), policy=policy, **asked)
+        sample = truth.select(drawn)
+        found = calibrate(sample, policy=policy, **asked)
         macs, drop, harm = true_means(truth, found.policy)
         broken += (harm if asked["bound"] == "harm" else drop) > asked["max_accuracy_drop"]
         early += found.policy["name"] != "never"
         speed_ups.append(truth.known_costs.backbone / macs)
         gains.append(np.interp(drop, *curve) / macs)
-    return broken, early, np.array(speed_ups), np.array(gains)
+        proven.append(true_means(truth, one_threshold(sample, **asked))[0] / macs)
+    return broken, early, np.array(speed_ups), np.array(gains), np.array(proven)
 
 
 def main():
@@ -109,20 +132,20 @@ def main():
         }
     print(
         f"{'table':20} {'policy':10} {'bound':5} {'drop':>5} {'delta':>5} {'broken':>6} {'share':>6} {'allowed':>7} "
-        f"{'early':>5} {'speed-up':>8} {'over uniform':>14}",
+        f"{'early':>5} {'speed-up':>8} {'over uniform':>14} {'proven alike':>14}",
         flush=True,
     )
     for (name, truth), policy in product(truths.items(), options.policies):
         curve = uniform_curve(truth)
         for bound, drop, delta in product(options.bounds, options.drops, options.deltas):
             asked = {"bound": bound, "max_accuracy_drop": drop, "delta": delta}
-            broken, early, speed_ups, gains = promises(truth, curve, policy, options.rows, options.splits, **asked)
+            given = truth, curve, policy, options.rows, options.splits
+            broken, early, speed_ups, *ratios = promises(*given, **asked)
             allowed = delta + 3 * math.sqrt(delta * (1 - delta) / options.splits)
-            error = gains.std() / math.sqrt(options.splits)
+            over = [f"{each.mean():7.3f} +-{each.std() / math.sqrt(options.splits):5.3f}" for each in ratios]
             print(
                 f"{name[-20:]:20} {policy:10} {bound:5} {drop:5.3f} {delta:5.2f} {broken:6} "
-                f"{broken / options.splits:6.3f} {allowed:7.3f} {early:5} {speed_ups.mean():7.2f}x "
-                f"{gains.mean():7.3f} +-{error:5.3f}",
+                f"{broken / options.splits:6.3f} {allowed:7.3f} {early:5} {speed_ups.mean():7.2f}x {' '.join(over)}",
                 flush=True,
             )
 
