@@ -180,6 +180,25 @@ def test_rungs_climb_with_the_queue_and_stay_with_their_samples(home, tmp_path, 
     assert health["ladder"]["rungs"] == 3 and "if samples arrive independently" in health["ladder"]["promise"]
 
 
+@pytest.mark.parametrize("scheduler", ["segments", "batch"])
+def test_either_scheduler_answers_by_the_rung(home, tmp_path, monkeypatch, scheduler):
+    """As each sample alone by the thresholds of the rung for that age of the queue; beyond the last one 503."""
+    certified, age = Certified(Whole(home.folder), ladder=written(tmp_path, home.report), max_queue_ms=MINUTE_MS), [0]
+    with served(Whole(home.folder), certified, scheduler=scheduler) as client:
+        batcher = client.app.state.service.served.batcher
+        assert isinstance(batcher, Batcher) == (scheduler == "batch")
+        # of segments a timeout is for the answer, not for the time in the queue alone
+        assert (batcher.pass_seconds > 0) == (scheduler == "segments")
+        monkeypatch.setattr(type(batcher), "queue_age", property(lambda self: age[0]))
+        for rung, seconds in ((SAFEST, 0), (MIDDLE, 25), (FASTEST, 45)):
+            age[0] = seconds
+            reply = ask(client, home.pixels)
+            assert [answer["rung"] for answer in reply.json()["answers"]] == [rung] * len(home.pixels)
+            assert exits_of(reply) == home.answers[rung]["exit_index"].tolist()
+        age[0] = 61
+        assert ask(client, home.pixels).status_code == 503
+
+
 def test_what_would_begin_too_late_is_refused(home, tmp_path):
     """The model does not go on until the one that waits has its 503; it is not computed, nor is one in a hurry."""
     part = Gated(home.folder)
