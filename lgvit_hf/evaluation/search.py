@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -67,7 +68,7 @@ def candidates(
     return path[::-1]
 
 
-def of_one_path(measured: list[Measured], limit: float, usual: str, num_exits: int) -> list[Measured]:
+def of_one_path(measured: Iterable[Measured], limit: float, usual: str, num_exits: int) -> list[Settings]:
     """Policies that differ in one number, from the safest to the fastest: of the path that is cheapest within a drop.
 
     Tests in a fixed order end at the first that fails. Along a path one test differs little from the next; where a
