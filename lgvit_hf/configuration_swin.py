@@ -36,6 +36,9 @@ class SwinHighwayConfig(HighwayConfig, SwinConfig):
         """Blocks of all stages."""
         return sum(self.depths)
 
+    def check_sizes(self) -> None:
+        """Any size of image or patch, as upstream: what does not divide is padded."""
+
     def stage_of(self, after: int) -> int:
         """Stage, from 0, that block number `after` (from 1) belongs to."""
         for stage in range(len(self.depths)):
