@@ -252,11 +252,14 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         return search(scores, right, of, price, limits, choose_exits)
 
     monkeypatch.setattr(threshold_search, "search", recorded)
-    found = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))
+    every_one = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))
+    found = [entry for entry in every_one if not entry.proof_only]
     uniform = uniform_thresholds(scores, limits)
-    # 17 prices, three exits alone, one threshold for all exits, and for fewer of them
-    sets = list(dict.fromkeys(entry.path for entry in found[20:]))
-    assert len(found) == 17 + 3 + len(sets) * len(uniform) and sets[0] == ((0, 1, 2),)
+    # 17 prices, three exits alone, one threshold for all exits, and for fewer exits at six of the prices
+    assert len(found) == 17 + 3 + len(uniform) + 6
+    # and of these fewer exits every threshold, for proofs
+    fewer = dict.fromkeys(entry.path for entry in found[-6:] if entry.path != ((0, 1, 2),))
+    assert [entry.path for entry in every_one[len(found) :]] == [path for path in fewer for _ in uniform]
     prices = COSTS.backbone * np.geomspace(1000, 0.1, 17)
     expected = [(rows, price, True) for price in prices for rows in (20, 21, 21, 31)]
     assert searches == [(rows, pytest.approx(price), choose) for rows, price, choose in expected]
@@ -269,7 +272,7 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         return {"name": policy, "threshold": numbers, "temperature": list(temperatures)}
 
     every = np.arange(31)
-    for number, (cost, drop, settings, _) in enumerate(found):
+    for number, (cost, drop, settings, *_) in enumerate(found):
         seen = consequences_of(settings, every)
         if number < 17:
             apart = []
@@ -285,23 +288,23 @@ def test_thresholds_are_judged_by_rows_they_were_not_fitted_to(policy, monkeypat
         first = next((index for index, number in enumerate(signed) if number <= limits[0]), 3)
         assert all(number == limits[1] for number in signed[first + 1 :]), settings
         assert not any(str(number) == "-0.0" for number in settings["threshold"])
-    for index, (_, _, settings, path) in enumerate(found[17:20]):
+    for index, (_, _, settings, path, _) in enumerate(found[17:20]):
         left, on = replayed_exits(table, settings)
         assert on == [index] and (left == index).all() and path is None
         assert settings == settings_of(np.where(np.arange(3) == index, *np.float32(limits)))
     assert found[20][2] == found[17][2], "below the least score all leave at the first exit"
-    for cut, (_, _, settings, _) in zip(uniform[1:], found[21 : 20 + len(uniform)], strict=True):
+    for cut, (_, _, settings, *_) in zip(uniform[1:], found[21 : 20 + len(uniform)], strict=True):
         assert settings == settings_of(cut)
     fixed = list(SEARCHES[policy](table, COSTS, policy, temperatures, False))
     assert len(fixed) == 17 + len(uniform) and not any(choose for _, _, choose in searches[68:])
 
     # one threshold for some of the exits, and the others off
     monkeypatch.setattr(threshold_search, "with_fewer_exits", lambda *given: iter([(9, (0, 2)), (5, (1,))]))
-    some = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))[20:]
-    assert [entry.path for entry in some] == [((0, 2),)] * len(uniform) + [((1,),)] * len(uniform)
+    first, second, *whole = list(SEARCHES[policy](table, COSTS, policy, temperatures, True))[20:]
+    assert [entry.path for entry in whole] == [((0, 2),)] * len(uniform) + [((1,),)] * len(uniform)
+    assert whole[9][:4] == first[:4] and whole[len(uniform) + 5][:4] == second[:4]
     off, nine, five = limits[1], uniform[9][0], uniform[5][0]
-    cases = (some[9], [nine, off, nine]), (some[len(uniform) + 5], [off, five, off])
-    for (cost, drop, settings, _), cuts in cases:
+    for (cost, drop, settings, *_), cuts in ((first, [nine, off, nine]), (second, [off, five, off])):
         assert settings == settings_of(np.array(cuts, np.float32))
         assert (cost, drop) == pytest.approx(consequences_of(settings, every))
 
@@ -325,7 +328,7 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
     tried = {"confidence_entropy": 8 * 8, "patience": 3, "patience_confidence": 3 * 8, "fixed": 4}[policy]
     assert len(found) == tried + (0 if policy == "fixed" else 6)
     assert len(list(SEARCHES[policy](table, COSTS, policy, (1.0,) * 4, False))) == tried
-    for cost, drop, settings, _ in found:
+    for cost, drop, settings, *_ in found:
         assert (cost, drop) == pytest.approx(predicted(table, settings))
     settings = [entry.settings for entry in found[:tried]]
     if policy == "fixed":
@@ -348,8 +351,8 @@ def test_what_has_few_parameters_is_tried_in_full(policy):
                 below["confidence"], 8
             ).tolist()
             assert [(scores["entropy"] <= -one["entropy_threshold"]).sum() for one in settings] == 8 * below["entropy"]
-            fewer = [number for _, _, one, _ in found[tried:] for number in one["threshold"] if number == 1.0]
-            assert len(fewer) == sum(3 - len(replayed_exits(table, one)[1]) for _, _, one, _ in found[tried:])
+            fewer = [number for _, _, one, *_ in found[tried:] for number in one["threshold"] if number == 1.0]
+            assert len(fewer) == sum(3 - len(replayed_exits(table, one)[1]) for _, _, one, *_ in found[tried:])
 
 
 @version_independent

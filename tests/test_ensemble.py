@@ -367,7 +367,7 @@ def test_calibration_measures_what_the_ensemble_answers(policy):
 def test_every_candidate_is_searched_with_the_exits_that_it_evaluates(policy):
     table = replace(calibration_table(3), ensemble={"weights": [1, 2, 3, 4], "bias": [0.1, 0.0, -0.1]})
     temperatures = (1.5, 1.0, 0.8, 1.0)
-    for cost, drop, settings, _ in SEARCHES[policy](table, table.known_costs, policy, temperatures, True):
+    for cost, drop, settings, *_ in SEARCHES[policy](table, table.known_costs, policy, temperatures, True):
         exits, evaluated = replayed_exits(table, settings)
         again, drops = consequences(table, exits, evaluated, table.known_costs)
         answers = table.replay(settings)

@@ -74,6 +74,4 @@ def test_tables_and_calibration():
     assert costs.batch_sizes == [1, 2, 4]
     report = calibrate(table, max_accuracy_drop=0.2)
     written = json.loads((FOLDER / "calibration.json").read_text())
-    # more thresholds are tried now: that one still, and nothing dearer is chosen
-    assert written["policy"] in [each["policy"] for each in report.frontier]
-    assert report.policy["name"] == written["policy"]["name"] and report.mean_macs <= written["mean_macs"]
+    assert report.policy == written["policy"] and report.mean_macs == written["mean_macs"]

@@ -19,13 +19,14 @@ class Measured(NamedTuple):
     """Mean cost and predicted drop of settings on the table that is searched on.
 
     Settings of one policy and one `path` differ in a single number: as it changes, each sample exits earlier, or
-    where it did.
+    where it did. Those that are there to make a path whole are `proof_only`.
     """
 
     cost: float
     drop: float
     settings: Settings
     path: tuple[Any, ...] | None = None
+    proof_only: bool = False
 
 
 def replayed_exits(table: ExitTable, settings: Settings) -> tuple[Tensor, list[int]]:

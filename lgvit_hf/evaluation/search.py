@@ -60,7 +60,7 @@ def candidates(
     if proven is not None:
         return of_one_path(measured, proven, "confidence" if auto else policy, len(table.depths) - 1)
     path, least = [], float("inf")
-    for entry in sorted(measured, key=lambda entry: entry[:2]):
+    for entry in sorted((entry for entry in measured if not entry.proof_only), key=lambda entry: entry[:2]):
         # what is no cheaper than the full model must be more accurate
         if entry.drop < min(least, 0.0 if entry.cost >= costs.backbone else least):
             path.append(entry.settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -139,10 +140,12 @@ def _threshold_paths(
     def judged(number: int, exits: tuple[int, ...]) -> tuple[float, float]:
         return measured(every, some(number, exits))
 
-    found_sets = with_fewer_exits(len(scores), len(uniform), judged, costs.backbone, choose_exits)
-    for exits in dict.fromkeys(exits for _, exits in found_sets):
-        for number in range(len(uniform)):
-            yield Measured(*judged(number, exits), settings(some(number, exits)), (exits,))
+    found_sets = list(with_fewer_exits(len(scores), len(uniform), judged, costs.backbone, choose_exits))
+    for number, exits in found_sets:
+        yield Measured(*judged(number, exits), settings(some(number, exits)), (exits,))
+    fewer = dict.fromkeys(exits for _, exits in found_sets if len(exits) < len(scores))
+    for exits, number in product(fewer, range(len(uniform))):
+        yield Measured(*judged(number, exits), settings(some(number, exits)), (exits,), proof_only=True)
 
 
 def confidence_scores(table: ExitTable, policy: str, temperatures: tuple[float, ...]) -> Tensor:
