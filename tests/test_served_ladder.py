@@ -23,6 +23,7 @@ from lgvit_hf.serving.whole_model import THRESHOLDS, Whole
 from tests.clear import clear_model
 from tests.test_split import SMALL
 from tests.tiny import IMAGE_SIZE
+from tests.waiting import until
 
 pytest.importorskip("starlette", reason='pip install "lgvit-hf[serve]"')
 import uvicorn  # noqa: E402
@@ -110,14 +111,6 @@ def ask(client, pixels, **headers):
 
 def exits_of(reply):
     return [answer["exit_index"] for answer in reply.json()["answers"]]
-
-
-def until(holds):
-    for _ in range(6000):
-        if holds():
-            return
-        time.sleep(0.01)
-    pytest.fail("it never comes to that")
 
 
 # -- rungs by load ----------------------------------------------------------------------------------------------

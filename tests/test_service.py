@@ -4,7 +4,6 @@ import io
 import json
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from lgvit_hf.serving.predictor import Predictor
 from tests.clear import clear_model
 from tests.test_split import SMALL, random_image
 from tests.tiny import IMAGE_SIZE
+from tests.waiting import until
 
 pytest.importorskip("starlette", reason='pip install "lgvit-hf[serve]"')
 from starlette.testclient import TestClient  # noqa: E402
@@ -246,14 +246,6 @@ def test_a_client_that_leaves_is_not_computed_and_one_in_a_hurry_is_told(home):
         for connection in connections[:2]:
             connection.close()
     assert slow.sizes == [1]
-
-
-def until(holds):
-    for _ in range(6000):
-        if holds():
-            return
-        time.sleep(0.01)
-    pytest.fail("it never comes to that")
 
 
 # -- connections, bodies, versions ------------------------------------------------------------------------------

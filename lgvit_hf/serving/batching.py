@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from .compute_thread import SHUTTING_DOWN, ComputeThread
 from .device.loop import Arrays
 from .device.remote import SHARE, RemoteHighway
 
@@ -48,7 +46,7 @@ class _Waiting:
     future: Future[Arrays]
 
 
-class Batcher:
+class Batcher(ComputeThread):
     """Runs a highway on batches of what several callers ask at the same time.
 
     One thread computes; others send to the next part meanwhile. A sample's answer does not depend on the other samples
@@ -83,19 +81,11 @@ class Batcher:
                 f"{max_samples=}, {max_wait=}, {max_waiting=}, {senders=}: must be positive; at most {MAX_WAIT:g} s"
             )
         self.highway, self.max_samples, self.max_wait, self.max_waiting = highway, max_samples, max_wait, max_waiting
-        self.batches, self._coming = 0, 0
-        self._observer = observer
+        super().__init__()
+        self.batches, self._observer = 0, observer
         self._queue: deque[_Waiting] = deque()
-        self._changed = threading.Condition()
-        self._closed, self._dead = False, False
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
-        self._thread = threading.Thread(target=self._work, name="lgvit-compute", daemon=True)
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the computing thread runs."""
-        return not self._dead and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -129,25 +119,13 @@ class Batcher:
         samples = len(next(iter(inputs.values())))
         with self._changed:
             if self._closed or not self.alive:
-                raise Busy("the service is shutting down" if self._closed else "no thread computes any more")
+                raise Busy(self._why_none())
             if self._queue and self._samples() + samples > self.max_waiting:
                 raise Busy(f"{self._samples()} samples are waiting already")
             waiting = _Waiting(inputs, samples, math.inf if timeout is None else timeout, time.monotonic(), Future())
             self._queue.append(waiting)
             self._changed.notify()
         return waiting.future
-
-    @contextmanager
-    def coming(self) -> Iterator[None]:
-        """While a request is being decoded: it will soon be submitted, and those that wait may wait for it."""
-        self._coming += 1
-        try:
-            yield
-        finally:
-            self._coming -= 1
-            if not self._coming:
-                with self._changed:
-                    self._changed.notify()
 
     def refuse_waiting(self) -> None:
         """Take no more, and tell all that have not begun to run that the service is shutting down."""
@@ -156,14 +134,11 @@ class Batcher:
             refused = [waiting for waiting in self._queue if waiting.future.set_running_or_notify_cancel()]
             self._queue.clear()
             self._changed.notify()
-        _fail(refused, Busy("the service is shutting down"))
+        _fail(refused, Busy(SHUTTING_DOWN))
 
     def close(self) -> None:
-        """Answer what is waiting, take no more, and stop."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
+        """As of any scheduler; what is on its way to the next part comes back first."""
+        super().close()
         self._senders.shutdown()
 
     def _samples(self) -> int:

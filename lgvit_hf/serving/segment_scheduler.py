@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from .batching import MAX_WAIT, Busy, Expired, Observer
+from .compute_thread import SHUTTING_DOWN, ComputeThread
 from .device.loop import Arrays
 from .run_costs import RunCosts
 from .segment_queues import Run, Sample, SegmentQueues
-
-SHUTTING_DOWN = "the service is shutting down"
 
 
 class Runs(Protocol):
@@ -76,7 +73,7 @@ class _Request:
         _settle(self.future, {**found, "degraded": np.zeros(len(parts), np.uint8)})
 
 
-class SegmentScheduler:
+class SegmentScheduler(ComputeThread):
     """Runs a highway's segments, each on samples of any requests that have come there; see `SegmentQueues`.
 
     Used as a `Batcher` is. One thread computes. A sample's answer does not depend on those it runs with. A request is
@@ -134,16 +131,9 @@ class SegmentScheduler:
         )
         parts = enumerate(costs.num_blocks)
         self._pass_seconds = sum(costs.milliseconds(part, 0, blocks, max_samples) for part, blocks in parts) / 1e3
-        self._coming, self._closed, self._dead = 0, False, False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="lgvit-compute", daemon=True)
+        super().__init__()
         if clock is None:
             self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the computing thread runs."""
-        return not self._dead and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -181,7 +171,7 @@ class SegmentScheduler:
             raise ValueError("an empty batch; give at least one image")
         with self._changed:
             if self._closed or self._dead:
-                raise Busy(SHUTTING_DOWN if self._closed else "no thread computes any more")
+                raise Busy(self._why_none())
             now = self._clock()
             if len(self._queues) + number > self.max_waiting:
                 self._purge(now)
@@ -197,18 +187,6 @@ class SegmentScheduler:
             self._changed.notify()
         return request.future
 
-    @contextmanager
-    def coming(self) -> Iterator[None]:
-        """While a request is being decoded: it will soon be submitted, and those that wait may wait for it."""
-        self._coming += 1
-        try:
-            yield
-        finally:
-            self._coming -= 1
-            if not self._coming:
-                with self._changed:
-                    self._changed.notify()
-
     def refuse_waiting(self) -> None:
         """Take no more, and tell all that have not begun to run that the service is shutting down."""
         with self._changed:
@@ -217,13 +195,6 @@ class SegmentScheduler:
             self._queues.purge(self._clock())
             self._queues.dropped.clear()
             self._changed.notify()
-
-    def close(self) -> None:
-        """Answer what is waiting, take no more, and stop."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
 
     def step(self) -> float | None:
         """Run the next samples; gives nothing where some have run, and else until when to wait for more."""
