@@ -17,7 +17,7 @@ from lgvit_hf.serving.prometheus import Metrics
 from lgvit_hf.serving.run_costs import RunCosts
 from lgvit_hf.serving.segment_queues import Sample, SegmentQueues
 from lgvit_hf.serving.segment_scheduler import SegmentScheduler
-from lgvit_hf.serving.simulation import Arrival, Guilty, simulate
+from lgvit_hf.serving.simulation import Arrival, SampleFails, simulate
 from lgvit_hf.serving.torch_segments import TorchSegments
 from tests.gates import typical_models
 from tests.seeds import examples, rng
@@ -217,7 +217,7 @@ def test_each_request_ends_once_and_as_it_should(arrivals, costs, options):
             assert [len(evaluated) - 1 for evaluated in outcome.runs] == list(arrival.exits)
             continue
         allowed = {
-            Guilty: arrival.fails_in is not None and arrival.fails_in <= max(arrival.exits),
+            SampleFails: arrival.fails_in is not None and arrival.fails_in <= max(arrival.exits),
             Expired: arrival.timeout is not None and outcome.seconds >= arrival.timeout,
             TimeoutError: arrival.cancelled is not None,
             Busy: options["max_waiting"] == 5,

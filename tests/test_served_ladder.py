@@ -18,8 +18,8 @@ from lgvit_hf.files import locked
 from lgvit_hf.serving.batching import Batcher
 from lgvit_hf.serving.device.message import CONTENT_TYPE, pack
 from lgvit_hf.serving.device.remote import RemoteHighway
-from lgvit_hf.serving.predictor import Predictor
-from lgvit_hf.serving.whole_model import THRESHOLDS, Whole
+from lgvit_hf.serving.predictor import THRESHOLDS, Predictor
+from lgvit_hf.serving.whole_model import Whole
 from tests.clear import clear_model
 from tests.test_split import SMALL
 from tests.tiny import IMAGE_SIZE

@@ -22,8 +22,9 @@ from .device.info import Array, PartInfo
 from .device.loop import Arrays
 from .drift_watch import DriftWatch
 from .model_version import Served
+from .predictor import THRESHOLDS
 from .rung_metrics import RungMetrics
-from .whole_model import THRESHOLDS, Whole
+from .whole_model import Whole
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 ANSWERS = ("logits", "label", "exit_index", "exit_layer", "exit_score")
 
+# an input beside `pixel_values`: the thresholds of each sample, `[E]`; what `PerSamplePolicy` calls them in its memory
+THRESHOLDS = "thresholds"
+
 
 class Opened(Protocol):
     """What a `Predictor` opened: `TorchModel`, or `SingleFile`, which needs no PyTorch.

@@ -15,7 +15,7 @@ from .run_costs import OVERHEAD_MS, RunCosts
 from .segment_scheduler import SegmentScheduler
 
 
-class Guilty(RuntimeError):
+class SampleFails(RuntimeError):
     """A run held a sample that fails."""
 
 
@@ -119,7 +119,7 @@ class _World:
         self.runs.append((segment, start, stop, len(samples)))
         outcomes = [self.outcomes[int(sample["request"])] for sample in samples]
         if any(outcome.arrival.fails_in == segment for outcome in outcomes):
-            raise Guilty
+            raise SampleFails
         answers: list[Arrays | None] = [None] * len(samples)
         if stop == self.num_blocks[segment]:
             for place, (outcome, sample) in enumerate(zip(outcomes, samples, strict=True)):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..configuration import HighwayConfig
 from ..data.processing import ProcessedImages, open_processor
-from ..engine import Answers, run_early
+from ..engine import run_early
 from ..ensemble import with_ensemble
 from ..evaluation.costs import Highway
 from ..evaluation.exit_table import weights_digest
@@ -104,21 +104,25 @@ class TorchModel:
         """`ANSWERS` to `pixels` `[B, C, H, W]` float32, by `thresholds` `[B, E]` instead of the policy's, if given."""
         # a copy, for others' arrays may be read-only
         images = torch.tensor(pixels, device=self.model.device, dtype=self.model.dtype)
-        found: Any = self.model(pixel_values=images) if thresholds is None else self._by(thresholds, images)
+        if thresholds is None:
+            found: Any = self.model(pixel_values=images)
+        else:
+            policy = policy_by(torch.tensor(thresholds), self.model)
+            found = run_early(self.model.segments(), State({"pixel_values": images}), policy)
         tensors = {name: getattr(found, name) for name in ANSWERS}
         return {name: (each.float() if name == "logits" else each).cpu().numpy() for name, each in tensors.items()}
-
-    def _by(self, thresholds: np.ndarray, images: torch.Tensor) -> Answers:
-        """Answers by thresholds of each sample's own."""
-        num_exits = len(self.depths) - 1
-        policy: ExitPolicy = PerSamplePolicy(self.model.exit_policy, torch.tensor(thresholds), num_exits)
-        policy = with_ensemble(policy, self.model.config.exit_ensemble, num_exits + 1, len(self.labels))
-        return run_early(self.model.segments(), State({"pixel_values": images}), policy)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One image as the model takes it, float32 `[C, H, W]`."""
         assert self.images is not None  # whoever asks has images
         return self.images.pixels(image).numpy()
+
+
+def policy_by(thresholds: torch.Tensor, model: Highway) -> ExitPolicy:
+    """The policy in force in `model` with thresholds of each sample's own, `[B, E]`."""
+    num_exits = thresholds.shape[1]
+    policy = PerSamplePolicy(model.exit_policy, thresholds, num_exits)
+    return with_ensemble(policy, model.config.exit_ensemble, num_exits + 1, model.config.num_labels)
 
 
 def open_images(path: str) -> ProcessedImages | None:

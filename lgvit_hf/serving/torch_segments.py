@@ -9,22 +9,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..data.devices import wait_for_accelerators
 from ..engine import Answers, answers_of_exit, drop_exited_samples, evaluate_exit
-from ..ensemble import with_ensemble
 from ..evaluation.cost_table import threads_of
-from ..exit_policy import ExitPolicy, PerSamplePolicy
+from ..exit_policy import ExitPolicy
 from ..policies import Memory
 from ..segments import State
 from .device.loop import ANSWERS, Arrays
-from .torch_model import TorchModel
+from .predictor import THRESHOLDS
+from .torch_model import TorchModel, policy_by
 from .torch_part import merged_segments
 
 Result = TypeVar("Result")
-# of each sample's own, `[E]`: an input beside `pixel_values`, and what `PerSamplePolicy` calls them in its memory
-THRESHOLDS = "thresholds"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +93,8 @@ class TorchSegments:
     def _begun(self, pixels: np.ndarray) -> State:
         return State({"pixel_values": torch.tensor(pixels, device=self._device, dtype=self._dtype)})
 
-    def _by_thresholds(self, thresholds: Tensor) -> ExitPolicy:
-        """The policy with thresholds of each sample's own; later they are in the memory."""
-        config, num_exits = self._model.config, thresholds.shape[1]
-        policy = PerSamplePolicy(self._model.exit_policy, thresholds, num_exits)
-        return with_ensemble(policy, config.exit_ensemble, num_exits + 1, config.num_labels)
-
     def _policy_of(self, memory: Memory) -> ExitPolicy:
-        return self._by_thresholds(memory[THRESHOLDS]) if THRESHOLDS in memory else self._policy
+        return policy_by(memory[THRESHOLDS], self._model) if THRESHOLDS in memory else self._policy
 
     def _joined(self, samples: Sequence[Arrays | Reached]) -> tuple[State, Memory]:
         reached = [sample for sample in samples if isinstance(sample, Reached)]
@@ -111,7 +102,7 @@ class TorchSegments:
             new = [sample for sample in samples if not isinstance(sample, Reached)]
             policy = self._policy
             if THRESHOLDS in new[0]:
-                policy = self._by_thresholds(torch.tensor(np.stack([each[THRESHOLDS] for each in new])))
+                policy = policy_by(torch.tensor(np.stack([each[THRESHOLDS] for each in new])), self._model)
             state = self._begun(np.stack([each["pixel_values"] for each in new]))
             return state, policy.start(len(new), self._device)
         first = reached[0]

@@ -12,13 +12,10 @@ from PIL import Image
 from .device.info import PartInfo
 from .device.loop import ANSWERS, Arrays, try_part
 from .exported_model import SingleFile
-from .predictor import Predictor
+from .predictor import THRESHOLDS, Predictor
 
 if TYPE_CHECKING:
     from .torch_segments import TorchSegments
-
-# an input beside the samples: the thresholds of each, a row of its own
-THRESHOLDS = "thresholds"
 
 
 class Whole:
