@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-from functools import partial
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..data.settings import real, whole
 from .options import add_policy, add_runtime, policy_of
 
 if TYPE_CHECKING:
-    from ..serving.device.loop import Runs
+    from ..serving.open_service import ServiceSettings
 
 HELP = "answer images over HTTP, as a whole highway or as a part of one"
 EXAMPLE = (
@@ -20,9 +20,10 @@ EXAMPLE = (
     "  lgvit serve parts/part1 --port 8001 --next http://cloud:8002 --state-dtype float16\n"
     "  lgvit serve runs/stage2 --port 8000 --policy confidence --threshold 0.8\n"
     "  lgvit serve runs/stage2 --ladder runs/stage2/calibration.json --max-queue-ms 200\n"
-    "  lgvit serve runs/stage2 --drift runs/stage2/calibration.json --audit 0.01"
+    "  lgvit serve runs/stage2 --drift runs/stage2/calibration.json --audit 0.01\n"
+    "  lgvit serve runs/stage2 --engine ray --replicas 4"
 )
-LONGEST_WAIT_MS = 1000.0
+LONGEST_WAIT_MS, CONNECTIONS = 1000.0, 1000
 
 
 def _wait(text: Any) -> float:
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", choices=("segments", "batch"), help=how)
     add("--max-run-ms", type=real(0.1, 1e4), help="of a run of some blocks, with segments (15, more for large models)")
     add("--max-body-mb", type=real(0, 1e6), default=32.0, help="of a request; states need 17 (32)")
-    add("--max-connections", type=whole(), default=1000, help="open at a time (default: 1000)")
+    add("--max-connections", type=whole(), default=CONNECTIONS, help=f"open at a time ({CONNECTIONS})")
     add("--max-per-address", type=whole(), help="requests of one peer address at a time; none behind a proxy")
     add("--decoders", type=whole(1, 1024), help="processes that decode images, in each of two lanes (one a core)")
     add("--drain-seconds", type=real(0, 3600), default=20.0, help="after SIGTERM for what waits (default: 20)")
@@ -60,6 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--drift", metavar="FILE", help="calibration.json to compare answers with; after an alarm the safest policy")
     add("--audit", type=real(), default=0.0, help="with --drift: share of samples that are run to the end, too (0)")
     add("--drift-state", metavar="FILE", help="kept over restarts (default: calibration.drift.json beside --drift)")
+    engines = "ray: replicas of Ray Serve, on the cluster of RAY_ADDRESS or on this machine (default: local)"
+    add("--engine", choices=("local", "ray"), default="local", help=engines)
+    add("--replicas", type=whole(1, 10000), help="with --engine ray, each with --threads CPUs and a model (1)")
     add_policy(parser)
     add_runtime(parser)
 
@@ -72,19 +76,13 @@ def run(options: argparse.Namespace) -> None:
         OSError: There is no such thing, or the port is taken.
         ValueError: A setting that cannot be, or the next part is there and does not fit.
     """
-    from ..serving.device.remote import RemoteHighway
-    from ..serving.open_part import open_any
-
     try:
         from ..serving.admission import Limits
-        from ..serving.certified import Certified
-        from ..serving.certified_files import check_options
         from ..serving.http_server import HttpServer
-        from ..serving.server import make_app
+        from ..serving.open_service import ServiceSettings
     except ImportError as error:
         packages = "starlette, uvicorn, pydantic and prometheus_client"
         raise ImportError(f'a service needs {packages}: pip install "lgvit-hf[serve]"') from error
-    policy, most = policy_of(options), options.max_batch_size
     if not options.max_body_mb > 0:
         raise ValueError(f"max_body_mb={options.max_body_mb} must be positive")
     body = int(options.max_body_mb * 1e6)
@@ -94,24 +92,17 @@ def run(options: argparse.Namespace) -> None:
         total_bytes=max(8 * body, 1 << 28),
         per_address=options.max_per_address,
     )
-
-    running = {"threads": options.threads, "runtime": options.runtime}
-    sending = {name: getattr(options, name) for name in ("state_dtype", "timeout", "retries")}
-    promised = {name: getattr(options, name) for name in ("ladder", "max_queue_ms", "drift", "audit", "drift_state")}
-    check_options(**promised)
-    opened = partial(open_any, options.path, policy=policy, max_batch_size=most, **running)
-    part = opened()
-    certified = Certified(part, **promised) if options.ladder or options.drift else None
-
-    def highway_of(part: Runs) -> RemoteHighway:
-        return RemoteHighway(part if certified is None else certified.fitted(part), options.next, **sending)
-
-    highway = highway_of(part)
+    names = set(vars(options)) & {field.name for field in fields(ServiceSettings)}
+    given = {name: getattr(options, name) for name in names} | {"policy": policy_of(options), "limits": limits}
+    settings = ServiceSettings(**given, max_wait=options.max_wait_ms / 1e3)
+    if options.engine == "ray":
+        _serve_on_ray(settings, options)
+        return
+    if options.replicas is not None:
+        raise ValueError(f"--replicas {options.replicas} goes with --engine ray")
+    app = settings.app()
+    highway, certified = app.state.service.served.highway, app.state.service.certified
     missing, info = highway.check_next(), highway.info
-    wait = options.max_wait_ms / 1e3
-    serving = {"limits": limits, "workers": options.decoders, "reopen": lambda: highway_of(opened())}
-    serving |= {"scheduler": options.scheduler, "max_run_ms": options.max_run_ms, "certified": certified}
-    app = make_app(highway, max_batch_size=most, max_wait=wait, **serving)
     listening = socket.create_server((options.host, options.port), backlog=1024)
     # accepted connections take it over; without it the second packet of an answer waits for the first's receipt
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -132,3 +123,20 @@ def run(options: argparse.Namespace) -> None:
         print(certified.ladder.promise(), flush=True)
     with certified.held():
         server.run(sockets=[listening])
+
+
+def _serve_on_ray(settings: ServiceSettings, options: argparse.Namespace) -> None:
+    from ..serving.ray_serve import serve_on_ray
+
+    if options.max_connections != CONNECTIONS or options.max_per_address is not None:
+        raise ValueError(
+            "--max-connections and --max-per-address: with --engine ray connections are those of its proxy"
+        )
+    replicas = options.replicas or 1
+    many = "1 replica" if replicas == 1 else f"{replicas} replicas"
+
+    def started(port: int) -> None:
+        print(f"{options.path}: a whole highway in {many} at http://{options.host}:{port}", flush=True)
+
+    where = {"host": options.host, "port": options.port, "drain_seconds": options.drain_seconds}
+    serve_on_ray(settings, replicas=replicas, started=started, **where)

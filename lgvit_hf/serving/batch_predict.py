@@ -28,7 +28,8 @@ from ..files import locked, replace_file, write_json
 from .answer_files import COLUMNS, check_format, write_predictions
 from .image_sources import Images, Source, find_images
 from .predictor import Predictor
-from .ray_data import ShardAnswers, answered_by_ray, check_ray
+from .ray_cluster import check_ray
+from .ray_data import ShardAnswers, answered_by_ray
 
 Row = dict[str, Any]  # of the output, by column
 ENGINES = ("local", "ray")
@@ -92,7 +93,7 @@ def run_predict(
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is none of {', '.join(ENGINES)}")
     if engine == "ray":
-        check_ray()
+        check_ray("data")
     with locked(target):
         if target.exists():
             raise ValueError(f"{output} is there already; choose another output, or delete it")

@@ -190,10 +190,10 @@ class Batcher(ComputeThread):
         runs = waiting.future.set_running_or_notify_cancel()
         if runs and not expired:
             return True
-        if runs:
-            waiting.future.set_exception(Expired(f"it waited longer than its {waiting.timeout:g} s"))
         if self._observer is not None:
             self._observer.dropped("expired" if expired else "cancelled", waiting.samples)
+        if runs:
+            waiting.future.set_exception(Expired(f"it waited longer than its {waiting.timeout:g} s"))
         return False
 
     def _observe(self, group: list[_Waiting]) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-# rows alone pass through Ray's store, images do not
-STORE_BYTES = 2**28
+from .ray_cluster import check_cpus, cluster
 
 Rows = list[dict[str, Any]]
 
@@ -43,14 +40,6 @@ class ShardAnswers:
         return {"shard": batch["shard"], "rows": np.array([json.dumps(rows) for rows in found], dtype=object)}
 
 
-def check_ray() -> None:
-    """Raise `ImportError` where Ray is not installed."""
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'--engine ray needs Ray ({error}): pip install "lgvit-hf[ray]"') from error
-
-
 def answered_by_ray(answers: ShardAnswers, workers: int) -> Generator[tuple[int, Rows], None, None]:
     """The rows of each shard with its number, as they come; Ray starts an actor that died again.
 
@@ -65,10 +54,8 @@ def answered_by_ray(answers: ShardAnswers, workers: int) -> Generator[tuple[int,
     """
     import ray
 
-    with _cluster(workers):
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if workers > cpus:
-            raise ValueError(f"workers={workers} must be at most {cpus}, the CPUs that Ray has")
+    with cluster(workers):
+        check_cpus("workers", workers)
         ray.data.DataContext.get_current().enable_progress_bars = False
         count = len(answers.shards)
         shards = ray.data.from_items([{"shard": shard} for shard in range(count)], override_num_blocks=count)
@@ -98,22 +85,3 @@ class _Actor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.answers(batch)
-
-
-@contextmanager
-def _cluster(workers: int) -> Generator[None, None, None]:
-    """The cluster this process is connected to, or that of `RAY_ADDRESS`, or one on this machine, which ends here."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    address = os.environ.get("RAY_ADDRESS", "local")
-    own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -73,6 +73,10 @@ class _Request:
         _settle(self.future, {**found, "degraded": np.zeros(len(parts), np.uint8)})
 
 
+# a sample, and its answer or what ended it
+_Ending = tuple[Sample[_Request], Arrays | Exception]
+
+
 class SegmentScheduler(ComputeThread):
     """Runs a highway's segments, each on samples of any requests that have come there; see `SegmentQueues`.
 
@@ -239,31 +243,37 @@ class SegmentScheduler(ComputeThread):
 
     def _run(self, run: Run[_Request]) -> None:
         began = self._clock()
-        staying, exits = self._attempt(run)
+        staying, ending = self._attempt(run)
         ended = self._clock()
-        self._observe(run, began, exits)
+        # before a client has its answer, so that it finds it counted
+        self._observe(run, began, sum(not isinstance(answer, Exception) for _, answer in ending))
+        for sample, answer in ending:
+            if isinstance(answer, Exception):
+                _settle(sample.owner.future, answer)
+            else:
+                sample.owner.answer(sample.number, answer)
         with self._changed:
             self._queues.ran(run, staying, ended - began, ended)
 
-    def _attempt(self, run: Run[_Request]) -> tuple[list[Sample[_Request]], int]:
-        """Run samples, and answer those that exit; gives those that go on, and how many exited."""
+    def _attempt(self, run: Run[_Request]) -> tuple[list[Sample[_Request]], list[_Ending]]:
+        """Run samples; gives those that go on, and the others with their answer, or with what ended them."""
         samples = run.samples
         try:
             reached, answers = self._runner.run(run.segment, run.start, run.stop, [each.state for each in samples])
         except Exception as error:
             if len(samples) == 1:
-                _settle(samples[0].owner.future, error)
-                return [], 0
-            singly = [self._attempt(replace(run, samples=[sample])) for sample in samples]
-            return [sample for staying, _ in singly for sample in staying], sum(exits for _, exits in singly)
-        staying = []
+                return [], [(samples[0], error)]
+            alone = [self._attempt(replace(run, samples=[sample])) for sample in samples]
+            return [each for staying, _ in alone for each in staying], [each for _, ending in alone for each in ending]
+        staying: list[Sample[_Request]] = []
+        ending: list[_Ending] = []
         for sample, state, answer in zip(samples, reached, answers, strict=True):
             if answer is None:
                 sample.state = state
                 staying.append(sample)
             else:
-                sample.owner.answer(sample.number, answer)
-        return staying, len(samples) - len(staying)
+                ending.append((sample, answer))
+        return staying, ending
 
     def _observe(self, run: Run[_Request], began: float, exits: int) -> None:
         is_new = (run.segment, run.start) == (0, 0)
@@ -286,10 +296,10 @@ class SegmentScheduler(ComputeThread):
         for sample in self._queues.dropped:
             request = sample.owner
             expired, cancelled = now >= sample.deadline, request.future.cancelled()
-            if expired:
-                _settle(request.future, Expired(f"it waited longer than its {request.timeout:g} s"))
             if self._observer is not None and (expired or cancelled):
                 self._observer.dropped("expired" if expired else "cancelled", 1)
+            if expired:
+                _settle(request.future, Expired(f"it waited longer than its {request.timeout:g} s"))
         self._queues.dropped.clear()
 
     def _fail(self, samples: Iterable[Sample[_Request]], reason: str) -> None:

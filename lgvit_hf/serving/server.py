@@ -143,8 +143,7 @@ def make_app(
         return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
 
     async def show_metrics(request: Request) -> PlainTextResponse:
-        of_rungs = "" if certified is None else certified.metrics()
-        return PlainTextResponse(service.metrics.text(service.counts) + of_rungs)
+        return PlainTextResponse(service.metrics_text)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -229,28 +228,43 @@ class Service:
         total.update(self.served.counts)
         return total
 
+    @property
+    def metrics_text(self) -> str:
+        """All that is counted, as Prometheus reads it."""
+        return self.metrics.text(self.counts) + ("" if self.certified is None else self.certified.metrics())
+
     async def reload(self) -> bool:
-        """Open the model again; requests that come from then on get its answers, earlier ones those of the last.
+        """As `renew` with the same `reopen`.
 
         Returns:
             `bool`: Whether it could be opened; if not, the last one goes on, and the log says why.
         """
         if self._reopen is None:
             raise ValueError("reopen=None: give make_app what opens the model again")
+        try:
+            await self.renew(self._reopen)
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.error("the model is not opened again, version %d goes on: %s", self.served.version, error)
+            return False
+        return True
+
+    async def renew(self, reopen: Callable[[], RemoteHighway]) -> None:
+        """Open the model again, here and from now on by `reopen`.
+
+        Requests that come from then on get its answers, earlier ones those of the last.
+
+        Raises:
+            OSError, ValueError, RuntimeError: It cannot be opened, and the last one goes on.
+        """
         async with self._reloading:
             before = self.served
-            try:
-                highway = await asyncio.to_thread(self._reopen)
-                if (highway.info.index, highway.info.parts) != (before.info.index, before.info.parts):
-                    raise ValueError(f"it is part {highway.info.index} of {highway.info.parts} now")
-                again = self._scheduling, self.metrics, before.version + 1
-                served = await asyncio.to_thread(Served, highway, *again)
-            except (OSError, ValueError, RuntimeError) as error:
-                logger.error("the model is not opened again, version %d goes on: %s", before.version, error)
-                return False
+            highway = await asyncio.to_thread(reopen)
+            if (highway.info.index, highway.info.parts) != (before.info.index, before.info.parts):
+                raise ValueError(f"it is part {highway.info.index} of {highway.info.parts} now")
+            served = await asyncio.to_thread(Served, highway, self._scheduling, self.metrics, before.version + 1)
             seen = Counter(before.counts)
             self._past.update(seen)
-            self.served = served
+            self.served, self._reopen = served, reopen
             self.metrics.opened(self.served.version)
             # requests that are still decoded are for the last version
             while before.users:
@@ -258,7 +272,6 @@ class Service:
             await asyncio.to_thread(before.batcher.close)
             self._past.update(before.counts)
             self._past.subtract(seen)
-            return True
 
     def drain(self, seconds: float) -> None:
         """Say that the service is not ready, and after some seconds refuse what has not begun to run."""

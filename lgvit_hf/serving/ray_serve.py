@@ -1,0 +1,265 @@
+"""`ray_app`: the service in replicas of Ray Serve, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from .device.info import PART_FILE
+from .http_server import TURN_SECONDS
+from .open_service import ServiceSettings
+from .ray_cluster import check_cpus, check_ray, cluster
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+# how long a replica may take to say what it has counted
+METRICS_SECONDS = 5.0
+APPLICATION, DEPLOYMENT = "lgvit", "highway"
+
+
+def ray_app(
+    model: str | ServiceSettings,
+    *,
+    replicas: int = 1,
+    autoscaling: dict[str, Any] | None = None,
+    user_config: dict[str, Any] | None = None,
+    drain_seconds: float = 20.0,
+    **settings: Any,
+) -> Application:
+    """A highway as an application of Ray Serve: each replica is a service of its own, as `lgvit serve` starts it.
+
+    Routes, answers and limits of requests are those of `make_app`; connections and the time of a header are the
+    proxy's, which hands over a request once all of it is there. A replica forms its batches itself. `GET /metrics`
+    gives the counts of all replicas, each with its name as the label `replica`.
+
+    Args:
+        model (`str` or `ServiceSettings`): Folder or Hub id of a whole highway, which must be there on each machine.
+        replicas (`int`, *optional*, defaults to 1): Each takes `threads` CPUs, by default one.
+        autoscaling (`dict`, *optional*):
+            `autoscaling_config` of Ray Serve instead of `replicas`, such as `{"min_replicas": 1, "max_replicas": 8,
+            "target_ongoing_requests": 16}`.
+        user_config (`dict`, *optional*):
+            `{"policy": {"name": "confidence", "threshold": 0.8}}`: the exit policy instead of the saved one. When it
+            is deployed again with another, the replicas open their model again by it, and drop no request.
+        drain_seconds (`float`, *optional*, defaults to 20): For requests of a replica that is told to stop.
+        settings (`Any`): Of `ServiceSettings`.
+
+    Raises:
+        ImportError: Ray Serve is not installed.
+        ValueError: A part of a split highway, or options that are for one process.
+
+    Example:
+
+        from lgvit_hf.serving import ray_app
+        app = ray_app("runs/stage2", replicas=4)  # serve run this_file:app
+    """
+    check_ray("serve")
+    from ray import serve
+
+    opened = model if isinstance(model, ServiceSettings) else ServiceSettings(path=str(model), **settings)
+    opened = _of_a_replica(opened)
+    _policy_of(user_config, opened)
+
+    def build() -> Starlette:
+        return _service(opened)
+
+    deployment = serve.deployment(serve.ingress(build)(_Replica))
+    scale = {"num_replicas": replicas} if autoscaling is None else {"autoscaling_config": autoscaling}
+    return deployment.options(
+        name=DEPLOYMENT,
+        ray_actor_options={"num_cpus": opened.threads},
+        # it refuses what is too much itself, and fills batches only with what it has
+        max_ongoing_requests=opened.limits.requests,
+        graceful_shutdown_timeout_s=drain_seconds,
+        max_constructor_retry_count=3,
+        user_config=user_config,
+        **scale,
+    ).bind()
+
+
+def build_app(arguments: dict[str, Any]) -> Application:
+    """`ray_app` for configuration files: `import_path: lgvit_hf.serving.ray_serve:build_app`, `args: {model: ...}`.
+
+    Raises:
+        ImportError, ValueError: See `ray_app`; `model` is missing.
+    """
+    if "model" not in arguments:
+        raise ValueError(f"args={arguments}: model is missing, the folder or Hub id of a highway")
+    return ray_app(**arguments)
+
+
+def serve_on_ray(
+    settings: ServiceSettings,
+    host: str,
+    port: int,
+    replicas: int,
+    drain_seconds: float,
+    started: Callable[[int], None],
+) -> None:
+    """Serve until the process is told to stop, by SIGTERM or SIGINT; then answer what has come in, and return.
+
+    Args:
+        settings (`ServiceSettings`), replicas (`int`), drain_seconds (`float`): See `ray_app`.
+        host (`str`), port (`int`): Of Ray's proxies, the port 0 for any that is free.
+        started (`Callable`): Is told the port once requests are answered.
+
+    Raises:
+        ImportError, ValueError: See `ray_app`; the cluster has too few CPUs.
+        OSError: The port is taken, or there is no such model.
+        RuntimeError: The replicas do not start; says why.
+    """
+    app = ray_app(settings, replicas=replicas, drain_seconds=drain_seconds)
+    # here, where what is wrong with it can be said at once; replicas open it again
+    settings.app()
+    from ray import serve
+
+    with socket.create_server((host, port)) as free:
+        port = free.getsockname()[1]
+    threads = settings.threads or 1
+    with cluster(replicas * threads) as own:
+        check_cpus("replicas", replicas, threads)
+        serve.start(http_options={"host": host, "port": port})
+        stopped = threading.Event()
+        try:
+            serve.run(app, name=APPLICATION)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda number, frame: stopped.set())
+            started(port)
+            stopped.wait()
+        finally:
+            if own:
+                serve.shutdown()
+            else:
+                serve.delete(APPLICATION)
+
+
+def _of_a_replica(settings: ServiceSettings) -> ServiceSettings:
+    """Settings as each replica takes them."""
+    if (Path(settings.path) / PART_FILE).is_file() or settings.next is not None:
+        raise ValueError(
+            f"{settings.path}: a replica holds the whole model; serve parts with lgvit serve --engine local"
+        )
+    if settings.drift is not None:
+        raise ValueError(
+            f"--drift {settings.drift} is for one process, which sees all answers; with several replicas keep the "
+            "answers and run `lgvit drift`"
+        )
+    path = Path(settings.path)
+    return replace(
+        settings,
+        path=str(path.resolve()) if path.is_dir() else settings.path,
+        ladder=settings.ladder and str(Path(settings.ladder).resolve()),
+        threads=settings.threads or 1,
+        decoders=settings.decoders or settings.threads or 1,
+    )
+
+
+def _policy_of(user_config: dict[str, Any] | None, settings: ServiceSettings) -> dict[str, Any] | None:
+    """The policy that a `user_config` asks for."""
+    if user_config is None:
+        return settings.policy
+    if set(user_config) != {"policy"} or not isinstance(user_config["policy"], dict):
+        raise ValueError(
+            f"user_config={user_config}: it takes a policy and nothing else, such as "
+            "{'policy': {'name': 'confidence', 'threshold': 0.8}}"
+        )
+    if settings.ladder is not None:
+        raise ValueError(f"user_config={user_config}: with --ladder the policy is that of {settings.ladder}")
+    return user_config["policy"]
+
+
+def _service(settings: ServiceSettings) -> Starlette:
+    """What a replica runs."""
+    # as `HttpServer` does
+    sys.setswitchinterval(TURN_SECONDS)
+    app = settings.app()
+    app.state.settings = settings
+    app.router.routes.insert(0, Route("/metrics", _metrics_of_all))
+    return app
+
+
+class _Replica:
+    """What Ray calls beside the routes; Ray adds `app`."""
+
+    app: Starlette
+
+    def check_health(self) -> None:
+        """Raises where nothing computes any more, upon which Ray starts another replica."""
+        if not self.app.state.service.served.batcher.alive:
+            raise RuntimeError("no thread computes any more")
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Answer by another policy, as the model is opened again."""
+        state = self.app.state
+        changed = replace(state.settings, policy=_policy_of(user_config, state.settings))
+        if changed == state.settings:
+            return
+        await state.service.renew(changed.highway)
+        state.settings = changed
+
+    async def metrics(self) -> tuple[str, str]:
+        """Its name, and what it has counted."""
+        from ray import serve
+
+        return serve.get_replica_context().replica_tag, self.app.state.service.metrics_text
+
+
+async def _metrics_of_all(request: Request) -> PlainTextResponse:
+    from ray import serve
+
+    context = serve.get_replica_context()
+    handle = serve.get_deployment_handle(context.deployment, context.app_name)
+    # one that has died meanwhile has nothing to say
+    found = await handle.broadcast("metrics").results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
+    return PlainTextResponse(merged_metrics(each for each in found if not isinstance(each, Exception)))
+
+
+def merged_metrics(texts: Iterable[tuple[str, str]]) -> str:
+    r"""The counts of several replicas, as Prometheus reads them.
+
+    Args:
+        texts (`Iterable`): Of each its name, and what it has counted.
+
+    Example:
+
+        >>> print(merged_metrics([("a", "# TYPE up gauge\nup 1.0\n"), ("b", "# TYPE up gauge\nup 2.0\n")]))
+        # HELP up
+        # TYPE up gauge
+        up{replica="a"} 1.0
+        up{replica="b"} 2.0
+    """
+    families: dict[str, Metric] = {}
+    for name, text in texts:
+        for family in text_string_to_metric_families(text):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                merged.samples.append(sample._replace(labels={**sample.labels, "replica": name}))
+    registry = CollectorRegistry()
+    registry.register(_Families(families.values()))
+    return generate_latest(registry).decode()
+
+
+class _Families(Collector):
+    """Counts that are there already."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them."""
+        return iter(self._families)
