@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -196,19 +197,39 @@ def killed(folder, log, last):
     trained(folder, callbacks=[AtStep(4, writes.start)], save_total_limit=1)
 
 
+def forks(connection):
+    """Run functions in copies of this process, and send how each has ended."""
+    while (work := connection.recv()) is not None:
+        child = os.fork()
+        if child:
+            connection.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            continue
+        try:
+            work[0](*work[1:])
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+
 @pytest.fixture(scope="module")
 def in_process():
-    """A process that has imported everything and run nothing, whose copies run functions."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_checkpoints"])
+    """A process that has imported everything and run nothing, whose copies run functions.
+
+    It is no fork server of `multiprocessing`, of which there is one in a process: decoders may have started it.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=forks, args=(theirs,), daemon=True)
+    process.start()
 
     def call(function, *args):
-        process = context.Process(target=function, args=args)
-        process.start()
-        process.join()
-        return process.exitcode
+        ours.send((function, *args))
+        return ours.recv()
 
-    return call
+    yield call
+    ours.send(None)
+    process.join()
 
 
 @pytest.mark.version_independent
