@@ -1,5 +1,7 @@
 """Every YAML of `recipes/configs` is read strictly and trains two steps; what `lgvit train` understands and says."""
 
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -458,3 +460,13 @@ def test_a_dry_run_of_an_avit_says_how_tokens_halt(starts, photos, capsys):
     assert lgvit("train", "--config", file, *start_of(file, starts), "--data", photos, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "gate_center: 30" in said and "none of them for halting" in said and "nothing was written" in said
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.py")), ids=lambda file: file.stem)
+def test_what_a_script_takes_from_the_package_is_there(file):
+    """Scripts that nothing runs here name parts of the package, which may have moved."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lgvit_hf":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")

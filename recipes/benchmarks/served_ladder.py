@@ -34,7 +34,7 @@ from serving import CLIENT_CORE, SERVER_CORE, Service
 
 from lgvit_hf import Predictor
 from lgvit_hf.cli.inputs import open_highway, table_of
-from lgvit_hf.evaluation.search import replayed_exits
+from lgvit_hf.evaluation.predictions import replayed_exits
 from lgvit_hf.files import write_json
 from lgvit_hf.serving.device.message import CONTENT_TYPE, pack
 
