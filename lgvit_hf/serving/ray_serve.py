@@ -125,14 +125,15 @@ def serve_on_ray(
     """
     app = ray_app(settings, replicas=replicas, drain_seconds=drain_seconds)
     # here, where what is wrong with it can be said at once; replicas open it again
-    settings.app()
+    settings.app().state.service.served.batcher.close()
     from ray import serve
 
-    with socket.create_server((host, port)) as free:
-        port = free.getsockname()[1]
     threads = settings.threads or 1
     with cluster(replicas * threads) as own:
         check_cpus("replicas", replicas, threads)
+        if own or not port:
+            with socket.create_server((host, port)) as free:
+                port = free.getsockname()[1]
         serve.start(http_options={"host": host, "port": port})
         stopped = threading.Event()
         try:
