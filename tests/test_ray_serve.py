@@ -19,17 +19,20 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from starlette.testclient import TestClient
 
 from lgvit_hf import Predictor
 from lgvit_hf.cli import main
 from lgvit_hf.data.processing import make_processor
-from lgvit_hf.serving import ray_app, ray_serve
-from lgvit_hf.serving.open_service import ServiceSettings
 from tests.clear import clear_model
 from tests.processes import ROOT
 from tests.seeds import rng
 from tests.tiny import IMAGE_SIZE
+
+pytest.importorskip("starlette", reason='pip install "lgvit-hf[serve]"')
+from starlette.testclient import TestClient  # noqa: E402
+
+from lgvit_hf.serving import ray_app, ray_serve  # noqa: E402
+from lgvit_hf.serving.open_service import ServiceSettings  # noqa: E402
 
 pytestmark = pytest.mark.version_independent
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='pip install "lgvit-hf[ray]"')

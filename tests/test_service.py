@@ -1,9 +1,11 @@
 """A service under load and attack: limits, workers that die, deadlines, clients that leave, reload; KServe."""
 
+import asyncio
 import io
 import json
 import socket
 import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from lgvit_hf.data.processing import make_processor
 from lgvit_hf.serving.batching import Batcher, Busy, Expired
 from lgvit_hf.serving.device.remote import RemoteHighway
+from lgvit_hf.serving.model_version import _answer
 from lgvit_hf.serving.open_part import open_any
 from lgvit_hf.serving.predictor import Predictor
 from tests.clear import clear_model
@@ -397,3 +400,30 @@ def test_a_model_is_opened_again_without_dropping_a_request(home):
         assert client.get("/health").json()["version"] == 2
         counted = client.get("/metrics").text
         assert "lgvit_batches_total 2" in counted and "lgvit_model_version 2" in counted
+
+
+@pytest.mark.parametrize("loops", ["asyncio", "uvloop"])
+def test_time_that_is_over_is_said_whenever_the_timer_comes(loops):
+    """uvloop's timers come early by its clock: then, too, it is no request that was cancelled."""
+    run = pytest.importorskip(loops).run
+
+    async def answer(wait):
+        with pytest.raises(Expired, match="waited longer"):
+            await _answer(Future(), wait)
+
+    async def several():
+        for number in range(100):
+            await answer(5e-4 + 1e-4 * (number % 17))
+
+    run(several())
+
+
+def test_a_request_that_is_cancelled_does_not_expire():
+    async def cancelled():
+        task = asyncio.ensure_future(_answer(Future(), 60.0))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())

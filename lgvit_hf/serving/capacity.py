@@ -61,7 +61,7 @@ def replicas_needed(rate: float, milliseconds: Sequence[float], max_wait_ms: flo
     for name, value in (("rate", rate), ("max_wait_ms", max_wait_ms)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be positive")
-    replicas = max(1, math.ceil(rate * times.mean() / 1e3))
+    replicas = max(1, math.ceil(rate * float(times.mean()) / 1e3))
     while mean_wait(replicas, rate, milliseconds) > max_wait_ms:
         replicas += 1
     return replicas
