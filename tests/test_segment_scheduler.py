@@ -260,6 +260,25 @@ def test_nothing_idles_while_samples_wait():
     assert end == pytest.approx(arrivals[0].seconds + busy)
 
 
+@pytest.mark.parametrize("samples, gap", [(8, 0.0), (8, 0.02), (1, 0.0025)])
+def test_what_can_be_answered_in_time_is_under_overload(samples, gap):
+    """Of a burst, and of twice what can be borne: a scheduler that begins all of it answers none in time."""
+    costs, timeout = costs_of([2] * 6, one=0.8, more=0.47), 0.6
+    whole_ms = costs.left_ms(0, 0, 32)
+    number = 800 // samples if gap else 16
+    arrivals = [Arrival(gap * each, [5] * samples, timeout=timeout) for each in range(number)]
+    outcomes, _ = simulate(arrivals, costs, max_samples=32)
+    answered = sum(outcome.answer is not None for outcome in outcomes)
+    possible = 32 / whole_ms * 1e3 * (gap * number + timeout) / samples
+    assert answered >= 2 / 3 * min(number, possible)
+
+
+def test_requests_of_one_size_are_begun_one_after_the_other():
+    queues = SegmentQueues(costs_of([1]), max_samples=4)
+    waiting_for(queues, ("a", 6), ("b", 6))
+    assert [owners(queues.next(0.0)) for _ in range(3)] == [["a"] * 4, ["a"] * 2 + ["b"] * 2, ["b"] * 4]
+
+
 def test_samples_that_exit_first_are_answered_soon_however_many_go_on():
     """Beside 16 clients whose samples go through all blocks, one after another."""
     costs, waits = costs_of([1, 3, 4, 4], one=6.5, more=3.5), []

@@ -86,7 +86,13 @@ class RunCosts:
     @cached_property
     def whole_ms(self) -> float:
         """Of one sample that goes through all blocks."""
-        return sum(self.milliseconds(number, 0, blocks, 1) for number, blocks in enumerate(self.num_blocks))
+        return self.left_ms(0, 0, 1)
+
+    def left_ms(self, segment: int, start: int, samples: int) -> float:
+        """From a block of a segment through to the end."""
+        here = self.milliseconds(segment, start, self.num_blocks[segment], samples)
+        deeper = enumerate(self.num_blocks[segment + 1 :], start=segment + 1)
+        return here + sum(self.milliseconds(number, 0, blocks, samples) for number, blocks in deeper)
 
     def milliseconds(self, segment: int, start: int, stop: int, samples: int) -> float:
         """Of some blocks of a segment, from `start` to before `stop`."""

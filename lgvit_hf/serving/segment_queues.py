@@ -39,6 +39,10 @@ class Sample(Generic[Owner]):
         self.since = self.asked
 
 
+# by when its request has had its turn, a number for each, by when it has had its own, and a sample
+_New = tuple[float, int, float, Sample[Owner]]
+
+
 @dataclass(frozen=True, eq=False)
 class Run(Generic[Owner]):
     """Samples that run together through some blocks of a segment, from `start` to before `stop`.
@@ -66,7 +70,10 @@ class SegmentQueues(Generic[Owner]):
     - Of the others the deepest goes first: its samples are answered soonest, and those before can still be joined.
     - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
       one more sample in their run would save, and as long as their deadline allows.
-    - Of those who wait for the first segment each client has a sample taken in turn, however many it has.
+    - Of those who wait for the first segment each client has a sample taken in turn, however many it has; of requests
+      of one size the first is begun with all of its samples before the next.
+    - Under more load than can be borne, what has begun ends in time: no other sample begins while one that has begun
+      would be late, and those that would be late themselves come last.
 
     Args:
         costs (`RunCosts`): Of the blocks.
@@ -102,13 +109,18 @@ class SegmentQueues(Generic[Owner]):
         # samples that were taken out because nobody waits for them; who runs the others empties it
         self.dropped: list[Sample[Owner]] = []
         self._over = over
-        self._new: list[tuple[float, int, Sample[Owner]]] = []  # a heap, before the first block
+        self._new: list[_New[Owner]] = []  # a heap, before the first block
         self._queues: list[list[deque[Sample[Owner]]]] = [
             [deque() for _ in range(blocks)] for blocks in costs.num_blocks
         ]
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
+        # of each block on, of a sample that goes through to the end among as many as may run together
+        self._left_ms = [
+            [costs.left_ms(segment, start, max_samples) / max_samples for start in range(blocks)]
+            for segment, blocks in enumerate(costs.num_blocks)
+        ]
 
     def __len__(self) -> int:
         return len(self._new) + sum(len(queue) for segment in self._queues for queue in segment)
@@ -121,11 +133,13 @@ class SegmentQueues(Generic[Owner]):
             client (`Hashable`, *optional*): Whose they are; by default each request is of a client of its own.
         """
         turn = self._turn if client is None else max(self._turn, self._turns.get(client, 0.0))
+        # by when all of them have had their turn: a request is not begun long before it can be answered
+        last = turn + len(samples)
         for number, sample in enumerate(samples, start=1):
-            heapq.heappush(self._new, (turn + number, next(self._order), sample))
+            heapq.heappush(self._new, (last, next(self._order), turn + number, sample))
         if client is not None:
-            self._turns = {other: last for other, last in self._turns.items() if last > self._turn}
-            self._turns[client] = turn + len(samples)
+            self._turns = {other: until for other, until in self._turns.items() if until > self._turn}
+            self._turns[client] = last
 
     def next(self, now: float, coming: bool = False) -> Run[Owner] | float:
         """What is to run now, or until when to wait if nothing else comes.
@@ -157,7 +171,7 @@ class SegmentQueues(Generic[Owner]):
 
     def purge(self, now: float) -> None:
         """Take out all that nobody waits for."""
-        keep = [entry for entry in self._new if self._wanted(entry[2], now)]
+        keep = [entry for entry in self._new if self._wanted(entry[-1], now)]
         heapq.heapify(keep)
         self._new = keep
         for segment in self._queues:
@@ -166,7 +180,7 @@ class SegmentQueues(Generic[Owner]):
 
     def samples(self) -> Iterator[Sample[Owner]]:
         """All that wait."""
-        yield from (sample for _, _, sample in self._new)
+        yield from (sample for *_, sample in self._new)
         yield from (sample for segment in self._queues for queue in segment for sample in queue)
 
     # -- decisions ---------------------------------------------------------------------------------------------
@@ -180,9 +194,30 @@ class SegmentQueues(Generic[Owner]):
         if deepest is None:
             until = self._until(now) if coming and first == (0, 0) else now
             return until if until > now else first
-        if self._lead_ms < self.max_run_ms:
+        if self._lead_ms < self.max_run_ms and (first != (0, 0) or not self._late_if_more_begin(now)):
             return first
         return deepest
+
+    def _late_if_more_begin(self, now: float) -> bool:
+        """Whether samples that have begun would be late if others began now, or all of these would be."""
+        begun_ms, soonest = self._begun()
+        most = self._best(0, 0).samples
+        after = now + (begun_ms + self.max_run_ms) / 1e3
+        return after > soonest or self._until_end(now, most) > max(sample.deadline for *_, sample in self._new)
+
+    def _begun(self) -> tuple[float, float]:
+        """Milliseconds that samples which have begun take to the end, if all go there; and their first deadline."""
+        left_ms, soonest = 0.0, math.inf
+        for segment, queues in enumerate(self._queues):
+            for start, queue in enumerate(queues):
+                if queue:
+                    left_ms += len(queue) * self._left_ms[segment][start]
+                    soonest = min(soonest, min(sample.deadline for sample in queue))
+        return left_ms, soonest
+
+    def _until_end(self, now: float, samples: int) -> float:
+        """When so many new samples would be at the end, and before them those that have begun."""
+        return now + (self._begun()[0] + self.costs.left_ms(0, 0, samples)) / 1e3
 
     def _deepest(self, segment: int) -> tuple[int, int] | None:
         queues = self._queues[segment]
@@ -200,7 +235,7 @@ class SegmentQueues(Generic[Owner]):
         saved_ms = self._saved_ms()
         if saved_ms <= 0:
             return now
-        new = [sample for _, _, sample in self._new]
+        new = [sample for *_, sample in self._new]
         way = (self.max_run_ms + self.costs.whole_ms) / 1e3
         until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
         return min(until, min(sample.deadline for sample in new) - way)
@@ -220,21 +255,39 @@ class SegmentQueues(Generic[Owner]):
 
     def _take(self, segment: int, start: int, most: int, now: float) -> list[Sample[Owner]]:
         """The next samples of a queue that somebody waits for; those that nobody waits for are taken out."""
+        if (segment, start) == (0, 0):
+            return self._take_new(most, now)
         taken: list[Sample[Owner]] = []
         queue = self._queues[segment][start]
-        is_new = (segment, start) == (0, 0)
-        while len(taken) < most and (self._new if is_new else queue):
-            if is_new:
-                self._turn, _, sample = heapq.heappop(self._new)
-            else:
-                sample = queue.popleft()
+        while len(taken) < most and queue:
+            sample = queue.popleft()
             if self._wanted(sample, now):
-                sample.waited += now - sample.since
-                taken.append(sample)
+                taken.append(_leaving(sample, now))
         return taken
+
+    def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
+        """New samples; those that would be late at the end only where all would be: they may exit before it."""
+        end = self._until_end(now, most)
+        in_time: list[_New[Owner]] = []
+        late: list[_New[Owner]] = []
+        while len(in_time) < most and self._new:
+            entry = heapq.heappop(self._new)
+            if self._wanted(entry[-1], now):
+                (in_time if entry[-1].deadline >= end else late).append(entry)
+        taken, left = (in_time, late) if in_time else (late[:most], late[most:])
+        for entry in left:
+            heapq.heappush(self._new, entry)
+        for _, _, turn, _ in taken:
+            self._turn = max(self._turn, turn)
+        return [_leaving(sample, now) for *_, sample in taken]
 
     def _wanted(self, sample: Sample[Owner], now: float) -> bool:
         wanted = now < sample.deadline and not self._over(sample.owner)
         if not wanted:
             self.dropped.append(sample)
         return wanted
+
+
+def _leaving(sample: Sample[Owner], now: float) -> Sample[Owner]:
+    sample.waited += now - sample.since
+    return sample
