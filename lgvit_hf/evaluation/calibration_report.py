@@ -11,6 +11,8 @@ from typing import Any
 from ..hub.report_keys import current_names
 from .report_text import policy_in_words
 
+# rungs of a ladder that are printed
+SHOWN = 10
 # what holds of a ladder whose rungs are all certified
 MIXTURE = (
     "every rung holds the bound, and so does any mixture of them, if which rung a sample gets says nothing of the\n"
@@ -114,13 +116,17 @@ class Calibration:
             return ""
         timed = self.mean_latency is not None
         lines = ["", "", f"rung   accuracy        MACs{'       ms' if timed else ''}   thresholds"]
-        for number, rung in enumerate(self.ladder):
+        last = len(self.ladder) - 1
+        for number in sorted({round(step * last / (SHOWN - 1)) for step in range(SHOWN)}):
+            rung = self.ladder[number]
             latency = f"{rung['mean_latency']:9.3f}" if timed else ""
             threshold = policy_in_words({"name": "", "threshold": rung["policy"].get("threshold", "-")})
             lines.append(
                 f"{number:4}   {rung['accuracy']:8.2%}   {rung['mean_macs'] / 1e6:7.2f} M{latency}   "
                 f"{threshold.removeprefix(': threshold ')}"
             )
+        if last >= SHOWN:
+            lines.append(f"({last + 1} rungs in all)")
         if self.delta is not None:
             lines += ["", MIXTURE]
         return "\n".join(lines)
