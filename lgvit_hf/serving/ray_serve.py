@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -120,28 +121,31 @@ def serve_on_ray(
 
     Raises:
         ImportError, ValueError: See `ray_app`; the cluster has too few CPUs.
-        OSError: The port is taken, or there is no such model.
-        RuntimeError: The replicas do not start; says why.
+        OSError: The port is taken, there is no such model, or Ray does not start; says why.
     """
     app = ray_app(settings, replicas=replicas, drain_seconds=drain_seconds)
     # here, where what is wrong with it can be said at once; replicas open it again
     settings.app().state.service.served.batcher.close()
+    import ray
     from ray import serve
 
-    threads = settings.threads or 1
+    threads, stopped = settings.threads or 1, threading.Event()
+    # Ray gives its proxy five seconds, and kills it where the machine is busy
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     with cluster(replicas * threads) as own:
         check_cpus("replicas", replicas, threads)
         if own or not port:
             with socket.create_server((host, port)) as free:
                 port = free.getsockname()[1]
-        serve.start(http_options={"host": host, "port": port})
-        stopped = threading.Event()
         try:
+            serve.start(http_options={"host": host, "port": port})
             serve.run(app, name=APPLICATION)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda number, frame: stopped.set())
             started(port)
             stopped.wait()
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise OSError(f"Ray does not start the service: {error}") from error
         finally:
             if own:
                 serve.shutdown()
