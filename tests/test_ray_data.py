@@ -125,6 +125,20 @@ def test_two_workers_one_killed_and_a_resumed_run(command, ray, tmp_path, monkey
     assert main([*words[:-1], "3"]) == 2 and "workers=3 must be at most 2" in capsys.readouterr().err
 
 
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_exported_models(runtime, command, ray, tmp_path):
+    words, expected = command
+    _, folder, *photos, _, _ = words
+    assert main(["export", folder, str(tmp_path / "onnx"), "--thresholds", "input"]) == 0
+    output = tmp_path / "out.jsonl"
+    words = ["predict", str(tmp_path / "onnx"), *photos, "--batch-size", "4", "--runtime", runtime]
+    assert main([*words, "--output", str(output), "--engine", "ray", "--workers", "2"]) == 1
+    assert_same(rows_of(output), expected)
+
+
 def stop_at_the_third(write):
     calls = iter(range(100))
 

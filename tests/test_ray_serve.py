@@ -213,10 +213,15 @@ def replicas_of(process):
 
 @needs_ray
 @pytest.mark.slow
-def test_two_replicas_one_killed_under_load(folder, tmp_path):
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_two_replicas_one_killed_under_load(runtime, folder, tmp_path):
     images = some_images(32)
     expected, bodies = Predictor(folder).images(images), list(map(as_png, images))
-    command = [sys.executable, "-m", "lgvit_hf.cli", "serve", str(folder), "--port", "0", "--engine", "ray"]
+    model = [str(folder)]
+    if runtime != "torch":
+        assert main(["export", str(folder), str(tmp_path / "onnx"), "--thresholds", "input"]) == 0
+        model = [str(tmp_path / "onnx"), "--runtime", runtime]
+    command = [sys.executable, "-m", "lgvit_hf.cli", "serve", *model, "--port", "0", "--engine", "ray"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen([*command, "--replicas", "2"], env=environment, cwd=tmp_path, **pipes) as process:

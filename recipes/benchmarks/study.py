@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from delivered import accuracies, plain_model, seconds, variants
+from delivered import accuracies, export, plain_model, seconds, variants
 from study_settings import against, calibrated, cheapest, published, replayed, share
 from transformers import AutoImageProcessor
 
@@ -273,7 +273,8 @@ def exported(cell: Cell, model: Any, points: list[dict[str, Any]]) -> list[dict[
     model.set_exit_policy(point["policy"])
     plain = plain_model(str(cell.home / "backbone"))
     with tempfile.TemporaryDirectory() as folder:
-        models = variants(model, plain, Path(folder))
+        export(model, Path(folder))
+        models = variants(model, plain, Path(folder), threads=1)
         right = accuracies(models, cell.images["test"])
         for size in BATCH_SIZES:
             total = seconds(models, torch.cat(timed(cell, size)), size, cell.options.repeats)

@@ -106,20 +106,22 @@ def main():
     parser.add_argument("--data", help="the table's data, whose test split it is")
     options = parser.parse_args()
     table = ExitTable.load(options.table)
-    measures = [("MACs", None, 1)]
+    measures: list[tuple[str, CostTable | None, int]] = [("MACs", None, 1)]
     if options.cost_table:
         times = CostTable.load(options.cost_table, num_exits=len(table.depths))
         measures += [(f"ms, batch {size}", times, size) for size in options.batch_sizes]
     accuracies = " ".join(f"{share:.1%}" for share in table.accuracies())
     print(f"{len(table)} rows, half to calibrate on; right at the exits: {accuracies}")
-    model, _, dataset = open_highway(options.checkpoint, options.data) if options.checkpoint else (None,) * 3
+    opened = open_highway(options.checkpoint, options.data) if options.checkpoint else None
     print("cost            asked   true drop   calibrated   single threshold   gain   by the clock")
     for name, times, size in measures:
         found, policies = gains(table, options.splits, options.policy, times, size)
-        for drop, rows, first in zip(DROPS, found, policies, strict=True):
+        for drop, rows, (timed, single_policy, policy) in zip(DROPS, found, policies, strict=True):
             cost, true_drop, single = rows.mean(0)
             gain = (rows[:, 2] / rows[:, 0]).mean()
-            clock = "-" if model is None else f"{by_the_clock(model, dataset, *first, size):.2f}"
+            clock = "-"
+            if opened is not None:
+                clock = f"{by_the_clock(opened.model, opened.dataset, timed, single_policy, policy, size):.2f}"
             numbers = f"{drop:6.1%}   {true_drop:9.2%}   {cost:10.3f}   {single:16.3f}   {gain:4.2f}   {clock:>12}"
             print(f"{name:14} {numbers}", flush=True)
 

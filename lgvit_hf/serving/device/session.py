@@ -37,6 +37,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     # thresholds are inputs with a default, which it would otherwise warn of
     options.log_severity_level = 3
+    # its threads would go on spinning after an answer, on cores that others need
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # weights in other files are looked for in a file, as if it were a folder, where nothing can be
     options.add_session_config_entry(NO_WEIGHTS, os.path.join(os.devnull, "none"))
     options.intra_op_num_threads = threads or 0
