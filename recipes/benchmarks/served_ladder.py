@@ -155,6 +155,7 @@ def session_of():
 
 def measured(options, report, replay):
     words = ["--max-queue-ms", str(options.max_queue_ms), "--max-batch-size", str(BATCH), "--decoders", "1"]
+    words += [] if options.scheduler is None else ["--scheduler", options.scheduler]
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder, "safest.json")
         write_json(alone, {**report, "ladder": report["ladder"][:1]})
@@ -163,7 +164,7 @@ def measured(options, report, replay):
             most = asyncio.run(closed_loop(service.url, replay, MEASURED))
         usual = options.usual * most
         print(f"the safest rung alone: {most:.1f} requests/s; usual load {usual:.1f}", flush=True)
-        with Service(options.model, "--ladder", str(options.ladder), *words, *options.more) as service:
+        with Service(options.model, "--ladder", str(options.ladder), *words) as service:
             phases = [(options.seconds / 12, usual), (options.seconds, 2 * usual), (options.seconds / 12, usual)]
             before, doubled, after = asyncio.run(arrivals(service.url, replay, phases))
         with Service(options.model, "--ladder", str(alone), *words) as service:
@@ -208,7 +209,7 @@ def main():
     parser.add_argument("--usual", type=float, default=0.7, help="load, of what the safest rung can do (0.7)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the doubled load (60)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("more", nargs="*", help="words for `lgvit serve`, after --")
+    parser.add_argument("--scheduler", choices=("segments", "batch"), help="of `lgvit serve`")
     options = parser.parse_args()
     options.ladder = options.ladder or options.model / "calibration.json"
     report = json.loads(options.ladder.read_text())

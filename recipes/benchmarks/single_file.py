@@ -63,7 +63,7 @@ class Sessions:
 
     def run_single(self, pixels, thresholds):
         numbers = {**self.numbers, "exit_thresholds": np.array(thresholds, np.float32)}
-        return self.single.run(None, {"pixel_values": pixels, **numbers})
+        return self.single.run(["exit_index"], {"pixel_values": pixels, **numbers})[0]
 
     def steps(self, pixels, counts):
         """What each segment is fed where only so many samples reach it; none where nobody does."""
@@ -81,9 +81,9 @@ class Sessions:
 
 def thresholds_for(sessions, pixels, plan):
     """Thresholds by which as many samples exit at each exit as the plan says; which ones is up to their scores."""
-    exit_logits = sessions.all_exits.run(None, {"pixel_values": pixels})
+    (exit_logits,) = sessions.all_exits.run(["exit_logits"], {"pixel_values": pixels})
     here, thresholds = torch.arange(len(plan)), []
-    for index, logits in enumerate(map(torch.from_numpy, exit_logits[:-1])):
+    for index, logits in enumerate(torch.from_numpy(exit_logits[:-1])):
         scores = logits[here].softmax(-1).amax(-1)
         ranked, leaving = scores.sort(descending=True).values.tolist(), plan.count(index)
         if leaving == 0:
@@ -114,7 +114,7 @@ def measure(sessions, batch_size, repeats):
     }
     for plan, _ in plans:
         thresholds = thresholds_for(sessions, pixels, plan)
-        left = sorted(sessions.run_single(pixels, thresholds)[2].tolist())
+        left = sorted(sessions.run_single(pixels, thresholds).tolist())
         if left != sorted(plan):
             raise RuntimeError(f"the plan was not kept: {left}, not {sorted(plan)}; two scores are too close")
         runs["early", plan] = partial(sessions.run_single, pixels, thresholds)
