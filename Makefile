@@ -13,9 +13,6 @@ RUN_TESTS = -m pytest $(PYTEST_SPREAD) $(PYTEST_SEEDS)
 PYTEST_ON_5 = -m "not slow and not gpu and not version_independent"
 PYTEST_THOROUGH = -m "not gpu" --timeout=3600
 DEMO_ARGS ?=
-# scripts have no annotations: whether what they take from the package is called as it is defined
-TYPES_OF_SCRIPTS = --check-untyped-defs --follow-imports=silent $(addprefix --disable-error-code=,arg-type assignment \
-	call-overload dict-item index operator union-attr var-annotated)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -57,7 +54,6 @@ lint: .venv/.ready
 
 types: .venv/.ready
 	.venv/bin/mypy
-	.venv/bin/mypy $(TYPES_OF_SCRIPTS) recipes/benchmarks/*.py
 
 style: .venv/.ready ## mend what ruff can mend, then say what is left
 	.venv/bin/ruff check --fix-only .

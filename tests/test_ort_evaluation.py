@@ -606,7 +606,10 @@ def threads():
 def test_threads_reach_the_sessions(folders, threads):
     for asked, given in ((None, torch.get_num_threads()), (threads, threads)):
         ort = ORTHighway.from_pretrained(folders["segments"], threads=asked)
-        assert {session.get_session_options().intra_op_num_threads for session in ort.sessions} == {given}
+        given_to = [session.get_session_options() for session in ort.sessions]
+        assert {options.intra_op_num_threads for options in given_to} == {given}
+        # threads that spun on after an answer would take cores from others
+        assert {options.get_session_config_entry("session.force_spinning_stop") for options in given_to} == {"1"}
         assert ort.exported.threads == given
 
 

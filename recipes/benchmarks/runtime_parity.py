@@ -47,6 +47,7 @@ from lgvit_hf.serving.device.session import open_session
 NODE = Path(__file__).with_suffix(".mjs")
 SIZES = (1, 3, 8, 32)
 TYPES = {"logits": np.float32, "exit_index": np.int64, "exit_layer": np.int64, "exit_score": np.float32}
+PRECISIONS = ("float32", "int8")
 NEAR, LOGITS = 1e-5, 1e-4
 
 
@@ -128,7 +129,9 @@ def answers_of_exits(model: Any, pixels: np.ndarray) -> list[torch.Tensor]:
     return [torch.cat(logits) for logits in zip(*found, strict=True)]
 
 
-def composed(model: Any, pixels: np.ndarray, folder: Path, names: list[str] | None = None) -> Iterator[Case]:
+def composed(
+    model: Any, pixels: np.ndarray, folder: Path, precisions: list[str], names: list[str] | None = None
+) -> Iterator[Case]:
     """A file per policy, precision and kind of thresholds, each written when it is asked for."""
     import onnx
 
@@ -147,13 +150,14 @@ def composed(model: Any, pixels: np.ndarray, folder: Path, names: list[str] | No
         decider = with_ensemble(policy, ensemble, len(depths), model.config.num_labels)
         if tuple(exits) not in made:
             parts = export_parts(model, exits)
-            in_8_bits = [replace(part, model=quantize(part.model)) for part in parts]
-            made[tuple(exits)] = {"float32": parts, "int8": in_8_bits}
+            made[tuple(exits)] = {"float32": parts}
+            if "int8" in precisions:
+                made[tuple(exits)]["int8"] = [replace(part, model=quantize(part.model)) for part in parts]
         inputs = parameter_inputs(policy, len(depths))
         decisions = export_decisions(decider, model.config.num_labels, exits, len(depths) - 1)
-        for precision, parts in made[tuple(exits)].items():
+        for precision in precisions:
             for thresholds in ("input", "fixed"):
-                content = compose_single(parts, decisions, depths, inputs)
+                content = compose_single(made[tuple(exits)][precision], decisions, depths, inputs)
                 set_thresholds(content, thresholds)
                 onnx.save(content, file)
                 name = f"{policy.name}{' ensemble' if ensemble else ''} {precision} {thresholds}"
@@ -230,6 +234,7 @@ def main() -> int:
     parser.add_argument("--web", type=Path, help="folder with node_modules/onnxruntime-web (default: OpenVINO alone)")
     parser.add_argument("--data", help="see `load_images`; its test split (default: random pixels)")
     parser.add_argument("--policies", nargs="+", help="of a checkpoint (default: all that are built in)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of a checkpoint")
     parser.add_argument("--limit", type=int, default=64, help="images (default: 64)")
     options = parser.parse_args()
     good = True
@@ -243,7 +248,7 @@ def main() -> int:
             else:
                 model = load_highway(path).eval()
                 pixels = pixels_of(path, options.data, options.limit, example_image(model).shape[1:])
-                cases = composed(model, pixels, Path(folder), options.policies)
+                cases = composed(model, pixels, Path(folder), options.precisions, options.policies)
             sizes = batch_sizes(len(pixels))
             for case in cases:
                 ours = in_session(open_session(case.file, 1), case, pixels, sizes)
