@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,7 +98,34 @@ def test_what_replicas_are_not_for(tmp_path, folder):
         ray_serve.build_app({"replicas": 2})
 
 
-def test_what_a_replica_does(folder):
+def test_settings_that_there_are_not(folder):
+    with pytest.raises(ValueError, match="unknown settings nonsense; known: policy, runtime, threads"):
+        ray_app(str(folder), nonsense=1)
+    with pytest.raises(ValueError, match="unknown settings threads; known: none beside yours"):
+        ray_app(ServiceSettings(path=str(folder)), threads=4)
+    with pytest.raises(TypeError, match="bytes"):
+        ray_serve.build_app({"model": str(folder), "limits": {"bytes": 5}})
+
+
+def test_a_cluster_that_serves_already(monkeypatch):
+    """Ray ignores another address then, and another application of the same name would replace the first."""
+    applications = dict.fromkeys(["other"])
+    serve = SimpleNamespace(status=lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
+    monkeypatch.setitem(sys.modules, "ray.serve", serve)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        port = proxy.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0"):
+            ray_serve._check_proxy(host, port)
+        applications["lgvit"] = None
+        with pytest.raises(ValueError, match="serves 'lgvit' already"):
+            ray_serve._check_proxy("127.0.0.1", port)
+    del applications["lgvit"]
+    with pytest.raises(ValueError, match=rf"--port {port}: Ray Serve runs .* does not listen there"):
+        ray_serve._check_proxy("127.0.0.1", port)
+
+
+def test_what_a_replica_does(folder, caplog):
     """Its routes are the local service's; another policy takes no restart, and a bad one leaves what there was."""
     images = some_images(6)
     expected = Predictor(folder).images(images)
@@ -111,8 +139,17 @@ def test_what_a_replica_does(folder):
         assert all(reply.status_code == 200 for reply in replies)
         return [reply.json()["answers"][0]["exit_index"] for reply in replies]
 
+    bad_ones = (
+        ({"policy": {"name": "confidence", "threshold": "high"}}, "threshold"),
+        ({"policy": {"name": "nothing"}}, "nothing"),
+        ({"policy": "never"}, "a policy and nothing else"),
+        ({"threshold": 0.5}, "a policy and nothing else"),
+    )
     with TestClient(replica.app) as client:
         change = client.portal.call
+        for bad, said in bad_ones:
+            with pytest.raises(ValueError, match=said):
+                change(replica.reconfigure, bad)
         replica.check_health()
         assert exits() == expected["exit_index"].tolist()
         change(replica.reconfigure, KEEP)
@@ -121,14 +158,10 @@ def test_what_a_replica_does(folder):
         version = replica.app.state.service.served.version
         change(replica.reconfigure, KEEP)
         assert replica.app.state.service.served.version == version == 2
-        for bad, said in (
-            ({"policy": {"name": "confidence", "threshold": "high"}}, "threshold"),
-            ({"policy": {"name": "nothing"}}, "nothing"),
-            ({"policy": "never"}, "a policy and nothing else"),
-            ({"threshold": 0.5}, "a policy and nothing else"),
-        ):
-            with pytest.raises(ValueError, match=said):
-                change(replica.reconfigure, bad)
+        for bad, said in bad_ones:
+            caplog.clear()
+            change(replica.reconfigure, bad)
+            assert "the policy before it stays" in caplog.text and said in caplog.text
             assert exits() == [last] * len(images)
         change(replica.app.state.service.reload)
         assert exits() == [last] * len(images)
@@ -182,7 +215,11 @@ def test_the_manifest_for_kubernetes():
     arguments = dict(application["args"])
     taken = inspect.signature(ray_serve.ray_app).bind(**arguments)
     settings = ServiceSettings(path=arguments["model"], **taken.arguments["settings"])
-    assert ray_serve._policy_of(arguments["user_config"], settings) == {"name": "confidence", "threshold": 0.8}
+    (deployment,) = application["deployments"]
+    assert deployment["name"] == ray_serve.DEPLOYMENT
+    assert ray_serve._policy_of(deployment["user_config"], settings) == {"name": "confidence", "threshold": 0.8}
+    assert arguments["autoscaling"]["max_replicas"] > arguments["autoscaling"]["min_replicas"]
+    assert manifest["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"] is True
     if importlib.util.find_spec("ray") is not None:
         from ray.serve.schema import ServeDeploySchema
 
@@ -240,7 +277,16 @@ def test_two_replicas_one_killed_under_load(runtime, folder, tmp_path):
                 np.testing.assert_allclose(answer["exit_score"], expected["exit_score"][number], atol=1e-5)
             with pytest.raises(urllib.error.HTTPError, match="400"):
                 urllib.request.urlopen(urllib.request.Request(f"{url}/predict", b"no image"), timeout=60)
-            process.send_signal(signal.SIGTERM)
+            host, port = url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port)), timeout=60) as late:
+                body = bodies[0]
+                late.sendall(f"POST /predict HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+                late.sendall(body[:10])
+                time.sleep(2)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(2)
+                late.sendall(body[10:])
+                assert late.recv(1000).startswith(b"HTTP/1.1 200")
             assert process.wait(90) == 0
         finally:
             process.kill()

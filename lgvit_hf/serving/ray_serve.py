@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from .admission import Limits
 from .device.info import PART_FILE
 from .http_server import TURN_SECONDS
 from .open_service import ServiceSettings
@@ -28,8 +32,9 @@ from .ray_cluster import check_cpus, check_ray, cluster
 if TYPE_CHECKING:
     from ray.serve import Application
 
-# how long a replica may take to say what it has counted
-METRICS_SECONDS = 5.0
+logger = logging.getLogger(__name__)
+# how long a replica may take to say what it has counted, to end once it has answered, and to be connected to
+METRICS_SECONDS, END_SECONDS, CONNECT_SECONDS = 5.0, 10.0, 5.0
 APPLICATION, DEPLOYMENT = "lgvit", "highway"
 
 
@@ -45,8 +50,8 @@ def ray_app(
     """A highway as an application of Ray Serve: each replica is a service of its own, as `lgvit serve` starts it.
 
     Routes, answers and limits of requests are those of `make_app`; connections and the time of a header are the
-    proxy's, which hands over a request once all of it is there. A replica forms its batches itself. `GET /metrics`
-    gives the counts of all replicas, each with its name as the label `replica`.
+    proxy's. A replica forms its batches itself. `GET /metrics` gives the counts of all replicas, each with its name as
+    the label `replica`.
 
     Args:
         model (`str` or `ServiceSettings`): Folder or Hub id of a whole highway, which must be there on each machine.
@@ -55,26 +60,26 @@ def ray_app(
             `autoscaling_config` of Ray Serve instead of `replicas`, such as `{"min_replicas": 1, "max_replicas": 8,
             "target_ongoing_requests": 16}`.
         user_config (`dict`, *optional*):
-            `{"policy": {"name": "confidence", "threshold": 0.8}}`: the exit policy instead of the saved one. When it
-            is deployed again with another, the replicas open their model again by it, and drop no request.
+            `{"policy": {"name": "confidence", "threshold": 0.8}}`: the exit policy instead of the saved one. Changed
+            under `deployments` of a configuration file, replicas open their model again by it beside the old one, and
+            drop no request; one that the model cannot have is logged, and the old one stays. (Whatever else changes,
+            and a program that deploys again, has Ray replace replicas.)
         drain_seconds (`float`, *optional*, defaults to 20): For requests of a replica that is told to stop.
         settings (`Any`): Of `ServiceSettings`.
 
     Raises:
         ImportError: Ray Serve is not installed.
-        ValueError: A part of a split highway, or options that are for one process.
+        ValueError: A part of a split highway, options that are for one process, or an unknown setting.
 
     Example:
 
         from lgvit_hf.serving import ray_app
         app = ray_app("runs/stage2", replicas=4)  # serve run this_file:app
     """
+    opened = _of_a_replica(_settings_of(model, settings))
+    _policy_of(user_config, opened)
     check_ray("serve")
     from ray import serve
-
-    opened = model if isinstance(model, ServiceSettings) else ServiceSettings(path=str(model), **settings)
-    opened = _of_a_replica(opened)
-    _policy_of(user_config, opened)
 
     def build() -> Starlette:
         return _service(opened)
@@ -84,7 +89,7 @@ def ray_app(
     return deployment.options(
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": opened.threads},
-        # it refuses what is too much itself, and fills batches only with what it has
+        # a batch can hold only what the proxy has let through
         max_ongoing_requests=opened.limits.requests,
         graceful_shutdown_timeout_s=drain_seconds,
         max_constructor_retry_count=3,
@@ -98,10 +103,12 @@ def build_app(arguments: dict[str, Any]) -> Application:
 
     Raises:
         ImportError, ValueError: See `ray_app`; `model` is missing.
+        TypeError: An unknown limit.
     """
     if "model" not in arguments:
         raise ValueError(f"args={arguments}: model is missing, the folder or Hub id of a highway")
-    return ray_app(**arguments)
+    limits = {"limits": Limits(**arguments["limits"])} if "limits" in arguments else {}
+    return ray_app(**{**arguments, **limits})
 
 
 def serve_on_ray(
@@ -112,7 +119,7 @@ def serve_on_ray(
     drain_seconds: float,
     started: Callable[[int], None],
 ) -> None:
-    """Serve until the process is told to stop, by SIGTERM or SIGINT; then answer what has come in, and return.
+    """Serve until the process is told to stop, by a signal; then answer what has come in, and return.
 
     Args:
         settings (`ServiceSettings`), replicas (`int`), drain_seconds (`float`): See `ray_app`.
@@ -120,7 +127,7 @@ def serve_on_ray(
         started (`Callable`): Is told the port once requests are answered.
 
     Raises:
-        ImportError, ValueError: See `ray_app`; the cluster has too few CPUs.
+        ImportError, ValueError: See `ray_app`; the cluster has too few CPUs, or serves another one or elsewhere.
         OSError: The port is taken, there is no such model, or Ray does not start; says why.
     """
     app = ray_app(settings, replicas=replicas, drain_seconds=drain_seconds)
@@ -134,23 +141,68 @@ def serve_on_ray(
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     with cluster(replicas * threads) as own:
         check_cpus("replicas", replicas, threads)
-        if own or not port:
+        is_first = not serve.status().proxies
+        if not is_first:
+            _check_proxy(host, port)
+        elif own or not port:
             with socket.create_server((host, port)) as free:
                 port = free.getsockname()[1]
+        handlers = dict[signal.Signals, Any]()
         try:
             serve.start(http_options={"host": host, "port": port})
             serve.run(app, name=APPLICATION)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda number, frame: stopped.set())
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                handlers[number] = signal.signal(number, lambda number, frame: stopped.set())
             started(port)
             stopped.wait()
         except (ray.exceptions.RayError, RuntimeError) as error:
             raise OSError(f"Ray does not start the service: {error}") from error
         finally:
-            if own:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            _end(drain_seconds)
+            if is_first and not serve.status().applications:
                 serve.shutdown()
-            else:
-                serve.delete(APPLICATION)
+
+
+def _check_proxy(host: str, port: int) -> None:
+    """Raise `ValueError` where Ray Serve, which runs already, has this application or does not listen there."""
+    from ray import serve
+
+    if APPLICATION in serve.status().applications:
+        raise ValueError(
+            f"this Ray cluster serves {APPLICATION!r} already; end its `lgvit serve`, or type `serve shutdown`"
+        )
+    # all of this machine are meant
+    address = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    try:
+        socket.create_connection((address, port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port}: Ray Serve runs on this cluster, and does not listen there ({error}); "
+            "give the address that it was started with, or type `serve shutdown` first"
+        ) from error
+
+
+def _end(drain_seconds: float) -> None:
+    """Have replicas answer what they have, while the proxies still pass it on, and end."""
+    from ray import serve
+
+    until = time.monotonic() + drain_seconds + END_SECONDS
+    # it waits a minute, however long requests may take
+    with suppress(TimeoutError):
+        serve.delete(APPLICATION)
+    while APPLICATION in serve.status().applications and time.monotonic() < until:
+        time.sleep(0.2)
+
+
+def _settings_of(model: str | ServiceSettings, settings: dict[str, Any]) -> ServiceSettings:
+    known = [field.name for field in fields(ServiceSettings) if field.name != "path"]
+    if isinstance(model, ServiceSettings):
+        known = []
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"unknown settings {', '.join(unknown)}; known: {', '.join(known) or 'none beside yours'}")
+    return model if isinstance(model, ServiceSettings) else ServiceSettings(path=str(model), **settings)
 
 
 def _of_a_replica(settings: ServiceSettings) -> ServiceSettings:
@@ -202,19 +254,28 @@ class _Replica:
     """What Ray calls beside the routes; Ray adds `app`."""
 
     app: Starlette
+    _has_started = False
 
     def check_health(self) -> None:
         """Raises where nothing computes any more, upon which Ray starts another replica."""
+        # Ray asks for the first time after the first `reconfigure`
+        self._has_started = True
         if not self.app.state.service.served.batcher.alive:
             raise RuntimeError("no thread computes any more")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Answer by another policy, as the model is opened again."""
+        """Answer by another policy, as the model is opened again; keep the old one where the model cannot have it."""
         state = self.app.state
-        changed = replace(state.settings, policy=_policy_of(user_config, state.settings))
-        if changed == state.settings:
+        try:
+            changed = replace(state.settings, policy=_policy_of(user_config, state.settings))
+            if changed != state.settings:
+                await state.service.renew(changed.highway)
+        except (OSError, ValueError) as error:
+            # Ray would stop a replica that answers
+            if not self._has_started:
+                raise
+            logger.error("user_config=%s is not in force, the policy before it stays: %s", user_config, error)
             return
-        await state.service.renew(changed.highway)
         state.settings = changed
 
     async def metrics(self) -> tuple[str, str]:
@@ -229,8 +290,11 @@ async def _metrics_of_all(request: Request) -> PlainTextResponse:
 
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
-    # one that has died meanwhile has nothing to say
-    found = await handle.broadcast("metrics").results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
+    try:
+        # one that has died meanwhile has nothing to say
+        found = await handle.broadcast("metrics").results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
+    except TimeoutError:
+        return PlainTextResponse("a replica does not answer", 503)
     return PlainTextResponse(merged_metrics(each for each in found if not isinstance(each, Exception)))
 
 
