@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -130,7 +130,11 @@ def answers_of_exits(model: Any, pixels: np.ndarray) -> list[torch.Tensor]:
 
 
 def composed(
-    model: Any, pixels: np.ndarray, folder: Path, precisions: list[str], names: list[str] | None = None
+    model: Any,
+    pixels: np.ndarray,
+    folder: Path,
+    names: Sequence[str] | None = None,
+    precisions: Sequence[str] = PRECISIONS,
 ) -> Iterator[Case]:
     """A file per policy, precision and kind of thresholds, each written when it is asked for."""
     import onnx
@@ -248,7 +252,7 @@ def main() -> int:
             else:
                 model = load_highway(path).eval()
                 pixels = pixels_of(path, options.data, options.limit, example_image(model).shape[1:])
-                cases = composed(model, pixels, Path(folder), options.precisions, options.policies)
+                cases = composed(model, pixels, Path(folder), options.policies, options.precisions)
             sizes = batch_sizes(len(pixels))
             for case in cases:
                 ours = in_session(open_session(case.file, 1), case, pixels, sizes)
