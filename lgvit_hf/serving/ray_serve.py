@@ -188,6 +188,8 @@ def _end(drain_seconds: float) -> None:
     """Have replicas answer what they have, while the proxies still pass it on, and end."""
     from ray import serve
 
+    if APPLICATION not in serve.status().applications:
+        return  # Ray did not come so far
     until = time.monotonic() + drain_seconds + END_SECONDS
     # it waits a minute, however long requests may take
     with suppress(TimeoutError):
