@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,16 +82,9 @@ class RunCosts:
         """Of each segment."""
         return [len(segment) for segment in self.blocks]
 
-    @cached_property
-    def whole_ms(self) -> float:
-        """Of one sample that goes through all blocks."""
-        return self.left_ms(0, 0, 1)
-
-    def left_ms(self, segment: int, start: int, samples: int) -> float:
-        """From a block of a segment through to the end."""
-        here = self.milliseconds(segment, start, self.num_blocks[segment], samples)
-        deeper = enumerate(self.num_blocks[segment + 1 :], start=segment + 1)
-        return here + sum(self.milliseconds(number, 0, blocks, samples) for number, blocks in deeper)
+    def whole_ms(self, samples: int) -> float:
+        """Of so many samples that go through all blocks together."""
+        return sum(self.milliseconds(segment, 0, blocks, samples) for segment, blocks in enumerate(self.num_blocks))
 
     def milliseconds(self, segment: int, start: int, stop: int, samples: int) -> float:
         """Of some blocks of a segment, from `start` to before `stop`."""

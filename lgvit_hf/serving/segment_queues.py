@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, TypeVar
 
+from .expected_work import ExpectedWork
 from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
 Owner = TypeVar("Owner")
@@ -72,8 +73,8 @@ class SegmentQueues(Generic[Owner]):
       one more sample in their run would save, and as long as their deadline allows.
     - Of those who wait for the first segment each client has a sample taken in turn, however many it has; of requests
       of one size the first is begun with all of its samples before the next.
-    - Under more load than can be borne, what has begun ends in time: no other sample begins while one that has begun
-      would be late, and those that would be late themselves come last.
+    - Under more load than can be borne, what has begun ends in time: no request begins while a sample that has begun
+      would be late, and those that would be late themselves come last; by how many exit where, see `ExpectedWork`.
 
     Args:
         costs (`RunCosts`): Of the blocks.
@@ -116,11 +117,7 @@ class SegmentQueues(Generic[Owner]):
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
-        # of each block on, of a sample that goes through to the end among as many as may run together
-        self._left_ms = [
-            [costs.left_ms(segment, start, max_samples) / max_samples for start in range(blocks)]
-            for segment, blocks in enumerate(costs.num_blocks)
-        ]
+        self._work = ExpectedWork(costs, max_samples, max_run_ms)
 
     def __len__(self) -> int:
         return len(self._new) + sum(len(queue) for segment in self._queues for queue in segment)
@@ -160,7 +157,10 @@ class SegmentQueues(Generic[Owner]):
 
     def ran(self, run: Run[Owner], staying: Iterable[Sample[Owner]], seconds: float, now: float) -> None:
         """Put the samples of a run that go on where they are now."""
+        staying = list(staying)
         within = run.stop < len(self._queues[run.segment])
+        if not within:
+            self._work.saw(run.segment, len(run.samples), len(staying))
         place = (run.segment, run.stop) if within else (run.segment + 1, 0)
         for sample in staying:
             sample.since = now
@@ -194,30 +194,34 @@ class SegmentQueues(Generic[Owner]):
         if deepest is None:
             until = self._until(now) if coming and first == (0, 0) else now
             return until if until > now else first
-        if self._lead_ms < self.max_run_ms and (first != (0, 0) or not self._late_if_more_begin(now)):
+        if self._lead_ms < self.max_run_ms and (first != (0, 0) or self._may_begin(now)):
             return first
         return deepest
 
-    def _late_if_more_begin(self, now: float) -> bool:
-        """Whether samples that have begun would be late if others began now, or all of these would be."""
+    def _may_begin(self, now: float) -> bool:
+        """Whether new samples may go before deeper ones: none of these is late for it, nor are all that are new."""
+        if self._new[0][-1].number > 0:  # of a request that has begun
+            return True
         begun_ms, soonest = self._begun()
-        most = self._best(0, 0).samples
-        after = now + (begun_ms + self.max_run_ms) / 1e3
-        return after > soonest or self._until_end(now, most) > max(sample.deadline for *_, sample in self._new)
+        if now + (begun_ms + self.max_run_ms) / 1e3 > soonest:
+            return False
+        return any(self._ends_in_time(entry, now + begun_ms / 1e3) for entry in self._new if entry[-1].number == 0)
 
     def _begun(self) -> tuple[float, float]:
-        """Milliseconds that samples which have begun take to the end, if all go there; and their first deadline."""
+        """Milliseconds that samples after the first block are expected to take yet; and the first deadline of any."""
         left_ms, soonest = 0.0, math.inf
         for segment, queues in enumerate(self._queues):
             for start, queue in enumerate(queues):
                 if queue:
-                    left_ms += len(queue) * self._left_ms[segment][start]
+                    left_ms += len(queue) * self._work.left_ms(segment, start)
                     soonest = min(soonest, min(sample.deadline for sample in queue))
         return left_ms, soonest
 
-    def _until_end(self, now: float, samples: int) -> float:
-        """When so many new samples would be at the end, and before them those that have begun."""
-        return now + (self._begun()[0] + self.costs.left_ms(0, 0, samples)) / 1e3
+    def _ends_in_time(self, first: _New[Owner], start: float) -> bool:
+        """Whether a request whose turn is at `start` is expected to be answered in time."""
+        last, _, turn, sample = first
+        others_ms = (last - turn) * self._work.left_ms(0, 0)
+        return start + (others_ms + self._work.way_ms) / 1e3 <= sample.deadline
 
     def _deepest(self, segment: int) -> tuple[int, int] | None:
         queues = self._queues[segment]
@@ -236,7 +240,7 @@ class SegmentQueues(Generic[Owner]):
         if saved_ms <= 0:
             return now
         new = [sample for *_, sample in self._new]
-        way = (self.max_run_ms + self.costs.whole_ms) / 1e3
+        way = (self.max_run_ms + self.costs.whole_ms(1)) / 1e3
         until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
         return min(until, min(sample.deadline for sample in new) - way)
 
@@ -266,14 +270,25 @@ class SegmentQueues(Generic[Owner]):
         return taken
 
     def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
-        """New samples; those that would be late at the end only where all would be: they may exit before it."""
-        end = self._until_end(now, most)
+        """New samples; of requests that would be late only where all would be: samples may exit before the end."""
+        start = now + self._begun()[0] / 1e3
         in_time: list[_New[Owner]] = []
         late: list[_New[Owner]] = []
         while len(in_time) < most and self._new:
             entry = heapq.heappop(self._new)
-            if self._wanted(entry[-1], now):
-                (in_time if entry[-1].deadline >= end else late).append(entry)
+            sample = entry[-1]
+            if not self._wanted(sample, now):
+                continue
+            # a request's samples come one after the other, its first decides for all
+            if sample.number == 0:
+                is_late = not self._ends_in_time(entry, start)
+            else:
+                is_late = bool(late) and late[-1][-1].owner is sample.owner
+            if is_late:
+                late.append(entry)
+            else:
+                in_time.append(entry)
+                start += self._work.left_ms(0, 0) / 1e3
         taken, left = (in_time, late) if in_time else (late[:most], late[most:])
         for entry in left:
             heapq.heappush(self._new, entry)

@@ -133,8 +133,7 @@ class SegmentScheduler(ComputeThread):
         self._queues: SegmentQueues[_Request] = SegmentQueues(
             costs, max_samples=max_samples, max_run_ms=self.max_run_ms, max_wait=max_wait, over=_is_over
         )
-        parts = enumerate(costs.num_blocks)
-        self._pass_seconds = sum(costs.milliseconds(part, 0, blocks, max_samples) for part, blocks in parts) / 1e3
+        self._pass_seconds = costs.whole_ms(max_samples) / 1e3
         super().__init__()
         if clock is None:
             self._thread.start()
