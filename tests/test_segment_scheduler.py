@@ -72,8 +72,8 @@ def test_sizes_are_measured_until_a_block_takes_longer_than_a_run():
 
     costs = RunCosts.measured(walk, max_samples=32, max_run_ms=15.0, seconds=1000)
     assert costs.batch_sizes == [1, 2, 4] and costs.blocks == [[[4.0, 8.0, 16.0]]]  # the least of several
-    assert costs.usual_run_ms == 15.0
-    assert RunCosts.measured(walk, max_samples=32, max_run_ms=None, seconds=1000).batch_sizes == [1, 2, 4]
+    assert costs.usual_run_ms == 16.0
+    assert RunCosts.measured(walk, max_samples=32, max_run_ms=None, seconds=1000).batch_sizes == [1, 2, 4, 8]
     assert RunCosts.measured(walk, max_samples=2, max_run_ms=100.0, seconds=1000).batch_sizes == [1, 2]
     # large models: no more than time allows
     assert RunCosts.measured(walk, max_samples=32, max_run_ms=15.0, seconds=0.0).batch_sizes == [1]
@@ -150,6 +150,17 @@ def test_the_deepest_goes_before_those_that_can_still_be_joined():
     queues.ran(queues.next(0.0), [Sample("third", 0, 0.0)], 0.01, 0.0)
     gone_on(queues, 1, segment_ms=0.0)
     assert [queues.next(0.0).segment for _ in range(2)] == [2, 1]
+
+
+@pytest.mark.parametrize("now, expected", [(0.02, [1, 2]), (0.2, [2, 1])])
+def test_the_fullest_goes_before_a_deeper_one_until_that_is_old(now, expected):
+    queues = SegmentQueues(costs_of([1, 1, 1], one=2.0, more=0.1))
+    gone_on(queues, 1, segment_ms=0.0)
+    queues.ran(queues.next(0.0), [Sample("deep", 0, 0.0)], 0.0, 0.0)
+    waiting_for(queues, ("full", 8), now=now)
+    run = queues.next(now)
+    queues.ran(run, run.samples, 0.0, now)
+    assert [queues.next(now).segment for _ in range(2)] == expected
 
 
 def test_where_nothing_else_waits_it_is_a_moment_if_others_are_coming():

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 # milliseconds that each run takes beside its blocks: choosing samples, joining and parting their states, answering
 OVERHEAD_MS = 0.2
-# of a run, where nobody says and no block of one sample takes a third of that
+# of a run, where nobody says; or as long as the longest block takes for one sample, so many times
 MAX_RUN_MS = 15.0
+BLOCKS_OF_A_RUN = 4
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,9 @@ def usual_run_ms(blocks: Sequence[Sequence[float]]) -> float:
     Example:
 
         >>> usual_run_ms([[2.0, 1.0], [2.0]]), usual_run_ms([[40.0]])
-        (15.0, 120.0)
+        (15.0, 160.0)
     """
-    return max(MAX_RUN_MS, 3 * max(map(max, blocks)))
+    return max(MAX_RUN_MS, BLOCKS_OF_A_RUN * max(map(max, blocks)))
 
 
 def _each_least(walks: Sequence[list[list[float]]]) -> list[list[float]]:

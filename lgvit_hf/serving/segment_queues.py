@@ -15,6 +15,11 @@ from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
 Owner = TypeVar("Owner")
 
+# a run that gains this share of what another does goes before it where it is deeper
+ABOUT = 0.9
+# a sample is old after so many times what it takes alone through all blocks
+PATIENCE = 8
+
 
 @dataclass(eq=False)
 class Sample(Generic[Owner]):
@@ -68,7 +73,8 @@ class SegmentQueues(Generic[Owner]):
 
     - The first segment goes before the others, until it has had half of the time: what exits there is answered soon,
       however many go on.
-    - Of the others the deepest goes first: its samples are answered soonest, and those before can still be joined.
+    - Of the others the fullest goes first, and of those about as full the deepest: its samples are answered soonest,
+      and those before can still be joined. Old samples do not wait for that.
     - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
       one more sample in their run would save, and as long as their deadline allows.
     - Of those who wait for the first segment each client has a sample taken in turn, however many it has; of requests
@@ -117,6 +123,7 @@ class SegmentQueues(Generic[Owner]):
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
+        self._patience = PATIENCE * costs.whole_ms(1) / 1e3
         self._work = ExpectedWork(costs, max_samples, max_run_ms)
 
     def __len__(self) -> int:
@@ -187,16 +194,26 @@ class SegmentQueues(Generic[Owner]):
 
     def _choose(self, now: float, coming: bool) -> tuple[int, int] | float | None:
         """Before which block samples are to run, until when to wait, or nothing where none are."""
-        first, *others = [self._deepest(segment) for segment in range(len(self._queues))]
-        deepest = next((place for place in reversed(others) if place is not None), None)
+        first, deeper = self._fullest(now, range(1)), self._fullest(now, range(1, len(self._queues)))
+        if first is None and self._new:
+            first = (0, 0)
         if first is None:
-            return deepest
-        if deepest is None:
+            return deeper
+        if deeper is None:
             until = self._until(now) if coming and first == (0, 0) else now
             return until if until > now else first
         if self._lead_ms < self.max_run_ms and (first != (0, 0) or self._may_begin(now)):
             return first
-        return deepest
+        return deeper
+
+    def _fullest(self, now: float, segments: range) -> tuple[int, int] | None:
+        """The queue after the first block to run: with old samples, or that gains about most; of these the deepest."""
+        places = [(number, start) for number in segments for start, queue in enumerate(self._queues[number]) if queue]
+        old = [place for place in places if self._queues[place[0]][place[1]][0].asked < now - self._patience]
+        if old or not places:
+            return max(old, default=None)
+        gains = [self._best(*place).gain for place in places]
+        return max(place for place, gain in zip(places, gains, strict=True) if gain >= ABOUT * max(gains))
 
     def _may_begin(self, now: float) -> bool:
         """Whether new samples may go before deeper ones: none of these is late for it, nor are all that are new."""
@@ -222,13 +239,6 @@ class SegmentQueues(Generic[Owner]):
         last, _, turn, sample = first
         others_ms = (last - turn) * self._work.left_ms(0, 0)
         return start + (others_ms + self._work.way_ms) / 1e3 <= sample.deadline
-
-    def _deepest(self, segment: int) -> tuple[int, int] | None:
-        queues = self._queues[segment]
-        within = next((start for start in reversed(range(len(queues))) if queues[start]), None)
-        if within is None and segment == 0 and self._new:
-            return 0, 0
-        return None if within is None else (segment, within)
 
     def _best(self, segment: int, start: int) -> Stretch:
         waiting = len(self._new) if (segment, start) == (0, 0) else len(self._queues[segment][start])

@@ -89,7 +89,7 @@ class SegmentScheduler(ComputeThread):
         costs (`RunCosts`, *optional*): Of the blocks; by default measured now, in a second or so.
         max_samples (`int`, *optional*, defaults to 32): Of a run.
         max_run_ms (`float`, *optional*):
-            Of a run, for all others wait that long; by default 15, or three times what the longest block takes for one
+            Of a run, for all others wait that long; by default 15, or four times what the longest block takes for one
             sample if that is more.
         max_wait (`float`, *optional*, defaults to 0.002): Seconds that a sample waits for others, see `coming`.
         max_waiting (`int`, *optional*, defaults to 1024): Samples that may wait; more are refused.
