@@ -5,11 +5,12 @@
 
 `lgvit serve` runs on the first core of this machine with its decoding processes, this client on the last (`taskset`).
 
-1. Closed loop: 1, 8 and 32 clients, one image per request, each asks again when it is answered.
+1. Closed loop: 1, 8 and 32 clients, one image per request, each asks again when it is answered; in turn with
+   `Predictor.images` on the same files, decoding included, one thread, batch 1 and 8, on the same core. Shares are
+   medians over `--rounds`, each of a round's own figures.
 2. Poisson arrivals at 0.5 and 0.8 of what 32 clients reach, and bursts of 32 every second.
-3. The same closed loop with `--max-batch-size 1`: one request at a time.
-4. Directly: `Predictor.images` on the same files, decoding included, one thread, batch 1 and 8; on the same core.
-5. LitServe with the same model without early exit, where it is installed.
+3. Both with `--max-batch-size 1`: one request at a time.
+4. LitServe with the same model without early exit, where it is installed.
 
 Images are mixed as they come; `--policy never` (all hard) and a low threshold (all easy) give the extremes.
 
@@ -27,11 +28,13 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -238,27 +241,39 @@ if __name__ == "__main__":
 
 
 def measured(options, files):
+    policy = ["--policy", options.policy] if options.policy else []
+    policy += ["--scheduler", options.scheduler] if options.scheduler else []
+    report = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, file in enumerate(files):
             Path(folder, f"{number:04}").write_bytes(file)
-        direct = {n: directly(options.model, options.policy, folder, n, options.seconds) for n in (1, 8)}
-    report = {"direct": direct}
-    policy = ["--policy", options.policy] if options.policy else []
-    policy += ["--scheduler", options.scheduler] if options.scheduler else []
-    for name, more in (("batched", []), ("one at a time", ["--max-batch-size", "1"])):
-        with Service(options.model, *policy, *more) as service:
-            loops = {n: asyncio.run(loaded(service.url, files, options.seconds, clients=n)) for n in CLIENTS}
-            report[name] = {"closed loop": loops}
-            for share in (0.5, 0.8):
-                rate = share * loops[CLIENTS[-1]]["per_second"]
-                report[name][f"poisson {share}"] = asyncio.run(loaded(service.url, files, options.seconds, rate=rate))
-            report[name]["bursts"] = asyncio.run(loaded(service.url, files, options.seconds))
-    report["share of direct"] = {
-        n: report["batched"]["closed loop"][n]["per_second"] / report["direct"][1 if n == 1 else 8] for n in CLIENTS
-    }
+        direct = partial(directly, options.model, options.policy, folder, seconds=options.seconds)
+        for name, more in (("batched", []), ("one at a time", ["--max-batch-size", "1"])):
+            with Service(options.model, *policy, *more) as service:
+                load = partial(loaded, service.url, files, options.seconds)
+                rounds = [in_turn(direct, load) for _ in range(options.rounds)]
+                rate = statistics.median(each["served"][CLIENTS[-1]]["per_second"] for each in rounds)
+                report[name] = {
+                    "share of direct": {n: statistics.median(share(each, n) for each in rounds) for n in CLIENTS},
+                    "rounds": rounds,
+                    **{f"poisson {part}": asyncio.run(load(rate=part * rate)) for part in (0.5, 0.8)},
+                    "bursts": asyncio.run(load()),
+                }
     if importlib.util.find_spec("litserve"):
         report["litserve"] = litserve(options.model, files, options.seconds)
     return report
+
+
+def in_turn(direct, load):
+    """Images a second of the model called directly, by batch size, and of a closed loop, by the number of clients."""
+    return {
+        "direct": {size: direct(batch_size=size) for size in (1, 8)},
+        "served": {clients: asyncio.run(load(clients=clients)) for clients in CLIENTS},
+    }
+
+
+def share(turn, clients):
+    return turn["served"][clients]["per_second"] / turn["direct"][1 if clients == 1 else 8]
 
 
 async def abandoned(url, files, computed):
@@ -367,6 +382,7 @@ def main():
     parser.add_argument("--data", required=True, help="Images: a dataset as `lgvit predict` takes it.")
     parser.add_argument("--split", help="Of it.")
     parser.add_argument("--seconds", type=float, default=20.0, help="Of each measurement; of the soak, at least.")
+    parser.add_argument("--rounds", type=int, default=3, help="Of closed loops and the model called directly.")
     parser.add_argument("--policy", help="Such as `never`, for hard images alone.")
     parser.add_argument("--scheduler", choices=("segments", "batch"), help="Of `lgvit serve`.")
     parser.add_argument("--soak", action="store_true")
