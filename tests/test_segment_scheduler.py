@@ -298,6 +298,33 @@ def test_what_is_left_is_expected_by_where_samples_exit(samples, one, more):
     assert answered >= 0.8 * possible * times[-1]
 
 
+@pytest.mark.parametrize("patient", [None, 60.0])
+@pytest.mark.parametrize("exits", [0, 3])
+def test_who_has_little_time_does_not_wait_behind_those_who_have_much(patient, exits):
+    costs = RunCosts([1, 2], [[[1.0, 1.2]]] + [[[5.0, 6.5]]] * 3)
+    flood = [Arrival(0.0, [3], patient) for _ in range(500)]
+    few = [Arrival(1.0 + 0.05 * number, [exits], 0.2) for number in range(30)]
+    outcomes, _ = simulate(flood + few, costs)
+    assert all(outcome.answer is not None for outcome in outcomes[500:])
+
+
+def test_what_is_cancelled_before_it_runs_has_had_no_turn():
+    costs, took = costs_of([1], one=5.0, more=4.5), []
+    others = [Arrival(0.01 * number, [0], client=f"other {number % 7}") for number in range(300)]
+    for many in ([Arrival(0.001, [0] * 400, cancelled=0.004, client="a")], []):
+        own = [Arrival(1.0, [0], client="a")]
+        outcomes, _ = simulate(sorted([*others, *many, *own], key=lambda each: each.seconds), costs)
+        took += [each.seconds for each in outcomes if each.arrival is own[0]]
+    assert took[0] == pytest.approx(took[1], abs=0.05)
+
+
+def test_who_has_no_time_left_is_told_at_once_whatever_runs():
+    costs = RunCosts([1, 2], [[[1.0, 1.2]]] + [[[5.0, 6.5]]] * 3)
+    arrivals = [*(Arrival(0.0, [3]) for _ in range(500)), Arrival(1.0, [3] * 50, 0.2), Arrival(100.0, [0])]
+    outcomes, _ = simulate(arrivals, costs)
+    assert isinstance(outcomes[500].error, Expired) and outcomes[500].seconds < 0.2 + 0.05
+
+
 def test_requests_of_one_size_are_begun_one_after_the_other():
     queues = SegmentQueues(costs_of([1]), max_samples=4)
     waiting_for(queues, ("a", 6), ("b", 6))

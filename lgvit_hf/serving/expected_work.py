@@ -1,6 +1,11 @@
-"""`ExpectedWork`: how long samples still take, by how many have exited where so far."""
+"""`ExpectedWork`: how long samples still take, by how many have exited where so far; `Backlog`: by their deadlines."""
 
 from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
@@ -17,9 +22,6 @@ class ExpectedWork:
         costs (`RunCosts`): Of the blocks.
         max_samples (`int`), max_run_ms (`float`): Of a run.
 
-    Attributes:
-        way_ms (`float`): Of all runs that a sample is in which goes to the end: soonest when it is there.
-
     Example:
 
         >>> work = ExpectedWork(RunCosts([1], [[[9.8]], [[19.8]]]), max_samples=1, max_run_ms=15.0)
@@ -31,29 +33,31 @@ class ExpectedWork:
     """
 
     def __init__(self, costs: RunCosts, max_samples: int, max_run_ms: float):
-        def runs(segment: int, start: int) -> list[Stretch]:
-            """From a block to the end of its segment."""
-            found: list[Stretch] = []
-            while start < costs.num_blocks[segment]:
-                found.append(costs.best(segment, start, max_samples, max_run_ms))
-                start = found[-1].stop
-            return found
-
-        segments = enumerate(costs.num_blocks)
-        of_block = [[runs(segment, start) for start in range(blocks)] for segment, blocks in segments]
-        self.way_ms = sum(run.milliseconds + OVERHEAD_MS for blocks in of_block for run in blocks[0])
+        self._costs, self._max_run_ms = costs, max_run_ms
+        self._way_ms: dict[int, float] = {}
         self._within_ms = [
-            [sum((run.milliseconds + OVERHEAD_MS) / run.samples for run in runs) for runs in blocks]
-            for blocks in of_block
+            [
+                sum(_run_ms(run) / run.samples for run in self._runs(segment, start, max_samples))
+                for start in range(blocks)
+            ]
+            for segment, blocks in enumerate(costs.num_blocks)
         ]
         # at each exit, and how many of them went on
-        self._seen = [(float(SEEN_BEFORE), float(SEEN_BEFORE)) for _ in of_block]
-        self._after_ms = [0.0] * len(of_block)
+        self._seen = [(float(SEEN_BEFORE), float(SEEN_BEFORE)) for _ in costs.num_blocks]
+        self._after_ms = [0.0] * len(costs.num_blocks)
         self._expect()
 
     def left_ms(self, segment: int, start: int) -> float:
         """A sample's share of the runs from a block on, until it is expected to exit."""
         return self._within_ms[segment][start] + self._after_ms[segment]
+
+    def way_ms(self, samples: int) -> float:
+        """Of all runs through which a sample goes to the end, where so many are here."""
+        if samples not in self._way_ms:
+            segments = range(len(self._costs.num_blocks))
+            runs = [run for segment in segments for run in self._runs(segment, 0, samples)]
+            self._way_ms[samples] = sum(map(_run_ms, runs))
+        return self._way_ms[samples]
 
     def saw(self, segment: int, samples: int, staying: int) -> None:
         """Count what an exit has decided.
@@ -71,3 +75,41 @@ class ExpectedWork:
         for segment in reversed(range(len(self._seen) - 1)):
             samples, staying = self._seen[segment]
             self._after_ms[segment] = staying / samples * self.left_ms(segment + 1, 0)
+
+    def _runs(self, segment: int, start: int, samples: int) -> Iterator[Stretch]:
+        """From a block to the end of its segment, of at most so many samples."""
+        while start < self._costs.num_blocks[segment]:
+            run = self._costs.best(segment, start, samples, self._max_run_ms)
+            yield run
+            start = run.stop
+
+
+class Backlog:
+    """What samples are expected to take yet, by their deadlines.
+
+    Args:
+        samples (`Iterable[tuple[float, float]]`): Deadline in seconds, and milliseconds, of each.
+
+    Attributes:
+        soonest (`float`): Deadline of all.
+
+    Example:
+
+        >>> backlog = Backlog([(0.3, 100.0), (math.inf, 500.0), (0.2, 50.0)])
+        >>> backlog.soonest, backlog.due_ms(0.25), backlog.due_ms(1.0)
+        (0.2, 50.0, 150.0)
+    """
+
+    def __init__(self, samples: Iterable[tuple[float, float]]):
+        ordered = sorted(samples)
+        self._deadlines = [deadline for deadline, _ in ordered]
+        self._sums_ms = list(accumulate((milliseconds for _, milliseconds in ordered), initial=0.0))
+        self.soonest = min(self._deadlines, default=math.inf)
+
+    def due_ms(self, deadline: float) -> float:
+        """Milliseconds of those whose deadline is not after another."""
+        return self._sums_ms[bisect_right(self._deadlines, deadline)]
+
+
+def _run_ms(run: Stretch) -> float:
+    return run.milliseconds + OVERHEAD_MS

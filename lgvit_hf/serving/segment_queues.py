@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, TypeVar
 
-from .expected_work import ExpectedWork
+from .expected_work import Backlog, ExpectedWork
 from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
 Owner = TypeVar("Owner")
 
+# seconds that a request has, where it has no deadline or a later one
+MOST_TIME = 10.0
 # a run that gains this share of what another does goes before it where it is deeper
 ABOUT = 0.9
-# a sample is old after so many times what it takes alone through all blocks
+# a sample is old where it has waited for so many times what it takes alone through all blocks, or its deadline nears
 PATIENCE = 8
 
 
@@ -45,8 +46,8 @@ class Sample(Generic[Owner]):
         self.since = self.asked
 
 
-# by when its request has had its turn, a number for each, by when it has had its own, and a sample
-_New = tuple[float, int, float, Sample[Owner]]
+# by when its request has had its turn, a number for each, by when it has had its own, whose it is, and a sample
+_New = tuple[float, int, float, Hashable, Sample[Owner]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +75,14 @@ class SegmentQueues(Generic[Owner]):
     - The first segment goes before the others, until it has had half of the time: what exits there is answered soon,
       however many go on.
     - Of the others the fullest goes first, and of those about as full the deepest: its samples are answered soonest,
-      and those before can still be joined. Old samples do not wait for that.
+      and those before can still be joined. Old samples do not wait for that. In a queue the first due go first.
     - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
       one more sample in their run would save, and as long as their deadline allows.
     - Of those who wait for the first segment each client has a sample taken in turn, however many it has; of requests
       of one size the first is begun with all of its samples before the next.
     - Under more load than can be borne, what has begun ends in time: no request begins while a sample that has begun
-      would be late, and those that would be late themselves come last; by how many exit where, see `ExpectedWork`.
+      would be late for it, and those that would be late themselves come last; by how many exit where, see
+      `ExpectedWork`, and as if whoever has more time made way.
 
     Args:
         costs (`RunCosts`): Of the blocks.
@@ -117,13 +119,14 @@ class SegmentQueues(Generic[Owner]):
         self.dropped: list[Sample[Owner]] = []
         self._over = over
         self._new: list[_New[Owner]] = []  # a heap, before the first block
-        self._queues: list[list[deque[Sample[Owner]]]] = [
-            [deque() for _ in range(blocks)] for blocks in costs.num_blocks
-        ]
+        self._queues: list[list[list[Sample[Owner]]]] = [[[] for _ in range(blocks)] for blocks in costs.num_blocks]
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
+        self._soonest = math.inf  # deadline of all that wait
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
         self._patience = PATIENCE * costs.whole_ms(1) / 1e3
+        # what a sample needs behind the run under way, where the first segment has half of the time
+        self._alone = 2 * (max_run_ms + costs.whole_ms(1)) / 1e3
         self._work = ExpectedWork(costs, max_samples, max_run_ms)
 
     def __len__(self) -> int:
@@ -140,7 +143,8 @@ class SegmentQueues(Generic[Owner]):
         # by when all of them have had their turn: a request is not begun long before it can be answered
         last = turn + len(samples)
         for number, sample in enumerate(samples, start=1):
-            heapq.heappush(self._new, (last, next(self._order), turn + number, sample))
+            heapq.heappush(self._new, (last, next(self._order), turn + number, client, sample))
+        self._soonest = min(self._soonest, samples[0].deadline)
         if client is not None:
             self._turns = {other: until for other, until in self._turns.items() if until > self._turn}
             self._turns[client] = last
@@ -152,6 +156,8 @@ class SegmentQueues(Generic[Owner]):
             now (`float`): Seconds.
             coming (`bool`, *optional*, defaults to `False`): Whether samples are known to be added soon.
         """
+        if now >= self._soonest:
+            self.purge(now)
         while (place := self._choose(now, coming)) is not None:
             if isinstance(place, float):
                 return place
@@ -178,12 +184,13 @@ class SegmentQueues(Generic[Owner]):
 
     def purge(self, now: float) -> None:
         """Take out all that nobody waits for."""
-        keep = [entry for entry in self._new if self._wanted(entry[-1], now)]
+        keep = [entry for entry in self._new if self._wanted_new(entry, now)]
         heapq.heapify(keep)
         self._new = keep
         for segment in self._queues:
             for number, queue in enumerate(segment):
-                segment[number] = deque(sample for sample in queue if self._wanted(sample, now))
+                segment[number] = [sample for sample in queue if self._wanted(sample, now)]
+        self._soonest = min((sample.deadline for sample in self.samples()), default=math.inf)
 
     def samples(self) -> Iterator[Sample[Owner]]:
         """All that wait."""
@@ -209,36 +216,44 @@ class SegmentQueues(Generic[Owner]):
     def _fullest(self, now: float, segments: range) -> tuple[int, int] | None:
         """The queue after the first block to run: with old samples, or that gains about most; of these the deepest."""
         places = [(number, start) for number in segments for start, queue in enumerate(self._queues[number]) if queue]
-        old = [place for place in places if self._queues[place[0]][place[1]][0].asked < now - self._patience]
+        old = [place for place in places if self._is_old(self._queues[place[0]][place[1]], now)]
         if old or not places:
             return max(old, default=None)
         gains = [self._best(*place).gain for place in places]
         return max(place for place, gain in zip(places, gains, strict=True) if gain >= ABOUT * max(gains))
 
+    def _is_old(self, queue: list[Sample[Owner]], now: float) -> bool:
+        """Whether some sample has waited there for long, or can no longer wait."""
+        return any(now > min(sample.since + self._patience, sample.deadline - self._alone) for sample in queue)
+
     def _may_begin(self, now: float) -> bool:
         """Whether new samples may go before deeper ones: none of these is late for it, nor are all that are new."""
         if self._new[0][-1].number > 0:  # of a request that has begun
             return True
-        begun_ms, soonest = self._begun()
-        if now + (begun_ms + self.max_run_ms) / 1e3 > soonest:
-            return False
-        return any(self._ends_in_time(entry, now + begun_ms / 1e3) for entry in self._new if entry[-1].number == 0)
+        backlog, way_ms = self._backlog(), self._way_ms()
+        return any(self._ends_in_time(entry, now, backlog, way_ms) for entry in self._new if entry[-1].number == 0)
 
-    def _begun(self) -> tuple[float, float]:
-        """Milliseconds that samples after the first block are expected to take yet; and the first deadline of any."""
-        left_ms, soonest = 0.0, math.inf
-        for segment, queues in enumerate(self._queues):
-            for start, queue in enumerate(queues):
-                if queue:
-                    left_ms += len(queue) * self._work.left_ms(segment, start)
-                    soonest = min(soonest, min(sample.deadline for sample in queue))
-        return left_ms, soonest
+    def _backlog(self) -> Backlog:
+        """Of samples after the first block."""
+        if self._soonest == math.inf:
+            return Backlog(())
+        return Backlog(
+            (sample.deadline, self._work.left_ms(segment, start))
+            for segment, queues in enumerate(self._queues)
+            for start, queue in enumerate(queues)
+            for sample in queue
+        )
 
-    def _ends_in_time(self, first: _New[Owner], start: float) -> bool:
-        """Whether a request whose turn is at `start` is expected to be answered in time."""
-        last, _, turn, sample = first
-        others_ms = (last - turn) * self._work.left_ms(0, 0)
-        return start + (others_ms + self._work.way_ms) / 1e3 <= sample.deadline
+    def _way_ms(self) -> float:
+        """Of a sample through runs that hold as many as are here."""
+        return self._work.way_ms(min(len(self), self.max_samples))
+
+    def _ends_in_time(self, first: _New[Owner], now: float, backlog: Backlog, others_ms: float) -> bool:
+        """Whether a request is expected to be answered in time if it begins now, and what has begun before it, too."""
+        last, _, turn, _, sample = first
+        due_ms = backlog.due_ms(sample.deadline)
+        before_ms = due_ms + (last - turn) * self._work.left_ms(0, 0) + others_ms
+        return now + before_ms / 1e3 <= sample.deadline and now + (due_ms + self.max_run_ms) / 1e3 <= backlog.soonest
 
     def _best(self, segment: int, start: int) -> Stretch:
         waiting = len(self._new) if (segment, start) == (0, 0) else len(self._queues[segment][start])
@@ -250,9 +265,8 @@ class SegmentQueues(Generic[Owner]):
         if saved_ms <= 0:
             return now
         new = [sample for *_, sample in self._new]
-        way = (self.max_run_ms + self.costs.whole_ms(1)) / 1e3
         until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
-        return min(until, min(sample.deadline for sample in new) - way)
+        return min(until, min(sample.deadline for sample in new) - self._alone)
 
     def _saved_ms(self) -> float:
         """What one more sample in the next run of the first segment saves; 0 where none fits in."""
@@ -273,44 +287,57 @@ class SegmentQueues(Generic[Owner]):
             return self._take_new(most, now)
         taken: list[Sample[Owner]] = []
         queue = self._queues[segment][start]
+        queue.sort(key=_due)
         while len(taken) < most and queue:
-            sample = queue.popleft()
+            sample = queue.pop(0)
             if self._wanted(sample, now):
                 taken.append(_leaving(sample, now))
         return taken
 
     def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
         """New samples; of requests that would be late only where all would be: samples may exit before the end."""
-        start = now + self._begun()[0] / 1e3
+        backlog, others_ms = self._backlog(), self._way_ms()
         in_time: list[_New[Owner]] = []
         late: list[_New[Owner]] = []
         while len(in_time) < most and self._new:
             entry = heapq.heappop(self._new)
-            sample = entry[-1]
-            if not self._wanted(sample, now):
+            if not self._wanted_new(entry, now):
                 continue
+            sample = entry[-1]
             # a request's samples come one after the other, its first decides for all
             if sample.number == 0:
-                is_late = not self._ends_in_time(entry, start)
+                is_late = not self._ends_in_time(entry, now, backlog, others_ms)
             else:
                 is_late = bool(late) and late[-1][-1].owner is sample.owner
             if is_late:
                 late.append(entry)
             else:
                 in_time.append(entry)
-                start += self._work.left_ms(0, 0) / 1e3
+                others_ms += self._work.left_ms(0, 0)
         taken, left = (in_time, late) if in_time else (late[:most], late[most:])
         for entry in left:
             heapq.heappush(self._new, entry)
-        for _, _, turn, _ in taken:
+        for _, _, turn, _, _ in taken:
             self._turn = max(self._turn, turn)
         return [_leaving(sample, now) for *_, sample in taken]
+
+    def _wanted_new(self, entry: _New[Owner], now: float) -> bool:
+        """As `_wanted`; what is taken out has not had its turn."""
+        *_, client, sample = entry
+        wanted = self._wanted(sample, now)
+        if not wanted and client in self._turns:
+            self._turns[client] -= 1
+        return wanted
 
     def _wanted(self, sample: Sample[Owner], now: float) -> bool:
         wanted = now < sample.deadline and not self._over(sample.owner)
         if not wanted:
             self.dropped.append(sample)
         return wanted
+
+
+def _due(sample: Sample[Owner]) -> float:
+    return min(sample.deadline, sample.asked + MOST_TIME)
 
 
 def _leaving(sample: Sample[Owner], now: float) -> Sample[Owner]:
