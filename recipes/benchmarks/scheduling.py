@@ -5,11 +5,14 @@
 
 Requests of one image each; half of the images exit first, the others at the end. One thread computes.
 
-1. Capacity of `batch`: a queue that never empties.
-2. Poisson arrivals at `--load` of that, the same for both: latencies, samples of runs after the first exit, and every
-   answer against the same image alone. Median latency of samples that exit first, over what that exit takes alone and
-   half of `max_run_ms`.
-3. The largest arrival rate at which the p99 of `segments` is not above that of `batch` in 2., by halving.
+1. Capacity of both: a queue that never empties.
+2. Poisson arrivals at `--load` of that of `batch`: latencies, samples of runs after the first exit, and every answer
+   against the same image alone. Median latency of samples that exit first, over what that exit takes alone and half of
+   `max_run_ms`.
+3. The largest of some arrival rates at which the p99 of `segments` is not above that of `batch` in 2., by a quarter of
+   the requests.
+
+All take turns, `--rounds` times: each round goes by its own capacity of `batch`.
 
 Without `--model`: a ViT of width 64 and random weights, on random images.
 """
@@ -20,8 +23,9 @@ import random
 import statistics
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +45,31 @@ from lgvit_hf.serving.scheduling import SCHEDULERS, Scheduling
 POOL, MARGIN = 256, 1e-5
 # above every confidence: no sample exits
 NEVER = 2.0
+# of `segments`, over that of `batch`
+RATES = (1.0, 0.8, 0.9, 1.1, 1.2, 1.3)
 
 
 class Runs:
-    """Samples of the runs of each segment; is told as `Metrics` is."""
+    """Samples of each batch and each run; is told as `Metrics` is."""
 
     def __init__(self):
-        self.batches, self.segments = [], {}
+        self.kept_batches, self.kept_runs = [], []
+        self.clear()
+
+    def clear(self):
+        self._batches, self._runs = [], []
+
+    def keep(self):
+        """What was told since it was cleared."""
+        self.kept_batches += self._batches
+        self.kept_runs += self._runs
 
     def batch(self, ages, fill):
-        self.batches.append(len(ages))
+        self._batches.append(len(ages))
 
     def ran(self, segment, ages, fill, exits):
         if ages:
-            self.segments.setdefault(segment, []).append(len(ages))
+            self._runs.append((segment, len(ages)))
 
     def dropped(self, reason, samples):
         raise RuntimeError(f"{samples} samples {reason}")
@@ -155,56 +170,61 @@ def others(answers, taken, wanted):
     return int(differ.sum()), float((softmaxes[0] - softmaxes[1]).abs().max())
 
 
-def largest_rate(scheduler, pixels, p99, low, high, requests, steps=5):
-    """Samples a second at which the p99 is at most so many seconds, between two rates."""
-    for step in range(steps):
-        rate = (low + high) / 2
-        _, seconds, _ = arrive(scheduler, pixels, rate, requests, seed=step + 1)
-        if np.percentile(seconds, 99) <= p99:
-            low = rate
-        else:
-            high = rate
-    return low
-
-
 def measured(checkpoint, pixels, options):
     policy, pixels = half_exit_first(checkpoint, pixels)
     wanted, exit_ms = alone(checkpoint, policy, pixels)
-    first = wanted["exit_index"] == 0
-    report = {"first exit alone, ms": exit_ms, "share that exits first": float(first.mean())}
-    with scheduler_of(checkpoint, policy, "batch", Runs()) as scheduler:
-        capacity(scheduler, pixels, 2)
-        report["capacity"] = capacity(scheduler, pixels, options.seconds)
-    rate = options.load * report["capacity"]
-    for name in SCHEDULERS[::-1]:  # batch first: the other is judged by it
-        with scheduler_of(checkpoint, policy, name, runs := Runs()) as scheduler:
-            capacity(scheduler, pixels, 2)
-            runs.batches.clear()
-            runs.segments.clear()
-            answers, seconds, taken = arrive(scheduler, pixels, rate, options.requests)
-            differ, difference = others(answers, taken, wanted)
-            deeper = [samples for segment, each in runs.segments.items() if segment > 0 for samples in each]
-            if name == "batch":
-                deeper = [statistics.mean(runs.batches) * (1 - float(first[taken].mean()))]
-            p50, p99 = np.percentile(seconds, [50, 99])
-            report[name] = {
-                "p50_ms": 1e3 * p50,
-                "p99_ms": 1e3 * p99,
-                "p50_ms of those that exit first": 1e3 * float(np.median(seconds[first[taken]])),
-                "p50_ms of the others": 1e3 * float(np.median(seconds[~first[taken]])),
-                "samples of a run after the first exit": statistics.mean(deeper),
-                "answers that differ": differ,
-                "largest difference of scores": difference,
-            }
-            if name == "segments":
-                half = scheduler.max_run_ms / 2
-                report["first exit over bound"] = report[name]["p50_ms of those that exit first"] / (exit_ms + half)
-                bound = report["batch"]["p99_ms"] / 1e3
-                span = (0.5 * rate, 2.5 * rate)
-                found = largest_rate(scheduler, pixels, bound, *span, max(200, options.requests // 5))
-                report["largest rate over batch's"] = found / rate
-                report["capacity of segments"] = capacity(scheduler, pixels, options.seconds)
-    return report
+    runs = {name: Runs() for name in SCHEDULERS}
+    capacities, loads = {name: [] for name in SCHEDULERS}, {load: [] for load in ("batch", *RATES)}
+    requests = options.requests // options.rounds
+    with ExitStack() as stack:
+        schedulers = {name: stack.enter_context(scheduler_of(checkpoint, policy, name, runs[name])) for name in runs}
+        max_run_ms = schedulers["segments"].max_run_ms
+        for seed in range(options.rounds):
+            for name, scheduler in schedulers.items():
+                capacities[name].append(capacity(scheduler, pixels, options.seconds))
+                runs[name].clear()
+            rate = options.load * capacities["batch"][-1]
+            for load in loads:
+                scheduler, share = (schedulers["batch"], 1.0) if load == "batch" else (schedulers["segments"], load)
+                number = requests if share == 1.0 else max(1, requests // 4)
+                loads[load].append(arrive(scheduler, pixels, share * rate, number, seed))
+                if load == 1.0:
+                    runs["segments"].keep()
+            runs["batch"].keep()
+    found = {load: summary(arrived, wanted) for load, arrived in loads.items()}
+    first, bound = wanted["exit_index"] == 0, found["batch"]["p99_ms"]
+    deeper = {
+        "batch": [samples * (1 - float(first.mean())) for samples in runs["batch"].kept_batches],
+        "segments": [samples for segment, samples in runs["segments"].kept_runs if segment > 0],
+    }
+    return {
+        "first exit alone, ms": exit_ms,
+        "share that exits first": float(first.mean()),
+        "capacity": {name: statistics.median(each) for name, each in capacities.items()},
+        "capacity over batch's": statistics.median(map(truediv, capacities["segments"], capacities["batch"])),
+        "batch": found["batch"],
+        "segments at times that rate": {load: found[load] for load in RATES},
+        "first exit over bound": found[1.0]["p50_ms of those that exit first"] / (exit_ms + max_run_ms / 2),
+        "largest rate over batch's": max((load for load in RATES if found[load]["p99_ms"] <= bound), default=None),
+        "samples of a run after the first exit": {name: statistics.mean(each) for name, each in deeper.items()},
+    }
+
+
+def summary(arrived, wanted):
+    """Of several rounds of arrivals."""
+    answers = [answer for round_answers, _, _ in arrived for answer in round_answers]
+    seconds, taken = (np.concatenate([each[part] for each in arrived]) for part in (1, 2))
+    first = wanted["exit_index"][taken] == 0
+    differ, difference = others(answers, taken, wanted)
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {
+        "p50_ms": 1e3 * p50,
+        "p99_ms": 1e3 * p99,
+        "p50_ms of those that exit first": 1e3 * float(np.median(seconds[first])),
+        "p50_ms of the others": 1e3 * float(np.median(seconds[~first])),
+        "answers that differ": differ,
+        "largest difference of scores": difference,
+    }
 
 
 def main():
@@ -213,7 +233,8 @@ def main():
     parser.add_argument("--data", help="Its images.")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--load", type=float, default=0.8, help="A share of the capacity of `batch`.")
-    parser.add_argument("--seconds", type=float, default=20.0, help="Of each measurement of a capacity.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="Of each measurement of a capacity.")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
