@@ -34,7 +34,7 @@ class ExpectedWork:
 
     def __init__(self, costs: RunCosts, max_samples: int, max_run_ms: float):
         self._costs, self._max_run_ms = costs, max_run_ms
-        self._way_ms: dict[int, float] = {}
+        self._through_ms: dict[int, float] = {}
         self._within_ms = [
             [
                 sum(_run_ms(run) / run.samples for run in self._runs(segment, start, max_samples))
@@ -44,6 +44,7 @@ class ExpectedWork:
         ]
         # at each exit, and how many of them went on
         self._seen = [(float(SEEN_BEFORE), float(SEEN_BEFORE)) for _ in costs.num_blocks]
+        # after the exit of each, by how many go on there
         self._after_ms = [0.0] * len(costs.num_blocks)
         self._expect()
 
@@ -51,13 +52,13 @@ class ExpectedWork:
         """A sample's share of the runs from a block on, until it is expected to exit."""
         return self._within_ms[segment][start] + self._after_ms[segment]
 
-    def way_ms(self, samples: int) -> float:
-        """Of all runs through which a sample goes to the end, where so many are here."""
-        if samples not in self._way_ms:
+    def through_ms(self, samples: int) -> float:
+        """From the first block to the end, in runs of at most so many samples."""
+        if samples not in self._through_ms:
             segments = range(len(self._costs.num_blocks))
             runs = [run for segment in segments for run in self._runs(segment, 0, samples)]
-            self._way_ms[samples] = sum(map(_run_ms, runs))
-        return self._way_ms[samples]
+            self._through_ms[samples] = sum(map(_run_ms, runs))
+        return self._through_ms[samples]
 
     def saw(self, segment: int, samples: int, staying: int) -> None:
         """Count what an exit has decided.
@@ -91,7 +92,7 @@ class Backlog:
         samples (`Iterable[tuple[float, float]]`): Deadline in seconds, and milliseconds, of each.
 
     Attributes:
-        soonest (`float`): Deadline of all.
+        soonest (`float`): The earliest deadline, or `inf`.
 
     Example:
 
@@ -104,7 +105,7 @@ class Backlog:
         ordered = sorted(samples)
         self._deadlines = [deadline for deadline, _ in ordered]
         self._sums_ms = list(accumulate((milliseconds for _, milliseconds in ordered), initial=0.0))
-        self.soonest = min(self._deadlines, default=math.inf)
+        self.soonest = self._deadlines[0] if ordered else math.inf
 
     def due_ms(self, deadline: float) -> float:
         """Milliseconds of those whose deadline is not after another."""

@@ -14,7 +14,7 @@ from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
 Owner = TypeVar("Owner")
 
-# seconds that a request has, where it has no deadline or a later one
+# seconds after which a request counts as due, in the order of a queue; it expires by its deadline alone
 MOST_TIME = 10.0
 # a run that gains this share of what another does goes before it where it is deeper
 ABOUT = 0.9
@@ -122,7 +122,7 @@ class SegmentQueues(Generic[Owner]):
         self._queues: list[list[list[Sample[Owner]]]] = [[[] for _ in range(blocks)] for blocks in costs.num_blocks]
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
-        self._soonest = math.inf  # deadline of all that wait
+        self._soonest = math.inf  # deadline of all that wait, or of one that has gone since
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
         self._patience = PATIENCE * costs.whole_ms(1) / 1e3
         # what a sample needs behind the run under way, where the first segment has half of the time
@@ -168,16 +168,18 @@ class SegmentQueues(Generic[Owner]):
                 return Run(segment, start, best.stop, samples, min(1.0, len(samples) / most))
         return math.inf
 
-    def ran(self, run: Run[Owner], staying: Iterable[Sample[Owner]], seconds: float, now: float) -> None:
-        """Put the samples of a run that go on where they are now."""
+    def ran(
+        self, run: Run[Owner], staying: Iterable[Sample[Owner]], seconds: float, now: float, failed: int = 0
+    ) -> None:
+        """Put the samples of a run that go on where they are now; of the others some may have `failed`, not exited."""
         staying = list(staying)
-        within = run.stop < len(self._queues[run.segment])
-        if not within:
-            self._work.saw(run.segment, len(run.samples), len(staying))
-        place = (run.segment, run.stop) if within else (run.segment + 1, 0)
+        segment, start = run.segment, run.stop
+        if start == len(self._queues[segment]):
+            self._work.saw(segment, len(run.samples) - failed, len(staying))
+            segment, start = segment + 1, 0
         for sample in staying:
             sample.since = now
-            self._queues[place[0]][place[1]].append(sample)
+            self._queues[segment][start].append(sample)
         self._lead_ms += 1e3 * seconds if run.segment == 0 else -1e3 * seconds
         deeper = any(queue for segment in self._queues[1:] for queue in segment)
         self._lead_ms = max(0.0, self._lead_ms) if deeper else 0.0
@@ -201,7 +203,7 @@ class SegmentQueues(Generic[Owner]):
 
     def _choose(self, now: float, coming: bool) -> tuple[int, int] | float | None:
         """Before which block samples are to run, until when to wait, or nothing where none are."""
-        first, deeper = self._fullest(now, range(1)), self._fullest(now, range(1, len(self._queues)))
+        first, deeper = self._next_place(now, range(1)), self._next_place(now, range(1, len(self._queues)))
         if first is None and self._new:
             first = (0, 0)
         if first is None:
@@ -213,8 +215,8 @@ class SegmentQueues(Generic[Owner]):
             return first
         return deeper
 
-    def _fullest(self, now: float, segments: range) -> tuple[int, int] | None:
-        """The queue after the first block to run: with old samples, or that gains about most; of these the deepest."""
+    def _next_place(self, now: float, segments: range) -> tuple[int, int] | None:
+        """Where to go on: the deepest queue with old samples, else the deepest of those that gain about most."""
         places = [(number, start) for number in segments for start, queue in enumerate(self._queues[number]) if queue]
         old = [place for place in places if self._is_old(self._queues[place[0]][place[1]], now)]
         if old or not places:
@@ -227,11 +229,11 @@ class SegmentQueues(Generic[Owner]):
         return any(now > min(sample.since + self._patience, sample.deadline - self._alone) for sample in queue)
 
     def _may_begin(self, now: float) -> bool:
-        """Whether new samples may go before deeper ones: none of these is late for it, nor are all that are new."""
+        """Whether some new request can begin in time, and what has begun end in time, or one has begun already."""
         if self._new[0][-1].number > 0:  # of a request that has begun
             return True
-        backlog, way_ms = self._backlog(), self._way_ms()
-        return any(self._ends_in_time(entry, now, backlog, way_ms) for entry in self._new if entry[-1].number == 0)
+        backlog, through_ms = self._backlog(), self._through_ms()
+        return any(self._ends_in_time(entry, now, backlog, through_ms) for entry in self._new if entry[-1].number == 0)
 
     def _backlog(self) -> Backlog:
         """Of samples after the first block."""
@@ -244,15 +246,15 @@ class SegmentQueues(Generic[Owner]):
             for sample in queue
         )
 
-    def _way_ms(self) -> float:
-        """Of a sample through runs that hold as many as are here."""
-        return self._work.way_ms(min(len(self), self.max_samples))
+    def _through_ms(self) -> float:
+        """From the first block to the end, in runs of as many as are here."""
+        return self._work.through_ms(min(len(self), self.max_samples))
 
-    def _ends_in_time(self, first: _New[Owner], now: float, backlog: Backlog, others_ms: float) -> bool:
-        """Whether a request is expected to be answered in time if it begins now, and what has begun before it, too."""
+    def _ends_in_time(self, first: _New[Owner], now: float, backlog: Backlog, own_ms: float) -> bool:
+        """Whether a request is expected to end in time if it begins now, and what has begun, too."""
         last, _, turn, _, sample = first
         due_ms = backlog.due_ms(sample.deadline)
-        before_ms = due_ms + (last - turn) * self._work.left_ms(0, 0) + others_ms
+        before_ms = due_ms + (last - turn) * self._work.left_ms(0, 0) + own_ms
         return now + before_ms / 1e3 <= sample.deadline and now + (due_ms + self.max_run_ms) / 1e3 <= backlog.soonest
 
     def _best(self, segment: int, start: int) -> Stretch:
@@ -286,17 +288,17 @@ class SegmentQueues(Generic[Owner]):
         if (segment, start) == (0, 0):
             return self._take_new(most, now)
         taken: list[Sample[Owner]] = []
-        queue = self._queues[segment][start]
-        queue.sort(key=_due)
-        while len(taken) < most and queue:
-            sample = queue.pop(0)
-            if self._wanted(sample, now):
-                taken.append(_leaving(sample, now))
+        queue, looked = sorted(self._queues[segment][start], key=_due), 0
+        while len(taken) < most and looked < len(queue):
+            if self._wanted(queue[looked], now):
+                taken.append(_leaving(queue[looked], now))
+            looked += 1
+        self._queues[segment][start] = queue[looked:]
         return taken
 
     def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
         """New samples; of requests that would be late only where all would be: samples may exit before the end."""
-        backlog, others_ms = self._backlog(), self._way_ms()
+        backlog, own_ms = self._backlog(), self._through_ms()  # and that of others that begin with it
         in_time: list[_New[Owner]] = []
         late: list[_New[Owner]] = []
         while len(in_time) < most and self._new:
@@ -306,14 +308,14 @@ class SegmentQueues(Generic[Owner]):
             sample = entry[-1]
             # a request's samples come one after the other, its first decides for all
             if sample.number == 0:
-                is_late = not self._ends_in_time(entry, now, backlog, others_ms)
+                is_late = not self._ends_in_time(entry, now, backlog, own_ms)
             else:
                 is_late = bool(late) and late[-1][-1].owner is sample.owner
             if is_late:
                 late.append(entry)
             else:
                 in_time.append(entry)
-                others_ms += self._work.left_ms(0, 0)
+                own_ms += self._work.left_ms(0, 0)
         taken, left = (in_time, late) if in_time else (late[:most], late[most:])
         for entry in left:
             heapq.heappush(self._new, entry)

@@ -245,14 +245,15 @@ class SegmentScheduler(ComputeThread):
         staying, ending = self._attempt(run)
         ended = self._clock()
         # before a client has its answer, so that it finds it counted
-        self._observe(run, began, sum(not isinstance(answer, Exception) for _, answer in ending))
+        failed = sum(isinstance(answer, Exception) for _, answer in ending)
+        self._observe(run, began, len(ending) - failed)
         for sample, answer in ending:
             if isinstance(answer, Exception):
                 _settle(sample.owner.future, answer)
             else:
                 sample.owner.answer(sample.number, answer)
         with self._changed:
-            self._queues.ran(run, staying, ended - began, ended)
+            self._queues.ran(run, staying, ended - began, ended, failed)
 
     def _attempt(self, run: Run[_Request]) -> tuple[list[Sample[_Request]], list[_Ending]]:
         """Run samples; gives those that go on, and the others with their answer, or with what ended them."""
