@@ -271,17 +271,22 @@ def test_nothing_idles_while_samples_wait():
     assert end == pytest.approx(arrivals[0].seconds + busy)
 
 
+@pytest.mark.parametrize("pace", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("samples, gap", [(8, 0.0), (8, 0.02), (1, 0.0025)])
-def test_what_can_be_answered_in_time_is_under_overload(samples, gap):
-    """Of a burst, and of twice what can be borne: a scheduler that begins all of it answers none in time."""
+def test_what_can_be_answered_in_time_is_under_overload(samples, gap, pace):
+    """Of a burst, and of twice what can be borne: a scheduler that begins all of it answers none in time.
+
+    Nor does one that believes its costs where other work makes runs longer.
+    """
     costs, timeout = costs_of([2] * 6, one=0.8, more=0.47), 0.6
-    whole_ms = costs.whole_ms(32)
+    whole_ms = pace * costs.whole_ms(32)
     number = 800 // samples if gap else 16
     arrivals = [Arrival(gap * each, [5] * samples, timeout=timeout) for each in range(number)]
-    outcomes, _ = simulate(arrivals, costs, max_samples=32)
+    outcomes, _ = simulate(arrivals, costs, pace, max_samples=32)
     answered = sum(outcome.answer is not None for outcome in outcomes)
     possible = 32 / whole_ms * 1e3 * (gap * number + timeout) / samples
-    assert answered >= 0.9 * min(number, possible)
+    # what was begun before it knew how long runs really take is lost
+    assert answered >= (0.9 if pace == 1 else 0.85) * min(number, possible)
 
 
 @pytest.mark.parametrize("samples", [1, 8])

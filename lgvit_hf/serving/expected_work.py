@@ -13,10 +13,14 @@ from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 SEEN_BEFORE = 16
 # samples seen at an exit, from which on older ones count for less
 REMEMBERED = 512
+# share of what runs have taken so far that counts still after one more
+KEPT = 0.97
 
 
 class ExpectedWork:
     """Milliseconds that samples are expected to take yet, each among as many others as its run holds.
+
+    They are as much longer than by the costs as the last runs were: whoever else has work for the same cores.
 
     Args:
         costs (`RunCosts`): Of the blocks.
@@ -30,6 +34,10 @@ class ExpectedWork:
         >>> work.saw(0, samples=48, staying=16)  # and 16 that count from the start: half have gone on
         >>> work.left_ms(0, 0)
         20.0
+        >>> for _ in range(200):
+        ...     work.took(10.0, milliseconds=15.0)
+        >>> round(work.left_ms(0, 0))
+        30
     """
 
     def __init__(self, costs: RunCosts, max_samples: int, max_run_ms: float):
@@ -42,6 +50,8 @@ class ExpectedWork:
             ]
             for segment, blocks in enumerate(costs.num_blocks)
         ]
+        # of runs, by the costs and by the clock
+        self._by_costs_ms = self._by_clock_ms = costs.whole_ms(1)
         # at each exit, and how many of them went on
         self._seen = [(float(SEEN_BEFORE), float(SEEN_BEFORE)) for _ in costs.num_blocks]
         # after the exit of each, by how many go on there
@@ -50,7 +60,7 @@ class ExpectedWork:
 
     def left_ms(self, segment: int, start: int) -> float:
         """A sample's share of the runs from a block on, until it is expected to exit."""
-        return self._within_ms[segment][start] + self._after_ms[segment]
+        return self.pace * (self._within_ms[segment][start] + self._after_ms[segment])
 
     def through_ms(self, samples: int) -> float:
         """From the first block to the end, in runs of at most so many samples."""
@@ -58,7 +68,17 @@ class ExpectedWork:
             segments = range(len(self._costs.num_blocks))
             runs = [run for segment in segments for run in self._runs(segment, 0, samples)]
             self._through_ms[samples] = sum(map(_run_ms, runs))
-        return self._through_ms[samples]
+        return self.pace * self._through_ms[samples]
+
+    @property
+    def pace(self) -> float:
+        """How much longer the last runs took than by the costs."""
+        return self._by_clock_ms / self._by_costs_ms
+
+    def took(self, expected_ms: float, milliseconds: float) -> None:
+        """Count how long a run was to take by the costs, and how long it has taken."""
+        self._by_costs_ms = KEPT * self._by_costs_ms + expected_ms
+        self._by_clock_ms = KEPT * self._by_clock_ms + milliseconds
 
     def saw(self, segment: int, samples: int, staying: int) -> None:
         """Count what an exit has decided.
@@ -75,7 +95,8 @@ class ExpectedWork:
     def _expect(self) -> None:
         for segment in reversed(range(len(self._seen) - 1)):
             samples, staying = self._seen[segment]
-            self._after_ms[segment] = staying / samples * self.left_ms(segment + 1, 0)
+            next_ms = self._within_ms[segment + 1][0] + self._after_ms[segment + 1]
+            self._after_ms[segment] = staying / samples * next_ms
 
     def _runs(self, segment: int, start: int, samples: int) -> Iterator[Stretch]:
         """From a block to the end of its segment, of at most so many samples."""

@@ -173,6 +173,8 @@ class SegmentQueues(Generic[Owner]):
     ) -> None:
         """Put the samples of a run that go on where they are now; of the others some may have `failed`, not exited."""
         staying = list(staying)
+        expected_ms = self.costs.milliseconds(run.segment, run.start, run.stop, len(run.samples)) + OVERHEAD_MS
+        self._work.took(expected_ms, 1e3 * seconds)
         segment, start = run.segment, run.stop
         if start == len(self._queues[segment]):
             self._work.saw(segment, len(run.samples) - failed, len(staying))
@@ -218,32 +220,39 @@ class SegmentQueues(Generic[Owner]):
     def _next_place(self, now: float, segments: range) -> tuple[int, int] | None:
         """Where to go on: the deepest queue with old samples, else the deepest of those that gain about most."""
         places = [(number, start) for number in segments for start, queue in enumerate(self._queues[number]) if queue]
-        old = [place for place in places if self._is_old(self._queues[place[0]][place[1]], now)]
+        old = [place for place in places if self._has_old(*place, now)]
         if old or not places:
             return max(old, default=None)
         gains = [self._best(*place).gain for place in places]
         return max(place for place, gain in zip(places, gains, strict=True) if gain >= ABOUT * max(gains))
 
-    def _is_old(self, queue: list[Sample[Owner]], now: float) -> bool:
-        """Whether some sample has waited there for long, or can no longer wait."""
-        return any(now > min(sample.since + self._patience, sample.deadline - self._alone) for sample in queue)
+    def _has_old(self, segment: int, start: int, now: float) -> bool:
+        """Whether some sample has waited there for long, or can no longer wait; not one that will be late anyway."""
+        patience, alone = self._work.pace * self._patience, self._work.pace * self._alone
+        left = self._work.left_ms(segment, start) / 1e3
+        return any(
+            min(sample.since + patience, sample.deadline - alone) < now <= sample.deadline - left
+            for sample in self._queues[segment][start]
+        )
 
     def _may_begin(self, now: float) -> bool:
         """Whether some new request can begin in time, and what has begun end in time, or one has begun already."""
         if self._new[0][-1].number > 0:  # of a request that has begun
             return True
-        backlog, through_ms = self._backlog(), self._through_ms()
+        backlog, through_ms = self._backlog(now), self._through_ms()
         return any(self._ends_in_time(entry, now, backlog, through_ms) for entry in self._new if entry[-1].number == 0)
 
-    def _backlog(self) -> Backlog:
-        """Of samples after the first block."""
+    def _backlog(self, now: float) -> Backlog:
+        """Of samples after the first block, but for those that will be late anyway."""
         if self._soonest == math.inf:
             return Backlog(())
         return Backlog(
-            (sample.deadline, self._work.left_ms(segment, start))
+            (sample.deadline, left_ms)
             for segment, queues in enumerate(self._queues)
             for start, queue in enumerate(queues)
+            for left_ms in [self._work.left_ms(segment, start)]
             for sample in queue
+            if now + left_ms / 1e3 <= sample.deadline
         )
 
     def _through_ms(self) -> float:
@@ -255,7 +264,8 @@ class SegmentQueues(Generic[Owner]):
         last, _, turn, _, sample = first
         due_ms = backlog.due_ms(sample.deadline)
         before_ms = due_ms + (last - turn) * self._work.left_ms(0, 0) + own_ms
-        return now + before_ms / 1e3 <= sample.deadline and now + (due_ms + self.max_run_ms) / 1e3 <= backlog.soonest
+        run_ms = self._work.pace * self.max_run_ms
+        return now + before_ms / 1e3 <= sample.deadline and now + (due_ms + run_ms) / 1e3 <= backlog.soonest
 
     def _best(self, segment: int, start: int) -> Stretch:
         waiting = len(self._new) if (segment, start) == (0, 0) else len(self._queues[segment][start])
@@ -268,7 +278,7 @@ class SegmentQueues(Generic[Owner]):
             return now
         new = [sample for *_, sample in self._new]
         until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
-        return min(until, min(sample.deadline for sample in new) - self._alone)
+        return min(until, min(sample.deadline for sample in new) - self._work.pace * self._alone)
 
     def _saved_ms(self) -> float:
         """What one more sample in the next run of the first segment saves; 0 where none fits in."""
@@ -297,8 +307,8 @@ class SegmentQueues(Generic[Owner]):
         return taken
 
     def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
-        """New samples; of requests that would be late only where all would be: samples may exit before the end."""
-        backlog, own_ms = self._backlog(), self._through_ms()  # and that of others that begin with it
+        """New samples; where all requests would be late those of one alone: they may still exit before the end."""
+        backlog, own_ms = self._backlog(now), self._through_ms()  # and that of others that begin with it
         in_time: list[_New[Owner]] = []
         late: list[_New[Owner]] = []
         while len(in_time) < most and self._new:
@@ -316,8 +326,8 @@ class SegmentQueues(Generic[Owner]):
             else:
                 in_time.append(entry)
                 own_ms += self._work.left_ms(0, 0)
-        taken, left = (in_time, late) if in_time else (late[:most], late[most:])
-        for entry in left:
+        taken = in_time or _of_one_request(late)[:most]
+        for entry in {*in_time, *late}.difference(taken):
             heapq.heappush(self._new, entry)
         for _, _, turn, _, _ in taken:
             self._turn = max(self._turn, turn)
@@ -336,6 +346,14 @@ class SegmentQueues(Generic[Owner]):
         if not wanted:
             self.dropped.append(sample)
         return wanted
+
+
+def _of_one_request(late: list[_New[Owner]]) -> list[_New[Owner]]:
+    """Of samples in their order those of the request with the most time, of several the last."""
+    if not late:
+        return []
+    owner = max(reversed(late), key=lambda entry: entry[-1].deadline)[-1].owner
+    return [entry for entry in late if entry[-1].owner is owner]
 
 
 def _due(sample: Sample[Owner]) -> float:

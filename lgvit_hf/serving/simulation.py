@@ -60,13 +60,14 @@ class Outcome:
 
 
 def simulate(
-    arrivals: Sequence[Arrival], costs: RunCosts, **settings: object
+    arrivals: Sequence[Arrival], costs: RunCosts, pace: float = 1.0, **settings: object
 ) -> tuple[list[Outcome], list[tuple[int, int, int, int]]]:
     """Let requests come at their times, and runs take what they cost.
 
     Args:
         arrivals (`Sequence[Arrival]`): In the order in which they come.
-        costs (`RunCosts`): Of the blocks.
+        costs (`RunCosts`): Of the blocks, as the scheduler knows them.
+        pace (`float`, *optional*, defaults to 1.0): How much longer runs really take.
         settings: Of `SegmentScheduler`.
 
     Returns:
@@ -79,7 +80,7 @@ def simulate(
         >>> [round(1e3 * outcome.seconds, 1) for outcome in outcomes], [samples for *_, samples in runs]
         ([4.2, 18.6, 17.6], [1, 2, 2])
     """
-    world = _World(arrivals, costs, settings)
+    world = _World(arrivals, costs, pace, settings)
     while not world.is_over():
         world.step()
     return world.outcomes, world.runs
@@ -88,8 +89,8 @@ def simulate(
 class _World:
     """The clock, what is to come, and what runs the blocks (see `Runs`); a state says whose it is."""
 
-    def __init__(self, arrivals: Sequence[Arrival], costs: RunCosts, settings: dict[str, object]):
-        self.now, self.costs, self.num_blocks = 0.0, costs, costs.num_blocks
+    def __init__(self, arrivals: Sequence[Arrival], costs: RunCosts, pace: float, settings: dict[str, object]):
+        self.now, self.costs, self.pace, self.num_blocks = 0.0, costs, pace, costs.num_blocks
         self.outcomes = [Outcome(arrival, runs=[[] for _ in arrival.exits]) for arrival in arrivals]
         self.runs: list[tuple[int, int, int, int]] = []
         self._futures: dict[int, Future[Arrays]] = {}
@@ -115,7 +116,7 @@ class _World:
     ) -> tuple[list[Arrays], list[Arrays | None]]:
         """See `Runs`."""
         milliseconds = OVERHEAD_MS + self.costs.milliseconds(segment, start, stop, len(samples))
-        self._pass(self.now + milliseconds / 1e3)
+        self._pass(self.now + self.pace * milliseconds / 1e3)
         self.runs.append((segment, start, stop, len(samples)))
         outcomes = [self.outcomes[int(sample["request"])] for sample in samples]
         if any(outcome.arrival.fails_in == segment for outcome in outcomes):

@@ -110,7 +110,7 @@ def train_row(row, place, runs):
     home.mkdir(parents=True, exist_ok=True)
     start = time.process_time()
     if "strategy" in ROWS[row]:
-        place = {**place, "model": with_exits(place["model"], place["data"], home / "grown")}
+        place = {**place, "model": with_exits(place["model"], place["data"], runs / "grown")}
     plan = home / "plan.json"
     if not plan.exists():
         write_json(plan, planned_epochs(row, place))
