@@ -175,11 +175,12 @@ class SegmentScheduler(ComputeThread):
         with self._changed:
             if self._closed or self._dead:
                 raise Busy(self._why_none())
-            now = self._clock()
-            if len(self._queues) + number > self.max_waiting:
+            now, waiting = self._clock(), len(self._queues)
+            if waiting + number > self.max_waiting:
                 self._purge(now)
-            if len(self._queues) and len(self._queues) + number > self.max_waiting:
-                raise Busy(f"{len(self._queues)} samples are waiting already")
+                waiting = len(self._queues)
+            if waiting and waiting + number > self.max_waiting:
+                raise Busy(f"{waiting} samples are waiting already")
             request = _Request(now, math.inf if timeout is None else timeout, number)
             deadline = now + request.timeout
             samples = [

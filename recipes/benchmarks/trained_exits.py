@@ -4,11 +4,12 @@
     python recipes/benchmarks/trained_exits.py train mixed --model CHECKPOINT --data DATA --runs RUNS
     python recipes/benchmarks/trained_exits.py compare --data DATA --runs RUNS --output docs/trained_exits.jsonl
 
-Rows: `plain`, the backbone alone; `frozen`, the backbone, then `lgvit grow`; `mixed`, `lgvit grow`, then backbone and
-exits together; `lora`, the same with adapters in place of the backbone's weights. One thread each. How many steps fit
-into a row's minutes is measured first, in CPU time; a run keeps a checkpoint about every ten minutes, and the same
-command goes on from the newest. `compare` keeps the exit tables of the held-out and the test samples beside each run,
-searches for policies on the held-out ones, and reads them all on the test samples against `plain`.
+Rows: `plain`, the backbone alone; `frozen`, `lgvit grow` alone; `mixed`, `lgvit grow` on fewer images, then backbone
+and exits together; `lora`, the same with adapters in place of the backbone's weights; `regrown`, backbone and exits
+together, then `lgvit grow` on that backbone. One thread each. How many steps fit into a row's minutes is measured
+first, in CPU time; a run keeps a checkpoint about every ten minutes, and the same command goes on from the newest.
+`compare` keeps the exit tables of the held-out and the test samples beside each run, searches for policies on the
+held-out ones, and reads them all on the test samples against `plain`.
 """
 
 import argparse
@@ -41,14 +42,16 @@ from lgvit_hf.training.recipe import train_recipe
 
 POSITIONS, HEAD = [2, 4, 5, 6, 7, 8, 10], "conv1_1"
 BATCH, SAMPLES = 64, 42_500
-# core-minutes of each phase
+# core-minutes of each phase of training; those that `grow` takes of a row's 40 are in its images
 MINUTES = {
     "plain": {"backbone": 40},
-    "frozen": {"backbone": 25, "grow": 15},
-    "mixed": {"grow": 15, "heads": 2, "joint": 23},
-    "lora": {"grow": 15, "heads": 2, "joint": 23},
+    "mixed": {"heads": 2, "joint": 23},
+    "lora": {"heads": 2, "joint": 23},
+    "regrown": {"heads": 4, "joint": 21},
 }
-GROWN_ON = 20_000  # images; what `grow` takes fifteen core-minutes for
+# images for `lgvit grow`, before training where there is any, or after it; 10,000 take about 15 core-minutes
+GROWN_BEFORE = {"mixed": 10_000, "lora": 10_000}
+GROWN_AFTER = {"frozen": 20_000, "regrown": 10_000}
 COMMON = {
     "augment": "random_resized",
     "crop_scale": [0.6, 1.0],
@@ -64,9 +67,10 @@ COMMON = {
 MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning_rate": 3e-4}
 ROWS = {
     "plain": {"stage": "backbone"},
-    "frozen": {"stage": "backbone"},
+    "frozen": None,
     "mixed": MIXED,
     "lora": {**MIXED, "lora": 8, "learning_rate": 5e-4},
+    "regrown": {**MIXED, "exit_positions": POSITIONS, "exit_types": HEAD},
 }
 # a run in which (nearly) every step is of one phase
 ONLY = {"heads": 99, "joint": 0.01}
@@ -91,26 +95,35 @@ def seconds_of_step(row, phase, place):
 
 def planned_epochs(row, place):
     """Epochs of each phase that fit into the minutes."""
-    minutes = {phase: spent for phase, spent in MINUTES[row].items() if phase != "grow"}
+    minutes = MINUTES[row]
     seconds = {phase: seconds_of_step(row, phase, place) for phase in minutes}
     epochs = {phase: 60 * minutes[phase] / seconds[phase] * BATCH / SAMPLES for phase in minutes}
     return {"seconds_of_step": seconds, "epochs": epochs}
 
 
-def with_exits(source, data, output):
+def with_exits(source, data, output, images):
     """`lgvit grow`, once."""
     if not output.exists():
-        grow(source, data, output, exit_positions=POSITIONS, exit_types=HEAD, limit=GROWN_ON, say=print)
+        grow(source, data, output, exit_positions=POSITIONS, exit_types=HEAD, limit=images, say=print)
     return str(output)
 
 
 def train_row(row, place, runs):
     """Train a row to its end, from its newest checkpoint where there is one."""
-    home = runs / row
+    home, start = runs / row, time.process_time()
     home.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
-    if "strategy" in ROWS[row]:
-        place = {**place, "model": with_exits(place["model"], place["data"], runs / "grown")}
+    model, data = place["model"], place["data"]
+    if row in GROWN_BEFORE:  # the same for all such rows
+        model = with_exits(model, data, runs / f"grown-{GROWN_BEFORE[row]}", GROWN_BEFORE[row])
+    if ROWS[row] is not None:
+        model = train_phases(row, {**place, "model": model}, home, home / ("joint" if row in GROWN_AFTER else "model"))
+    if row in GROWN_AFTER:
+        with_exits(model, data, home / "model", GROWN_AFTER[row])
+    write_json(home / f"spent-{int(time.time())}.json", {"core_minutes": (time.process_time() - start) / 60})
+
+
+def train_phases(row, place, home, output):
+    """Train as long as planned; gives the folder of the model."""
     plan = home / "plan.json"
     if not plan.exists():
         write_json(plan, planned_epochs(row, place))
@@ -118,17 +131,13 @@ def train_row(row, place, runs):
     steps = sum(epochs.values()) * SAMPLES / BATCH
     settings = {**COMMON, **ROWS[row], **place, "epochs": sum(epochs.values()), "resume": "auto"}
     settings |= {"save_strategy": "steps", "save_steps": max(1, int(steps / sum(MINUTES[row].values()) * 10))}
-    if "strategy" in ROWS[row]:
+    if "heads" in epochs:
         settings["head_epochs"] = epochs["heads"]
-    trained = home / ("backbone" if row == "frozen" else "model")
-    if not (trained / "training.json").exists():
-        train_recipe(**settings, output=str(trained))
-    if row == "frozen":
-        with_exits(trained, place["data"], home / "model")
-    spent = {"core_minutes_of_this_call": (time.process_time() - start) / 60}
-    write_json(home / f"spent-{int(time.time())}.json", spent)
-    for checkpoint in trained.glob("checkpoint-*"):
+    if not (output / "training.json").exists():
+        train_recipe(**settings, output=str(output))
+    for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    return str(output)
 
 
 # -- what came of it ----------------------------------------------------------------------------------------------
