@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lgvit_hf.evaluation.cost_table import CostTable
 from lgvit_hf.serving.batching import Busy, Expired
+from lgvit_hf.serving.expected_work import ExpectedWork
 from lgvit_hf.serving.prometheus import Metrics
 from lgvit_hf.serving.run_costs import RunCosts
 from lgvit_hf.serving.segment_queues import Sample, SegmentQueues
@@ -301,6 +302,52 @@ def test_what_is_left_is_expected_by_where_samples_exit(samples, one, more):
     outcomes, _ = simulate(arrivals, costs)
     answered = sum(outcome.answer is not None for outcome in outcomes)
     assert answered >= 0.8 * possible * times[-1]
+
+
+@pytest.mark.parametrize("one, more, timeout", [(3.0, 0.5, 0.1), (1.0, 0.03, 0.02)])
+def test_samples_that_exit_first_run_together_though_there_is_no_time_for_the_whole_way(one, more, timeout):
+    costs = costs_of([2] * 6, one, more)
+    together = costs.best(0, 0, 32, 15.0).samples
+    gap = costs.milliseconds(0, 0, 2, together) / together / 0.7e3
+    outcomes, _ = simulate([Arrival(gap * number, [0], timeout) for number in range(1000)], costs)
+    assert np.mean([outcome.answer is not None for outcome in outcomes]) > 0.95
+
+
+def test_a_large_request_without_a_chance_holds_up_no_small_one():
+    costs = costs_of([2] * 6, one=6.5, more=3.5)
+    small = [Arrival(0.1 * number, [0], 0.15) for number in range(60)]
+    large = [Arrival(0.5 * number, [5] * 300, 0.2) for number in range(1, 12)]
+    outcomes, _ = simulate(sorted([*small, *large], key=lambda each: each.seconds), costs)
+    assert sum(outcome.answer is not None for outcome in outcomes if len(outcome.arrival.exits) == 1) >= 57
+
+
+def test_who_is_begun_late_takes_no_turn_of_others():
+    queues = SegmentQueues(costs_of([1, 1], one=4.0, more=1.0), max_samples=4)
+    for number in range(50):
+        queues.add([Sample(f"a{number}", 0, 0.0, deadline=0.005)], client="a")
+    assert owners(queues.next(0.0)) == ["a49"]  # all would be late
+    queues.add([Sample("b", 0, 0.0)], client="b")
+    assert "b" in owners(queues.next(0.0))
+
+
+def test_a_late_request_that_has_begun_goes_on():
+    queues = SegmentQueues(costs_of([1, 1], one=4.0, more=1.0), max_samples=4)
+    for owner in "ab":
+        queues.add([Sample(owner, number, 0.0, deadline=0.005) for number in range(8)])
+    assert [owners(queues.next(0.0)) for _ in range(2)] == [["b"] * 4] * 2
+
+
+def test_how_long_runs_take_is_not_learnt_from_those_that_fail_or_from_a_pause():
+    costs = costs_of([2] * 3, one=3.0, more=2.0)
+    hard = [Arrival(0.02 * number, [2], 0.5) for number in range(200)]
+    failing = [Arrival(0.1 * number, [2] * 8, fails_in=1) for number in range(40)]
+    outcomes, _ = simulate(sorted([*hard, *failing], key=lambda each: each.seconds), costs)
+    answered = [outcome.answer is not None for outcome in outcomes if outcome.arrival.fails_in is None]
+    assert np.mean(answered) > 0.9
+    work = ExpectedWork(costs, 32, 15.0)
+    for milliseconds in [10.0] * 100 + [10_000.0]:
+        work.took(10.0, milliseconds)
+    assert work.pace < 1.5
 
 
 @pytest.mark.parametrize("patient", [None, 60.0])

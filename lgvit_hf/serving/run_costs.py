@@ -103,12 +103,13 @@ class RunCosts:
         """
         key = (segment, start, waiting, max_run_ms)
         if key not in self._best:
-            runs = [self._longest(segment, start, samples, max_run_ms) for samples in range(1, waiting + 1)]
+            runs = [self.longest(segment, start, samples, max_run_ms) for samples in range(1, waiting + 1)]
             within = [run for run in runs if run.milliseconds <= max_run_ms or run.samples == 1]
             self._best[key] = max(within, key=lambda run: run.gain)
         return self._best[key]
 
-    def _longest(self, segment: int, start: int, samples: int, max_run_ms: float) -> Stretch:
+    def longest(self, segment: int, start: int, samples: int, max_run_ms: float) -> Stretch:
+        """The longest run of so many samples within `max_run_ms`, or of one block."""
         stop = start + 1
         while stop < len(self.blocks[segment]) and (
             self.milliseconds(segment, start, stop + 1, samples) <= max_run_ms

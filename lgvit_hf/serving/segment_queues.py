@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, TypeVar
 
-from .expected_work import Backlog, ExpectedWork
+from .expected_work import Backlog, ExpectedWork, Prospects
 from .run_costs import OVERHEAD_MS, RunCosts, Stretch
 
 Owner = TypeVar("Owner")
@@ -126,7 +126,7 @@ class SegmentQueues(Generic[Owner]):
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
         self._patience = PATIENCE * costs.whole_ms(1) / 1e3
         # what a sample needs behind the run under way, where the first segment has half of the time
-        self._alone = 2 * (max_run_ms + costs.whole_ms(1)) / 1e3
+        self._margin = 2 * (max_run_ms + costs.whole_ms(1)) / 1e3
         self._work = ExpectedWork(costs, max_samples, max_run_ms)
 
     def __len__(self) -> int:
@@ -164,17 +164,31 @@ class SegmentQueues(Generic[Owner]):
             segment, start = place
             best = self._best(segment, start)
             if samples := self._take(segment, start, best.samples, now):
+                stop = self.costs.longest(segment, start, len(samples), self.max_run_ms).stop
                 most = self.costs.best(segment, start, self.max_samples, self.max_run_ms).samples
-                return Run(segment, start, best.stop, samples, min(1.0, len(samples) / most))
+                return Run(segment, start, stop, samples, min(1.0, len(samples) / most))
         return math.inf
 
     def ran(
-        self, run: Run[Owner], staying: Iterable[Sample[Owner]], seconds: float, now: float, failed: int = 0
+        self,
+        run: Run[Owner],
+        staying: Iterable[Sample[Owner]],
+        seconds: float,
+        now: float,
+        failed: int = 0,
+        again: bool = False,
     ) -> None:
-        """Put the samples of a run that go on where they are now; of the others some may have `failed`, not exited."""
+        """Put the samples of a run that go on where they are now.
+
+        Args:
+            run (`Run`), staying (`Iterable[Sample]`), seconds (`float`), now (`float`): What ran, for how long.
+            failed (`int`, *optional*, defaults to 0): Of the others, how many did not exit.
+            again (`bool`, *optional*, defaults to `False`): Whether some ran again, which takes longer than expected.
+        """
         staying = list(staying)
-        expected_ms = self.costs.milliseconds(run.segment, run.start, run.stop, len(run.samples)) + OVERHEAD_MS
-        self._work.took(expected_ms, 1e3 * seconds)
+        if not again:
+            expected_ms = self.costs.milliseconds(run.segment, run.start, run.stop, len(run.samples)) + OVERHEAD_MS
+            self._work.took(expected_ms, 1e3 * seconds)
         segment, start = run.segment, run.stop
         if start == len(self._queues[segment]):
             self._work.saw(segment, len(run.samples) - failed, len(staying))
@@ -228,44 +242,38 @@ class SegmentQueues(Generic[Owner]):
 
     def _has_old(self, segment: int, start: int, now: float) -> bool:
         """Whether some sample has waited there for long, or can no longer wait; not one that will be late anyway."""
-        patience, alone = self._work.pace * self._patience, self._work.pace * self._alone
-        left = self._work.left_ms(segment, start) / 1e3
+        patience, margin = self._work.pace * self._patience, self._work.pace * self._margin
+        least = self._work.alone_ms(segment, start) / 1e3
         return any(
-            min(sample.since + patience, sample.deadline - alone) < now <= sample.deadline - left
+            min(sample.since + patience, sample.deadline - margin) < now <= sample.deadline - least
             for sample in self._queues[segment][start]
         )
+
+    def _is_late(self, sample: Sample[Owner], segment: int, start: int, now: float) -> bool:
+        """Whether it is expected to be late even if nothing else ran."""
+        return now + self._work.alone_ms(segment, start) / 1e3 > sample.deadline
 
     def _may_begin(self, now: float) -> bool:
         """Whether some new request can begin in time, and what has begun end in time, or one has begun already."""
         if self._new[0][-1].number > 0:  # of a request that has begun
             return True
-        backlog, through_ms = self._backlog(now), self._through_ms()
-        return any(self._ends_in_time(entry, now, backlog, through_ms) for entry in self._new if entry[-1].number == 0)
+        prospects = self._prospects(now)
+        return any(prospects.ends_in_time(*_asked(entry)) for entry in self._new if entry[-1].number == 0)
+
+    def _prospects(self, now: float) -> Prospects:
+        return Prospects(self._work, self._backlog(now), now, min(len(self), self.max_samples))
 
     def _backlog(self, now: float) -> Backlog:
         """Of samples after the first block, but for those that will be late anyway."""
         if self._soonest == math.inf:
             return Backlog(())
         return Backlog(
-            (sample.deadline, left_ms)
+            (sample.deadline, self._work.left_ms(segment, start))
             for segment, queues in enumerate(self._queues)
             for start, queue in enumerate(queues)
-            for left_ms in [self._work.left_ms(segment, start)]
             for sample in queue
-            if now + left_ms / 1e3 <= sample.deadline
+            if not self._is_late(sample, segment, start, now)
         )
-
-    def _through_ms(self) -> float:
-        """From the first block to the end, in runs of as many as are here."""
-        return self._work.through_ms(min(len(self), self.max_samples))
-
-    def _ends_in_time(self, first: _New[Owner], now: float, backlog: Backlog, own_ms: float) -> bool:
-        """Whether a request is expected to end in time if it begins now, and what has begun, too."""
-        last, _, turn, _, sample = first
-        due_ms = backlog.due_ms(sample.deadline)
-        before_ms = due_ms + (last - turn) * self._work.left_ms(0, 0) + own_ms
-        run_ms = self._work.pace * self.max_run_ms
-        return now + before_ms / 1e3 <= sample.deadline and now + (due_ms + run_ms) / 1e3 <= backlog.soonest
 
     def _best(self, segment: int, start: int) -> Stretch:
         waiting = len(self._new) if (segment, start) == (0, 0) else len(self._queues[segment][start])
@@ -278,7 +286,7 @@ class SegmentQueues(Generic[Owner]):
             return now
         new = [sample for *_, sample in self._new]
         until = min(sample.since for sample in new) + min(self.max_wait, saved_ms / 1e3)
-        return min(until, min(sample.deadline for sample in new) - self._work.pace * self._alone)
+        return min(until, min(sample.deadline for sample in new) - self._work.pace * self._margin)
 
     def _saved_ms(self) -> float:
         """What one more sample in the next run of the first segment saves; 0 where none fits in."""
@@ -298,7 +306,8 @@ class SegmentQueues(Generic[Owner]):
         if (segment, start) == (0, 0):
             return self._take_new(most, now)
         taken: list[Sample[Owner]] = []
-        queue, looked = sorted(self._queues[segment][start], key=_due), 0
+        queue, looked = self._queues[segment][start], 0
+        queue = sorted(queue, key=lambda sample: (self._is_late(sample, segment, start, now), _due(sample)))
         while len(taken) < most and looked < len(queue):
             if self._wanted(queue[looked], now):
                 taken.append(_leaving(queue[looked], now))
@@ -308,7 +317,7 @@ class SegmentQueues(Generic[Owner]):
 
     def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
         """New samples; where all requests would be late those of one alone: they may still exit before the end."""
-        backlog, own_ms = self._backlog(now), self._through_ms()  # and that of others that begin with it
+        prospects = self._prospects(now)
         in_time: list[_New[Owner]] = []
         late: list[_New[Owner]] = []
         while len(in_time) < most and self._new:
@@ -318,20 +327,35 @@ class SegmentQueues(Generic[Owner]):
             sample = entry[-1]
             # a request's samples come one after the other, its first decides for all
             if sample.number == 0:
-                is_late = not self._ends_in_time(entry, now, backlog, own_ms)
+                is_late = not prospects.ends_in_time(*_asked(entry))
             else:
                 is_late = bool(late) and late[-1][-1].owner is sample.owner
             if is_late:
                 late.append(entry)
             else:
                 in_time.append(entry)
-                own_ms += self._work.left_ms(0, 0)
-        taken = in_time or _of_one_request(late)[:most]
-        for entry in {*in_time, *late}.difference(taken):
-            heapq.heappush(self._new, entry)
-        for _, _, turn, _, _ in taken:
-            self._turn = max(self._turn, turn)
+                prospects.begins()
+        taken = in_time or self._with_most_time(late)[:most]
+        left, begun = {*in_time, *late}.difference(taken), {entry[-1].owner for entry in taken}
+        for entry in left:
+            # what is left of a request that has begun comes next
+            rest = entry[-1].number > 0 and entry[-1].owner in begun
+            heapq.heappush(self._new, (-math.inf, *entry[1:]) if rest else entry)
+        # who is late himself is no measure of whose turn it is
+        reached = max((turn for _, _, turn, _, _ in taken), default=0.0)
+        self._turn = max(self._turn, reached if in_time else min((turn for _, _, turn, _, _ in left), default=reached))
         return [_leaving(sample, now) for *_, sample in taken]
+
+    def _with_most_time(self, late: list[_New[Owner]]) -> list[_New[Owner]]:
+        """Of new samples those of the request that has most time beside what its samples take, of several the last."""
+        if not late:
+            return []
+        share = self._work.left_ms(0, 0) / 1e3
+        firsts = [entry for entry in late if entry[-1].number == 0] or late
+        last, _, turn, _, sample = max(
+            reversed(firsts), key=lambda each: each[-1].deadline - (each[0] - each[2]) * share
+        )
+        return [entry for entry in late if entry[-1].owner is sample.owner]
 
     def _wanted_new(self, entry: _New[Owner], now: float) -> bool:
         """As `_wanted`; what is taken out has not had its turn."""
@@ -348,12 +372,10 @@ class SegmentQueues(Generic[Owner]):
         return wanted
 
 
-def _of_one_request(late: list[_New[Owner]]) -> list[_New[Owner]]:
-    """Of samples in their order those of the request with the most time, of several the last."""
-    if not late:
-        return []
-    owner = max(reversed(late), key=lambda entry: entry[-1].deadline)[-1].owner
-    return [entry for entry in late if entry[-1].owner is owner]
+def _asked(first: _New[Owner]) -> tuple[int, float]:
+    """Of the first sample of a request that waits: how many it has, and their deadline."""
+    last, _, turn, _, sample = first
+    return round(last - turn) + 1, sample.deadline
 
 
 def _due(sample: Sample[Owner]) -> float:

@@ -133,6 +133,7 @@ class SegmentScheduler(ComputeThread):
         self._queues: SegmentQueues[_Request] = SegmentQueues(
             costs, max_samples=max_samples, max_run_ms=self.max_run_ms, max_wait=max_wait, over=_is_over
         )
+        self._again = False
         self._pass_seconds = costs.whole_ms(max_samples) / 1e3
         super().__init__()
         if clock is None:
@@ -242,7 +243,7 @@ class SegmentScheduler(ComputeThread):
         return decided
 
     def _run(self, run: Run[_Request]) -> None:
-        began = self._clock()
+        began, self._again = self._clock(), False
         staying, ending = self._attempt(run)
         ended = self._clock()
         # before a client has its answer, so that it finds it counted
@@ -254,7 +255,7 @@ class SegmentScheduler(ComputeThread):
             else:
                 sample.owner.answer(sample.number, answer)
         with self._changed:
-            self._queues.ran(run, staying, ended - began, ended, failed)
+            self._queues.ran(run, staying, ended - began, ended, failed, self._again)
 
     def _attempt(self, run: Run[_Request]) -> tuple[list[Sample[_Request]], list[_Ending]]:
         """Run samples; gives those that go on, and the others with their answer, or with what ended them."""
@@ -262,6 +263,7 @@ class SegmentScheduler(ComputeThread):
         try:
             reached, answers = self._runner.run(run.segment, run.start, run.stop, [each.state for each in samples])
         except Exception as error:
+            self._again = True
             if len(samples) == 1:
                 return [], [(samples[0], error)]
             alone = [self._attempt(replace(run, samples=[sample])) for sample in samples]

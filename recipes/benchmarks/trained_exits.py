@@ -5,11 +5,11 @@
     python recipes/benchmarks/trained_exits.py compare --data DATA --runs RUNS --output docs/trained_exits.jsonl
 
 Rows: `plain`, the backbone alone; `frozen`, `lgvit grow` alone; `mixed`, `lgvit grow` on fewer images, then backbone
-and exits together; `lora`, the same with adapters in place of the backbone's weights; `regrown`, backbone and exits
-together, then `lgvit grow` on that backbone. One thread each. How many steps fit into a row's minutes is measured
-first, in CPU time; a run keeps a checkpoint about every ten minutes, and the same command goes on from the newest.
-`compare` keeps the exit tables of the held-out and the test samples beside each run, searches for policies on the
-held-out ones, and reads them all on the test samples against `plain`.
+and exits together; `lora`, the same with adapters in place of the backbone's weights; `tuned`, `lgvit grow` on as many
+images as `frozen`, and backbone and exits together for what is left of the time. One thread each. How many steps fit
+into a row's minutes is measured first, in CPU time; a run keeps a checkpoint about every ten minutes, and the same
+command goes on from the newest. `compare` keeps the exit tables of the held-out and the test samples beside each run,
+searches for policies on the held-out ones, and reads them all on the test samples against `plain`.
 """
 
 import argparse
@@ -47,11 +47,10 @@ MINUTES = {
     "plain": {"backbone": 40},
     "mixed": {"heads": 2, "joint": 23},
     "lora": {"heads": 2, "joint": 23},
-    "regrown": {"heads": 4, "joint": 21},
+    "tuned": {"heads": 1, "joint": 9},
 }
-# images for `lgvit grow`, before training where there is any, or after it; 10,000 take about 15 core-minutes
-GROWN_BEFORE = {"mixed": 10_000, "lora": 10_000}
-GROWN_AFTER = {"frozen": 20_000, "regrown": 10_000}
+# images for `lgvit grow`; 10,000 take about 15 core-minutes
+GROWN_ON = {"frozen": 20_000, "mixed": 10_000, "lora": 10_000, "tuned": 20_000}
 COMMON = {
     "augment": "random_resized",
     "crop_scale": [0.6, 1.0],
@@ -70,7 +69,7 @@ ROWS = {
     "frozen": None,
     "mixed": MIXED,
     "lora": {**MIXED, "lora": 8, "learning_rate": 5e-4},
-    "regrown": {**MIXED, "exit_positions": POSITIONS, "exit_types": HEAD},
+    "tuned": {**MIXED, "learning_rate": 5e-5},
 }
 # a run in which (nearly) every step is of one phase
 ONLY = {"heads": 99, "joint": 0.01}
@@ -113,17 +112,17 @@ def train_row(row, place, runs):
     home, start = runs / row, time.process_time()
     home.mkdir(parents=True, exist_ok=True)
     model, data = place["model"], place["data"]
-    if row in GROWN_BEFORE:  # the same for all such rows
-        model = with_exits(model, data, runs / f"grown-{GROWN_BEFORE[row]}", GROWN_BEFORE[row])
-    if ROWS[row] is not None:
-        model = train_phases(row, {**place, "model": model}, home, home / ("joint" if row in GROWN_AFTER else "model"))
-    if row in GROWN_AFTER:
-        with_exits(model, data, home / "model", GROWN_AFTER[row])
+    if row in GROWN_ON:
+        model = with_exits(model, data, runs / f"grown-{GROWN_ON[row]}", GROWN_ON[row])
+    if ROWS[row] is None:
+        shutil.copytree(model, home / "model", dirs_exist_ok=True)
+    else:
+        train_phases(row, {**place, "model": model}, home, home / "model")
     write_json(home / f"spent-{int(time.time())}.json", {"core_minutes": (time.process_time() - start) / 60})
 
 
 def train_phases(row, place, home, output):
-    """Train as long as planned; gives the folder of the model."""
+    """Train as long as planned."""
     plan = home / "plan.json"
     if not plan.exists():
         write_json(plan, planned_epochs(row, place))
@@ -137,7 +136,6 @@ def train_phases(row, place, home, output):
         train_recipe(**settings, output=str(output))
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return str(output)
 
 
 # -- what came of it ----------------------------------------------------------------------------------------------
