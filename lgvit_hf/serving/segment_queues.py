@@ -351,11 +351,9 @@ class SegmentQueues(Generic[Owner]):
         if not late:
             return []
         share = self._work.left_ms(0, 0) / 1e3
-        firsts = [entry for entry in late if entry[-1].number == 0] or late
-        last, _, turn, _, sample = max(
-            reversed(firsts), key=lambda each: each[-1].deadline - (each[0] - each[2]) * share
-        )
-        return [entry for entry in late if entry[-1].owner is sample.owner]
+        firsts = [entry for entry in reversed(late) if entry[-1].number == 0]
+        owner = max(firsts, key=lambda first: first[-1].deadline - _asked(first)[0] * share)[-1].owner
+        return [entry for entry in late if entry[-1].owner is owner]
 
     def _wanted_new(self, entry: _New[Owner], now: float) -> bool:
         """As `_wanted`; what is taken out has not had its turn."""
