@@ -229,7 +229,10 @@ def compare(rows, place, runs, batch_sizes):
         for row in rows:
             for drop in DROPS:
                 ratios = {
-                    f"over_{rival}": interval(paired_ratios([curves[row]], [curves[rival]], weights, drop))
+                    f"over_{rival}": [
+                        each if each == each else None  # no limit where some resamples never come so close
+                        for each in interval(paired_ratios([curves[row]], [curves[rival]], weights, drop))
+                    ]
                     for rival in ("plain", "frozen")
                     if rival != row and rival in curves
                 }
