@@ -337,14 +337,20 @@ def test_a_late_request_that_has_begun_goes_on():
     assert [owners(queues.next(0.0)) for _ in range(2)] == [["b"] * 4] * 2
 
 
-def test_how_long_runs_take_is_not_learnt_from_those_that_fail_or_from_a_pause():
-    costs = costs_of([2] * 3, one=3.0, more=2.0)
-    hard = [Arrival(0.02 * number, [2], 0.5) for number in range(200)]
-    failing = [Arrival(0.1 * number, [2] * 8, fails_in=1) for number in range(40)]
-    outcomes, _ = simulate(sorted([*hard, *failing], key=lambda each: each.seconds), costs)
-    answered = [outcome.answer is not None for outcome in outcomes if outcome.arrival.fails_in is None]
-    assert np.mean(answered) > 0.9
-    work = ExpectedWork(costs, 32, 15.0)
+@pytest.mark.parametrize("again", [True, False])
+def test_how_long_runs_take_is_not_learnt_from_those_that_run_again(again):
+    queues = SegmentQueues(costs_of([1], one=4.0, more=1.0), max_samples=4)
+    for _ in range(100):
+        queues.add([Sample("failing", 0, 0.0)])
+        queues.ran(queues.next(0.0), [], seconds=0.04, now=0.0, failed=1, again=again)
+    for owner in "ab":
+        queues.add([Sample(owner, 0, 0.0, deadline=0.02)])
+    # by the costs both have time; where runs take ten times as long, neither has, and one alone begins
+    assert len(owners(queues.next(0.0))) == (2 if again else 1)
+
+
+def test_a_pause_of_the_machine_says_nothing_of_the_next_runs():
+    work = ExpectedWork(costs_of([2] * 3, one=3.0, more=2.0), 32, 15.0)
     for milliseconds in [10.0] * 100 + [10_000.0]:
         work.took(10.0, milliseconds)
     assert work.pace < 1.5

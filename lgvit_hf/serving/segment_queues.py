@@ -243,9 +243,9 @@ class SegmentQueues(Generic[Owner]):
     def _has_old(self, segment: int, start: int, now: float) -> bool:
         """Whether some sample has waited there for long, or can no longer wait; not one that will be late anyway."""
         patience, margin = self._work.pace * self._patience, self._work.pace * self._margin
-        least = self._work.alone_ms(segment, start) / 1e3
         return any(
-            min(sample.since + patience, sample.deadline - margin) < now <= sample.deadline - least
+            now > min(sample.since + patience, sample.deadline - margin)
+            and not self._is_late(sample, segment, start, now)
             for sample in self._queues[segment][start]
         )
 

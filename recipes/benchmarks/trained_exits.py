@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/trained_exits.py train plain --model CHECKPOINT --data DATA --runs RUNS
     python recipes/benchmarks/trained_exits.py train mixed --model CHECKPOINT --data DATA --runs RUNS
+    python recipes/benchmarks/trained_exits.py time --data DATA --runs RUNS --repeats 5
     python recipes/benchmarks/trained_exits.py compare --data DATA --runs RUNS --output docs/trained_exits.jsonl
 
 Rows: `plain`, the backbone alone; `frozen`, `lgvit grow` alone; `mixed`, `lgvit grow` on fewer images, then backbone
@@ -118,13 +119,13 @@ def train_row(row, place, runs):
     if ROWS[row] is None:
         shutil.copytree(model, home / "model", dirs_exist_ok=True)
     else:
-        train_phases(row, {**place, "model": model}, home, home / "model")
+        train_phases(row, {**place, "model": model}, home)
     write_json(home / f"spent-{int(time.time())}.json", {"core_minutes": (time.process_time() - start) / 60})
 
 
-def train_phases(row, place, home, output):
+def train_phases(row, place, home):
     """Train as long as planned."""
-    plan = home / "plan.json"
+    plan, output = home / "plan.json", home / "model"
     if not plan.exists():
         write_json(plan, planned_epochs(row, place))
     epochs = json.loads(plan.read_text())["epochs"]
