@@ -359,8 +359,8 @@ def test_an_audit_counts_what_the_full_model_answers_otherwise(home, tmp_path, s
         part.seen.clear()
         for _ in range(3):
             found = exits_of(ask(client, home.pixels))
+            until(lambda: not certified._audits)  # an audit shares a run with the next request where they meet
         assert found == home.answers[MIDDLE]["exit_index"].tolist()
-        until(lambda: not certified._audits)
     harm = int((home.answers[MIDDLE]["label"] != home.answers[SAFEST]["label"]).sum())
     counts = certified.watch.monitors[0].state()["all"]
     assert (counts["samples"], counts["audited"]) == (48, 48 * share)

@@ -176,7 +176,7 @@ class Prospects:
 
         >>> work = ExpectedWork(RunCosts([1], [[[29.8]]]), max_samples=1, max_run_ms=30.0)
         >>> prospects = Prospects(work, Backlog([(0.2, 30.0)]), now=0.0, together=1)
-        >>> prospects.ends_in_time(1, deadline=0.1), prospects.ends_in_time(3, deadline=0.1)
+        >>> prospects.ends_in_time(1, deadline=0.1), prospects.ends_in_time(4, deadline=0.1)
         (True, False)
         >>> for _ in range(3):
         ...     prospects.begins()
