@@ -5,19 +5,14 @@
     python recipes/benchmarks/trained_exits.py time --data DATA --runs RUNS --repeats 5
     python recipes/benchmarks/trained_exits.py compare --data DATA --runs RUNS --output docs/trained_exits.jsonl
 
-Rows: `plain`, the backbone alone; `frozen`, `lgvit grow` alone; `mixed`, `lgvit grow` on fewer images, then backbone
-and exits together; `lora`, the same with adapters in place of the backbone's weights; `tuned`, `lgvit grow` on as many
-images as `frozen`, and backbone and exits together for what is left of the time. One thread each. How many steps fit
-into a row's minutes is measured first, in CPU time; a run keeps a checkpoint about every ten minutes, and the same
-command goes on from the newest. `compare` keeps the exit tables of the held-out and the test samples beside each run,
-searches for policies on the held-out ones, and reads them all on the test samples against `plain`.
+Rows are described in `trained_rows.py`. One thread each. How many steps fit into a row's minutes is measured first, in
+CPU time; a run keeps a checkpoint about every ten minutes, and the same command goes on from the newest. `compare`
+keeps the exit tables of the held-out and the test samples beside each run, searches for policies on the held-out ones,
+and reads them all on the test samples against `plain`.
 """
 
 import argparse
 import json
-import shutil
-import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +21,9 @@ import numpy as np
 import torch
 from frozen_exits import BATCH_SIZES, Curve, interval, paired_ratios, resample_weights
 from frozen_features import samples_of
+from trained_rows import ROWS, train_row
 
-from lgvit_hf import ExitTable, grow
+from lgvit_hf import ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
 from lgvit_hf.evaluation.ensemble_fitting import fit_ensemble
@@ -39,108 +35,8 @@ from lgvit_hf.files import write_json
 from lgvit_hf.hub.loading import example_image, load_highway
 from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
-from lgvit_hf.training.recipe import train_recipe
 
-POSITIONS, HEAD = [2, 4, 5, 6, 7, 8, 10], "conv1_1"
-BATCH, SAMPLES = 64, 42_500
-# core-minutes of each phase of training; those that `grow` takes of a row's 40 are in its images
-MINUTES = {
-    "plain": {"backbone": 40},
-    "mixed": {"heads": 2, "joint": 23},
-    "lora": {"heads": 2, "joint": 23},
-    "tuned": {"heads": 1, "joint": 9},
-}
-# images for `lgvit grow`; 10,000 take about 15 core-minutes
-GROWN_ON = {"frozen": 20_000, "mixed": 10_000, "lora": 10_000, "tuned": 20_000}
-COMMON = {
-    "augment": "random_resized",
-    "crop_scale": [0.6, 1.0],
-    "batch_size": BATCH,
-    "learning_rate": 2e-5,
-    "warmup_steps": 20,
-    "eval_strategy": "no",
-    "logging_strategy": "steps",
-    "logging_steps": 50,
-    "max_eval_samples": 1000,
-    "disable_tqdm": True,
-}
-MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning_rate": 3e-4}
-ROWS = {
-    "plain": {"stage": "backbone"},
-    "frozen": None,
-    "mixed": MIXED,
-    "lora": {**MIXED, "lora": 8, "learning_rate": 5e-4},
-    # exits that are fitted already: small steps, on images as they were fitted on
-    "tuned": {**MIXED, "learning_rate": 1e-5, "head_learning_rate": 3e-5, "augment": "none", "crop_scale": None},
-}
-# a run in which (nearly) every step is of one phase
-ONLY = {"heads": 99, "joint": 0.01}
 DROPS = (0.005, 0.01)
-
-
-# -- training -----------------------------------------------------------------------------------------------------
-
-
-def seconds_of_step(row, phase, place):
-    """CPU seconds of one training step of a phase."""
-    settings, spent = {**COMMON, **ROWS[row], **place, "save_strategy": "no", "epochs": 100}, []
-    if "strategy" in ROWS[row]:
-        settings["head_epochs"] = ONLY[phase]
-    for steps in (2, 10):
-        with tempfile.TemporaryDirectory() as output:
-            start = time.process_time()
-            train_recipe(**{**settings, "max_eval_samples": 1, "output": output, "max_steps": steps})
-            spent.append(time.process_time() - start)
-    return (spent[1] - spent[0]) / 8
-
-
-def planned_epochs(row, place):
-    """Epochs of each phase that fit into the minutes."""
-    minutes = MINUTES[row]
-    seconds = {phase: seconds_of_step(row, phase, place) for phase in minutes}
-    epochs = {phase: 60 * minutes[phase] / seconds[phase] * BATCH / SAMPLES for phase in minutes}
-    return {"seconds_of_step": seconds, "epochs": epochs}
-
-
-def with_exits(source, data, output, images):
-    """`lgvit grow`, once."""
-    if not output.exists():
-        grow(source, data, output, exit_positions=POSITIONS, exit_types=HEAD, limit=images, say=print)
-    return str(output)
-
-
-def train_row(row, place, runs):
-    """Train a row to its end, from its newest checkpoint where there is one."""
-    home, start = runs / row, time.process_time()
-    home.mkdir(parents=True, exist_ok=True)
-    model, data = place["model"], place["data"]
-    if row in GROWN_ON:
-        model = with_exits(model, data, runs / f"grown-{GROWN_ON[row]}", GROWN_ON[row])
-    if ROWS[row] is None:
-        shutil.copytree(model, home / "model", dirs_exist_ok=True)
-    else:
-        train_phases(row, {**place, "model": model}, home)
-    write_json(home / f"spent-{int(time.time())}.json", {"core_minutes": (time.process_time() - start) / 60})
-
-
-def train_phases(row, place, home):
-    """Train as long as planned."""
-    plan, output = home / "plan.json", home / "model"
-    if not plan.exists():
-        write_json(plan, planned_epochs(row, place))
-    epochs = json.loads(plan.read_text())["epochs"]
-    steps = sum(epochs.values()) * SAMPLES / BATCH
-    settings = {**COMMON, **ROWS[row], **place, "epochs": sum(epochs.values()), "resume": "auto"}
-    settings |= {"save_strategy": "steps", "save_steps": max(1, int(steps / sum(MINUTES[row].values()) * 10))}
-    if "heads" in epochs:
-        settings["head_epochs"] = epochs["heads"]
-    if not (output / "training.json").exists():
-        train_recipe(**settings, output=str(output))
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-# -- what came of it ----------------------------------------------------------------------------------------------
 
 
 def table_of(name, row, place, runs):
@@ -179,7 +75,7 @@ def time_rows(rows, runs, repeats):
 
 def exits_of(model):
     """What tells how long a model takes from others of one backbone."""
-    return tuple(model.config.exit_positions), tuple(model.config.exit_types)
+    return model.config.num_blocks, tuple(model.config.exit_positions), tuple(model.config.exit_types)
 
 
 @torch.no_grad()
@@ -243,7 +139,9 @@ def compare(rows, place, runs, batch_sizes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("train", "time", "compare"))
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; by default all; compared also mixed+ensemble")
+    parser.add_argument(
+        "rows", nargs="*", help=f"of {', '.join(ROWS)}; by default all that are trained; compared also mixed+ensemble"
+    )
     parser.add_argument("--model", help="a plain fine-tuned checkpoint")
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", type=Path, required=True, help="folder for models and tables")
@@ -252,7 +150,7 @@ def main():
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = options.rows or list(ROWS)
+    rows = options.rows or [row for row in ROWS if (options.runs / row / "model").exists()]
     place = {"model": options.model, "data": options.data}
     if options.action == "train":
         for row in rows:

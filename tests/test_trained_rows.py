@@ -1,0 +1,87 @@
+"""`recipes/benchmarks/trained_rows.py`: what rows begin with, and that each is a run that `lgvit train` takes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from lgvit_hf import ViTHighway, ViTHighwayConfig
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The script, which imports others by name, as when it is run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import trained_rows
+
+    yield trained_rows
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    ViTForImageClassification(config).eval().save_pretrained(tmp_path / "whole")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 1), (1, 3)])
+def test_blocks_that_are_kept_do_what_they_did(rows, checkpoint, tmp_path, kept):
+    whole = ViTForImageClassification.from_pretrained(checkpoint).eval()
+    fewer = ViTForImageClassification.from_pretrained(rows.with_blocks(checkpoint, kept, tmp_path / "fewer")).eval()
+    pixels, (layers,) = torch.randn(2, 3, 8, 8), [m for m in whole.modules() if isinstance(m, torch.nn.ModuleList)]
+    for number in reversed(range(4)):
+        if number not in kept:
+            del layers[number]
+    assert fewer.config.num_hidden_layers == len(kept)
+    with torch.no_grad():
+        assert torch.equal(fewer(pixels).logits, whole(pixels).logits)
+
+
+def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, checkpoint, tmp_path, monkeypatch):
+    runs = []
+
+    def train_recipe(**settings):
+        runs.append(settings)
+        for name in ("checkpoint-9", "."):
+            (Path(settings["output"]) / name).mkdir(parents=True, exist_ok=True)
+        (Path(settings["output"]) / "training.json").write_text("{}")
+
+    monkeypatch.setattr(rows, "train_recipe", train_recipe)
+    monkeypatch.setattr(rows, "seconds_of_step", lambda training, phase, place: 2.0)
+    for _ in range(2):
+        rows.train_row("lgvit", {"model": str(checkpoint), "data": "digits"}, tmp_path / "runs")
+    home = tmp_path / "runs" / "lgvit"
+    assert [(run["stage"], run["strategy"]) for run in runs] == [
+        (1, "alternating_weighted"),
+        (2, "distillation_lgvit"),
+    ]
+    assert [run["model"] for run in runs] == [str(checkpoint), str(home / "trained-1")]
+    # twenty minutes of steps of two seconds
+    assert all(run["epochs"] * rows.SAMPLES / rows.BATCH == pytest.approx(600) for run in runs)
+    assert not list(home.glob("*/checkpoint-*")) and (home / "model" / "training.json").exists()
+    assert len([json.loads(spent.read_text()) for spent in home.glob("spent-*.json")]) >= 1
+
+
+def test_each_training_is_one_that_the_command_takes(rows, tmp_path):
+    settings = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 8, "patch_size": 4}
+    ViTForImageClassification(ViTConfig(**settings, num_labels=10)).save_pretrained(tmp_path / "plain")
+    ViTHighway(ViTHighwayConfig(**settings, num_labels=10)).save_pretrained(tmp_path / "exits")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "plain")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "exits")
+    trained_otherwise = {id(row.trainings): (name, row) for name, row in rows.ROWS.items()}
+    for name, row in trained_otherwise.values():
+        for number, training in enumerate(row.trainings):
+            model = tmp_path / ("exits" if number or row.grown_on else "plain")
+            phases = {"head_epochs": 0.1} if "heads" in training.minutes else {}
+            place = {"model": str(model), "data": "digits", "output": str(tmp_path / name), "epochs": 0.5}
+            rows.train_recipe(**{**rows.COMMON, **training.settings, **place, **phases, "dry_run": True})
+        assert sum(sum(training.minutes.values()) for training in row.trainings) <= 40
