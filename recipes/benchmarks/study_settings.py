@@ -31,13 +31,14 @@ def replayed(table: ExitTable, settings: Settings) -> dict[str, Any]:
 def published(table: ExitTable, policy: str) -> list[Offer]:
     """Settings that are the same at all exits, by MACs."""
     offers = []
-    for settings in (*_singles(table, policy), {"name": "never"}):
+    for settings in (*singles(table, policy), {"name": "never"}):
         facts = replayed(table, settings)
         offers.append((share(facts["right"]), 1 / facts["macs_speed_up"], settings))
     return offers
 
 
-def _singles(table: ExitTable, policy: str) -> list[Settings]:
+def singles(table: ExitTable, policy: str) -> list[Settings]:
+    """What a policy with the same setting at all exits may be set to."""
     exits = len(table.depths) - 1
     if policy == "patience":
         return [{"name": policy, "patience": patience} for patience in range(1, exits + 2)]

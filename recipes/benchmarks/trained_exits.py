@@ -13,14 +13,15 @@ and reads them all on the test samples against `plain`.
 
 import argparse
 import json
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
 import torch
 from frozen_exits import BATCH_SIZES, Curve, interval, paired_ratios, resample_weights
 from frozen_features import samples_of
+from study_settings import singles
 from trained_rows import ROWS, train_row
 
 from lgvit_hf import ExitTable
@@ -37,6 +38,40 @@ from lgvit_hf.policies import build_policy
 from lgvit_hf.segments import State
 
 DROPS = (0.005, 0.01)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How rows answer; those of several are read together, at the cheapest of all of their settings.
+
+    Args:
+        rows (`tuple[str, ...]`): Of `trained_rows.py`.
+        policy (`str`, *optional*): The only one, as published; by default whatever `policy="auto"` finds.
+        ensemble (`bool`, *optional*, defaults to `False`): Whether exits answer by a running ensemble.
+    """
+
+    rows: tuple[str, ...]
+    policy: str = "auto"
+    ensemble: bool = False
+
+
+RIVALS = ("plain", "frozen", "frozen+ensemble")
+OURS = ("frozen", "mixed", "lora", "tuned")
+METHODS = {
+    "plain": Method(("plain",)),
+    **{row: Method((row,)) for row in OURS},
+    **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
+    "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
+    "sdn": Method(("sdn",), "confidence"),
+    "pabee": Method(("sdn",), "patience"),
+    "pcee": Method(("sdn",), "patience_confidence"),
+    "performance_control": Method(("sdn",), "calibrated_confidence"),
+    "zero_time_waste": Method(("sdn",), "confidence", ensemble=True),
+    "berxit": Method(("berxit",), "confidence"),
+    "vit_ee": Method(("vit_ee",), "confidence"),
+    "lgvit1": Method(("lgvit1",), "confidence"),
+    "lgvit": Method(("lgvit",), "confidence"),
+}
 
 
 def table_of(name, row, place, runs):
@@ -84,24 +119,29 @@ def time_part(found, segments, pixels, policy):
     found.append(time_parts(segments, State({"pixel_values": pixels}), policy))
 
 
-def curve_of(row, place, runs, plain_right, batch_size):
-    """The policies of `auto` on the test samples, at the measured costs of a batch size, or in MACs if that is 0."""
-    name = row.removesuffix("+ensemble")
-    held_out, test = (table_of(part, name, place, runs) for part in ("held_out", "test"))
-    if row != name:
+def settings_of(method, held_out, costs):
+    """What a method may be set to, found on the held-out samples; always also what never exits early."""
+    found = [{"name": "never"}]
+    if len(held_out.depths) == 1:
+        return found
+    if method.policy in ("auto", "calibrated_confidence"):
+        temperatures = tuple(fit_temperature(logits, held_out.labels) for logits in held_out.policy_logits())
+        return found + candidates(held_out, costs, method.policy, temperatures, choose_exits=method.policy == "auto")
+    return found + singles(held_out, method.policy)
+
+
+def curve_of(row, method, place, runs, plain_right, batch_size):
+    """A row on the test samples, at the measured costs of a batch size, or in MACs if that is 0."""
+    held_out, test = (table_of(part, row, place, runs) for part in ("held_out", "test"))
+    if method.ensemble:
         ensemble = fit_ensemble(held_out)
         held_out, test = replace(held_out, ensemble=ensemble), replace(test, ensemble=ensemble)
     macs, times = test.known_costs, None
     if batch_size:
-        times = CostTable(**json.loads((runs / name / "times.json").read_text())["table"])
+        times = CostTable(**json.loads((runs / row / "times.json").read_text())["table"])
     costs = times.at(batch_size) if times else macs
-    found = [{"name": "never"}]
-    if len(test.depths) > 1:
-        seen = held_out.policy_logits()
-        temperatures = tuple(fit_temperature(logits, held_out.labels) for logits in seen)
-        found += candidates(held_out, costs, "auto", temperatures)
     drops, spent = [], []
-    for settings in found:
+    for settings in settings_of(method, held_out, costs):
         left, evaluated = (
             replayed_exits(test, settings) if len(test.depths) > 1 else (torch.zeros(len(test)).long(), [])
         )
@@ -114,34 +154,35 @@ def curve_of(row, place, runs, plain_right, batch_size):
     return Curve(np.array(drops, np.float32), np.array(spent, np.float32))
 
 
-def compare(rows, place, runs, batch_sizes):
-    """A line per row, and one per row, batch size (0: MACs) and drop below `plain`."""
+def compare(names, place, runs, batch_sizes):
+    """A line per row, and one per method, batch size (0: MACs) and drop below `plain`."""
     plain = table_of("test", "plain", place, runs)
     weights, right = resample_weights(len(plain), 1000), plain.right[-1].numpy().astype(np.float32)
-    for row in rows:
-        table = table_of("test", row.removesuffix("+ensemble"), place, runs)
+    for row in dict.fromkeys(row for name in names for row in METHODS[name].rows):
+        table = table_of("test", row, place, runs)
         yield {"row": row, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     for batch_size in batch_sizes:
-        curves = {row: curve_of(row, place, runs, right, batch_size) for row in dict.fromkeys(["plain", *rows])}
-        for row in rows:
+        curves = {}
+        for name in dict.fromkeys(["plain", *names]):
+            of_rows = [curve_of(row, METHODS[name], place, runs, right, batch_size) for row in METHODS[name].rows]
+            curves[name] = reduce(Curve.joined, of_rows)
+        for name in names:
             for drop in DROPS:
                 ratios = {
                     f"over_{rival}": [
                         each if each == each else None  # no limit where some resamples never come so close
-                        for each in interval(paired_ratios([curves[row]], [curves[rival]], weights, drop))
+                        for each in interval(paired_ratios([curves[name]], [curves[rival]], weights, drop))
                     ]
-                    for rival in ("plain", "frozen")
-                    if rival != row and rival in curves
+                    for rival in RIVALS
+                    if rival != name and rival in curves
                 }
-                yield {"row": row, "batch_size": batch_size, "drop": drop, **ratios}
+                yield {"method": name, "batch_size": batch_size, "drop": drop, **ratios}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("train", "time", "compare"))
-    parser.add_argument(
-        "rows", nargs="*", help=f"of {', '.join(ROWS)}; by default all that are trained; compared also mixed+ensemble"
-    )
+    parser.add_argument("names", nargs="*", help="rows; of `compare` methods; by default those whose rows are trained")
     parser.add_argument("--model", help="a plain fine-tuned checkpoint")
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", type=Path, required=True, help="folder for models and tables")
@@ -150,16 +191,17 @@ def main():
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = options.rows or [row for row in ROWS if (options.runs / row / "model").exists()]
+    trained = [row for row in ROWS if (options.runs / row / "model").exists()]
     place = {"model": options.model, "data": options.data}
     if options.action == "train":
-        for row in rows:
+        for row in options.names or ROWS:
             train_row(row, place, options.runs)
     elif options.action == "time":
-        time_rows(rows, options.runs, options.repeats)
+        time_rows(options.names or trained, options.runs, options.repeats)
     else:
+        names = options.names or [name for name, method in METHODS.items() if {*method.rows} <= {*trained}]
         lines = []
-        for line in compare(rows, place, options.runs, (0,) if options.macs else (0, *BATCH_SIZES)):
+        for line in compare(names, place, options.runs, (0,) if options.macs else (0, *BATCH_SIZES)):
             print(json.dumps(line), flush=True)
             lines.append(json.dumps(line) + "\n")
         if options.output:

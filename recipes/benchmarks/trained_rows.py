@@ -89,7 +89,6 @@ MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning
 MOST = {"heads": 2, "joint": 23}
 # exits that are fitted already: small steps, on images as they were fitted on
 SMALL = {**MIXED, "learning_rate": 1e-5, "head_learning_rate": 3e-5, "augment": "none", "crop_scale": None}
-HALTING = {"gate_scale": 5, "gate_center": 10, "target_depth": 8, "ponder_weight": 2e-3, "distribution_weight": 2e-2}
 ROWS = {
     "plain": Row(FINE_TUNED),
     "frozen": Row(grown_on=28_000),
@@ -105,7 +104,6 @@ ROWS = {
     "vit_ee": Row((published("vit_ee"),)),
     "lgvit1": Row((published("stage1"),)),
     "lgvit": Row((published("stage1", 20), published("stage2", 20, learning_rate=1e-3))),
-    "avit": Row((Training({"all": 40}, {"stage": "avit", "halting": HALTING}),)),
 }
 
 
