@@ -44,6 +44,7 @@ class ExpectedWork:
 
     def __init__(self, costs: RunCosts, max_samples: int, max_run_ms: float):
         self._costs, self._max_run_ms = costs, max_run_ms
+        self._longest_run_ms = costs.longest_run_ms(max_run_ms)
         self._through: dict[int, list[float]] = {}
         self._shared, self._alone = self._way(max_samples), self._way(1)
         # of runs, by the costs and by the clock
@@ -74,7 +75,7 @@ class ExpectedWork:
     @property
     def longest_run_ms(self) -> float:
         """Of what samples wait for that come while others run."""
-        return self.pace * self._max_run_ms
+        return self.pace * self._longest_run_ms
 
     @property
     def pace(self) -> float:

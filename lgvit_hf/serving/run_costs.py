@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    # a service of an exported file does without PyTorch
-    from ..evaluation.cost_table import CostTable
-
 
 # milliseconds that each run takes beside its blocks: choosing samples, joining and parting their states, answering
 OVERHEAD_MS = 0.2
@@ -29,7 +24,7 @@ class Stretch:
         samples (`int`): How many run together.
         stop (`int`): The block before which it ends; the exit is evaluated where that is the segment's last.
         milliseconds (`float`): Expected.
-        gain (`float`): How much faster than one sample at a time.
+        gain (`float`): What its blocks take one sample at a time, over what the run takes, `OVERHEAD_MS` included.
     """
 
     samples: int
@@ -70,13 +65,17 @@ class RunCosts:
         if not sizes or sizes[0] != 1 or any(low >= high for low, high in zip(sizes, sizes[1:], strict=False)):
             raise ValueError(f"batch_sizes={sizes} must ascend from 1")
         times = [block for segment in self.blocks for block in segment]
-        if not times or not all(len(block) == len(sizes) and min(block) > 0 for block in times):
+        if not times or any(len(block) != len(sizes) or not _are_positive(block) for block in times):
             raise ValueError(f"blocks={self.blocks}: each must have {len(sizes)} times above 0, one per batch size")
 
     @property
     def usual_run_ms(self) -> float:
         """See the function of that name."""
         return usual_run_ms([[block[0] for block in segment] for segment in self.blocks])
+
+    def longest_run_ms(self, max_run_ms: float) -> float:
+        """Of any run where one may take `max_run_ms`: one block of one sample may take longer."""
+        return max(max_run_ms, max(block[0] for segment in self.blocks for block in segment))
 
     @property
     def num_blocks(self) -> list[int]:
@@ -119,23 +118,6 @@ class RunCosts:
         return Stretch(samples, stop, together, samples * alone / (together + OVERHEAD_MS))
 
     @classmethod
-    def of_table(cls, table: CostTable, num_blocks: Sequence[int]) -> RunCosts:
-        """From a cost table, whose times of a segment are divided among its blocks.
-
-        Args:
-            table (`CostTable`): With batches of 1.
-            num_blocks (`Sequence[int]`): Of each segment, the stem counted as a block of the first.
-        """
-        table.check(len(num_blocks))
-        blocks = []
-        for number, own in enumerate(num_blocks):
-            share = [1e3 * seconds / own for seconds in table.backbone_costs[number]]
-            more = zip(share, table.heads[number], table.select[number], strict=True)
-            last = [each + 1e3 * (head + select) for each, head, select in more]
-            blocks.append([share] * (own - 1) + [last])
-        return cls(table.batch_sizes, blocks)
-
-    @classmethod
     def measured(
         cls, walk: Callable[[int], list[list[float]]], max_samples: int, max_run_ms: float | None, seconds: float = 1.0
     ) -> RunCosts:
@@ -166,6 +148,10 @@ class RunCosts:
         least = [_each_least(found) for found in walks]
         segments = zip(*least, strict=True)
         return cls(sizes, [[list(times) for times in zip(*segment, strict=True)] for segment in segments])
+
+
+def _are_positive(times: Sequence[float]) -> bool:
+    return all(0 < each < math.inf for each in times)
 
 
 def usual_run_ms(blocks: Sequence[Sequence[float]]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -118,7 +118,7 @@ class SegmentQueues(Generic[Owner]):
         # samples that were taken out because nobody waits for them; who runs the others empties it
         self.dropped: list[Sample[Owner]] = []
         self._over = over
-        self._new: list[_New[Owner]] = []  # a heap, before the first block
+        self._new: list[_New[Owner]] = []  # before the first block, sorted
         self._queues: list[list[list[Sample[Owner]]]] = [[[] for _ in range(blocks)] for blocks in costs.num_blocks]
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
@@ -126,7 +126,7 @@ class SegmentQueues(Generic[Owner]):
         self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
         self._patience = PATIENCE * costs.whole_ms(1) / 1e3
         # what a sample needs behind the run under way, where the first segment has half of the time
-        self._margin = 2 * (max_run_ms + costs.whole_ms(1)) / 1e3
+        self._margin = 2 * (costs.longest_run_ms(max_run_ms) + costs.whole_ms(1)) / 1e3
         self._work = ExpectedWork(costs, max_samples, max_run_ms)
 
     def __len__(self) -> int:
@@ -143,7 +143,7 @@ class SegmentQueues(Generic[Owner]):
         # by when all of them have had their turn: a request is not begun long before it can be answered
         last = turn + len(samples)
         for number, sample in enumerate(samples, start=1):
-            heapq.heappush(self._new, (last, next(self._order), turn + number, client, sample))
+            insort(self._new, (last, next(self._order), turn + number, client, sample))
         self._soonest = min(self._soonest, samples[0].deadline)
         if client is not None:
             self._turns = {other: until for other, until in self._turns.items() if until > self._turn}
@@ -176,17 +176,17 @@ class SegmentQueues(Generic[Owner]):
         seconds: float,
         now: float,
         failed: int = 0,
-        again: bool = False,
+        had_error: bool = False,
     ) -> None:
         """Put the samples of a run that go on where they are now.
 
         Args:
             run (`Run`), staying (`Iterable[Sample]`), seconds (`float`), now (`float`): What ran, for how long.
             failed (`int`, *optional*, defaults to 0): Of the others, how many did not exit.
-            again (`bool`, *optional*, defaults to `False`): Whether some ran again, which takes longer than expected.
+            had_error (`bool`, *optional*, defaults to `False`): Whether it says nothing of how long others will take.
         """
         staying = list(staying)
-        if not again:
+        if not had_error:
             expected_ms = self.costs.milliseconds(run.segment, run.start, run.stop, len(run.samples)) + OVERHEAD_MS
             self._work.took(expected_ms, 1e3 * seconds)
         segment, start = run.segment, run.stop
@@ -196,15 +196,16 @@ class SegmentQueues(Generic[Owner]):
         for sample in staying:
             sample.since = now
             self._queues[segment][start].append(sample)
+            self._soonest = min(self._soonest, sample.deadline)
         self._lead_ms += 1e3 * seconds if run.segment == 0 else -1e3 * seconds
         deeper = any(queue for segment in self._queues[1:] for queue in segment)
-        self._lead_ms = max(0.0, self._lead_ms) if deeper else 0.0
+        # a pause of the machine, or a run that failed, is no time that the first segment had
+        most_ms = 2 * max(self.max_run_ms, self._work.longest_run_ms)
+        self._lead_ms = min(max(0.0, self._lead_ms), most_ms) if deeper else 0.0
 
     def purge(self, now: float) -> None:
         """Take out all that nobody waits for."""
-        keep = [entry for entry in self._new if self._wanted_new(entry, now)]
-        heapq.heapify(keep)
-        self._new = keep
+        self._new = [entry for entry in self._new if self._wanted_new(entry, now)]
         for segment in self._queues:
             for number, queue in enumerate(segment):
                 segment[number] = [sample for sample in queue if self._wanted(sample, now)]
@@ -255,10 +256,13 @@ class SegmentQueues(Generic[Owner]):
 
     def _may_begin(self, now: float) -> bool:
         """Whether some new request can begin in time, and what has begun end in time, or one has begun already."""
-        if self._new[0][-1].number > 0:  # of a request that has begun
-            return True
-        prospects = self._prospects(now)
-        return any(prospects.ends_in_time(*_asked(entry)) for entry in self._new if entry[-1].number == 0)
+        prospects, before = self._prospects(now), None
+        for entry in self._new:
+            owner, is_next, before = entry[-1].owner, entry[-1].owner is not before, entry[-1].owner
+            # a request's samples come one after the other: if its first is gone, it has begun
+            if is_next and not self._over(owner) and (entry[-1].number > 0 or prospects.ends_in_time(*_asked(entry))):
+                return True
+        return False
 
     def _prospects(self, now: float) -> Prospects:
         return Prospects(self._work, self._backlog(now), now, min(len(self), self.max_samples))
@@ -317,11 +321,12 @@ class SegmentQueues(Generic[Owner]):
 
     def _take_new(self, most: int, now: float) -> list[Sample[Owner]]:
         """New samples; where all requests would be late those of one alone: they may still exit before the end."""
-        prospects = self._prospects(now)
+        prospects, looked = self._prospects(now), 0
         in_time: list[_New[Owner]] = []
         late: list[_New[Owner]] = []
-        while len(in_time) < most and self._new:
-            entry = heapq.heappop(self._new)
+        while len(in_time) < most and looked < len(self._new):
+            entry = self._new[looked]
+            looked += 1
             if not self._wanted_new(entry, now):
                 continue
             sample = entry[-1]
@@ -335,12 +340,14 @@ class SegmentQueues(Generic[Owner]):
             else:
                 in_time.append(entry)
                 prospects.begins()
-        taken = in_time or self._with_most_time(late)[:most]
-        left, begun = {*in_time, *late}.difference(taken), {entry[-1].owner for entry in taken}
-        for entry in left:
+        taken, left = in_time, late
+        if not in_time and late:
+            begun = self._with_most_time(late)
+            taken = begun[:most]
             # what is left of a request that has begun comes next
-            rest = entry[-1].number > 0 and entry[-1].owner in begun
-            heapq.heappush(self._new, (-math.inf, *entry[1:]) if rest else entry)
+            left = [(-math.inf, *entry[1:]) for entry in begun[most:]]
+            left += [entry for entry in late if entry[-1].owner is not begun[0][-1].owner]
+        self._new = sorted(left + self._new[looked:])
         # who is late himself is no measure of whose turn it is
         reached = max((turn for _, _, turn, _, _ in taken), default=0.0)
         self._turn = max(self._turn, reached if in_time else min((turn for _, _, turn, _, _ in left), default=reached))
@@ -348,8 +355,6 @@ class SegmentQueues(Generic[Owner]):
 
     def _with_most_time(self, late: list[_New[Owner]]) -> list[_New[Owner]]:
         """Of new samples those of the request that has most time beside what its samples take, of several the last."""
-        if not late:
-            return []
         share = self._work.left_ms(0, 0) / 1e3
         firsts = [entry for entry in reversed(late) if entry[-1].number == 0]
         owner = max(firsts, key=lambda first: first[-1].deadline - _asked(first)[0] * share)[-1].owner

@@ -92,7 +92,8 @@ class SegmentScheduler(ComputeThread):
             Of a run, for all others wait that long; by default 15, or four times what the longest block takes for one
             sample if that is more.
         max_wait (`float`, *optional*, defaults to 0.002): Seconds that a sample waits for others, see `coming`.
-        max_waiting (`int`, *optional*, defaults to 1024): Samples that may wait; more are refused.
+        max_waiting (`int`, *optional*, defaults to 1024):
+            Samples that may wait; a request that would make them more is refused, unless nothing waits.
         observer (`SegmentObserver`, *optional*): Is told of every run.
         clock (`Callable`, *optional*): Seconds; whoever gives another calls `step` himself, and no thread is started.
 
@@ -133,7 +134,7 @@ class SegmentScheduler(ComputeThread):
         self._queues: SegmentQueues[_Request] = SegmentQueues(
             costs, max_samples=max_samples, max_run_ms=self.max_run_ms, max_wait=max_wait, over=_is_over
         )
-        self._again = False
+        self._had_error = False
         self._pass_seconds = costs.whole_ms(max_samples) / 1e3
         super().__init__()
         if clock is None:
@@ -168,11 +169,13 @@ class SegmentScheduler(ComputeThread):
 
         Raises:
             Busy: Too many samples are waiting, or no more are taken.
-            ValueError: There are none.
+            ValueError: There are none, or the timeout is not a number.
         """
         number = len(next(iter(inputs.values())))
         if not number:
             raise ValueError("an empty batch; give at least one image")
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError(f"{timeout=}: must be a number of seconds, or None for no limit")
         with self._changed:
             if self._closed or self._dead:
                 raise Busy(self._why_none())
@@ -197,8 +200,7 @@ class SegmentScheduler(ComputeThread):
         with self._changed:
             self._closed = True
             self._fail((sample for sample in self._queues.samples() if not sample.owner.began), SHUTTING_DOWN)
-            self._queues.purge(self._clock())
-            self._queues.dropped.clear()
+            self._purge(self._clock())
             self._changed.notify()
 
     def step(self) -> float | None:
@@ -243,19 +245,19 @@ class SegmentScheduler(ComputeThread):
         return decided
 
     def _run(self, run: Run[_Request]) -> None:
-        began, self._again = self._clock(), False
+        began, self._had_error = self._clock(), False
         staying, ending = self._attempt(run)
         ended = self._clock()
         # before a client has its answer, so that it finds it counted
         failed = sum(isinstance(answer, Exception) for _, answer in ending)
         self._observe(run, began, len(ending) - failed)
-        for sample, answer in ending:
-            if isinstance(answer, Exception):
-                _settle(sample.owner.future, answer)
-            else:
-                sample.owner.answer(sample.number, answer)
-        with self._changed:
-            self._queues.ran(run, staying, ended - began, ended, failed, self._again)
+        with self._changed:  # in which `submit` may find that a request has expired
+            for sample, answer in ending:
+                if isinstance(answer, Exception):
+                    _settle(sample.owner.future, answer)
+                else:
+                    sample.owner.answer(sample.number, answer)
+            self._queues.ran(run, staying, ended - began, ended, failed, self._had_error)
 
     def _attempt(self, run: Run[_Request]) -> tuple[list[Sample[_Request]], list[_Ending]]:
         """Run samples; gives those that go on, and the others with their answer, or with what ended them."""
@@ -263,7 +265,7 @@ class SegmentScheduler(ComputeThread):
         try:
             reached, answers = self._runner.run(run.segment, run.start, run.stop, [each.state for each in samples])
         except Exception as error:
-            self._again = True
+            self._had_error = True
             if len(samples) == 1:
                 return [], [(samples[0], error)]
             alone = [self._attempt(replace(run, samples=[sample])) for sample in samples]
