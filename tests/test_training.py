@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lgvit_hf import DistillationTrainer, HighwayTrainer, HighwayTrainingArguments
+from lgvit_hf.hub.lora import add_lora
 from lgvit_hf.losses import lgvit_feature_losses
 from lgvit_hf.training.arguments import STAGE_ONE, STAGE_TWO
 from lgvit_hf.training.strategies import stage_one_loss, stage_two_loss
@@ -483,6 +484,7 @@ def test_strategies_do_not_alternate_inside_a_step(tmp_path):
 
 LAUNCHED = {
     "mixed": (HighwayTrainer, "mixed"),
+    "lora": (HighwayTrainer, "weighted"),
     "plain": (Trainer, None),
     "weighted": (HighwayTrainer, "weighted"),
     "alternating_weighted": (HighwayTrainer, "alternating_weighted"),
@@ -515,7 +517,10 @@ def launched(folder, name, accumulation=1):
     steps = {"max_steps": 4, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "strategy": strategy}
     steps |= MIXED if strategy == "mixed" else {}
     args = arguments(Path(folder) / name, **batch, **steps)
-    trainer = trainer_class(deep_highway("vit", MIXES["eight"]), args, train_dataset=rows)
+    model = deep_highway("vit", MIXES["eight"])
+    if name == "lora":
+        add_lora(model, 2)
+    trainer = trainer_class(model, args, train_dataset=rows)
     trainer.train()
     # of a new model: running statistics count batches
     predictions = trainer_class(deep_highway("vit", MIXES["eight"]), args).predict(rows[:50]).predictions
