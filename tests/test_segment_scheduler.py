@@ -345,7 +345,7 @@ def test_a_request_that_has_begun_goes_on_behind_one_that_would_be_late():
     queues = SegmentQueues(costs_of([1, 1], one=4.0, more=1.0), max_samples=4)
     waiting_for(queues, ("begun", 6))
     assert owners(queues.next(0.0)) == ["begun"] * 4
-    queues.ran(Run(0, 0, 1, [], 1.0), [Sample("deeper", 0, 0.0, deadline=0.05)], seconds=0.0, now=0.0)
+    queues.ran(Run(0, 0, 1, [], 1.0), [Sample("deeper", 0, 0.0, deadline=0.008)], seconds=0.0, now=0.0)
     queues.add([Sample("late", 0, 0.0, deadline=0.005)])
     run = queues.next(0.0)
     assert (run.segment, owners(run)) == (0, ["begun"] * 2)
