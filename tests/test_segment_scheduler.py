@@ -52,6 +52,12 @@ def test_a_run_is_the_one_that_gains_most_within_its_time():
     assert costs.best(0, 0, 32, 15.0).samples == 10 and costs.best(0, 0, 2, 15.0).stop == 3
 
 
+@pytest.mark.parametrize("eight, samples", [(21.0, 8), (24.6, 4)])
+def test_of_runs_that_gain_about_as_much_it_is_the_one_with_most_samples(eight, samples):
+    costs = RunCosts([1, 4, 8], [[[4.0, 10.0, eight]]])  # four gain 1.57, eight 1.51 or 1.29
+    assert costs.best(0, 0, 8, 30.0).samples == samples
+
+
 def test_sizes_are_measured_until_a_block_takes_longer_than_a_run():
     sizes = []
 
@@ -131,6 +137,24 @@ def test_the_first_segment_has_half_of_the_time():
         run.samples[0].state = "in"
         queues.ran(run, [] if run.stop == 4 else run.samples, milliseconds / 1e3, now)
     assert 0.45 < had[0] / sum(had) < 0.55
+
+
+@pytest.mark.parametrize(
+    "lead_ms, new, deeper, now, segment",
+    [
+        (10, 8, 1, 0.0, 0),
+        (20, 8, 1, 0.0, 0),
+        (35, 8, 1, 0.0, 1),
+        (20, 8, 1, 1.0, 1),
+        (20, 1, 1, 0.0, 1),
+        (20, 8, 8, 0.0, 1),
+    ],
+)
+def test_the_first_segment_is_a_run_ahead_while_its_runs_gain_more(lead_ms, new, deeper, now, segment):
+    queues = SegmentQueues(costs_of([1, 1]), max_run_ms=15.0)
+    gone_on(queues, deeper, segment_ms=lead_ms)
+    waiting_for(queues, ("new", new), now=now)
+    assert queues.next(now).segment == segment
 
 
 def test_the_deepest_goes_before_those_that_can_still_be_joined():

@@ -73,7 +73,7 @@ class SegmentQueues(Generic[Owner]):
     A run takes as many samples and blocks as gain most within `max_run_ms`, see `RunCosts.best`.
 
     - The first segment goes before the others, until it has had half of the time: what exits there is answered soon,
-      however many go on.
+      however many go on. While its runs gain more it is a run ahead: the others fill meanwhile.
     - Of the others the fullest goes first, and of those about as full the deepest: its samples are answered soonest,
       and those before can still be joined. Old samples do not wait for that. In a queue the first due go first.
     - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
@@ -228,9 +228,15 @@ class SegmentQueues(Generic[Owner]):
         if deeper is None:
             until = self._until(now) if coming and first == (0, 0) else now
             return until if until > now else first
-        if self._lead_ms < self.max_run_ms and (first != (0, 0) or self._may_begin(now)):
+        most_ms = (2 if self._gains_more(first, deeper, now) else 1) * self.max_run_ms
+        if self._lead_ms < most_ms and (first != (0, 0) or self._may_begin(now)):
             return first
         return deeper
+
+    def _gains_more(self, first: tuple[int, int], deeper: tuple[int, int], now: float) -> bool:
+        """Whether samples before the first exit fill a run better than those behind, none of which is old."""
+        gains = self._best(*deeper).gain < ABOUT * self._best(*first).gain
+        return gains and not self._has_old(*deeper, now)
 
     def _next_place(self, now: float, segments: range) -> tuple[int, int] | None:
         """Where to go on: the deepest queue with old samples, else the deepest of those that gain about most."""
