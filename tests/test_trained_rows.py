@@ -71,6 +71,17 @@ def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, check
     assert len([json.loads(spent.read_text()) for spent in home.glob("spent-*.json")]) >= 1
 
 
+def test_a_linear_map_stands_in_for_blocks_of_the_trained_plain_model(rows, tmp_path, monkeypatch):
+    settings = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(**settings, image_size=8, patch_size=4, num_labels=10)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "plain" / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "plain" / "model")
+    monkeypatch.setitem(rows.ROWS, "toast2_3", rows.Row(replaced=(2, 3)))
+    rows.train_row("toast2_3", {"model": "not read", "data": "digits"}, tmp_path)
+    assert ViTHighwayConfig.from_pretrained(tmp_path / "toast2_3" / "model").linear_blocks == [2, 3]
+    assert list((tmp_path / "toast2_3").glob("spent-*.json"))
+
+
 def test_each_training_is_one_that_the_command_takes(rows, tmp_path):
     settings = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 8, "patch_size": 4}
     ViTForImageClassification(ViTConfig(**settings, num_labels=10)).save_pretrained(tmp_path / "plain")

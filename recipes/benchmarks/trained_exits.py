@@ -13,13 +13,14 @@ and reads them all on the test samples against `plain`.
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
 import torch
-from frozen_exits import BATCH_SIZES, Curve, interval, paired_ratios, resample_weights
+from frozen_exits import BATCH_SIZES, PLOTTED, Curve, interval, read_at, resample_weights
 from frozen_features import samples_of
 from study_settings import singles
 from trained_rows import ROWS, train_row
@@ -62,6 +63,7 @@ METHODS = {
     **{row: Method((row,)) for row in OURS},
     **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
+    "toast": Method(("toast4_4", "toast5_6", "toast5_7")),
     "sdn": Method(("sdn",), "confidence"),
     "pabee": Method(("sdn",), "patience"),
     "pcee": Method(("sdn",), "patience_confidence"),
@@ -155,28 +157,36 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
 
 
 def compare(names, place, runs, batch_sizes):
-    """A line per row, and one per method, batch size (0: MACs) and drop below `plain`."""
+    """A line per row, and one per method, batch size (0: MACs) and drop below `plain`; and one with many drops."""
     plain = table_of("test", "plain", place, runs)
     weights, right = resample_weights(len(plain), 1000), plain.right[-1].numpy().astype(np.float32)
     for row in dict.fromkeys(row for name in names for row in METHODS[name].rows):
         table = table_of("test", row, place, runs)
         yield {"row": row, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     for batch_size in batch_sizes:
-        curves = {}
+        drawn = {}
         for name in dict.fromkeys(["plain", *names]):
             of_rows = [curve_of(row, METHODS[name], place, runs, right, batch_size) for row in METHODS[name].rows]
-            curves[name] = reduce(Curve.joined, of_rows)
+            curve = reduce(Curve.joined, of_rows)
+            drawn[name] = curve.drops @ weights, curve.costs @ weights
         for name in names:
+            about = {"method": name, "batch_size": batch_size}
             for drop in DROPS:
                 ratios = {
-                    f"over_{rival}": [
-                        each if each == each else None  # no limit where some resamples never come so close
-                        for each in interval(paired_ratios([curves[name]], [curves[rival]], weights, drop))
-                    ]
+                    f"over_{rival}": speed_up(drawn[name], drawn[rival], drop)
                     for rival in RIVALS
-                    if rival != name and rival in curves
+                    if rival != name and rival in drawn
                 }
-                yield {"method": name, "batch_size": batch_size, "drop": drop, **ratios}
+                yield {**about, "drop": drop, **ratios}
+            if name != "plain":
+                over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
+                yield {**about, "drops": PLOTTED, "over_plain": over}
+
+
+def speed_up(ours, rival, drop):
+    """What a rival takes over what we take at a drop, and its 95 % interval; no limit where resamples lack one."""
+    ratios = read_at(*rival, drop) / read_at(*ours, drop)
+    return [each if math.isfinite(each) and each > 0 else None for each in interval(ratios)]
 
 
 def main():

@@ -3,7 +3,8 @@
 Ours: `frozen`, `lgvit grow` alone; `mixed`, `lgvit grow` on fewer images, then backbone and exits together; `lora`,
 the same with adapters in place of the backbone's weights; `tuned`, `lgvit grow` on most of the images of `frozen`, and
 backbone and exits together for what is left of the time. Without exits: `plain`, the backbone alone; the first 4, 6, 8
-and 10 of its blocks, and every second one. And published methods.
+and 10 of its blocks, and every second one. And published methods; of these TOAST puts a linear map in place of blocks
+of `plain`, which is trained already.
 """
 
 import copy
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from lgvit_hf import grow
+from lgvit_hf import grow, shorten
 from lgvit_hf.data.settings import read_yaml
 from lgvit_hf.files import write_json
 from lgvit_hf.training.recipe import train_recipe
@@ -70,11 +71,14 @@ class Row:
         trainings (`Sequence[Training]`): One after the other; `()` leaves what there is.
         grown_on (`int`, *optional*): Images for `lgvit grow` before; 10,000 take about 15 core-minutes.
         blocks (`Sequence[int]`, *optional*): That are kept, from 0; by default all.
+        replaced (`Sequence[int]`, *optional*):
+            First and last block, from 1, of the trained row `plain` that a linear map replaces; nothing is trained.
     """
 
     trainings: Sequence[Training] = ()
     grown_on: int | None = None
     blocks: Sequence[int] | None = None
+    replaced: Sequence[int] | None = None
 
 
 def published(name, minutes=40, **settings):
@@ -99,6 +103,7 @@ ROWS = {
     **{f"first{blocks}": Row(FINE_TUNED, blocks=range(blocks)) for blocks in (4, 6, 8, 10)},
     "second6": Row(FINE_TUNED, blocks=range(1, 12, 2)),
     # as published
+    **{f"toast{first}_{last}": Row(replaced=(first, last)) for first, last in ((4, 4), (5, 6), (5, 7))},
     "sdn": Row((published("sdn"),)),
     "berxit": Row((published("berxit"),)),
     "vit_ee": Row((published("vit_ee"),)),
@@ -117,6 +122,9 @@ def train_row(name, place, runs):
     """
     row, home, model, start = ROWS[name], runs / name, place["model"], time.process_time()
     home.mkdir(parents=True, exist_ok=True)
+    if row.replaced:
+        model = str(home / "start")
+        shorten(str(runs / "plain" / "model"), place["data"], model, blocks=row.replaced, say=print)
     if row.grown_on:
         model = with_exits(model, place["data"], runs / f"grown-{row.grown_on}", row.grown_on)
     if row.blocks:
