@@ -23,7 +23,7 @@ import torch
 from frozen_exits import BATCH_SIZES, PLOTTED, Curve, interval, read_at, resample_weights
 from frozen_features import samples_of
 from study_settings import singles
-from trained_rows import ROWS, train_row
+from trained_rows import ROWS, core_minutes, train_row
 
 from lgvit_hf import ExitTable
 from lgvit_hf.evaluation.calibration import fit_temperature
@@ -158,11 +158,14 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
 
 def compare(names, place, runs, batch_sizes):
     """A line per row, and one per method, batch size (0: MACs) and drop below `plain`; and one with many drops."""
+    timed = runs / "plain" / "times.json"
+    yield {"machine": json.loads(timed.read_text())["machine"] if timed.exists() else None}
     plain = table_of("test", "plain", place, runs)
     weights, right = resample_weights(len(plain), 1000), plain.right[-1].numpy().astype(np.float32)
     for row in dict.fromkeys(row for name in names for row in METHODS[name].rows):
         table = table_of("test", row, place, runs)
-        yield {"row": row, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
+        about = {"row": row, "core_minutes": round(core_minutes(row, runs), 1), "samples": len(table)}
+        yield {**about, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     for batch_size in batch_sizes:
         drawn = {}
         for name in dict.fromkeys(["plain", *names]):

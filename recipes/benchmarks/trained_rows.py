@@ -120,27 +120,48 @@ def train_row(name, place, runs):
         place (`dict`): `model`, the checkpoint that all begin with, and `data`.
         runs (`Path`): Folder of all rows.
     """
-    row, home, model, start = ROWS[name], runs / name, place["model"], time.process_time()
+    row, home, model = ROWS[name], runs / name, place["model"]
     home.mkdir(parents=True, exist_ok=True)
     if row.replaced:
         model = str(home / "start")
         shorten(str(runs / "plain" / "model"), place["data"], model, blocks=row.replaced, say=print)
     if row.grown_on:
-        model = with_exits(model, place["data"], runs / f"grown-{row.grown_on}", row.grown_on)
+        model = with_exits(model, place["data"], grown(runs, row), row.grown_on)
     if row.blocks:
         model = with_blocks(model, row.blocks, home / "start")
+    start = time.process_time()
     outputs = [*(f"trained-{number}" for number in range(1, len(row.trainings))), "model"]
     for output, training in zip(outputs, row.trainings, strict=False):
         model = trained(training, {**place, "model": model}, home / output)
     if not row.trainings:
         shutil.copytree(model, home / "model", dirs_exist_ok=True)
-    write_json(home / f"spent-{int(time.time())}.json", {"core_minutes": (time.process_time() - start) / 60})
+    write_spent(home / f"spent-{int(time.time())}.json", start)
+
+
+def grown(runs, row):
+    """The folder of what several rows begin with."""
+    return runs / f"grown-{row.grown_on}"
+
+
+def write_spent(file, start):
+    """The CPU time since `start`."""
+    write_json(file, {"core_minutes": (time.process_time() - start) / 60})
+
+
+def core_minutes(name, runs):
+    """What a row took in all, with all that was begun again after a stop, and what it has in common with others."""
+    files = [*(runs / name).glob("spent-*.json")]
+    if ROWS[name].grown_on:
+        files.append(grown(runs, ROWS[name]) / "spent.json")
+    return sum(json.loads(file.read_text())["core_minutes"] for file in files)
 
 
 def with_exits(source, data, output, images):
     """What `lgvit grow` makes of a checkpoint, once for all rows."""
     if not output.exists():
+        start = time.process_time()
         grow(source, data, output, exit_positions=POSITIONS, exit_types=HEAD, limit=images, say=print)
+        write_spent(output / "spent.json", start)
     return str(output)
 
 
