@@ -14,8 +14,6 @@ OVERHEAD_MS = 0.2
 # of a run, where nobody says; or as long as the longest block takes for one sample, so many times
 MAX_RUN_MS = 15.0
 BLOCKS_OF_A_RUN = 4
-# of runs that gain this share of what the best does the one with the most samples: none is left behind to run alone
-ABOUT_MOST = 0.95
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ class RunCosts:
         if key not in self._best:
             runs = [self.longest(segment, start, samples, max_run_ms) for samples in range(1, waiting + 1)]
             within = [run for run in runs if run.milliseconds <= max_run_ms or run.samples == 1]
-            most = max(run.gain for run in within)
-            self._best[key] = next(run for run in reversed(within) if run.gain >= ABOUT_MOST * most)
+            self._best[key] = max(within, key=lambda run: run.gain)
         return self._best[key]
 
     def longest(self, segment: int, start: int, samples: int, max_run_ms: float) -> Stretch:
