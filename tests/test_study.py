@@ -156,9 +156,9 @@ def test_page_says_who_is_ahead(tmp_path, monkeypatch):
     page = (tmp_path / "page.md").read_text()
     assert "*ours* is at 2.50x, ahead of every other that has a setting for it" in page
     assert "| `sdn` | SDN | 75.0% | +0.50 ± 0.20 | 3.00x | 2.50x | 1.50x | 1.50x | 1.50x |" in page
-    assert "as many epochs as backbone and exits together: -0.5 pt, 1.70x." in page
+    assert "as many epochs as backbone and exits together: 0.5 pt below, 1.70x." in page
     assert "--images 32 --repeats 1" in page
-    assert "| SDN | 1.50x |" in page and "| 6 blocks | 1.70x at -0.5 pt |" in page
+    assert "| SDN | 1.50x |" in page and "| 6 blocks | 1.70x, 0.5 pt below |" in page
     assert "| ours | 60.0 | 76.0 | 2.0% |" in page and "seeds 0, 1" in page
     assert (tmp_path / "results_photos_vit.png").stat().st_size > 5000
     (tmp_path / "results.jsonl").write_text(json.dumps(line("ours", "ours", 1.2)) + "\n" + json.dumps(rows[0]) + "\n")

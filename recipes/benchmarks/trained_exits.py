@@ -13,7 +13,6 @@ and reads them all on the test samples against `plain`.
 
 import argparse
 import json
-import math
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from frozen_exits import BATCH_SIZES, PLOTTED, Curve, interval, read_at, resample_weights
 from frozen_features import samples_of
 from study_settings import singles
+from trained_halting import answers_of, costs_of, halting_model, time_batches
 from trained_rows import ROWS, core_minutes, train_row
 
 from lgvit_hf import ExitTable
@@ -56,7 +56,8 @@ class Method:
     ensemble: bool = False
 
 
-RIVALS = ("plain", "frozen", "frozen+ensemble")
+# what is compared with each of the others
+HEADLINE = "tuned+ensemble"
 OURS = ("frozen", "mixed", "lora", "tuned")
 METHODS = {
     "plain": Method(("plain",)),
@@ -65,6 +66,7 @@ METHODS = {
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
     "toast": Method(("toast4_4", "toast5_6", "toast5_7")),
     "sdn": Method(("sdn",), "confidence"),
+    "sdn+auto": Method(("sdn",)),
     "pabee": Method(("sdn",), "patience"),
     "pcee": Method(("sdn",), "patience_confidence"),
     "performance_control": Method(("sdn",), "calibrated_confidence"),
@@ -73,27 +75,36 @@ METHODS = {
     "vit_ee": Method(("vit_ee",), "confidence"),
     "lgvit1": Method(("lgvit1",), "confidence"),
     "lgvit": Method(("lgvit",), "confidence"),
+    "avit": Method(("avit",)),
 }
 
 
 def table_of(name, row, place, runs):
     """The exit table of a row on the `held_out` or the `test` samples, kept beside its model."""
-    file = runs / row / f"{name}.safetensors"
+    file, folder = runs / row / f"{name}.safetensors", runs / row / "model"
     if not file.exists():
-        model = load_highway(runs / row / "model").float().eval()
-        items, order = samples_of(runs / row / "model", place["data"])[name]
-        collect(model, torch.utils.data.Subset(items, list(order))).save(file)
+        items, order = samples_of(folder, place["data"])[name]
+        samples, halting = torch.utils.data.Subset(items, list(order)), halting_model(folder)
+        table = answers_of(halting, samples) if halting else collect(load_highway(folder).float().eval(), samples)
+        table.save(file)
     return ExitTable.load(file)
 
 
-def time_rows(rows, runs, repeats):
+def time_rows(rows, place, runs, repeats):
     """Cost tables of all rows, measured in turn; of those with the same exits together.
 
     Each is opened twice: where its weights lie in memory alone makes a tenth of the time.
     """
-    calls, models, found = {}, {}, {}
+    calls, models, found, halting = {}, {}, {}, {}
     for row in [*rows, *rows]:
-        model = load_highway(runs / row / "model").float().eval()
+        folder = runs / row / "model"
+        if tokens_halt := halting_model(folder):
+            images = first_images(folder, place["data"], 2 * max(BATCH_SIZES))
+            for size in BATCH_SIZES:
+                times = halting.setdefault(row, {}).setdefault(size, [])
+                calls[len(calls)] = partial(time_batches, times, tokens_halt, images.split(size))
+            continue
+        model = load_highway(folder).float().eval()
         segments, policy = model.segments(), build_policy({"name": "confidence", "threshold": 0.5}, len(model.exits))
         pixels, same = example_image(model, max(BATCH_SIZES)), exits_of(model)
         models[row] = model
@@ -101,18 +112,29 @@ def time_rows(rows, runs, repeats):
             times = found.setdefault(same, {}).setdefault(size, [])
             calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
     time_interleaved(calls, repeats=1, warm_up=0)
-    for sizes in found.values():
+    for sizes in [*found.values(), *halting.values()]:
         for times in sizes.values():
             times.clear()  # that was to warm up
     time_interleaved(calls, repeats=repeats, warm_up=0)
-    for row, model in models.items():
-        table = cost_table(model, found[exits_of(model)])
-        write_json(runs / row / "times.json", {"machine": machine(model), "table": table.to_dict()})
+    tables = {row: cost_table(model, found[exits_of(model)]) for row, model in models.items()}
+    tables |= {row: costs_of(sizes) for row, sizes in halting.items()}
+    for row, table in tables.items():
+        write_json(
+            runs / row / "times.json", {"machine": machine(next(iter(models.values()))), "table": table.to_dict()}
+        )
+
+
+def first_images(folder, data, number):
+    """Test images as a model takes them, `[number, C, H, W]`."""
+    items, _ = samples_of(folder, data)["test"]
+    return torch.stack([torch.as_tensor(items[index]["pixel_values"]) for index in range(number)])
 
 
 def exits_of(model):
     """What tells how long a model takes from others of one backbone."""
-    return model.config.num_blocks, tuple(model.config.exit_positions), tuple(model.config.exit_types)
+    config = model.config
+    blocks = config.num_blocks, tuple(getattr(config, "linear_blocks", None) or ())
+    return *blocks, tuple(config.exit_positions), tuple(config.exit_types)
 
 
 @torch.no_grad()
@@ -167,29 +189,27 @@ def compare(names, place, runs, batch_sizes):
         about = {"row": row, "core_minutes": round(core_minutes(row, runs), 1), "samples": len(table)}
         yield {**about, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     for batch_size in batch_sizes:
+        floor = curve_of("plain", METHODS["plain"], place, runs, right, batch_size)
         drawn = {}
         for name in dict.fromkeys(["plain", *names]):
             of_rows = [curve_of(row, METHODS[name], place, runs, right, batch_size) for row in METHODS[name].rows]
-            curve = reduce(Curve.joined, of_rows)
+            # who is never as accurate may take the plain backbone itself
+            curve = reduce(Curve.joined, of_rows, floor)
             drawn[name] = curve.drops @ weights, curve.costs @ weights
-        for name in names:
+        for name in (name for name in names if name != "plain"):
             about = {"method": name, "batch_size": batch_size}
             for drop in DROPS:
-                ratios = {
-                    f"over_{rival}": speed_up(drawn[name], drawn[rival], drop)
-                    for rival in RIVALS
-                    if rival != name and rival in drawn
-                }
-                yield {**about, "drop": drop, **ratios}
-            if name != "plain":
-                over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
-                yield {**about, "drops": PLOTTED, "over_plain": over}
+                line = {**about, "drop": drop, "over_plain": speed_up(drawn[name], drawn["plain"], drop)}
+                if HEADLINE in drawn and name != HEADLINE:
+                    line["headline_over"] = speed_up(drawn[HEADLINE], drawn[name], drop)
+                yield line
+            over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
+            yield {**about, "drops": PLOTTED, "over_plain": over}
 
 
 def speed_up(ours, rival, drop):
-    """What a rival takes over what we take at a drop, and its 95 % interval; no limit where resamples lack one."""
-    ratios = read_at(*rival, drop) / read_at(*ours, drop)
-    return [each if math.isfinite(each) and each > 0 else None for each in interval(ratios)]
+    """What a rival takes over what we take at a drop, and its 95 % interval."""
+    return interval(read_at(*rival, drop) / read_at(*ours, drop))
 
 
 def main():
@@ -210,7 +230,7 @@ def main():
         for row in options.names or ROWS:
             train_row(row, place, options.runs)
     elif options.action == "time":
-        time_rows(options.names or trained, options.runs, options.repeats)
+        time_rows(options.names or trained, place, options.runs, options.repeats)
     else:
         names = options.names or [name for name, method in METHODS.items() if {*method.rows} <= {*trained}]
         lines = []

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from trained_exits import DROPS, METHODS
+from trained_exits import DROPS, HEADLINE, METHODS
 from trained_rows import ROWS
 
 from lgvit_hf.evaluation.plots import style
@@ -24,14 +24,16 @@ TITLES = {
     "shorter": "fewer blocks",
     "toast": "TOAST",
     "sdn": "SDN",
+    "sdn+auto": "SDN's exits, our search",
     "pabee": "PABEE",
     "pcee": "PCEE",
     "performance_control": "calibrated confidence (performance control)",
     "zero_time_waste": "Zero Time Waste's ensemble",
-    "berxit": "BERxiT",
+    "berxit": "BERxiT, by confidence",
     "vit_ee": "ViT-EE",
     "lgvit1": "LGViT, stage one",
     "lgvit": "LGViT, two stages",
+    "avit": "A-ViT",
 }
 # at most seven: more cannot be told apart
 DRAWN = {
@@ -55,24 +57,20 @@ def read(file):
 
 
 def told(ratio):
-    """A ratio and its interval, or a dash."""
-    value, low, high = ratio
-    if value is None:
-        return "-"
-    return f"{value:.2f}x" + (f" ({low:.2f}-{high:.2f})" if low is not None and high is not None else "")
+    """A ratio and its interval."""
+    return "{:.2f}x ({:.2f}-{:.2f})".format(*ratio)
 
 
 def table_of_methods(at_drop, drop, sizes):
-    """Markdown: every method by the clock, the fastest at batch 1 first."""
+    """Markdown: every method by the clock, the fastest at batch 1 first, and the headline over it at that size."""
     found = {
-        name: [at_drop[name, size, drop]["over_plain"] for size in sizes]
-        for name in METHODS
-        if name != "plain" and (name, sizes[0], drop) in at_drop
+        name: [at_drop[name, size, drop] for size in sizes] for name in METHODS if (name, sizes[0], drop) in at_drop
     }
-    yield "| method | " + " | ".join(f"batch {size}" for size in sizes) + " |"
-    yield "|---" * (len(sizes) + 1) + "|"
-    for name, ratios in sorted(found.items(), key=lambda entry: -(entry[1][0][0] or 0)):
-        yield f"| {TITLES[name]} | " + " | ".join(map(told, ratios)) + " |"
+    yield f"| | {' | '.join(f'batch {size}' for size in sizes)} | {TITLES[HEADLINE]} over it, batch {sizes[0]} |"
+    yield "|---" * (len(sizes) + 2) + "|"
+    for name, lines in sorted(found.items(), key=lambda entry: -entry[1][0]["over_plain"][0]):
+        ahead = told(lines[0]["headline_over"]) if "headline_over" in lines[0] else ""
+        yield f"| {TITLES[name]} | {' | '.join(told(line['over_plain']) for line in lines)} | {ahead} |"
 
 
 def table_of_rows(rows):
@@ -106,14 +104,10 @@ def draw(curves, file, batch_size):
         if (name, batch_size) not in curves:
             continue
         curve = curves[name, batch_size]
-        known = [
-            (100 * drop, *of) for drop, of in zip(curve["drops"], curve["over_plain"], strict=True) if None not in of
-        ]
-        if known:
-            drops, values, lows, highs = zip(*known, strict=True)
-            axes.plot(drops, values, color=color, linestyle=line, linewidth=2.4 if label.startswith("ours") else 1.6)
-            axes.fill_between(drops, lows, highs, color=color, alpha=0.12, linewidth=0)
-            ends.append((drops[-1], values[-1], label, color))
+        drops, (values, lows, highs) = [100 * drop for drop in curve["drops"]], zip(*curve["over_plain"], strict=True)
+        axes.plot(drops, values, color=color, linestyle=line, linewidth=2.4 if label.startswith("ours") else 1.6)
+        axes.fill_between(drops, lows, highs, color=color, alpha=0.12, linewidth=0)
+        ends.append((drops[-1], values[-1], label, color))
     low, high = axes.get_ylim()
     for (drop, value, label, color), height in zip(
         ends, apart([end[1] for end in ends], (high - low) / 20), strict=True

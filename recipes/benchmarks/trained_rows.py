@@ -89,6 +89,8 @@ def published(name, minutes=40, **settings):
 
 
 FINE_TUNED = (Training({"all": 40}, {"stage": "backbone"}),)
+# of what blocks are missing from, as fast as the checkpoint itself was trained
+MENDED = (Training({"all": 40}, {"stage": "backbone", "learning_rate": 1e-4}),)
 MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning_rate": 3e-4}
 MOST = {"heads": 2, "joint": 23}
 # exits that are fitted already: small steps, on images as they were fitted on
@@ -100,8 +102,8 @@ ROWS = {
     "lora": Row((Training(MOST, {**MIXED, "lora": 8, "learning_rate": 5e-4}),), grown_on=10_000),
     "tuned": Row((Training({"heads": 1, "joint": 9}, SMALL),), grown_on=20_000),
     # without exits
-    **{f"first{blocks}": Row(FINE_TUNED, blocks=range(blocks)) for blocks in (4, 6, 8, 10)},
-    "second6": Row(FINE_TUNED, blocks=range(1, 12, 2)),
+    **{f"first{blocks}": Row(MENDED, blocks=range(blocks)) for blocks in (4, 6, 8, 10)},
+    "second6": Row(MENDED, blocks=range(1, 12, 2)),
     # as published
     **{f"toast{first}_{last}": Row(replaced=(first, last)) for first, last in ((4, 4), (5, 6), (5, 7))},
     "sdn": Row((published("sdn"),)),
@@ -123,8 +125,7 @@ def train_row(name, place, runs):
     row, home, model = ROWS[name], runs / name, place["model"]
     home.mkdir(parents=True, exist_ok=True)
     if row.replaced:
-        model = str(home / "start")
-        shorten(str(runs / "plain" / "model"), place["data"], model, blocks=row.replaced, say=print)
+        model = with_linear_map(runs / "plain" / "model", place["data"], home / "start", row.replaced)
     if row.grown_on:
         model = with_exits(model, place["data"], grown(runs, row), row.grown_on)
     if row.blocks:
@@ -149,16 +150,26 @@ def write_spent(file, start):
 
 
 def core_minutes(name, runs):
-    """What a row took in all, with all that was begun again after a stop, and what it has in common with others."""
+    """What a row took, with what it has in common with others; but for what a kill cut short."""
     files = [*(runs / name).glob("spent-*.json")]
+    if ROWS[name].replaced:
+        files += (runs / "plain").glob("spent-*.json")
     if ROWS[name].grown_on:
         files.append(grown(runs, ROWS[name]) / "spent.json")
     return sum(json.loads(file.read_text())["core_minutes"] for file in files)
 
 
+def with_linear_map(source, data, output, replaced):
+    """What `lgvit shorten` makes of a checkpoint."""
+    if not output.exists():
+        shorten(str(source), data, output, blocks=replaced, say=print)
+    return str(output)
+
+
 def with_exits(source, data, output, images):
     """What `lgvit grow` makes of a checkpoint, once for all rows."""
-    if not output.exists():
+    if not (output / "spent.json").exists():
+        shutil.rmtree(output, ignore_errors=True)  # that was stopped in between
         start = time.process_time()
         grow(source, data, output, exit_positions=POSITIONS, exit_types=HEAD, limit=images, say=print)
         write_spent(output / "spent.json", start)
