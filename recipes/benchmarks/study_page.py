@@ -268,7 +268,7 @@ def page(rows, folder):
         picture = f"results_{data}_{backbone}.png"
         draw(by_method, f"{data}, {BACKBONES[backbone]}", folder / picture)
         yield f"![accuracy against wall-clock speed-up]({picture})\n"
-        yield f"At most {100 * AT_DROP:g} point below on validation samples; accuracies and drops are of test samples:\n"
+        yield f"At most {100 * AT_DROP:g} point below on validation samples; accuracy and drop are of test samples:\n"
         yield from table_at(by_method, AT_DROP)
         yield f"\nWall-clock speed-up at batch {AT_SIZE}, for every drop:\n"
         yield from table_of_drops(by_method, AT_SIZE)
