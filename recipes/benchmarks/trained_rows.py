@@ -85,7 +85,7 @@ def published(name, minutes=40, **settings):
     """A method of `recipes/configs/vit_small`; new exits learn faster than the backbone, which is trained already."""
     file = read_yaml(CONFIGS / "vit_small" / f"{name}.yaml")
     of_method = {key: value for key, value in file.items() if key in METHOD}
-    return Training({"all": minutes}, {**of_method, "head_learning_rate": 1e-3, **settings})
+    return Training({"all": minutes}, {**of_method, "head_learning_rate": 3e-3, **settings})
 
 
 FINE_TUNED = (Training({"all": 40}, {"stage": "backbone"}),)
