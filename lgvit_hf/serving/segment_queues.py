@@ -20,8 +20,6 @@ MOST_TIME = 10.0
 ABOUT = 0.9
 # a sample is old where it has waited for so many times what it takes alone through all blocks, or its deadline nears
 PATIENCE = 8
-# as much time as the others have had together may the first segment have while its runs gain more
-MOST_TIMES = 2
 
 
 @dataclass(eq=False)
@@ -75,7 +73,7 @@ class SegmentQueues(Generic[Owner]):
     A run takes as many samples and blocks as gain most within `max_run_ms`, see `RunCosts.best`.
 
     - The first segment goes before the others, until it has had half of the time: what exits there is answered soon,
-      however many go on. While its runs gain more it is two thirds: the others fill meanwhile.
+      however many go on.
     - Of the others the fullest goes first, and of those about as full the deepest: its samples are answered soonest,
       and those before can still be joined. Old samples do not wait for that. In a queue the first due go first.
     - Where nothing else waits, new samples wait for others only while some are coming, for at most `max_wait` and what
@@ -125,8 +123,7 @@ class SegmentQueues(Generic[Owner]):
         self._order = count()
         self._turn, self._turns = 0.0, dict[Hashable, float]()
         self._soonest = math.inf  # deadline of all that wait, or of one that has gone since
-        # that the first segment has had more than the others, or than so many times as much, since these began to wait
-        self._leads_ms = dict.fromkeys((1, MOST_TIMES), 0.0)
+        self._lead_ms = 0.0  # that the first segment has had more than the others, since these began to wait
         self._patience = PATIENCE * costs.whole_ms(1) / 1e3
         # what a sample needs behind the run under way, where the first segment has half of the time
         self._margin = 2 * (costs.longest_run_ms(max_run_ms) + costs.whole_ms(1)) / 1e3
@@ -200,12 +197,11 @@ class SegmentQueues(Generic[Owner]):
             sample.since = now
             self._queues[segment][start].append(sample)
             self._soonest = min(self._soonest, sample.deadline)
+        self._lead_ms += 1e3 * seconds if run.segment == 0 else -1e3 * seconds
         deeper = any(queue for segment in self._queues[1:] for queue in segment)
         # a pause of the machine, or a run that failed, is no time that the first segment had
         most_ms = 2 * max(self.max_run_ms, self._work.longest_run_ms)
-        for times, lead_ms in self._leads_ms.items():
-            lead_ms += 1e3 * seconds * (1 if run.segment == 0 else -times)
-            self._leads_ms[times] = min(max(0.0, lead_ms), most_ms) if deeper else 0.0
+        self._lead_ms = min(max(0.0, self._lead_ms), most_ms) if deeper else 0.0
 
     def purge(self, now: float) -> None:
         """Take out all that nobody waits for."""
@@ -232,15 +228,9 @@ class SegmentQueues(Generic[Owner]):
         if deeper is None:
             until = self._until(now) if coming and first == (0, 0) else now
             return until if until > now else first
-        times = MOST_TIMES if self._gains_more(first, deeper, now) else 1
-        if self._leads_ms[times] < self.max_run_ms and (first != (0, 0) or self._may_begin(now)):
+        if self._lead_ms < self.max_run_ms and (first != (0, 0) or self._may_begin(now)):
             return first
         return deeper
-
-    def _gains_more(self, first: tuple[int, int], deeper: tuple[int, int], now: float) -> bool:
-        """Whether samples before the first exit fill a run better than those behind, none of which is old."""
-        gains = self._best(*deeper).gain < ABOUT * self._best(*first).gain
-        return gains and not self._has_old(*deeper, now)
 
     def _next_place(self, now: float, segments: range) -> tuple[int, int] | None:
         """Where to go on: the deepest queue with old samples, else the deepest of those that gain about most."""
