@@ -9,6 +9,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from functools import cache, wraps
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from tests.seeds import seeded
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
 
 # no deadline: how long an example takes says more about the machine than about the code
 settings.register_profile("lgvit", deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -33,6 +35,14 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeds_of_this_run():
     seeded()
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Opens a script of `recipes/benchmarks`; they import each other by name, as when they are run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield import_module
+    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """`recipes/benchmarks/frozen_exits.py`: what heads read, curves read at a drop, and the paired bootstrap."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +7,7 @@ import torch
 from lgvit_hf.heads import HeadShape, build_head
 from lgvit_hf.segments import Tokens
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """Scripts that import each other by name, as when they are run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
+pytestmark = pytest.mark.usefixtures("benchmark")
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1])

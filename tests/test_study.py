@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,19 +11,11 @@ from tests.tiny import KINDS, tiny_images, tiny_model
 
 DROPS = (0.0, 0.01)
 TINY = {"patch_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """Scripts that import each other by name, as when they are run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
+pytestmark = pytest.mark.usefixtures("benchmark")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(benchmark, tmp_path_factory):
     import study
 
     output = tmp_path_factory.mktemp("study")

@@ -1,7 +1,6 @@
 """`recipes/benchmarks/trained_rows.py`: what rows begin with, and that each is a run that `lgvit train` takes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lgvit_hf import ViTHighway, ViTHighwayConfig
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def rows():
-    """The script, which imports others by name, as when it is run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    import trained_rows
-
-    yield trained_rows
-    sys.path.remove(str(BENCHMARKS))
+def rows(benchmark):
+    return benchmark("trained_rows")
 
 
 @pytest.fixture

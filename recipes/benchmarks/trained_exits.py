@@ -178,25 +178,27 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
     return Curve(np.array(drops, np.float32), np.array(spent, np.float32))
 
 
-def compare(names, place, runs, batch_sizes):
+def compare(methods, place, runs, batch_sizes):
     """A line per row, and one per method, batch size (0: MACs) and drop below `plain`; and one with many drops."""
     timed = runs / "plain" / "times.json"
-    yield {"machine": json.loads(timed.read_text())["machine"] if timed.exists() else None}
+    rows = dict.fromkeys(row for method in methods.values() for row in ("plain", *method.rows))
+    machine_of_times = json.loads(timed.read_text())["machine"] if timed.exists() else None
+    yield {"machine": machine_of_times, "core_minutes": core_minutes(rows, runs)}
     plain = table_of("test", "plain", place, runs)
     weights, right = resample_weights(len(plain), 1000), plain.right[-1].numpy().astype(np.float32)
-    for row in dict.fromkeys(row for name in names for row in METHODS[name].rows):
+    for row in rows:
         table = table_of("test", row, place, runs)
-        about = {"row": row, "core_minutes": round(core_minutes(row, runs), 1), "samples": len(table)}
+        about = {"row": row, "core_minutes": core_minutes([row], runs), "samples": len(table)}
         yield {**about, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     for batch_size in batch_sizes:
         floor = curve_of("plain", METHODS["plain"], place, runs, right, batch_size)
         drawn = {}
-        for name in dict.fromkeys(["plain", *names]):
-            of_rows = [curve_of(row, METHODS[name], place, runs, right, batch_size) for row in METHODS[name].rows]
+        for name, method in {"plain": METHODS["plain"], **methods}.items():
+            of_rows = [curve_of(row, method, place, runs, right, batch_size) for row in method.rows]
             # who is never as accurate may take the plain backbone itself
             curve = reduce(Curve.joined, of_rows, floor)
             drawn[name] = curve.drops @ weights, curve.costs @ weights
-        for name in (name for name in names if name != "plain"):
+        for name in (name for name in methods if name != "plain"):
             about = {"method": name, "batch_size": batch_size}
             for drop in DROPS:
                 line = {**about, "drop": drop, "over_plain": speed_up(drawn[name], drawn["plain"], drop)}
@@ -205,6 +207,12 @@ def compare(names, place, runs, batch_sizes):
                 yield line
             over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
             yield {**about, "drops": PLOTTED, "over_plain": over}
+
+
+def of_trained(rows):
+    """All methods with those of their rows that are trained; but for those without any."""
+    methods = {name: replace(m, rows=tuple(row for row in m.rows if row in rows)) for name, m in METHODS.items()}
+    return {name: method for name, method in methods.items() if method.rows}
 
 
 def speed_up(ours, rival, drop):
@@ -233,9 +241,11 @@ def main():
     elif options.action == "time":
         time_rows(options.names or trained, place, options.runs, options.repeats)
     else:
-        names = options.names or [name for name, method in METHODS.items() if {*method.rows} <= {*trained}]
-        lines = []
-        for line in compare(names, place, options.runs, (0,) if options.macs else (0, *BATCH_SIZES)):
+        methods, lines = of_trained(trained), []
+        if missing := {*options.names} - {*methods}:
+            parser.error(f"no row of {', '.join(sorted(missing))} is trained in {options.runs}")
+        methods = {name: method for name, method in methods.items() if name in (options.names or methods)}
+        for line in compare(methods, place, options.runs, (0,) if options.macs else (0, *BATCH_SIZES)):
             print(json.dumps(line), flush=True)
             lines.append(json.dumps(line) + "\n")
         if options.output:

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from trained_exits import DROPS, HEADLINE, METHODS
+from trained_exits import DROPS, HEADLINE, METHODS, OURS
 from trained_rows import ROWS
 
 from lgvit_hf.evaluation.plots import style
@@ -47,18 +47,89 @@ DRAWN = {
 }
 
 
+# what the first sentences are about
+AT_DROP = 0.01
+HEAD = """# What was measured
+
+{answer}
+
+![speed-up by points of accuracy](results.png)
+
+A ViT-S fine-tuned on CIFAR-10 (84 pixels, 12 blocks), the checkpoint that all rows begin with; 40 core-minutes of the
+same machine were planned for each, but for TOAST, which is fitted after `plain`. Settings of all methods (thresholds,
+which exits, `never`) were found on held-out training images; each method is read at its cheapest setting that is at
+most so many points below the *plain backbone* fine-tuned for as long (`plain`), on the {samples} test images, which is
+as kind to one method as to the next. *Times as fast*: by the clock, one thread, against `plain`, all in turn in one
+run; what is never so accurate takes `plain` itself (1.0x). Intervals of 95 % are of the test images, drawn again in
+pairs; each row was trained once. Where a method has several rows (fewer blocks), the best counts at each drop.
+Models trained from scratch in minutes are in the [appendix](results-from-scratch.md).
+
+Machine: {machine}. Training took {hours:.1f} core-hours in all.
+"""
+COMMANDS = """Any of the rows, and then all of the page:
+
+```bash
+python recipes/benchmarks/trained_exits.py train ROW --model cifar10_vit_s/ --data cifar10/ --runs runs/trained
+python recipes/benchmarks/trained_exits.py time --data cifar10/ --runs runs/trained
+python recipes/benchmarks/trained_exits.py compare --data cifar10/ --runs runs/trained \\
+    --output docs/trained_exits.jsonl
+python recipes/benchmarks/trained_page.py docs/trained_exits.jsonl docs/results.md
+```
+
+Rows that are not trained yet: {missing}.
+"""
+
+
 def read(file):
-    """Lines of rows by name, of methods at a drop, and of whole curves by method and batch size; the machine."""
+    """Lines of rows by name, of methods at a drop, and of whole curves by method and batch size; the first line."""
     lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
     rows = {line["row"]: line for line in lines if "row" in line}
     at_drop = {(line["method"], line["batch_size"], line["drop"]): line for line in lines if "drop" in line}
     curves = {(line["method"], line["batch_size"]): line for line in lines if "drops" in line}
-    return rows, at_drop, curves, next(line["machine"] for line in lines if "machine" in line)
+    return rows, at_drop, curves, next(line for line in lines if "machine" in line)
 
 
 def told(ratio):
     """A ratio and its interval."""
     return "{:.2f}x ({:.2f}-{:.2f})".format(*ratio)
+
+
+def answer(rows, at_drop, curves, sizes):
+    """When to exit early, and when to cut the model off."""
+    ours = [(HEADLINE, size, AT_DROP) for size in sizes]
+    each = ", ".join(f"{told(at_drop[key]['over_plain'])} at batch {key[1]}" for key in ours)
+    rivals = [name for name in METHODS if name.removesuffix("+ensemble") not in OURS and (name, 1, AT_DROP) in at_drop]
+    over = {name: [at_drop[name, size, AT_DROP]["headline_over"] for size in sizes] for name in rivals}
+    level = [name for name in rivals if min(low for _, low, _ in over[name]) <= 1]
+    said = f"faster than each of the {len(rivals)} others by intervals that exclude 1.0, at every batch size"
+    if level:
+        said = f"of {len(rivals)} others not faster, by intervals, than {', '.join(TITLES[name] for name in level)}"
+    yield (
+        f"**Exit early** where accuracy must stay: at most {100 * AT_DROP:g} point below the plain backbone, "
+        f"{TITLES[HEADLINE]} answers {each}; {said}."
+    )
+    ahead, shorter = curves[HEADLINE, sizes[0]], curves["shorter", sizes[0]]
+    faster = (
+        drop
+        for drop, (mine, *_), (other, *_) in zip(
+            ahead["drops"], ahead["over_plain"], shorter["over_plain"], strict=True
+        )
+        if other > mine
+    )
+    if (first := next(faster, None)) is None:
+        where = f"at no drop up to {100 * ahead['drops'][-1]:g} points"
+    else:
+        where = f"where {100 * first:g} points may be lost"
+    lost = [
+        f"{name} is {100 * (rows['plain']['accuracies'][-1] - rows[name]['accuracies'][-1]):.1f} points below"
+        for name in ROWS
+        if name in rows and ROWS[name].blocks
+    ]
+    at = f"{told(at_drop['shorter', sizes[0], AT_DROP]['over_plain'])} at {100 * AT_DROP:g} point and batch {sizes[0]}"
+    yield (
+        f"**Cut the model off**, or take fewer blocks, {where}: fine-tuned for as long, {', '.join(lost)}, and fewer "
+        f"blocks give {at}."
+    )
 
 
 def table_of_methods(at_drop, drop, sizes):
@@ -123,17 +194,22 @@ def draw(curves, file, batch_size):
 
 def page(file, folder):
     """All of it; the figure is written to `folder`."""
-    rows, at_drop, curves, machine = read(file)
+    rows, at_drop, curves, about = read(file)
     sizes = sorted({size for _, size, _ in at_drop if size})
     draw(curves, folder / "results.png", 8)
-    yield "![speed-up by points of accuracy](results.png)\n"
-    yield f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}.\n"
+    yield HEAD.format(
+        answer=" ".join(answer(rows, at_drop, curves, sizes)),
+        samples=rows["plain"]["samples"],
+        machine=", ".join(f"{key} {value}" for key, value in about["machine"].items()),
+        hours=about["core_minutes"] / 60,
+    )
     for drop in reversed(DROPS):
         yield f"Times as fast as the plain backbone, at most {100 * drop:g} points below it:\n"
         yield from table_of_methods(at_drop, drop, sizes)
         yield ""
     yield "Accuracy right after each block, on the test images, in percent:\n"
     yield from table_of_rows(rows)
+    yield "\n" + COMMANDS.format(missing=", ".join(f"`{name}`" for name in ROWS if name not in rows))
 
 
 def main():

@@ -149,14 +149,16 @@ def write_spent(file, start):
     write_json(file, {"core_minutes": (time.process_time() - start) / 60})
 
 
-def core_minutes(name, runs):
-    """What a row took, with what it has in common with others; but for what a kill cut short."""
-    files = [*(runs / name).glob("spent-*.json")]
-    if ROWS[name].replaced:
-        files += (runs / "plain").glob("spent-*.json")
-    if ROWS[name].grown_on:
-        files.append(grown(runs, ROWS[name]) / "spent.json")
-    return sum(json.loads(file.read_text())["core_minutes"] for file in files)
+def core_minutes(names, runs):
+    """What rows took, with what they have in common (which counts once); but for what a kill cut short."""
+    files = set()
+    for name in names:
+        files |= {*(runs / name).glob("spent-*.json")}
+        if ROWS[name].replaced:
+            files |= {*(runs / "plain").glob("spent-*.json")}
+        if ROWS[name].grown_on:
+            files.add(grown(runs, ROWS[name]) / "spent.json")
+    return round(sum(json.loads(file.read_text())["core_minutes"] for file in files), 1)
 
 
 def with_linear_map(source, data, output, replaced):
