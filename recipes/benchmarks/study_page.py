@@ -9,14 +9,25 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from curve_labels import label_ends
 from study import BATCH_SIZES, METHODS, measured, possible
+
+from lgvit_hf.evaluation.plots import style
 
 BACKBONES = {"vit": "ViT", "deit": "DeiT, distillation token", "swin": "Swin"}
 OURS = "ours"
 # at which methods are compared
 AT_DROP, AT_SIZE = 0.01, 8
+# at most seven: more cannot be told apart
+DRAWN = {
+    "ours": ("ours", style.BLUE),
+    "ours_frozen": ("ours, frozen backbone", style.LIGHT_BLUE),
+    "blocks6": ("6 blocks", style.RED),
+    "truncated": ("LGViT, cut off", style.GREY),
+    "lgvit": ("LGViT", style.GREEN),
+    "sdn": ("SDN", style.ORANGE),
+    "avit": ("A-ViT", style.PURPLE),
+}
 
 HEAD = """# What was measured
 
@@ -170,22 +181,27 @@ def table_of_runtimes(by_method, size):
 
 def draw(by_method, title, file, size=AT_SIZE):
     """Accuracy on test rows against wall-clock speed-up."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for name, lines in by_method.items():
+    figure = style.new_figure(8, 4.8)
+    axes, ends = figure.subplots(), []
+    for name, (label, color) in DRAWN.items():
+        rows = by_method.get(name, [])
         there = sorted(
-            (p["speed_up"], p["accuracy"]) for row in lines for p in row["points"] if p["batch_size"] == size
+            (p["speed_up"], p["accuracy"]) for row in rows for p in row["points"] if p["batch_size"] == size
         )
         if there:
-            style = {"linewidth": 2.2, "marker": "o"} if name.startswith(OURS) else {"linewidth": 1, "marker": "x"}
-            color = colormaps["tab20"](list(METHODS).index(name))
-            axes.plot(*zip(*there, strict=True), label=lines[0]["title"], color=color, **style)
+            shape = {"linewidth": 2.4, "marker": "o"} if name == OURS else {"linewidth": 1.6, "marker": "x"}
+            axes.plot(*zip(*there, strict=True), color=color, **shape)
+            ends.append((*there[-1], label, color))
+    label_ends(axes, ends)
     plain = mean(row["plain_accuracy"] for lines in by_method.values() for row in lines)
-    axes.axhline(plain, color="grey", linestyle=":", label="plain backbone")
-    axes.set(title=title, xlabel=f"wall-clock speed-up, batch {size}", ylabel="accuracy on test rows")
+    axes.axhline(plain, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title(f"{title} (dotted: the plain backbone)", loc="left", fontsize=10)
+    axes.set(
+        xlabel=f"times as fast as the plain backbone, by the clock, batch {size}", ylabel="accuracy on test images"
+    )
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.1f}%")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(file, dpi=130)
+    style.hide_frame(axes)
+    style.save(figure, file)
 
 
 def speed(by_method, name, drop=AT_DROP, size=AT_SIZE):

@@ -8,7 +8,7 @@
 Rows are described in `trained_rows.py`. One thread each. How many steps fit into a row's minutes is measured first, in
 CPU time; a run keeps a checkpoint about every ten minutes, and the same command goes on from the newest. `compare`
 keeps the exit tables of the held-out and the test samples beside each run, searches for policies on the held-out ones,
-and reads them all on the test samples against `plain`.
+and reads them all on the test samples against the backbone alone.
 """
 
 import argparse
@@ -56,11 +56,12 @@ class Method:
     ensemble: bool = False
 
 
+# the backbone alone: all is compared with the one that is right most often on the held-out samples
+PLAIN = ("plain", "plain_small_steps")
 # what is compared with each of the others
 HEADLINE = "tuned+ensemble"
 OURS = ("frozen", "mixed", "lora", "tuned")
 METHODS = {
-    "plain": Method(("plain",)),
     **{row: Method((row,)) for row in OURS},
     **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
@@ -179,26 +180,29 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
 
 
 def compare(methods, place, runs, batch_sizes):
-    """A line per row, and one per method, batch size (0: MACs) and drop below `plain`; and one with many drops."""
-    timed = runs / "plain" / "times.json"
-    rows = dict.fromkeys(row for method in methods.values() for row in ("plain", *method.rows))
+    """A line per row, one per method, batch size (0: MACs) and drop below the plain backbone, one with many drops."""
+    plains = [row for row in PLAIN if (runs / row / "model").exists()]
+    plain = max(plains, key=lambda row: table_of("held_out", row, place, runs).accuracies()[-1])
+    timed = runs / plain / "times.json"
     machine_of_times = json.loads(timed.read_text())["machine"] if timed.exists() else None
-    yield {"machine": machine_of_times, "core_minutes": core_minutes(rows, runs)}
-    plain = table_of("test", "plain", place, runs)
-    weights, right = resample_weights(len(plain), 1000), plain.right[-1].numpy().astype(np.float32)
+    rows = dict.fromkeys([*plains, *(row for method in methods.values() for row in method.rows)])
+    yield {"plain": plain, "machine": machine_of_times, "core_minutes": core_minutes(rows, runs)}
+    right = table_of("test", plain, place, runs).right[-1].numpy().astype(np.float32)
+    weights = resample_weights(len(right), 1000)
     for row in rows:
         table = table_of("test", row, place, runs)
         about = {"row": row, "core_minutes": core_minutes([row], runs), "samples": len(table)}
         yield {**about, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     for batch_size in batch_sizes:
-        floor = curve_of("plain", METHODS["plain"], place, runs, right, batch_size)
+        of_plain = Method((plain,))
+        floor = curve_of(plain, of_plain, place, runs, right, batch_size)
         drawn = {}
-        for name, method in {"plain": METHODS["plain"], **methods}.items():
+        for name, method in {"plain": of_plain, **methods}.items():
             of_rows = [curve_of(row, method, place, runs, right, batch_size) for row in method.rows]
             # who is never as accurate may take the plain backbone itself
             curve = reduce(Curve.joined, of_rows, floor)
             drawn[name] = curve.drops @ weights, curve.costs @ weights
-        for name in (name for name in methods if name != "plain"):
+        for name in methods:
             about = {"method": name, "batch_size": batch_size}
             for drop in DROPS:
                 line = {**about, "drop": drop, "over_plain": speed_up(drawn[name], drawn["plain"], drop)}

@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+from curve_labels import label_ends
 from trained_exits import DROPS, HEADLINE, METHODS, OURS
 from trained_rows import ROWS
 
@@ -58,10 +59,10 @@ HEAD = """# What was measured
 A ViT-S fine-tuned on CIFAR-10 (84 pixels, 12 blocks), the checkpoint that all rows begin with; 40 core-minutes of the
 same machine were planned for each, but for TOAST, which is fitted after `plain`. Settings of all methods (thresholds,
 which exits, `never`) were found on held-out training images; each method is read at its cheapest setting that is at
-most so many points below the *plain backbone* fine-tuned for as long (`plain`), on the {samples} test images, which is
-as kind to one method as to the next. *Times as fast*: by the clock, one thread, against `plain`, all in turn in one
-run; what is never so accurate takes `plain` itself (1.0x). Intervals of 95 % are of the test images, drawn again in
-pairs; each row was trained once. Where a method has several rows (fewer blocks), the best counts at each drop.
+most so many points below the *plain backbone* fine-tuned for as long (`{plain}`), on the {samples} test images, which
+is as kind to one method as to the next. *Times as fast*: by the clock, one thread, against that backbone, all in turn
+in one run; what is never so accurate takes the backbone itself (1.0x). Intervals of 95 % are of the test images, drawn
+again in pairs; each row was trained once. Where a method has several rows (fewer blocks), the best counts.
 Models trained from scratch in minutes are in the [appendix](results-from-scratch.md).
 
 Machine: {machine}. Training took {hours:.1f} core-hours in all.
@@ -94,7 +95,7 @@ def told(ratio):
     return "{:.2f}x ({:.2f}-{:.2f})".format(*ratio)
 
 
-def answer(rows, at_drop, curves, sizes):
+def answer(rows, plain, at_drop, curves, sizes):
     """When to exit early, and when to cut the model off."""
     ours = [(HEADLINE, size, AT_DROP) for size in sizes]
     each = ", ".join(f"{told(at_drop[key]['over_plain'])} at batch {key[1]}" for key in ours)
@@ -121,7 +122,7 @@ def answer(rows, at_drop, curves, sizes):
     else:
         where = f"where {100 * first:g} points may be lost"
     lost = [
-        f"{name} is {100 * (rows['plain']['accuracies'][-1] - rows[name]['accuracies'][-1]):.1f} points below"
+        f"{name} is {100 * (plain['accuracies'][-1] - rows[name]['accuracies'][-1]):.1f} points below"
         for name in ROWS
         if name in rows and ROWS[name].blocks
     ]
@@ -156,17 +157,6 @@ def table_of_rows(rows):
         yield f"| `{name}` | {line['core_minutes']:.0f} | " + " | ".join(cells) + " |"
 
 
-def apart(heights, least):
-    """Heights of labels, as near to the given ones as they can be, each at least so far from the next."""
-    order, placed = sorted(range(len(heights)), key=lambda number: heights[number]), list(heights)
-    for _ in range(200):
-        for low, high in zip(order, order[1:], strict=False):
-            missing = least - (placed[high] - placed[low])
-            if missing > 1e-9:
-                placed[low], placed[high] = placed[low] - missing / 2, placed[high] + missing / 2
-    return placed
-
-
 def draw(curves, file, batch_size):
     """How much faster than the plain backbone, by points of accuracy below it, with 95 % intervals."""
     figure = style.new_figure(8, 4.8)
@@ -179,15 +169,10 @@ def draw(curves, file, batch_size):
         axes.plot(drops, values, color=color, linestyle=line, linewidth=2.4 if label.startswith("ours") else 1.6)
         axes.fill_between(drops, lows, highs, color=color, alpha=0.12, linewidth=0)
         ends.append((drops[-1], values[-1], label, color))
-    low, high = axes.get_ylim()
-    for (drop, value, label, color), height in zip(
-        ends, apart([end[1] for end in ends], (high - low) / 20), strict=True
-    ):
-        axes.annotate(label, (drop, value), (drop + 0.08, height), color=color, va="center", fontsize=9)
+    label_ends(axes, ends)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="points of accuracy below the plain backbone, test images", ylabel="times as fast, by the clock")
     axes.set_title(f"Up is better (batch {batch_size}; bands: 95 % intervals)", loc="left", fontsize=10)
-    axes.set_xlim(0, max((end[0] for end in ends), default=1) * 1.35)
     style.hide_frame(axes)
     style.save(figure, file)
 
@@ -195,11 +180,13 @@ def draw(curves, file, batch_size):
 def page(file, folder):
     """All of it; the figure is written to `folder`."""
     rows, at_drop, curves, about = read(file)
+    plain = rows[about["plain"]]
     sizes = sorted({size for _, size, _ in at_drop if size})
     draw(curves, folder / "results.png", 8)
     yield HEAD.format(
-        answer=" ".join(answer(rows, at_drop, curves, sizes)),
-        samples=rows["plain"]["samples"],
+        answer=" ".join(answer(rows, plain, at_drop, curves, sizes)),
+        plain=about["plain"],
+        samples=plain["samples"],
         machine=", ".join(f"{key} {value}" for key, value in about["machine"].items()),
         hours=about["core_minutes"] / 60,
     )

@@ -2,9 +2,9 @@
 
 Ours: `frozen`, `lgvit grow` alone; `mixed`, `lgvit grow` on fewer images, then backbone and exits together; `lora`,
 the same with adapters in place of the backbone's weights; `tuned`, `lgvit grow` on most of the images of `frozen`, and
-backbone and exits together for what is left of the time. Without exits: `plain`, the backbone alone; the first 4, 6, 8
-and 10 of its blocks, and every second one. And published methods; of these TOAST puts a linear map in place of blocks
-of `plain`, which is trained already.
+backbone and exits together for what is left of the time. Without exits: `plain` and `plain_small_steps`, the backbone
+alone; the first 4, 6, 8 and 10 of its blocks, and every second one. And published methods; of these TOAST puts a
+linear map in place of blocks of `plain`, which is trained already.
 """
 
 import copy
@@ -93,14 +93,17 @@ FINE_TUNED = (Training({"all": 40}, {"stage": "backbone"}),)
 MENDED = (Training({"all": 40}, {"stage": "backbone", "learning_rate": 1e-4}),)
 MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning_rate": 3e-4}
 MOST = {"heads": 2, "joint": 23}
-# exits that are fitted already: small steps, on images as they were fitted on
-SMALL = {**MIXED, "learning_rate": 1e-5, "head_learning_rate": 3e-5, "augment": "none", "crop_scale": None}
+# for what is fitted already, on images as it was fitted on
+SMALL_STEPS = {"learning_rate": 1e-5, "augment": "none", "crop_scale": None}
 ROWS = {
     "plain": Row(FINE_TUNED),
+    "plain_small_steps": Row((Training({"all": 40}, {"stage": "backbone", **SMALL_STEPS}),)),
     "frozen": Row(grown_on=28_000),
     "mixed": Row((Training(MOST, MIXED),), grown_on=10_000),
     "lora": Row((Training(MOST, {**MIXED, "lora": 8, "learning_rate": 5e-4}),), grown_on=10_000),
-    "tuned": Row((Training({"heads": 1, "joint": 9}, SMALL),), grown_on=20_000),
+    "tuned": Row(
+        (Training({"heads": 1, "joint": 9}, {**MIXED, **SMALL_STEPS, "head_learning_rate": 3e-5}),), grown_on=20_000
+    ),
     # without exits
     **{f"first{blocks}": Row(MENDED, blocks=range(blocks)) for blocks in (4, 6, 8, 10)},
     "second6": Row(MENDED, blocks=range(1, 12, 2)),
