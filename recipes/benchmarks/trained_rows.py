@@ -91,6 +91,12 @@ def published(name, minutes=40, **settings):
 FINE_TUNED = (Training({"all": 40}, {"stage": "backbone"}),)
 # of what blocks are missing from, as fast as the checkpoint itself was trained
 MENDED = (Training({"all": 40}, {"stage": "backbone", "learning_rate": 1e-4}),)
+# A-ViT's published weights and target; a gate for a first channel around 0, where patches of this checkpoint differ by
+# 0.3: at first a token halts behind about 12 blocks, and some behind 5
+HALTING = {
+    **{"gate_scale": 4.0, "gate_center": 2.5, "target_depth": 8},
+    **{"ponder_weight": 5e-4, "distribution_weight": 1e-3},
+}
 MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning_rate": 3e-4}
 MOST = {"heads": 2, "joint": 23}
 # for what is fitted already, on images as it was fitted on
@@ -114,6 +120,7 @@ ROWS = {
     "vit_ee": Row((published("vit_ee"),)),
     "lgvit1": Row((published("stage1"),)),
     "lgvit": Row((published("stage1", 20), published("stage2", 20, learning_rate=1e-3))),
+    "avit": Row((Training({"all": 40}, {"stage": "avit", "halting": HALTING, "learning_rate": 1e-4}),)),
 }
 
 

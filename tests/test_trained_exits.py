@@ -1,0 +1,69 @@
+"""`recipes/benchmarks/trained_exits.py`: models that share times, what A-ViT answers, which rows are read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from lgvit_hf import AViT, AViTConfig, ViTHighwayConfig
+from lgvit_hf.evaluation.costs import Costs
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+TINY |= {"image_size": 8, "patch_size": 4, "num_labels": 3}
+
+
+@pytest.fixture(scope="module")
+def exits(benchmark):
+    return benchmark("trained_exits")
+
+
+@pytest.fixture(scope="module")
+def halting(benchmark):
+    return benchmark("trained_halting")
+
+
+def test_times_are_shared_by_models_that_run_the_same(exits):
+    def of(**settings):
+        return exits.exits_of(SimpleNamespace(config=ViTHighwayConfig(**TINY, **settings)))
+
+    two = {"exit_positions": [1, 2], "exit_types": "linear"}
+    assert of(**two) == of(**two)
+    others = [of(), of(**two | {"exit_positions": [1, 3]}), of(**two | {"exit_types": "mlp"})]
+    assert len({of(**two), *others}) == 4
+
+
+def test_a_linear_map_in_place_of_blocks_has_times_of_its_own(exits):
+    whole = ViTHighwayConfig(**TINY)
+    shorter = ViTHighwayConfig(**TINY, linear_blocks=[2, 3])
+    assert exits.exits_of(SimpleNamespace(config=whole)) != exits.exits_of(SimpleNamespace(config=shorter))
+
+
+def test_a_vit_is_a_table_of_one_exit_with_the_macs_of_its_tokens(halting, tmp_path):
+    config = AViTConfig(**TINY, gate_scale=4.0, gate_center=1.0)
+    AViT(config).save_pretrained(tmp_path / "avit")
+    ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(tmp_path / "plain")
+    assert halting.halting_model(tmp_path / "plain") is None
+    model = halting.halting_model(tmp_path / "avit")
+    samples = [{"pixel_values": torch.randn(3, 8, 8), "labels": number % 3} for number in range(5)]
+    table = halting.answers_of(model, samples)
+    with torch.no_grad():
+        out = model(torch.stack([sample["pixel_values"] for sample in samples]))
+    assert table.depths == [4] and table.labels.tolist() == [0, 1, 2, 0, 1]
+    torch.testing.assert_close(table.logits[0], out.logits)
+    never = halting.token_macs(config, torch.full((1, 5), 4)).item()
+    expected = halting.token_macs(config, out.token_depth).mean().item()
+    assert table.known_costs == Costs([pytest.approx(expected)], [0.0]) and expected <= never
+
+
+def test_a_vit_takes_the_median_of_its_times_at_every_batch_size(halting):
+    table = halting.costs_of({1: [1.0, 3.0, 2.0], 8: [5.0]})
+    of_image = [2000.0, 625.0]  # milliseconds
+    assert [table.at(size).of_exit(0, []) for size in (1, 8)] == pytest.approx(of_image)
+    assert [table.mean_latency([1.0], [], size) for size in (1, 8)] == pytest.approx(of_image)
+
+
+def test_methods_are_read_at_those_of_their_rows_that_are_trained(exits):
+    found = exits.of_trained(["first6", "second6", "sdn"])
+    assert found["shorter"].rows == ("first6", "second6") and found["pabee"].policy == "patience"
+    assert not {*found} & {"lgvit", *exits.OURS}
