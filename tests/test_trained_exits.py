@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from lgvit_hf import AViT, AViTConfig, ViTHighwayConfig
+from lgvit_hf import AViT, AViTConfig, ExitTable, ViTHighwayConfig
 from lgvit_hf.evaluation.costs import Costs
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -61,6 +61,19 @@ def test_a_vit_takes_the_median_of_its_times_at_every_batch_size(halting):
     of_image = [2000.0, 625.0]  # milliseconds
     assert [table.at(size).of_exit(0, []) for size in (1, 8)] == pytest.approx(of_image)
     assert [table.mean_latency([1.0], [], size) for size in (1, 8)] == pytest.approx(of_image)
+
+
+def test_a_model_that_is_cut_off_answers_all_samples_at_one_exit_and_runs_no_other(exits, tmp_path):
+    labels = torch.tensor([0, 1, 2, 0])
+    logits = torch.randn(3, 4, 3)
+    table = ExitTable(logits, labels, [1, 2, 4], Costs([1.0, 2.0, 4.0], [0.5, 0.5, 0.0]))
+    for part in ("held_out", "test"):
+        (tmp_path / "tuned").mkdir(exist_ok=True)
+        table.save(tmp_path / "tuned" / f"{part}.safetensors")
+    right = table.right.numpy()
+    curve = exits.curve_of("tuned", exits.METHODS["cut_off"], {"data": "not read"}, tmp_path, right[-1], 0)
+    assert curve.costs.tolist() == [[cost] * 4 for cost in (7.0, 1.5, 3.5)]
+    assert (curve.drops == right[-1].astype(float) - right[[2, 0, 1]]).all()
 
 
 def test_methods_are_read_at_those_of_their_rows_that_are_trained(exits):

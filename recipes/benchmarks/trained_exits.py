@@ -47,7 +47,8 @@ class Method:
 
     Args:
         rows (`tuple[str, ...]`): Of `trained_rows.py`.
-        policy (`str`, *optional*): The only one, as published; by default whatever `policy="auto"` finds.
+        policy (`str`, *optional*):
+            The only one, as published; `"fixed"` answers all samples at one exit; by default whatever `"auto"` finds.
         ensemble (`bool`, *optional*, defaults to `False`): Whether exits answer by a running ensemble.
     """
 
@@ -64,6 +65,7 @@ OURS = ("frozen", "mixed", "lora", "tuned")
 METHODS = {
     **{row: Method((row,)) for row in OURS},
     **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
+    "cut_off": Method(OURS, "fixed"),
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
     "toast": Method(("toast4_4", "toast5_6", "toast5_7")),
     "sdn": Method(("sdn",), "confidence"),
@@ -149,6 +151,8 @@ def settings_of(method, held_out, costs):
     found = [{"name": "never"}]
     if len(held_out.depths) == 1:
         return found
+    if method.policy == "fixed":
+        return found + [{"name": "fixed", "exit_index": index} for index in range(len(held_out.depths) - 1)]
     if method.policy in ("auto", "calibrated_confidence"):
         temperatures = tuple(fit_temperature(logits, held_out.labels) for logits in held_out.policy_logits())
         return found + candidates(held_out, costs, method.policy, temperatures, choose_exits=method.policy == "auto")
