@@ -90,11 +90,6 @@ def published(name, minutes=40, **settings):
     return Training({"all": minutes}, {**of_method, "head_learning_rate": 3e-3, **settings})
 
 
-def fewer(blocks, learning_rate):
-    """A plain model of some blocks: its classifier is fitted, then all of it is trained."""
-    return Row((Training({"all": 32}, {"stage": "backbone", "learning_rate": learning_rate}),), blocks=blocks)
-
-
 FINE_TUNED = (Training({"all": 40}, {"stage": "backbone"}),)
 # A-ViT's published weights and target; a gate for a first channel around 0, where patches of this checkpoint differ by
 # 0.3: at first a token halts behind about 12 blocks, and some behind 5
@@ -106,6 +101,7 @@ MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning
 MOST = {"heads": 2, "joint": 23}
 # for what is fitted already, on images as it was fitted on
 SMALL_STEPS = {"learning_rate": 1e-5, "augment": "none", "crop_scale": None}
+MENDED = (Training({"all": 32}, {"stage": "backbone", **SMALL_STEPS, "learning_rate": 2e-5}),)
 ROWS = {
     "plain": Row(FINE_TUNED),
     "plain_small_steps": Row((Training({"all": 40}, {"stage": "backbone", **SMALL_STEPS}),)),
@@ -116,10 +112,8 @@ ROWS = {
         (Training({"heads": 1, "joint": 9}, {**MIXED, **SMALL_STEPS, "head_learning_rate": 3e-5}),), grown_on=20_000
     ),
     # without exits
-    # 1e-4 is what the checkpoint itself was trained with
-    **{f"first{blocks}": fewer(range(blocks), 1e-4) for blocks in (4, 6, 8)},
-    "first10": fewer(range(10), 5e-5),
-    "second6": fewer(range(1, 12, 2), 1e-4),
+    **{f"first{blocks}": Row(MENDED, blocks=range(blocks)) for blocks in (4, 6, 8, 10)},
+    "second6": Row(MENDED, blocks=range(1, 12, 2)),
     # as published
     **{f"toast{first}_{last}": Row(replaced=(first, last)) for first, last in ((4, 4), (5, 6), (5, 7))},
     "sdn": Row((published("sdn"),)),
