@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/study.py --data cifar10=photos/cifar10 tiny_imagenet=photos/tiny --output runs/study
     python recipes/benchmarks/study.py --data cifar10=photos/cifar10 --backbones vit --methods sdn --output runs/study
-    python recipes/benchmarks/study_page.py docs/results.jsonl docs/results.md
+    python recipes/benchmarks/study_page.py docs/results-from-scratch.jsonl docs/results-from-scratch.md
 
 One training is one `lgvit train` of a file in `recipes/configs/BACKBONE_small`. What was trained or measured is not
 done again, and a killed run goes on. `results.jsonl` in the output folder gets a line per method.

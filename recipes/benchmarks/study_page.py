@@ -1,6 +1,6 @@
 """The page and the figures of the study, from the lines that `study.py` wrote; nothing here is typed by hand.
 
-python recipes/benchmarks/study_page.py docs/results.jsonl docs/results.md
+python recipes/benchmarks/study_page.py docs/results-from-scratch.jsonl docs/results-from-scratch.md
 """
 
 import argparse
@@ -29,7 +29,9 @@ DRAWN = {
     "avit": ("A-ViT", style.PURPLE),
 }
 
-HEAD = """# What was measured
+HEAD = """# Models trained from scratch
+
+An appendix of the [results](results.md), where a backbone uses its depth.
 
 Every figure on this page is from `recipes/benchmarks/study.py`; `recipes/benchmarks/study_page.py` wrote it. Small
 models, trained from scratch for minutes on a CPU: accuracies are far from what longer training gives, comparisons

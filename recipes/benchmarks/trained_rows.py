@@ -135,14 +135,13 @@ def train_row(name, place, runs):
     """
     row, home, model = ROWS[name], runs / name, place["model"]
     home.mkdir(parents=True, exist_ok=True)
-    if row.replaced:
-        model = with_linear_map(runs / "plain" / "model", place["data"], home / "start", row.replaced)
     if row.grown_on:
         model = with_exits(model, place["data"], grown(runs, row), row.grown_on)
+    start = time.process_time()
+    if row.replaced:
+        model = with_linear_map(runs / "plain" / "model", place["data"], home / "start", row.replaced)
     if row.blocks:
         model = with_blocks(model, row.blocks, home / "start")
-    start = time.process_time()
-    if row.blocks:
         model = with_fitted_classifier(model, place["data"], home / "fitted")
     outputs = [*(f"trained-{number}" for number in range(1, len(row.trainings))), "model"]
     for output, training in zip(outputs, row.trainings, strict=False):
