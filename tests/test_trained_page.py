@@ -48,23 +48,31 @@ def test_the_page_says_what_the_lines_say(page, tmp_path, written):
     text = written(lines_of(page))
     assert "| `lgvit grow` | 1.75x (1.65-1.85) | 1.75x (1.65-1.85) | 2.00x (1.50-3.00) |" in text
     assert "| fewer blocks | 1.25x (1.15-1.35) |" in text
-    assert "| `first8` | 41 |  | 80.0 |  |" in text and "| `frozen` | 41 | 70.0 |  | 85.0 |" in text
+    assert "| `first8` | 41 |  | 80.0 |  |" in text and "| `frozen`: `lgvit grow` | 41 | 70.0 |  | 85.0 |" in text
     assert text.index("| `lgvit grow` |") < text.index("| fewer blocks |") and "processor EPYC" in text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     first = text.split("![")[0]
-    assert "ensemble answers 1.85x (1.75-1.95) at batch 1, 1.85x (1.75-1.95) at batch 8; faster than each" in first
+    assert "ensemble* gains 1.85x (1.75-1.95) at batch 1, 1.85x (1.75-1.95) at batch 8; faster than each" in first
     assert (
-        "or take fewer blocks, at no drop up to 1 points: fine-tuned for as long, first8 is 6.0 points below" in first
+        "**Exit early**" in first and "fewer blocks, at no drop up to 1 pt (batch 8): at 1 pt that is 1.25x" in first
     )
+    assert "`first8` is 6.0 pt below" in first
     assert (
         "on the 100 test images" in text and "1.5 core-hours" in text and "`sdn`" in text.split("not trained yet")[1]
     )
 
 
-def test_the_page_says_so_where_another_wins(page, written):
-    first = written(lines_of(page, fewer_blocks=2.0, ahead_by=(0.9, 0.8, 1.1))).split("![")[0]
-    assert "of 1 others not faster, by intervals, than fewer blocks." in first and "exclude 1.0" not in first
-    assert "or take fewer blocks, where 1 points may be lost" in first
+@pytest.mark.parametrize(
+    ("ahead_by", "advice", "said"),
+    [
+        ((0.9, 0.8, 1.1), "**Exit early**", "not clearly faster than fewer blocks."),
+        ((0.7, 0.6, 0.8), "**Not everywhere exit early**", "; fewer blocks faster at some batch size."),
+    ],
+)
+def test_the_page_says_so_where_another_wins(page, written, ahead_by, advice, said):
+    first = written(lines_of(page, fewer_blocks=2.0, ahead_by=ahead_by)).split("![")[0]
+    assert advice in first and said in first and "faster than each" not in first
+    assert "by taking fewer blocks, from 1 pt on (batch 8)" in first
 
 
 def test_all_methods_have_titles_and_few_are_drawn(page):

@@ -63,6 +63,25 @@ def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, check
     assert len([json.loads(spent.read_text()) for spent in home.glob("spent-*.json")]) >= 1
 
 
+def test_a_row_of_fewer_blocks_is_fitted_a_classifier_and_then_trained(rows, checkpoint, tmp_path, monkeypatch):
+    runs = []
+
+    def train_recipe(**settings):
+        runs.append(settings)
+        Path(settings["output"]).mkdir(parents=True, exist_ok=True)
+        (Path(settings["output"]) / "training.json").write_text("{}")
+
+    monkeypatch.setattr(rows, "train_recipe", train_recipe)
+    monkeypatch.setattr(rows, "seconds_of_step", lambda training, phase, place: 2.0)
+    monkeypatch.setitem(rows.ROWS, "first2", rows.Row(rows.MENDED, blocks=range(2)))
+    rows.train_row("first2", {"model": str(checkpoint), "data": "digits"}, tmp_path / "runs")
+    home = tmp_path / "runs" / "first2"
+    assert [(run["stage"], run["model"]) for run in runs] == [
+        ("head", str(home / "start")),
+        ("backbone", str(home / "fitted")),
+    ]
+
+
 def test_a_linear_map_stands_in_for_blocks_of_the_trained_plain_model(rows, tmp_path, monkeypatch):
     settings = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
     config = ViTConfig(**settings, image_size=8, patch_size=4, num_labels=10)

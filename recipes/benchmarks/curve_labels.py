@@ -14,6 +14,7 @@ def apart(heights, least):
 
 def label_ends(axes, ends):
     """Write the label of each curve to the right of its end; an end is `(x, y, label, colour)`."""
+    ends = ends[::-1]  # of curves that end level the first has its label on top
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     heights = apart([y for _, y, _, _ in ends], (high - low) / 20)
     for (x, y, label, color), height in zip(ends, heights, strict=True):

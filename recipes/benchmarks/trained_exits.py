@@ -1,4 +1,4 @@
-"""What training the whole model gains over heads on a frozen backbone, after equal core-minutes from one checkpoint.
+"""Ways to make one checkpoint faster, after equal core-minutes: exits of several kinds, fewer blocks, TOAST, A-ViT.
 
     python recipes/benchmarks/trained_exits.py train plain --model CHECKPOINT --data DATA --runs RUNS
     python recipes/benchmarks/trained_exits.py train mixed --model CHECKPOINT --data DATA --runs RUNS
@@ -65,7 +65,7 @@ OURS = ("frozen", "mixed", "lora", "tuned")
 METHODS = {
     **{row: Method((row,)) for row in OURS},
     **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
-    "cut_off": Method(OURS, "fixed"),
+    "cut_off": Method((*OURS, "sdn", "berxit", "vit_ee", "lgvit1", "lgvit"), "fixed"),
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
     "toast": Method(("toast4_4", "toast5_6", "toast5_7")),
     "sdn": Method(("sdn",), "confidence"),
@@ -98,10 +98,11 @@ def time_rows(rows, place, runs, repeats):
 
     Each is opened twice: where its weights lie in memory alone makes a tenth of the time.
     """
-    calls, models, found, halting = {}, {}, {}, {}
+    calls, models, found, halting, opened = {}, {}, {}, {}, None
     for row in [*rows, *rows]:
         folder = runs / row / "model"
         if tokens_halt := halting_model(folder):
+            opened = tokens_halt
             images = first_images(folder, place["data"], 2 * max(BATCH_SIZES))
             for size in BATCH_SIZES:
                 times = halting.setdefault(row, {}).setdefault(size, [])
@@ -110,7 +111,7 @@ def time_rows(rows, place, runs, repeats):
         model = load_highway(folder).float().eval()
         segments, policy = model.segments(), build_policy({"name": "confidence", "threshold": 0.5}, len(model.exits))
         pixels, same = example_image(model, max(BATCH_SIZES)), exits_of(model)
-        models[row] = model
+        models[row] = opened = model
         for size in measured_sizes(BATCH_SIZES, len(pixels)):
             times = found.setdefault(same, {}).setdefault(size, [])
             calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
@@ -122,9 +123,7 @@ def time_rows(rows, place, runs, repeats):
     tables = {row: cost_table(model, found[exits_of(model)]) for row, model in models.items()}
     tables |= {row: costs_of(sizes) for row, sizes in halting.items()}
     for row, table in tables.items():
-        write_json(
-            runs / row / "times.json", {"machine": machine(next(iter(models.values()))), "table": table.to_dict()}
-        )
+        write_json(runs / row / "times.json", {"machine": machine(opened), "table": table.to_dict()})
 
 
 def first_images(folder, data, number):
@@ -185,7 +184,7 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
 
 def compare(methods, place, runs, batch_sizes):
     """A line per row, one per method, batch size (0: MACs) and drop below the plain backbone, one with many drops."""
-    plains = [row for row in PLAIN if (runs / row / "model").exists()]
+    plains = [row for row in PLAIN if (runs / row / "model" / "config.json").exists()]
     plain = max(plains, key=lambda row: table_of("held_out", row, place, runs).accuracies()[-1])
     timed = runs / plain / "times.json"
     machine_of_times = json.loads(timed.read_text())["machine"] if timed.exists() else None
@@ -241,7 +240,7 @@ def main():
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    trained = [row for row in ROWS if (options.runs / row / "model").exists()]
+    trained = [row for row in ROWS if (options.runs / row / "model" / "config.json").exists()]
     place = {"model": options.model, "data": options.data}
     if options.action == "train":
         for row in options.names or ROWS:
