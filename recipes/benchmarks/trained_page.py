@@ -42,7 +42,7 @@ STATIC = ("cut_off", "shorter")
 # at most seven: more cannot be told apart
 DRAWN = {
     "tuned+ensemble": ("ours: grown, then trained jointly", style.BLUE, "-"),
-    "frozen": ("ours: lgvit grow", style.BLUE, "--"),
+    "frozen": ("ours: lgvit grow (dashed)", style.BLUE, "--"),
     "shorter": ("fewer blocks", style.RED, "-"),
     "cut_off": ("cut off at one exit", style.GREY, "-"),
     "lgvit": ("LGViT", style.GREEN, "-"),
