@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +16,7 @@ import numpy as np
 from .compute_thread import SHUTTING_DOWN, ComputeThread
 from .device.loop import Arrays
 from .device.remote import SHARE, RemoteHighway
+from .returning import Returning
 
 # seconds that a request may be made to wait for others
 MAX_WAIT = 60.0
@@ -57,7 +60,8 @@ class Batcher(ComputeThread):
         highway (`RemoteHighway`): What answers.
         max_samples (`int`, *optional*, defaults to 32): Samples of a batch; a request with more runs alone.
         max_wait (`float`, *optional*, defaults to 0.002):
-            Seconds that a request waits for others to join it, as long as some are on their way, see `coming`.
+            Seconds that a request waits for others to join it, as long as some are on their way, see `coming`; longer
+            for clients that ask again as soon as they are answered, see `Returning`.
         max_waiting (`int`, *optional*, defaults to 1024): Samples that may wait; more are refused.
         senders (`int`, *optional*, defaults to 16): Batches that may be on their way to the next part.
         observer (`Observer`, *optional*): Is told of every batch.
@@ -82,7 +86,7 @@ class Batcher(ComputeThread):
             )
         self.highway, self.max_samples, self.max_wait, self.max_waiting = highway, max_samples, max_wait, max_waiting
         super().__init__()
-        self.batches, self._observer = 0, observer
+        self.batches, self._observer, self._returning = 0, observer, Returning(max_wait)
         self._queue: deque[_Waiting] = deque()
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
         self._thread.start()
@@ -103,6 +107,16 @@ class Batcher(ComputeThread):
     def pass_seconds(self) -> float:
         """How much longer than its timeout a request may run: 0, for one that has begun is answered."""
         return 0.0
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """See `ComputeThread`."""
+        with self._changed:
+            self._returning.arrived(time.monotonic())
+        with super().coming():
+            yield
+        with self._changed:
+            self._returning.goes_on(time.monotonic())
 
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
         """Have samples answered; the future gives what `RemoteHighway` would, or can be cancelled until it runs.
@@ -165,10 +179,11 @@ class Batcher(ComputeThread):
         """The next requests to run together, or nothing at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
-            until = time.monotonic() + self.max_wait
-            while self._coming > 0 and len(self._queue) < self.max_samples and not self._closed:
-                if not self._changed.wait(max(0.0, until - time.monotonic())):
+            began = time.monotonic()
+            while self._coming + self._returning.awaited and len(self._queue) < self.max_samples and not self._closed:
+                if (left := self._wait_until(began) - time.monotonic()) <= 0:
                     break
+                self._changed.wait(left)
             if not self._queue:
                 return None if self._closed else []
             first, samples, group = self._queue[0], 0, []
@@ -183,6 +198,12 @@ class Batcher(ComputeThread):
             taken = set(group)
             self._queue = deque(waiting for waiting in self._queue if waiting not in taken)
             return group
+
+    def _wait_until(self, began: float) -> float:
+        """How long what waits since `began` for others may go on to; not so long that it would be late itself."""
+        until = max(began + self.max_wait, self._returning.until if self._returning.awaited else 0.0)
+        deadline = min((waiting.asked + waiting.timeout for waiting in self._queue), default=math.inf)
+        return min(until, deadline - self._returning.seconds)
 
     def _begins(self, waiting: _Waiting) -> bool:
         """Whether a request is still to be computed."""
@@ -204,11 +225,14 @@ class Batcher(ComputeThread):
 
     def _run(self, group: list[_Waiting]) -> None:
         try:
-            names = group[0].inputs
+            began, names = time.monotonic(), group[0].inputs
             inputs = {name: np.concatenate([waiting.inputs[name] for waiting in group]) for name in names}
             answers, further, state = self.highway.part(inputs)
             ends = np.cumsum([waiting.samples for waiting in group]).tolist()
             done, rest = self.highway.finish(answers, further[:0], {}), []
+            with self._changed:
+                now = time.monotonic()
+                self._returning.answered(len(group), now - began, now)
             for waiting, end in zip(group, ends, strict=True):
                 span = slice(end - waiting.samples, end)
                 if ((further >= span.start) & (further < span.stop)).any():

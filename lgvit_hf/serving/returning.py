@@ -1,0 +1,62 @@
+"""`Returning`: whether those who were answered ask again at once, so that the next batch may wait for them."""
+
+from __future__ import annotations
+
+# of the time of a batch, for which the next waits for those who ask again, at most
+SHARE_OF_BATCH = 0.5
+# that must have asked again lately, for others to be waited for
+MOST = 0.75
+# of the last batch, in the share of those who ask again
+WEIGHT = 0.25
+
+
+class Returning:
+    """How many requests are about to come, of clients that send the next as soon as one is answered.
+
+    Without it, such clients part into two groups, and one computes while the other asks: every batch is half of what
+    it could be. Where requests come at times of their own, about `SHARE_OF_BATCH` of them come within that share of a
+    batch, and nothing is waited for.
+
+    `seconds` is what the last batch took, and `until` by when those who are awaited must have come.
+
+    Args:
+        max_wait (`float`): Seconds without any of them after which no more are waited for.
+
+    Example:
+
+        >>> returning = Returning(max_wait=0.002)
+        >>> for batch in range(10):
+        ...     returning.answered(2, seconds=0.02, now=batch * 0.02)
+        ...     returning.arrived(now=batch * 0.02 + 0.001)
+        ...     returning.arrived(now=batch * 0.02 + 0.001)
+        >>> returning.answered(2, seconds=0.02, now=0.2)
+        >>> returning.awaited, returning.until
+        (2, 0.202)
+    """
+
+    def __init__(self, max_wait: float):
+        self._max_wait, self._share = max_wait, 0.0
+        self._answered, self._came, self._latest = 0, 0, 0.0
+        self.seconds, self.until = 0.0, 0.0
+
+    @property
+    def awaited(self) -> int:
+        """Requests that may still come before `until`; 0 where few have asked again lately."""
+        return self._answered - self._came if self._share >= MOST else 0
+
+    def answered(self, requests: int, seconds: float, now: float) -> None:
+        """A batch of so many requests is answered, which took so long."""
+        if self._answered:
+            self._share += WEIGHT * (self._came / self._answered - self._share)
+        self._answered, self._came, self._latest = requests, 0, now + SHARE_OF_BATCH * seconds
+        self.seconds = seconds
+        self.goes_on(now)
+
+    def arrived(self, now: float) -> None:
+        """A request has come, and is not decoded yet."""
+        self._came += now < self._latest and self._came < self._answered
+        self.goes_on(now)
+
+    def goes_on(self, now: float) -> None:
+        """A request is decoded: others may follow."""
+        self.until = min(now + self._max_wait, self._latest)
