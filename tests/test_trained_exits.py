@@ -68,10 +68,10 @@ def test_a_model_that_is_cut_off_answers_all_samples_at_one_exit_and_runs_no_oth
     logits = torch.randn(3, 4, 3)
     table = ExitTable(logits, labels, [1, 2, 4], Costs([1.0, 2.0, 4.0], [0.5, 0.5, 0.0]))
     for part in ("held_out", "test"):
-        (tmp_path / "tuned").mkdir(exist_ok=True)
-        table.save(tmp_path / "tuned" / f"{part}.safetensors")
+        (tmp_path / "mixed").mkdir(exist_ok=True)
+        table.save(tmp_path / "mixed" / f"{part}.safetensors")
     right = table.right.numpy()
-    curve = exits.curve_of("tuned", exits.METHODS["cut_off"], {"data": "not read"}, tmp_path, right[-1], 0)
+    curve = exits.curve_of("mixed", exits.METHODS["cut_off"], {"data": "not read"}, tmp_path, right[-1], 0)
     assert curve.costs.tolist() == [[cost] * 4 for cost in (7.0, 1.5, 3.5)]
     assert (curve.drops == right[-1].astype(float) - right[[2, 0, 1]]).all()
 

@@ -25,10 +25,26 @@ def checkpoint(tmp_path):
     return tmp_path / "whole"
 
 
+@pytest.fixture
+def runs(rows, monkeypatch):
+    """What `train_recipe` is called with, in place of training."""
+    found = []
+
+    def train_recipe(**settings):
+        found.append(settings)
+        for name in ("checkpoint-9", "."):
+            (Path(settings["output"]) / name).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(rows, "train_recipe", train_recipe)
+    monkeypatch.setattr(rows, "seconds_of_step", lambda training, phase, place: 2.0)
+    return found
+
+
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 1), (1, 3)])
 def test_blocks_that_are_kept_do_what_they_did(rows, checkpoint, tmp_path, kept):
     whole = ViTForImageClassification.from_pretrained(checkpoint).eval()
-    fewer = ViTForImageClassification.from_pretrained(rows.with_blocks(checkpoint, kept, tmp_path / "fewer")).eval()
+    rows.Blocks(kept).make({"model": checkpoint}, tmp_path / "fewer")
+    fewer = ViTForImageClassification.from_pretrained(tmp_path / "fewer").eval()
     pixels, (layers,) = torch.randn(2, 3, 8, 8), [m for m in whole.modules() if isinstance(m, torch.nn.ModuleList)]
     for number in reversed(range(4)):
         if number not in kept:
@@ -38,17 +54,7 @@ def test_blocks_that_are_kept_do_what_they_did(rows, checkpoint, tmp_path, kept)
         assert torch.equal(fewer(pixels).logits, whole(pixels).logits)
 
 
-def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, checkpoint, tmp_path, monkeypatch):
-    runs = []
-
-    def train_recipe(**settings):
-        runs.append(settings)
-        for name in ("checkpoint-9", "."):
-            (Path(settings["output"]) / name).mkdir(parents=True, exist_ok=True)
-        (Path(settings["output"]) / "training.json").write_text("{}")
-
-    monkeypatch.setattr(rows, "train_recipe", train_recipe)
-    monkeypatch.setattr(rows, "seconds_of_step", lambda training, phase, place: 2.0)
+def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, runs, checkpoint, tmp_path):
     for _ in range(2):
         rows.train_row("lgvit", {"model": str(checkpoint), "data": "digits"}, tmp_path / "runs")
     home = tmp_path / "runs" / "lgvit"
@@ -56,30 +62,29 @@ def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, check
         (1, "alternating_weighted"),
         (2, "distillation_lgvit"),
     ]
-    assert [run["model"] for run in runs] == [str(checkpoint), str(home / "trained-1")]
+    assert [run["model"] for run in runs] == [str(checkpoint), str(home / "step-1")]
     # twenty minutes of steps of two seconds
     assert all(run["epochs"] * rows.SAMPLES / rows.BATCH == pytest.approx(600) for run in runs)
-    assert not list(home.glob("*/checkpoint-*")) and (home / "model" / "training.json").exists()
+    assert not list(home.glob("*/checkpoint-*")) and (home / "model").exists()
     assert len([json.loads(spent.read_text()) for spent in home.glob("spent-*.json")]) >= 1
 
 
-def test_a_row_of_fewer_blocks_is_fitted_a_classifier_and_then_trained(rows, checkpoint, tmp_path, monkeypatch):
-    runs = []
-
-    def train_recipe(**settings):
-        runs.append(settings)
-        Path(settings["output"]).mkdir(parents=True, exist_ok=True)
-        (Path(settings["output"]) / "training.json").write_text("{}")
-
-    monkeypatch.setattr(rows, "train_recipe", train_recipe)
-    monkeypatch.setattr(rows, "seconds_of_step", lambda training, phase, place: 2.0)
-    monkeypatch.setitem(rows.ROWS, "first2", rows.Row(rows.MENDED, blocks=range(2)))
+def test_a_row_of_fewer_blocks_is_fitted_a_classifier_and_then_trained(rows, runs, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(rows.ROWS, "first2", rows.fewer(range(2)))
     rows.train_row("first2", {"model": str(checkpoint), "data": "digits"}, tmp_path / "runs")
     home = tmp_path / "runs" / "first2"
     assert [(run["stage"], run["model"]) for run in runs] == [
-        ("head", str(home / "start")),
-        ("backbone", str(home / "fitted")),
+        ("head", str(home / "step-1")),
+        ("backbone", str(home / "step-2")),
     ]
+
+
+def test_the_core_minutes_of_a_linear_map_hold_those_of_the_plain_model(rows, tmp_path):
+    for name, minutes in (("plain", 40.0), ("toast5_6", 2.0), ("sdn", 41.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spent-1.json").write_text(json.dumps({"core_minutes": minutes}))
+    found = [rows.core_minutes(names, tmp_path) for names in (["sdn"], ["toast5_6"], ["plain", "toast5_6", "sdn"])]
+    assert found == [41.0, 42.0, 83.0]
 
 
 def test_a_linear_map_stands_in_for_blocks_of_the_trained_plain_model(rows, tmp_path, monkeypatch):
@@ -87,7 +92,7 @@ def test_a_linear_map_stands_in_for_blocks_of_the_trained_plain_model(rows, tmp_
     config = ViTConfig(**settings, image_size=8, patch_size=4, num_labels=10)
     ViTForImageClassification(config).save_pretrained(tmp_path / "plain" / "model")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "plain" / "model")
-    monkeypatch.setitem(rows.ROWS, "toast2_3", rows.Row(replaced=(2, 3)))
+    monkeypatch.setitem(rows.ROWS, "toast2_3", (rows.LinearMap(2, 3),))
     rows.train_row("toast2_3", {"model": "not read", "data": "digits"}, tmp_path)
     assert ViTHighwayConfig.from_pretrained(tmp_path / "toast2_3" / "model").linear_blocks == [2, 3]
     assert list((tmp_path / "toast2_3").glob("spent-*.json"))
@@ -99,11 +104,13 @@ def test_each_training_is_one_that_the_command_takes(rows, tmp_path):
     ViTHighway(ViTHighwayConfig(**settings, num_labels=10)).save_pretrained(tmp_path / "exits")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "plain")
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "exits")
-    trained_otherwise = {id(row.trainings): (name, row) for name, row in rows.ROWS.items()}
-    for name, row in trained_otherwise.values():
-        for number, training in enumerate(row.trainings):
-            model = tmp_path / ("exits" if number or row.grown_on else "plain")
-            phases = {"head_epochs": 0.1} if "heads" in training.minutes else {}
+    for name, steps in rows.ROWS.items():
+        trainings = [step for step in steps if isinstance(step, rows.Training)]
+        for step, before in zip(steps, (None, *steps), strict=False):
+            if not isinstance(step, rows.Training):
+                continue
+            model = tmp_path / ("exits" if isinstance(before, rows.Growth | rows.Training) else "plain")
+            phases = {"head_epochs": 0.1} if "heads" in step.minutes else {}
             place = {"model": str(model), "data": "digits", "output": str(tmp_path / name), "epochs": 0.5}
-            rows.train_recipe(**{**rows.COMMON, **training.settings, **place, **phases, "dry_run": True})
-        assert sum(sum(training.minutes.values()) for training in row.trainings) <= 40
+            rows.train_recipe(**{**rows.COMMON, **step.settings, **place, **phases, "dry_run": True})
+        assert sum(sum(training.minutes.values()) for training in trainings) <= 40
