@@ -19,8 +19,7 @@ def served(returning, batches, come, rng):
         returning.answered(8, 0.02, now)
         for after in sorted(come(rng)):
             if after < 0.02:
-                returning.arrived(now + after)
-                returning.goes_on(now + after)
+                returning.asked(now + after)
         now += 0.02
     returning.answered(8, 0.02, now)
     return now
@@ -32,11 +31,20 @@ def test_clients_that_ask_again_at_once_are_awaited_until_the_last_has_come(seed
     now = served(returning, 10, lambda rng: [rng.uniform(0, 0.004) for _ in range(8)], rng)
     assert returning.awaited == 8 and returning.until == pytest.approx(now + 0.002)
     for number in range(8):
-        returning.arrived(now + 0.001 * (number + 1))
+        returning.asked(now + 0.001 * (number + 1))
         # each makes time for another, but for half of a batch at most
         assert returning.until == pytest.approx(now + min(0.001 * (number + 1) + 0.002, 0.01))
         assert returning.awaited == 7 - number
-    returning.arrived(now + 0.009)
+    returning.asked(now + 0.009)
+    assert returning.awaited == 0
+
+
+def test_what_turns_out_to_be_no_request_makes_nobody_awaited():
+    returning = Returning(max_wait=0.002)
+    for number in range(20):
+        returning.answered(8, 0.02, 0.02 * number)
+        for each in range(8):
+            returning.arrives(0.02 * number + 0.001 * each)
     assert returning.awaited == 0
 
 

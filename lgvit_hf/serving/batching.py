@@ -112,11 +112,9 @@ class Batcher(ComputeThread):
     def coming(self) -> Iterator[None]:
         """See `ComputeThread`."""
         with self._changed:
-            self._returning.arrived(time.monotonic())
+            self._returning.arrives(time.monotonic())
         with super().coming():
             yield
-        with self._changed:
-            self._returning.goes_on(time.monotonic())
 
     def submit(self, inputs: Arrays, timeout: float | None = None) -> Future[Arrays]:
         """Have samples answered; the future gives what `RemoteHighway` would, or can be cancelled until it runs.
@@ -136,8 +134,10 @@ class Batcher(ComputeThread):
                 raise Busy(self._why_none())
             if self._queue and self._samples() + samples > self.max_waiting:
                 raise Busy(f"{self._samples()} samples are waiting already")
-            waiting = _Waiting(inputs, samples, math.inf if timeout is None else timeout, time.monotonic(), Future())
+            now = time.monotonic()
+            waiting = _Waiting(inputs, samples, math.inf if timeout is None else timeout, now, Future())
             self._queue.append(waiting)
+            self._returning.asked(now)
             self._changed.notify()
         return waiting.future
 

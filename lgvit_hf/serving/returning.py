@@ -27,8 +27,8 @@ class Returning:
         >>> returning = Returning(max_wait=0.002)
         >>> for batch in range(10):
         ...     returning.answered(2, seconds=0.02, now=batch * 0.02)
-        ...     returning.arrived(now=batch * 0.02 + 0.001)
-        ...     returning.arrived(now=batch * 0.02 + 0.001)
+        ...     returning.asked(now=batch * 0.02 + 0.001)
+        ...     returning.asked(now=batch * 0.02 + 0.001)
         >>> returning.answered(2, seconds=0.02, now=0.2)
         >>> returning.awaited, returning.until
         (2, 0.202)
@@ -36,27 +36,27 @@ class Returning:
 
     def __init__(self, max_wait: float):
         self._max_wait, self._share = max_wait, 0.0
-        self._answered, self._came, self._latest = 0, 0, 0.0
+        self._answered, self._again, self._latest = 0, 0, 0.0
         self.seconds, self.until = 0.0, 0.0
 
     @property
     def awaited(self) -> int:
         """Requests that may still come before `until`; 0 where few have asked again lately."""
-        return self._answered - self._came if self._share >= MOST else 0
+        return self._answered - self._again if self._share >= MOST else 0
 
     def answered(self, requests: int, seconds: float, now: float) -> None:
         """A batch of so many requests is answered, which took so long."""
         if self._answered:
-            self._share += WEIGHT * (self._came / self._answered - self._share)
-        self._answered, self._came, self._latest = requests, 0, now + SHARE_OF_BATCH * seconds
+            self._share += WEIGHT * (self._again / self._answered - self._share)
+        self._answered, self._again, self._latest = requests, 0, now + SHARE_OF_BATCH * seconds
         self.seconds = seconds
-        self.goes_on(now)
+        self.arrives(now)
 
-    def arrived(self, now: float) -> None:
-        """A request has come, and is not decoded yet."""
-        self._came += now < self._latest and self._came < self._answered
-        self.goes_on(now)
-
-    def goes_on(self, now: float) -> None:
-        """A request is decoded: others may follow."""
+    def arrives(self, now: float) -> None:
+        """A request is to be decoded, and may turn out to be none; others may follow."""
         self.until = min(now + self._max_wait, self._latest)
+
+    def asked(self, now: float) -> None:
+        """A request waits to be computed; others may follow."""
+        self._again += now < self._latest and self._again < self._answered
+        self.arrives(now)
