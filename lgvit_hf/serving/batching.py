@@ -88,6 +88,7 @@ class Batcher(ComputeThread):
         super().__init__()
         self.batches, self._observer, self._returning = 0, observer, Returning(max_wait)
         self._queue: deque[_Waiting] = deque()
+        self._held: float | None = None  # since when it waits for others
         self._senders = ThreadPoolExecutor(senders, thread_name_prefix="lgvit-send")
         self._thread.start()
 
@@ -99,9 +100,13 @@ class Batcher(ComputeThread):
 
     @property
     def queue_age(self) -> float:
-        """Seconds that the first request in the queue has waited, given up meanwhile or not; 0 if none waits."""
+        """Seconds that the first request in the queue has waited, given up meanwhile or not; 0 if none waits.
+
+        Not those in which nothing ran but it waited for others to join it: that is no load.
+        """
         with self._changed:
-            return time.monotonic() - self._queue[0].asked if self._queue else 0.0
+            until = time.monotonic() if self._held is None else self._held
+            return max(0.0, until - self._queue[0].asked) if self._queue else 0.0
 
     @property
     def pass_seconds(self) -> float:
@@ -179,11 +184,12 @@ class Batcher(ComputeThread):
         """The next requests to run together, or nothing at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
-            began = time.monotonic()
-            while self._coming + self._returning.awaited and len(self._queue) < self.max_samples and not self._closed:
+            self._held = began = time.monotonic()
+            while self._samples() < self.max_samples and not self._closed:
                 if (left := self._wait_until(began) - time.monotonic()) <= 0:
                     break
                 self._changed.wait(left)
+            self._held = None
             if not self._queue:
                 return None if self._closed else []
             first, samples, group = self._queue[0], 0, []
@@ -200,10 +206,14 @@ class Batcher(ComputeThread):
             return group
 
     def _wait_until(self, began: float) -> float:
-        """How long what waits since `began` for others may go on to; not so long that it would be late itself."""
-        until = max(began + self.max_wait, self._returning.until if self._returning.awaited else 0.0)
-        deadline = min((waiting.asked + waiting.timeout for waiting in self._queue), default=math.inf)
-        return min(until, deadline - self._returning.seconds)
+        """Until when to wait for others, since `began`; for those who ask again half of a request's time at most."""
+        decoded = began + self.max_wait if self._coming else began
+        if not self._returning.awaited:
+            return decoded
+        now = time.monotonic()
+        alive = (each for each in self._queue if not each.future.cancelled() and now < each.asked + each.timeout)
+        half = min((each.asked + each.timeout / 2 for each in alive), default=math.inf)
+        return max(decoded, min(self._returning.until, half))
 
     def _begins(self, waiting: _Waiting) -> bool:
         """Whether a request is still to be computed."""
@@ -229,16 +239,18 @@ class Batcher(ComputeThread):
             inputs = {name: np.concatenate([waiting.inputs[name] for waiting in group]) for name in names}
             answers, further, state = self.highway.part(inputs)
             ends = np.cumsum([waiting.samples for waiting in group]).tolist()
-            done, rest = self.highway.finish(answers, further[:0], {}), []
-            with self._changed:
-                now = time.monotonic()
-                self._returning.answered(len(group), now - began, now)
+            done = self.highway.finish(answers, further[:0], {})
+            answered: list[tuple[_Waiting, slice]] = []
+            rest: list[tuple[_Waiting, slice]] = []
             for waiting, end in zip(group, ends, strict=True):
                 span = slice(end - waiting.samples, end)
-                if ((further >= span.start) & (further < span.stop)).any():
-                    rest.append((waiting, span))
-                else:
-                    waiting.future.set_result(_piece(done, span))
+                goes_on = ((further >= span.start) & (further < span.stop)).any()
+                (rest if goes_on else answered).append((waiting, span))
+            with self._changed:  # before any client can ask again
+                now = time.monotonic()
+                self._returning.answered(len(answered), now - began, now)
+            for waiting, span in answered:
+                waiting.future.set_result(_piece(done, span))
             if rest:
                 self._senders.submit(self._finish, rest, answers, further, state)
         except Exception as error:

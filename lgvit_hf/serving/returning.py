@@ -14,10 +14,10 @@ class Returning:
     """How many requests are about to come, of clients that send the next as soon as one is answered.
 
     Without it, such clients part into two groups, and one computes while the other asks: every batch is half of what
-    it could be. Where requests come at times of their own, about `SHARE_OF_BATCH` of them come within that share of a
-    batch, and nothing is waited for.
+    it could be. Where requests come at times of their own, few come so soon, and these are seldom waited for.
 
-    `seconds` is what the last batch took, and `until` by when those who are awaited must have come.
+    `until` is by when the next must have come: `max_wait` after the last, but no later than half of the time of the
+    batch that was answered.
 
     Args:
         max_wait (`float`): Seconds without any of them after which no more are waited for.
@@ -37,7 +37,7 @@ class Returning:
     def __init__(self, max_wait: float):
         self._max_wait, self._share = max_wait, 0.0
         self._answered, self._again, self._latest = 0, 0, 0.0
-        self.seconds, self.until = 0.0, 0.0
+        self.until = 0.0
 
     @property
     def awaited(self) -> int:
@@ -45,18 +45,18 @@ class Returning:
         return self._answered - self._again if self._share >= MOST else 0
 
     def answered(self, requests: int, seconds: float, now: float) -> None:
-        """A batch of so many requests is answered, which took so long."""
+        """So many requests of a batch are answered, which took so long."""
         if self._answered:
             self._share += WEIGHT * (self._again / self._answered - self._share)
         self._answered, self._again, self._latest = requests, 0, now + SHARE_OF_BATCH * seconds
-        self.seconds = seconds
-        self.arrives(now)
+        self.until = min(now + self._max_wait, self._latest)
 
     def arrives(self, now: float) -> None:
         """A request is to be decoded, and may turn out to be none; others may follow."""
-        self.until = min(now + self._max_wait, self._latest)
+        if now < self.until:
+            self.until = min(now + self._max_wait, self._latest)
 
     def asked(self, now: float) -> None:
         """A request waits to be computed; others may follow."""
-        self._again += now < self._latest and self._again < self._answered
+        self._again += now < self.until and self._again < self._answered
         self.arrives(now)

@@ -178,7 +178,7 @@ ROWS = {
     "berxit": (published("berxit"),),
     "vit_ee": (published("vit_ee"),),
     "lgvit1": (published("stage1"),),
-    "lgvit": (published("stage1", 20), published("stage2", 20, learning_rate=1e-3)),
+    "lgvit": (published("stage1", 20), published("stage2", 20, head_learning_rate=1e-3)),
     "avit": (Training({"all": 40}, {"stage": "avit", "halting": HALTING, "learning_rate": 1e-4}),),
 }
 
