@@ -294,7 +294,7 @@ class Service:
                     left = None if timeout is None else timeout - (time.monotonic() - asked)
                     submit = served.submit if certified is None else partial(certified.submit, served)
                     compute = partial(submit, inputs, left)
-                    # submitted before the context ends, so that a batch that waits for it finds it; with an id soon after
+                    # submitted in this context (without an id), so that a batch that waits for it finds it
                     found = compute() if key is None else self._retries.once(key, compute)
                 with span("lgvit.answer"):
                     answers = await found
