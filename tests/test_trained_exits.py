@@ -1,12 +1,13 @@
 """`recipes/benchmarks/trained_exits.py`: models that share times, what A-ViT answers, which rows are read."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from lgvit_hf import AViT, AViTConfig, ExitTable, ViTHighwayConfig
+from lgvit_hf import AViT, AViTConfig, ExitTable, ViTHighway, ViTHighwayConfig
 from lgvit_hf.evaluation.costs import Costs
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -68,8 +69,8 @@ def test_a_model_that_is_cut_off_answers_all_samples_at_one_exit_and_runs_no_oth
     logits = torch.randn(3, 4, 3)
     table = ExitTable(logits, labels, [1, 2, 4], Costs([1.0, 2.0, 4.0], [0.5, 0.5, 0.0]))
     for part in ("held_out", "test"):
-        (tmp_path / "mixed").mkdir(exist_ok=True)
-        table.save(tmp_path / "mixed" / f"{part}.safetensors")
+        (tmp_path / "mixed" / "model").mkdir(parents=True, exist_ok=True)
+        table.save(tmp_path / "mixed" / "model" / f"{part}.safetensors")
     right = table.right.numpy()
     curve = exits.curve_of("mixed", exits.METHODS["cut_off"], {"data": "not read"}, tmp_path, right[-1], 0)
     assert curve.costs.tolist() == [[cost] * 4 for cost in (7.0, 1.5, 3.5)]
@@ -80,3 +81,36 @@ def test_methods_are_read_at_those_of_their_rows_that_are_trained(exits):
     found = exits.of_trained(["first6", "second6", "sdn"])
     assert found["shorter"].rows == ("first6", "second6") and found["pabee"].policy == "patience"
     assert not {*found} & {"lgvit", *exits.OURS}
+
+
+def test_a_gate_and_an_ensemble_are_charged_where_a_method_has_them(exits, tmp_path):
+    torch.manual_seed(0)
+    table = ExitTable(torch.randn(2, 64, 3), torch.randint(3, (64,)), [2, 4], Costs([2.0, 2.0], [0.5, 0.0]))
+    for row, highway in (("plain", {}), ("mixed", {"exit_positions": [2], "exit_types": ["linear"]})):
+        folder = tmp_path / row / "model"
+        ViTHighway(ViTHighwayConfig(**TINY, **highway)).save_pretrained(folder)
+        for part in ("held_out", "test"):
+            (table if highway else ExitTable(table.logits[1:], table.labels, [4], Costs([4.0], [0.0]))).save(
+                folder / f"{part}.safetensors"
+            )
+    exits.time_rows(["plain", "mixed"], {"data": "not read"}, tmp_path, repeats=1)
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert {*times["tables"]} == {"plain", "mixed"} and times["machine"]["threads"] == torch.get_num_threads()
+    simple = times["tables"]["mixed"]["simple"]
+    # as if a gate and an ensemble made all three times as slow
+    times["tables"]["mixed"]["rich"] = {
+        **simple,
+        **{n: scaled(simple[n], 3) for n in ("backbone_costs", "heads", "select")},
+    }
+    (tmp_path / "times.json").write_text(json.dumps(times))
+    of = {
+        name: exits.curve_of(
+            "mixed", exits.Method(("mixed",), policy, ensemble), {}, tmp_path, table.right[-1].numpy(), 8
+        )
+        for name, policy, ensemble in (("without", "confidence", False), ("with", "confidence", True))
+    }
+    assert of["with"].costs[0].mean() == pytest.approx(3 * of["without"].costs[0].mean(), rel=1e-4)
+
+
+def scaled(values, factor):
+    return [[factor * value for value in each] for each in values]

@@ -26,10 +26,12 @@ from trained_halting import answers_of, costs_of, halting_model, time_batches
 from trained_rows import ROWS, core_minutes, train_row
 
 from lgvit_hf import ExitTable
+from lgvit_hf.ensemble import with_ensemble
 from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
 from lgvit_hf.evaluation.ensemble_fitting import fit_ensemble
 from lgvit_hf.evaluation.exit_table import collect
+from lgvit_hf.evaluation.gate_fitting import fit_gate
 from lgvit_hf.evaluation.predictions import replayed_exits, shares
 from lgvit_hf.evaluation.search import candidates
 from lgvit_hf.evaluation.timing import time_interleaved, time_parts
@@ -62,14 +64,14 @@ PLAIN = "plain"
 # what is compared with each of the others
 HEADLINE = "mixed+ensemble"
 OURS = ("frozen", "mixed", "lora")
+PUBLISHED = ("sdn", "berxit", "vit_ee", "lgvit1", "lgvit")
 METHODS = {
     **{row: Method((row,)) for row in OURS},
     **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
-    "cut_off": Method((*OURS, "sdn", "berxit", "vit_ee", "lgvit1", "lgvit"), "fixed"),
+    "cut_off": Method((*OURS, *PUBLISHED), "fixed"),
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
     "toast": Method(("toast4_4", "toast5_6", "toast5_7")),
     "sdn": Method(("sdn",), "confidence"),
-    "sdn+auto": Method(("sdn",)),
     "pabee": Method(("sdn",), "patience"),
     "pcee": Method(("sdn",), "patience_confidence"),
     "performance_control": Method(("sdn",), "calibrated_confidence"),
@@ -78,13 +80,16 @@ METHODS = {
     "vit_ee": Method(("vit_ee",), "confidence"),
     "lgvit1": Method(("lgvit1",), "confidence"),
     "lgvit": Method(("lgvit",), "confidence"),
+    # what is ours of a method, and not its training
+    **{f"{row}+auto": Method((row,), ensemble=True) for row in PUBLISHED},
     "avit": Method(("avit",)),
 }
 
 
 def table_of(name, row, place, runs):
-    """The exit table of a row on the `held_out` or the `test` samples, kept beside its model."""
-    file, folder = runs / row / f"{name}.safetensors", runs / row / "model"
+    """The exit table of a row on the `held_out` or the `test` samples, kept with its model."""
+    folder = runs / row / "model"
+    file = folder / f"{name}.safetensors"
     if not file.exists():
         items, order = samples_of(folder, place["data"])[name]
         samples, halting = torch.utils.data.Subset(items, list(order)), halting_model(folder)
@@ -96,7 +101,8 @@ def table_of(name, row, place, runs):
 def time_rows(rows, place, runs, repeats):
     """Cost tables of all rows, measured in turn; of those with the same exits together.
 
-    Each is opened twice: where its weights lie in memory alone makes a tenth of the time.
+    Each is opened twice: where its weights lie in memory alone makes a tenth of the time. And each walks under a
+    confidence (`simple`) and under a gate on a running ensemble (`rich`), which take time themselves.
     """
     calls, models, found, halting, opened = {}, {}, {}, {}, None
     for row in [*rows, *rows]:
@@ -109,21 +115,33 @@ def time_rows(rows, place, runs, repeats):
                 calls[len(calls)] = partial(time_batches, times, tokens_halt, images.split(size))
             continue
         model = load_highway(folder).float().eval()
-        segments, policy = model.segments(), build_policy({"name": "confidence", "threshold": 0.5}, len(model.exits))
-        pixels, same = example_image(model, max(BATCH_SIZES)), exits_of(model)
+        segments, pixels, same = model.segments(), example_image(model, max(BATCH_SIZES)), exits_of(model)
         models[row] = opened = model
-        for size in measured_sizes(BATCH_SIZES, len(pixels)):
-            times = found.setdefault(same, {}).setdefault(size, [])
-            calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
+        for kind, policy in policies_of(table_of("held_out", row, place, runs)).items():
+            for size in measured_sizes(BATCH_SIZES, len(pixels)):
+                times = found.setdefault((same, kind), {}).setdefault(size, [])
+                calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
     time_interleaved(calls, repeats=1, warm_up=0)
     for sizes in [*found.values(), *halting.values()]:
         for times in sizes.values():
             times.clear()  # that was to warm up
     time_interleaved(calls, repeats=repeats, warm_up=0)
-    tables = {row: cost_table(model, found[exits_of(model)]) for row, model in models.items()}
-    tables |= {row: costs_of(sizes) for row, sizes in halting.items()}
-    for row, table in tables.items():
-        write_json(runs / row / "times.json", {"machine": machine(opened), "table": table.to_dict()})
+    tables = {
+        row: {kind: cost_table(model, found[exits_of(model), kind]).to_dict() for kind in ("simple", "rich")}
+        for row, model in models.items()
+    }
+    tables |= {row: dict.fromkeys(("simple", "rich"), costs_of(sizes).to_dict()) for row, sizes in halting.items()}
+    write_json(runs / "times.json", {"machine": machine(opened), "tables": tables})
+
+
+def policies_of(held_out):
+    """What rows are timed under."""
+    exits, num_labels = len(held_out.depths) - 1, held_out.logits.shape[-1]
+    simple = build_policy({"name": "confidence", "threshold": 0.5}, exits)
+    if not exits:
+        return {"simple": simple, "rich": simple}
+    gate = build_policy(fit_gate(held_out), exits)
+    return {"simple": simple, "rich": with_ensemble(gate, fit_ensemble(held_out), exits + 1, num_labels)}
 
 
 def first_images(folder, data, number):
@@ -164,19 +182,21 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
     if method.ensemble:
         ensemble = fit_ensemble(held_out)
         held_out, test = replace(held_out, ensemble=ensemble), replace(test, ensemble=ensemble)
-    macs, times = test.known_costs, None
+    tables = dict.fromkeys(("simple", "rich"))
     if batch_size:
-        times = CostTable(**json.loads((runs / row / "times.json").read_text())["table"])
-    costs = times.at(batch_size) if times else macs
+        known = json.loads((runs / "times.json").read_text())["tables"][row]
+        tables = {kind: CostTable(**table) for kind, table in known.items()}
+    costs = {kind: table.at(batch_size) if table else test.known_costs for kind, table in tables.items()}
     drops, spent = [], []
-    for settings in settings_of(method, held_out, costs):
+    for settings in settings_of(method, held_out, costs["rich" if method.ensemble else "simple"]):
+        kind = "rich" if method.ensemble or settings["name"] == "gate" else "simple"
         left, evaluated = (
             replayed_exits(test, settings) if len(test.depths) > 1 else (torch.zeros(len(test)).long(), [])
         )
         answered = test.answered_right(evaluated).gather(0, left[None])[0]
-        of_exit = np.array([costs.of_exit(index, evaluated) for index in range(len(test.depths))])[left.numpy()]
-        if times:
-            of_exit *= times.mean_latency(shares(left, len(test.depths)), evaluated, batch_size) / of_exit.mean()
+        of_exit = np.array([costs[kind].of_exit(index, evaluated) for index in range(len(test.depths))])[left.numpy()]
+        if table := tables[kind]:
+            of_exit *= table.mean_latency(shares(left, len(test.depths)), evaluated, batch_size) / of_exit.mean()
         drops.append(plain_right - answered.numpy().astype(np.float32))
         spent.append(of_exit)
     return Curve(np.array(drops, np.float32), np.array(spent, np.float32))
@@ -184,7 +204,7 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
 
 def compare(methods, place, runs, batch_sizes):
     """A line per row, one per method, batch size (0: MACs) and drop below the plain backbone, one with many drops."""
-    timed = runs / PLAIN / "times.json"
+    timed = runs / "times.json"
     machine_of_times = json.loads(timed.read_text())["machine"] if timed.exists() else None
     rows = dict.fromkeys([PLAIN, *(row for method in methods.values() for row in method.rows)])
     yield {"machine": machine_of_times, "core_minutes": core_minutes(rows, runs)}

@@ -193,20 +193,19 @@ def train_row(name, place, runs):
     """
     steps, home, model = ROWS[name], runs / name, place["model"]
     home.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
     for number, step in enumerate(steps, start=1):
         output = home / ("model" if number == len(steps) else f"step-{number}")
-        if not (home / f"{output.name}-done.json").exists():
+        done, start = home / f"{output.name}-done.json", time.process_time()
+        if not done.exists():
             step.make({**place, "model": model}, output)
-            write_json(home / f"{output.name}-done.json", {})
+            write_json(done, {"core_minutes": (time.process_time() - start) / 60})
         model = str(output)
-    write_json(home / f"spent-{int(time.time())}.json", {"core_minutes": (time.process_time() - start) / 60})
 
 
 def core_minutes(names, runs):
-    """What rows took, but for what a kill cut short; those with a linear map also what `plain` took."""
+    """What rows took, but for what a stop cut short; those with a linear map also what `plain` took."""
     names = {*names, *("plain" for name in names if isinstance(ROWS[name][0], LinearMap))}
-    files = [file for name in names for file in (runs / name).glob("spent-*.json")]
+    files = [file for name in names for file in (runs / name).glob("*-done.json")]
     return round(sum(json.loads(file.read_text())["core_minutes"] for file in files), 1)
 
 
