@@ -117,7 +117,8 @@ def time_rows(rows, place, runs, repeats):
         model = load_highway(folder).float().eval()
         segments, pixels, same = model.segments(), example_image(model, max(BATCH_SIZES)), exits_of(model)
         models[row] = opened = model
-        for kind, policy in policies_of(table_of("held_out", row, place, runs)).items():
+        held_out = table_of("held_out", row, place, runs) if len(segments) > 1 else None
+        for kind, policy in policies_of(held_out).items():
             for size in measured_sizes(BATCH_SIZES, len(pixels)):
                 times = found.setdefault((same, kind), {}).setdefault(size, [])
                 calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
@@ -135,13 +136,15 @@ def time_rows(rows, place, runs, repeats):
 
 
 def policies_of(held_out):
-    """What rows are timed under."""
+    """What rows are timed under; without a table, because there are no exits, nothing is evaluated."""
+    if held_out is None:
+        return dict.fromkeys(("simple", "rich"), build_policy({"name": "never"}, 0))
     exits, num_labels = len(held_out.depths) - 1, held_out.logits.shape[-1]
-    simple = build_policy({"name": "confidence", "threshold": 0.5}, exits)
-    if not exits:
-        return {"simple": simple, "rich": simple}
     gate = build_policy(fit_gate(held_out), exits)
-    return {"simple": simple, "rich": with_ensemble(gate, fit_ensemble(held_out), exits + 1, num_labels)}
+    return {
+        "simple": build_policy({"name": "confidence", "threshold": 0.5}, exits),
+        "rich": with_ensemble(gate, fit_ensemble(held_out), exits + 1, num_labels),
+    }
 
 
 def first_images(folder, data, number):
@@ -178,7 +181,8 @@ def settings_of(method, held_out, costs):
 
 def curve_of(row, method, place, runs, plain_right, batch_size):
     """A row on the test samples, at the measured costs of a batch size, or in MACs if that is 0."""
-    held_out, test = (table_of(part, row, place, runs) for part in ("held_out", "test"))
+    test = table_of("test", row, place, runs)
+    held_out = table_of("held_out", row, place, runs) if len(test.depths) > 1 else test
     if method.ensemble:
         ensemble = fit_ensemble(held_out)
         held_out, test = replace(held_out, ensemble=ensemble), replace(test, ensemble=ensemble)
