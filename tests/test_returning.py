@@ -37,20 +37,19 @@ def test_requests_at_times_of_their_own_are_seldom_awaited_and_who_asks_again_at
 def test_who_asks_again_is_awaited_until_the_last_has_come():
     returning = Returning(max_wait=0.002)
     awaited(returning, 8, lambda: [0.001] * 8, batches=10)
-    returning.answered(8, 0.02, 1.0)
-    assert returning.awaited == 8 and returning.until == pytest.approx(1.002)
-    for number in range(1, 9):
-        returning.asked(1 + 0.0015 * number)
+    returning.answered(3, 0.02, 1.0)
+    assert returning.awaited == 3 and returning.until == pytest.approx(1.006)
+    for number, (now, until) in enumerate(((1.005, 1.007), (1.0065, 1.0085), (1.0084, 1.01), (1.0095, 1.01)), 1):
+        returning.asked(now)
         # each makes time for another, but for half of a batch at most
-        assert returning.until == pytest.approx(1 + min(0.0015 * number + 0.002, 0.01))
-        assert returning.awaited == 8 - min(number, 6)  # the seventh comes too late
+        assert returning.until == pytest.approx(until) and returning.awaited == max(0, 3 - number)
 
 
 def test_who_comes_after_a_pause_does_not_count_and_makes_no_time():
     returning = Returning(max_wait=0.002)
-    assert not awaited(returning, 8, lambda: [0.003] * 8, batches=20)
-    returning.arrives(0.38 + 0.004)
-    assert returning.until == pytest.approx(0.382)
+    assert not awaited(returning, 2, lambda: [0.0045] * 2, batches=20)
+    returning.arrives(0.38 + 0.0045)
+    assert returning.until == pytest.approx(0.384)
 
 
 def test_what_turns_out_to_be_no_request_makes_nobody_awaited():

@@ -16,11 +16,11 @@ class Returning:
     Without it, such clients part into two groups, and one computes while the other asks: every batch is half of what
     it could be. Where requests come at times of their own, few come so soon, and these are seldom waited for.
 
-    `until` is by when the next must have come: `max_wait` after the last, but no later than half of the time of the
-    batch that was answered.
+    `until` is by when the next must have come: `max_wait` after the last, or for each that was answered (to answer
+    takes time, too); but no later than half of the time of the batch that was answered.
 
     Args:
-        max_wait (`float`): Seconds without any of them after which no more are waited for.
+        max_wait (`float`): Seconds.
 
     Example:
 
@@ -30,8 +30,8 @@ class Returning:
         ...     returning.asked(now=batch * 0.02 + 0.001)
         ...     returning.asked(now=batch * 0.02 + 0.001)
         >>> returning.answered(2, seconds=0.02, now=0.2)
-        >>> returning.awaited, returning.until
-        (2, 0.202)
+        >>> returning.awaited, round(returning.until, 3)
+        (2, 0.204)
     """
 
     def __init__(self, max_wait: float):
@@ -49,12 +49,12 @@ class Returning:
         if self._answered:
             self._share += WEIGHT * (self._again / self._answered - self._share)
         self._answered, self._again, self._latest = requests, 0, now + SHARE_OF_BATCH * seconds
-        self.until = min(now + self._max_wait, self._latest)
+        self.until = min(now + requests * self._max_wait, self._latest)
 
     def arrives(self, now: float) -> None:
         """A request is to be decoded, and may turn out to be none; others may follow."""
         if now < self.until:
-            self.until = min(now + self._max_wait, self._latest)
+            self.until = min(max(self.until, now + self._max_wait), self._latest)
 
     def asked(self, now: float) -> None:
         """A request waits to be computed; others may follow."""
