@@ -79,6 +79,25 @@ def test_a_row_of_fewer_blocks_is_fitted_a_classifier_and_then_trained(rows, run
     ]
 
 
+def test_exits_are_taken_off_so_that_others_can_grow(rows, tmp_path):
+    settings = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 8, "patch_size": 4}
+    config = ViTHighwayConfig(**settings, num_hidden_layers=4, num_labels=10, exit_positions=[1, 3])
+    config.exit_policy = {"name": "confidence", "threshold": 0.2}
+    trained = ViTHighway(config).eval()
+    trained.save_pretrained(tmp_path / "trained")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "trained")
+    history = {"source": "digits", "seed": 3}
+    (tmp_path / "trained" / "training.json").write_text(json.dumps({"data": [history]}))
+    bare = tmp_path / "bare"
+    rows.WithoutExits().make({"model": str(tmp_path / "trained")}, bare)
+    without, pixels = ViTHighway.from_pretrained(bare).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(without(pixels).logits, trained(pixels, early_exit=False).logits)
+    # what it was trained on is known, so that exits are chosen on other images
+    assert [(each.source, each.seed) for each in rows.read_training_data(bare)] == [("digits", 3)]
+    assert without.config.exit_positions == [] and len(without.exits) == 0
+
+
 def test_the_core_minutes_of_a_linear_map_hold_those_of_the_plain_model(rows, tmp_path):
     for name, minutes in (("plain", 40.0), ("toast5_6", 2.0), ("sdn", 41.0)):
         (tmp_path / name).mkdir()

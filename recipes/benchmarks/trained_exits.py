@@ -62,8 +62,8 @@ class Method:
 # the backbone alone, which all is compared with
 PLAIN = "plain"
 # what is compared with each of the others
-HEADLINE = "mixed+ensemble"
-OURS = ("frozen", "mixed", "lora")
+HEADLINE = "joint+ensemble"
+OURS = ("joint", "frozen", "mixed", "lora")
 PUBLISHED = ("sdn", "berxit", "vit_ee", "lgvit1", "lgvit")
 METHODS = {
     **{row: Method((row,)) for row in OURS},

@@ -14,6 +14,8 @@ from trained_rows import ROWS, Blocks
 from lgvit_hf.evaluation.plots import style
 
 TITLES = {
+    "joint": "backbone with linear exits, then `lgvit grow`",
+    "joint+ensemble": "backbone with linear exits, then `lgvit grow`, ensemble",
     "frozen": "backbone, then `lgvit grow`",
     "frozen+ensemble": "backbone, then `lgvit grow`, ensemble",
     "mixed": "`lgvit grow`, then joint training",
@@ -43,7 +45,7 @@ TITLES = {
 STATIC = ("cut_off", "shorter")
 # at most seven: more cannot be told apart
 DRAWN = {
-    "mixed+ensemble": ("ours: grown, then trained jointly", style.BLUE, "-"),
+    "joint+ensemble": ("ours", style.BLUE, "-"),
     "lgvit+auto": ("LGViT, our search (dashed)", style.GREEN, "--"),
     "shorter": ("fewer blocks", style.RED, "-"),
     "cut_off": ("cut off at one exit", style.GREY, "-"),

@@ -1,7 +1,8 @@
 """What `trained_exits.py` compares: the steps of each row, from one checkpoint on, 40 core-minutes in all.
 
-Ours: `frozen`, the backbone for half of the time, then `lgvit grow`; `mixed`, `lgvit grow`, then backbone and exits
-together; `lora`, the same with adapters in place of the backbone's weights. Without exits: `plain`, the backbone
+Ours: `frozen`, the backbone for half of the time, then `lgvit grow`; `joint`, the same with linear exits beside the
+backbone, which `lgvit grow` replaces; `mixed`, `lgvit grow`, then backbone and exits together; `lora`, the same with
+adapters in place of the backbone's weights. Without exits: `plain`, the backbone
 alone; the first 4, 6, 8 and 10 of its blocks, and every second one. And published methods; of these TOAST puts a
 linear map in place of blocks of `plain`, which is trained already.
 """
@@ -21,12 +22,15 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lgvit_hf import grow, shorten
+from lgvit_hf.data.held_out import read_training_data, write_training_data
 from lgvit_hf.data.settings import read_yaml
 from lgvit_hf.files import write_json
+from lgvit_hf.hub.loading import load_highway
+from lgvit_hf.training.distill_exits import keep_exits
 from lgvit_hf.training.recipe import train_recipe
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-POSITIONS, HEAD = [2, 4, 5, 6, 7, 8, 10], "conv1_1"
+POSITIONS, MORE_POSITIONS = [4, 5, 6, 8, 10], [2, 4, 5, 6, 7, 8, 10]
 BATCH, SAMPLES = 64, 42_500
 # small steps on images as they are: on random crops at 2e-5 the checkpoint gains nothing in 40 core-minutes
 COMMON = {
@@ -81,20 +85,30 @@ class Training:
 
 @dataclass(frozen=True)
 class Growth:
-    """`lgvit grow` on so many images."""
+    """`lgvit grow`.
+
+    Args:
+        images (`int`): Of these a share is held out.
+        positions (`Sequence[int]`): Of which it keeps those that pay.
+    """
 
     images: int
+    positions: Sequence[int]
 
     def make(self, place, output):
-        grow(
-            place["model"],
-            place["data"],
-            output,
-            exit_positions=POSITIONS,
-            exit_types=HEAD,
-            limit=self.images,
-            say=print,
-        )
+        positions = list(self.positions)
+        grow(place["model"], place["data"], output, exit_positions=positions, limit=self.images, say=print)
+
+
+class WithoutExits:
+    """The exits of a trained model taken off, so that others grow in their place."""
+
+    def make(self, place, output):
+        model = load_highway(place["model"])
+        keep_exits(model, [], {"name": "never"})
+        model.save_pretrained(output)
+        AutoImageProcessor.from_pretrained(place["model"]).save_pretrained(output)
+        write_training_data(output, read_training_data(place["model"]))
 
 
 @dataclass(frozen=True)
@@ -162,13 +176,22 @@ HALTING = {
     **{"gate_scale": 4.0, "gate_center": 2.5, "target_depth": 8},
     **{"ponder_weight": 5e-4, "distribution_weight": 1e-3},
 }
+JOINT = {"stage": "1", "strategy": "weighted", "exit_types": "concat", "head_learning_rate": 3e-3}
 MIXED = {"stage": "1", "strategy": "mixed", "backbone_epochs": 0, "head_learning_rate": 3e-4}
 ROWS = {
     "plain": (backbone(40),),
-    # ten thousand images take 12 core-minutes
-    "frozen": (backbone(20), Growth(16_000)),
-    "mixed": (Growth(10_000), Training({"heads": 1, "joint": 27}, MIXED)),
-    "lora": (Growth(10_000), Training({"heads": 1, "joint": 27}, {**MIXED, "lora": 8, "learning_rate": 5e-4})),
+    # ten thousand images and five exits take 10 core-minutes
+    "frozen": (backbone(20), Growth(20_000, POSITIONS)),
+    "joint": (
+        Training({"all": 20}, {**JOINT, "exit_positions": POSITIONS}),
+        WithoutExits(),
+        Growth(20_000, POSITIONS),
+    ),
+    "mixed": (Growth(10_000, MORE_POSITIONS), Training({"heads": 1, "joint": 27}, MIXED)),
+    "lora": (
+        Growth(10_000, MORE_POSITIONS),
+        Training({"heads": 1, "joint": 27}, {**MIXED, "lora": 8, "learning_rate": 5e-4}),
+    ),
     # without exits
     **{f"first{blocks}": fewer(range(blocks)) for blocks in (4, 6, 8, 10)},
     "second6": fewer(range(1, 12, 2)),
