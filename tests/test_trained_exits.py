@@ -77,6 +77,29 @@ def test_a_model_that_is_cut_off_answers_all_samples_at_one_exit_and_runs_no_oth
     assert (curve.drops == right[-1].astype(float) - right[[2, 0, 1]]).all()
 
 
+def test_a_cut_off_is_as_fast_as_its_costs_say_where_it_is_right(exits, tmp_path):
+    labels = torch.arange(64) % 3
+    right, wrong = 9 * torch.nn.functional.one_hot(labels, 3).float(), torch.zeros(64, 3)
+    tables = {
+        "plain": ExitTable(right[None], labels, [4], Costs([7.0], [0.0])),
+        "mixed": ExitTable(
+            torch.stack([wrong, right, right]), labels, [1, 2, 4], Costs([1.0, 2.5, 3.5], [0.5, 0.5, 0.0])
+        ),
+    }
+    for row, table in tables.items():
+        (tmp_path / row / "model").mkdir(parents=True)
+        for part in ("held_out", "test"):
+            table.save(tmp_path / row / "model" / f"{part}.safetensors")
+    methods = {"cut_off": exits.Method(("mixed",), "fixed"), exits.HEADLINE: exits.Method(("mixed",), "confidence")}
+    lines = json.loads(json.dumps(exits.at_batch_size(methods, {"data": "not read"}, tmp_path, 0)))
+    at_drop = {(line["method"], line["drop"]): line for line in lines if "drop" in line}
+    assert at_drop["cut_off", 0.01]["over_plain"] == pytest.approx([7 / 4] * 3, abs=1e-4)
+    # it runs the first head, too, before it is sure at the second exit
+    assert at_drop[exits.HEADLINE, 0.01]["over_plain"] == pytest.approx([7 / 4.5] * 3, abs=1e-4)
+    assert at_drop["cut_off", 0.01]["headline_over"] == pytest.approx([4 / 4.5] * 3, abs=1e-4)
+    assert sum("drops" in line for line in lines) == 2
+
+
 def test_methods_are_read_at_those_of_their_rows_that_are_trained(exits):
     found = exits.of_trained(["first6", "second6", "sdn"])
     assert found["shorter"].rows == ("first6", "second6") and found["pabee"].policy == "patience"

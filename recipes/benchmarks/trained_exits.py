@@ -13,8 +13,10 @@ and reads them all on the test samples against the backbone alone.
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -207,35 +209,47 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
 
 
 def compare(methods, place, runs, batch_sizes):
-    """A line per row, one per method, batch size (0: MACs) and drop below the plain backbone, one with many drops."""
+    """A line of all, one per row, and those of `at_batch_size` for each of several (0: MACs)."""
     timed = runs / "times.json"
     machine_of_times = json.loads(timed.read_text())["machine"] if timed.exists() else None
     rows = dict.fromkeys([PLAIN, *(row for method in methods.values() for row in method.rows)])
     yield {"machine": machine_of_times, "core_minutes": core_minutes(rows, runs)}
-    right = table_of("test", PLAIN, place, runs).right[-1].numpy().astype(np.float32)
-    weights = resample_weights(len(right), 1000)
     for row in rows:
         table = table_of("test", row, place, runs)
         about = {"row": row, "core_minutes": core_minutes([row], runs), "samples": len(table)}
         yield {**about, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
-    for batch_size in batch_sizes:
-        of_plain = Method((PLAIN,))
-        floor = curve_of(PLAIN, of_plain, place, runs, right, batch_size)
-        drawn = {}
-        for name, method in {"plain": of_plain, **methods}.items():
-            of_rows = [curve_of(row, method, place, runs, right, batch_size) for row in method.rows]
-            # who is never as accurate may take the plain backbone itself
-            curve = reduce(Curve.joined, of_rows, floor)
-            drawn[name] = curve.drops @ weights, curve.costs @ weights
-        for name in methods:
-            about = {"method": name, "batch_size": batch_size}
-            for drop in DROPS:
-                line = {**about, "drop": drop, "over_plain": speed_up(drawn[name], drawn["plain"], drop)}
-                if HEADLINE in drawn and name != HEADLINE:
-                    line["headline_over"] = speed_up(drawn[HEADLINE], drawn[name], drop)
-                yield line
-            over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
-            yield {**about, "drops": PLOTTED, "over_plain": over}
+    # new processes: one that is forked does not have the threads that its parent's libraries wait for
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool:
+        for lines in pool.map(partial(at_batch_size, methods, place, runs), batch_sizes):
+            yield from lines
+
+
+def at_batch_size(methods, place, runs, batch_size):
+    """Of each method a line per drop below the plain backbone, and one with many drops."""
+    right = table_of("test", PLAIN, place, runs).right[-1].numpy().astype(np.float32)
+    weights, of_plain = resample_weights(len(right), 1000), Method((PLAIN,))
+    floor = curve_of(PLAIN, of_plain, place, runs, right, batch_size)
+    drawn, lines = {}, []
+    for name, method in {"plain": of_plain, **methods}.items():
+        of_rows = [curve_of(row, method, place, runs, right, batch_size) for row in method.rows]
+        # who is never as accurate may take the plain backbone itself
+        curve = reduce(Curve.joined, of_rows, floor)
+        drawn[name] = curve.drops @ weights, curve.costs @ weights
+    for name in methods:
+        about = {"method": name, "batch_size": batch_size}
+        for drop in DROPS:
+            line = {**about, "drop": drop, "over_plain": speed_up(drawn[name], drawn["plain"], drop)}
+            if HEADLINE in drawn and name != HEADLINE:
+                line["headline_over"] = speed_up(drawn[HEADLINE], drawn[name], drop)
+            lines.append(line)
+        over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
+        lines.append({**about, "drops": PLOTTED, "over_plain": over})
+    return lines
+
+
+def one_thread():
+    """As rows are timed."""
+    torch.set_num_threads(1)
 
 
 def of_trained(rows):
@@ -261,7 +275,7 @@ def main():
     parser.add_argument("--macs", action="store_true", help="compare in MACs, without `time` before")
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     trained = [row for row in ROWS if (options.runs / row / "model" / "config.json").exists()]
     place = {"model": options.model, "data": options.data}
     if options.action == "train":
