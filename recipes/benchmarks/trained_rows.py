@@ -2,9 +2,9 @@
 
 Ours: `frozen`, the backbone for half of the time, then `lgvit grow`; `joint`, the same with linear exits beside the
 backbone, which `lgvit grow` replaces; `mixed`, `lgvit grow`, then backbone and exits together; `lora`, as `mixed` with
-adapters in place of the backbone's weights. Without exits: `plain`, the backbone alone; the first 4, 6, 8 and 10 of its
-blocks, and every second one. And published methods; of these TOAST puts a linear map in place of blocks of `plain`,
-which is trained already.
+adapters in place of the backbone's weights. Without exits: `plain`, the backbone alone; the first 4, 6, 8 and 10 of
+its blocks, and every second one. And published methods; of these TOAST puts a linear map in place of blocks of
+`plain`, which is trained already.
 """
 
 import copy
