@@ -68,8 +68,8 @@ def test_the_page_says_what_the_lines_say(page, tmp_path, written):
 @pytest.mark.parametrize(
     ("ahead_by", "advice", "said"),
     [
-        ((0.9, 0.8, 1.1), "**Exit early**", "not clearly faster than fewer blocks."),
-        ((0.7, 0.6, 0.8), "**Not everywhere exit early**", "; fewer blocks faster at some batch size."),
+        ((0.9, 0.8, 1.1), "**Exit early**", "not clearly faster than *fewer blocks*."),
+        ((0.7, 0.6, 0.8), "**Not everywhere exit early**", "; *fewer blocks* faster at some batch size."),
     ],
 )
 def test_the_page_says_so_where_another_wins(page, written, ahead_by, advice, said):

@@ -219,7 +219,8 @@ def compare(methods, place, runs, batch_sizes):
         about = {"row": row, "core_minutes": core_minutes([row], runs), "samples": len(table)}
         yield {**about, "exits": table.depths, "accuracies": [round(each, 4) for each in table.accuracies()]}
     # new processes: one that is forked does not have the threads that its parent's libraries wait for
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=one_thread) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for lines in pool.map(partial(at_batch_size, methods, place, runs), batch_sizes):
             yield from lines
 
@@ -247,11 +248,6 @@ def at_batch_size(methods, place, runs, batch_size):
     return lines
 
 
-def one_thread():
-    """As rows are timed."""
-    torch.set_num_threads(1)
-
-
 def of_trained(rows):
     """All methods with those of their rows that are trained; but for those without any."""
     methods = {name: replace(m, rows=tuple(row for row in m.rows if row in rows)) for name, m in METHODS.items()}
@@ -275,7 +271,7 @@ def main():
     parser.add_argument("--macs", action="store_true", help="compare in MACs, without `time` before")
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
-    one_thread()
+    torch.set_num_threads(1)
     trained = [row for row in ROWS if (options.runs / row / "model" / "config.json").exists()]
     place = {"model": options.model, "data": options.data}
     if options.action == "train":
