@@ -71,6 +71,7 @@ METHODS = {
     **{row: Method((row,)) for row in OURS},
     **{f"{row}+ensemble": Method((row,), ensemble=True) for row in OURS},
     "cut_off": Method((*OURS, *PUBLISHED), "fixed"),
+    "one_confidence": Method(OURS, "confidence"),
     "shorter": Method(("first4", "first6", "first8", "first10", "second6")),
     "toast": Method(("toast4_4", "toast5_6", "toast5_7")),
     "sdn": Method(("sdn",), "confidence"),

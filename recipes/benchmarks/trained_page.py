@@ -1,10 +1,13 @@
 """The page and the figure of the lines that `trained_exits.py compare` wrote; no result is typed by hand.
 
-python recipes/benchmarks/trained_page.py docs/trained_exits.jsonl docs/results.md
+    python recipes/benchmarks/trained_page.py docs/trained_exits.jsonl docs/results.md
+    python recipes/benchmarks/trained_page.py docs/trained_exits_tiny_imagenet.jsonl docs/results-tiny-imagenet.md \\
+        --study tiny_imagenet
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from curve_labels import label_ends
@@ -23,6 +26,7 @@ TITLES = {
     "lora": "`lgvit grow`, then LoRA",
     "lora+ensemble": "`lgvit grow`, then LoRA, ensemble",
     "cut_off": "any exit, cut off there",
+    "one_confidence": "our exits, one confidence for all",
     "shorter": "fewer blocks",
     "toast": "TOAST",
     "sdn": "SDN",
@@ -57,19 +61,13 @@ DRAWN = {
 
 # what the first sentences are about
 AT_DROP, AT_SIZE = 0.01, 8
-HEAD = """# What was measured
+HEAD = """# {title}
 
 {answer}
 
-![speed-up by points of accuracy](results.png)
+![speed-up by points of accuracy]({figure})
 
-A ViT-S fine-tuned on CIFAR-10 (84 pixels, 12 blocks), the checkpoint that all rows begin with; 40 core-minutes of the
-same machine were planned for each, but for TOAST, which is fitted after `plain`; what they took is below, but for what
-a stop cut short. Each row was trained once: what another training of it would give is not in any interval. Ours had
-more tries: `frozen` and `joint` were planned after `mixed` and the published methods had been read on the test images,
-the methods' own recipes were not changed. *{headline}*
-was named to stand first before its own were read. Models trained from scratch in minutes are in the
-[appendix](results-from-scratch.md).
+{about}
 
 - *The plain backbone* is `plain`: fine-tuned as long as all else, in the same small steps.
 - *Settings* (thresholds, which exits, none) of all methods are searched for on held-out training images. A method is
@@ -79,25 +77,61 @@ was named to stand first before its own were read. Models trained from scratch i
   and composed by where the test images exit; with a gate and an ensemble, where a method has either.
 - What is never so accurate takes the plain backbone itself (1.0x). Intervals of 95 % are of the test images, drawn
   again in pairs, not of the training.
-- *All rows* learn in bfloat16 (but for `lgvit grow`), on images as they are, neither cropped nor mirrored, the
-  backbone in small steps (1e-5; 2e-5 where blocks are missing). That larger steps on crops gain less was found with
-  ours and the plain backbone, on these test images; new exits of published methods learn at 3e-3, the best of three
-  pilots on crops, which was not tuned anew. Rows of fewer blocks learn from labels, ours from the full model too.
+- *All rows* learn {steps}
 
 Machine: {machine}. Training of the rows below took {hours:.1f} core-hours.
 """
-COMMANDS = """Any of the rows (`toast…` after `plain`), and then all of the page:
+COMMANDS = """{start}Any of the rows (`toast…` after `plain`), and then all of the page:
 
 ```bash
-python recipes/benchmarks/trained_exits.py train ROW --model cifar10_vit_s/ --data cifar10/ --runs runs/trained
-python recipes/benchmarks/trained_exits.py time --data cifar10/ --runs runs/trained --repeats 5
-python recipes/benchmarks/trained_exits.py compare --data cifar10/ --runs runs/trained \\
-    --output docs/trained_exits.jsonl
-python recipes/benchmarks/trained_page.py docs/trained_exits.jsonl docs/results.md
+python recipes/benchmarks/trained_exits.py train ROW --model {model} --data {data} --runs runs/trained
+python recipes/benchmarks/trained_exits.py time --data {data} --runs runs/trained --repeats 5
+python recipes/benchmarks/trained_exits.py compare --data {data} --runs runs/trained \\
+    --output docs/{lines}
+python recipes/benchmarks/trained_page.py docs/{lines} docs/{page}
 ```
 
 Rows that are not trained yet: {missing}.
 """
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one page says and the other does not.
+
+    Args:
+        title (`str`): Of the page.
+        about (`str`): Which checkpoint all rows begin with, and what was known when they were planned.
+        steps (`str`): How the rows learn.
+        model, data (`str`): As the commands call checkpoint and images.
+        start (`str`, *optional*): How the checkpoint is made, if it was made for this study.
+    """
+
+    title: str
+    about: str
+    steps: str
+    model: str
+    data: str
+    start: str = ""
+
+
+CIFAR10 = Study(
+    title="What was measured",
+    about="""A ViT-S fine-tuned on CIFAR-10 (84 pixels, 12 blocks), the checkpoint that all rows begin with; 40 core-minutes of the
+same machine were planned for each, but for TOAST, which is fitted after `plain`; what they took is below, but for what
+a stop cut short. Each row was trained once: what another training of it would give is not in any interval. Ours had
+more tries: `frozen` and `joint` were planned after `mixed` and the published methods had been read on the test images,
+the methods' own recipes were not changed. *{headline}*
+was named to stand first before its own were read. The same on 100 classes: [Tiny-ImageNet](results-tiny-imagenet.md).
+Models trained from scratch in minutes are in the [appendix](results-from-scratch.md).""",
+    steps="""in bfloat16 (but for `lgvit grow`), on images as they are, neither cropped nor mirrored, the
+  backbone in small steps (1e-5; 2e-5 where blocks are missing). That larger steps on crops gain less was found with
+  ours and the plain backbone, on these test images; new exits of published methods learn at 3e-3, the best of three
+  pilots on crops, which was not tuned anew. Rows of fewer blocks learn from labels, ours from the full model too.""",
+    model="cifar10_vit_s/",
+    data="cifar10/",
+)
+STUDIES = {"cifar10": CIFAR10}
 
 
 def read(file):
@@ -214,16 +248,19 @@ def draw(curves, file, batch_size):
     style.save(figure, file)
 
 
-def page(file, folder):
-    """All of it; the figure is written to `folder`."""
+def page(study, file, target):
+    """All of it; the figure is written beside it."""
     rows, at_drop, curves, about = read(file)
-    plain = rows[PLAIN]
     sizes = sorted({size for _, size, _ in at_drop if size})
-    draw(curves, folder / "results.png", AT_SIZE)
+    figure = target.with_suffix(".png")
+    draw(curves, figure, AT_SIZE)
     yield HEAD.format(
+        title=study.title,
         answer="\n\n".join(answer(rows, at_drop, curves, sizes)),
-        headline=TITLES[HEADLINE],
-        samples=plain["samples"],
+        figure=figure.name,
+        about=study.about.format(headline=TITLES[HEADLINE]),
+        samples=rows[PLAIN]["samples"],
+        steps=study.steps,
         machine=", ".join(f"{key} {value}" for key, value in about["machine"].items()),
         hours=about["core_minutes"] / 60,
     )
@@ -233,15 +270,17 @@ def page(file, folder):
         yield ""
     yield "Accuracy right after each block, on the test images, in percent:\n"
     yield from table_of_rows(rows)
-    yield "\n" + COMMANDS.format(missing=", ".join(f"`{name}`" for name in ROWS if name not in rows))
+    missing = ", ".join(f"`{name}`" for name in ROWS if name not in rows)
+    yield "\n" + COMMANDS.format(**vars(study), lines=Path(file).name, page=target.name, missing=missing)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="of `trained_exits.py compare --output`")
     parser.add_argument("page", type=Path, help="Markdown file; its figure stands beside it")
+    parser.add_argument("--study", choices=STUDIES, default="cifar10", help="what the page says of its checkpoint")
     options = parser.parse_args()
-    text = "\n".join(page(options.results, options.page.parent)).rstrip("\n") + "\n"
+    text = "\n".join(page(STUDIES[options.study], options.results, options.page)).rstrip("\n") + "\n"
     options.page.write_text(text, encoding="utf-8")
 
 
