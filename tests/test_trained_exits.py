@@ -137,5 +137,20 @@ def test_a_gate_and_an_ensemble_are_charged_where_a_method_has_them(exits, tmp_p
     assert of["with"].costs[0].mean() == pytest.approx(3 * of["without"].costs[0].mean(), rel=1e-4)
 
 
+def test_stopped_timing_goes_on_after_the_rounds_that_are_kept(exits, tmp_path):
+    found, file = {"name": {1: []}}, tmp_path / "rounds.jsonl"
+    calls = {0: lambda: found["name"][1].append(float(len(read(file))))}
+    assert exits.all_of(exits.in_rounds(calls, found, "these", file, 2), "name") == {1: [0.0, 1.0]}
+    assert exits.all_of(exits.in_rounds(calls, found, "these", file, 3), "name") == {1: [0.0, 1.0, 2.0]}
+    kept = file.read_text()
+    assert exits.in_rounds(calls, found, "these", file, 3)[2] == {"name": {"1": [2.0]}} and file.read_text() == kept
+    # other rows, or another machine
+    assert exits.all_of(exits.in_rounds(calls, found, "others", file, 1), "name") == {1: [3.0]}
+
+
+def read(file):
+    return file.read_text().splitlines() if file.exists() else []
+
+
 def scaled(values, factor):
     return [[factor * value for value in each] for each in values]

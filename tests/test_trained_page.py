@@ -53,7 +53,7 @@ def test_the_page_says_what_the_lines_say(page, tmp_path, written):
         and "| `frozen`: backbone, then `lgvit grow` | 41 | 70.0 |  | 85.0 |" in text
     )
     assert text.index("| backbone, then `lgvit grow` |") < text.index("| fewer blocks |") and "processor EPYC" in text
-    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert (tmp_path / "page.png").stat().st_size > 10_000 and "](page.png)" in text
     first = text.split("![")[0]
     assert "ensemble* gains 1.85x (1.75-1.95) at batch 1, 1.85x (1.75-1.95) at batch 8; faster than each" in first
     assert (

@@ -56,7 +56,7 @@ def test_blocks_that_are_kept_do_what_they_did(rows, checkpoint, tmp_path, kept)
 
 def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, runs, checkpoint, tmp_path):
     for _ in range(2):
-        rows.train_row("lgvit", {"model": str(checkpoint), "data": "digits"}, tmp_path / "runs")
+        rows.train_row("lgvit", {"model": str(checkpoint), "data": "digits", "learning_rate": 1e-5}, tmp_path / "runs")
     home = tmp_path / "runs" / "lgvit"
     assert [(run["stage"], run["strategy"]) for run in runs] == [
         (1, "alternating_weighted"),
@@ -71,12 +71,13 @@ def test_a_row_is_trained_one_training_after_the_other_and_not_twice(rows, runs,
 
 def test_a_row_of_fewer_blocks_is_fitted_a_classifier_and_then_trained(rows, runs, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(rows.ROWS, "first2", rows.fewer(range(2)))
-    rows.train_row("first2", {"model": str(checkpoint), "data": "digits"}, tmp_path / "runs")
+    rows.train_row("first2", {"model": str(checkpoint), "data": "digits", "learning_rate": 1e-5}, tmp_path / "runs")
     home = tmp_path / "runs" / "first2"
     assert [(run["stage"], run["model"]) for run in runs] == [
         ("head", str(home / "step-1")),
         ("backbone", str(home / "step-2")),
     ]
+    assert runs[1]["learning_rate"] == 2e-5 and "learning_rate" not in runs[0]
 
 
 def test_exits_are_taken_off_so_that_others_can_grow(rows, tmp_path):
@@ -129,6 +130,6 @@ def test_each_training_is_one_that_the_command_takes(rows, tmp_path):
                 continue
             model = tmp_path / ("exits" if isinstance(before, rows.Growth | rows.Training) else "plain")
             phases = {"head_epochs": 0.1} if "heads" in step.minutes else {}
-            place = {"model": str(model), "data": "digits", "output": str(tmp_path / name), "epochs": 0.5}
-            rows.train_recipe(**{**rows.COMMON, **step.settings, **place, **phases, "dry_run": True})
+            recipe = step.recipe({"model": str(model), "data": "digits", "learning_rate": 1e-5})
+            rows.train_recipe(**recipe, **phases, output=str(tmp_path / name), epochs=0.5, dry_run=True)
         assert sum(sum(training.minutes.values()) for training in trainings) <= 40

@@ -13,8 +13,9 @@ and reads them all on the test samples against the backbone alone.
 
 import argparse
 import json
+import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +28,7 @@ from study_settings import singles
 from trained_halting import answers_of, costs_of, halting_model, time_batches
 from trained_rows import ROWS, core_minutes, train_row
 
-from lgvit_hf import ExitTable
+from lgvit_hf import AViT, ExitTable
 from lgvit_hf.ensemble import with_ensemble
 from lgvit_hf.evaluation.calibration import fit_temperature
 from lgvit_hf.evaluation.cost_table import CostTable, cost_table, machine, measured_sizes
@@ -36,7 +37,7 @@ from lgvit_hf.evaluation.exit_table import collect
 from lgvit_hf.evaluation.gate_fitting import fit_gate
 from lgvit_hf.evaluation.predictions import replayed_exits, shares
 from lgvit_hf.evaluation.search import candidates
-from lgvit_hf.evaluation.timing import time_interleaved, time_parts
+from lgvit_hf.evaluation.timing import PartTimes, time_interleaved, time_parts
 from lgvit_hf.files import write_json
 from lgvit_hf.hub.loading import example_image, load_highway
 from lgvit_hf.policies import build_policy
@@ -105,37 +106,75 @@ def time_rows(rows, place, runs, repeats):
     """Cost tables of all rows, measured in turn; of those with the same exits together.
 
     Each is opened twice: where its weights lie in memory alone makes a tenth of the time. And each walks under a
-    confidence (`simple`) and under a gate on a running ensemble (`rich`), which take time themselves.
+    confidence (`simple`) and under a gate on a running ensemble (`rich`), which take time themselves. Every round is
+    kept in `rounds.jsonl`: a stopped run goes on after those of the same rows on the same machine.
     """
-    calls, models, found, halting, opened = {}, {}, {}, {}, None
+    calls, models, found = {}, {}, {}
     for row in [*rows, *rows]:
         folder = runs / row / "model"
         if tokens_halt := halting_model(folder):
-            opened = tokens_halt
-            images = first_images(folder, place["data"], 2 * max(BATCH_SIZES))
+            models[row], images = tokens_halt, first_images(folder, place["data"], 2 * max(BATCH_SIZES))
             for size in BATCH_SIZES:
-                times = halting.setdefault(row, {}).setdefault(size, [])
+                times = found.setdefault(name_of(row, tokens_halt), {}).setdefault(size, [])
                 calls[len(calls)] = partial(time_batches, times, tokens_halt, images.split(size))
             continue
         model = load_highway(folder).float().eval()
-        segments, pixels, same = model.segments(), example_image(model, max(BATCH_SIZES)), exits_of(model)
-        models[row] = opened = model
+        segments, pixels, models[row] = model.segments(), example_image(model, max(BATCH_SIZES)), model
         held_out = table_of("held_out", row, place, runs) if len(segments) > 1 else None
         for kind, policy in policies_of(held_out).items():
             for size in measured_sizes(BATCH_SIZES, len(pixels)):
-                times = found.setdefault((same, kind), {}).setdefault(size, [])
+                times = found.setdefault(name_of(row, model, kind), {}).setdefault(size, [])
                 calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
-    time_interleaved(calls, repeats=1, warm_up=0)
-    for sizes in [*found.values(), *halting.values()]:
-        for times in sizes.values():
-            times.clear()  # that was to warm up
-    time_interleaved(calls, repeats=repeats, warm_up=0)
-    tables = {
-        row: {kind: cost_table(model, found[exits_of(model), kind]).to_dict() for kind in ("simple", "rich")}
-        for row, model in models.items()
+    about = {"rows": list(rows), "machine": machine(models[rows[0]])}
+    rounds = in_rounds(calls, found, about, runs / "rounds.jsonl", repeats)
+    tables = {row: tables_of(row, model, rounds) for row, model in models.items()}
+    write_json(runs / "times.json", {"machine": about["machine"], "tables": tables})
+
+
+def in_rounds(calls, found, about, file, repeats):
+    """Call all in turn, so often in all, and give what each round has found, by name and batch size."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rounds = [line["found"] for line in lines if line["about"] == about]
+    if len(rounds) < repeats:
+        time_interleaved(calls, repeats=1, warm_up=0)  # to warm up
+    while len(rounds) < repeats:
+        for sizes in found.values():
+            for times in sizes.values():
+                times.clear()
+        time_interleaved(shuffled(calls, seed=len(rounds)), repeats=1, warm_up=0)
+        line = json.dumps({"about": about, "found": found})
+        with file.open("a") as kept:
+            kept.write(line + "\n")
+        rounds.append(json.loads(line)["found"])
+    return rounds
+
+
+def shuffled(calls, seed):
+    """The same calls in another order."""
+    return dict(random.Random(seed).sample([*calls.items()], len(calls)))
+
+
+def tables_of(row, model, rounds):
+    """Cost tables of a row by what it is timed under."""
+    if isinstance(model, AViT):
+        return dict.fromkeys(("simple", "rich"), costs_of(all_of(rounds, name_of(row, model))).to_dict())
+    walks = {kind: all_of(rounds, name_of(row, model, kind)) for kind in ("simple", "rich")}
+    return {
+        kind: cost_table(
+            model, {size: [PartTimes(**walk) for walk in times] for size, times in sizes.items()}
+        ).to_dict()
+        for kind, sizes in walks.items()
     }
-    tables |= {row: dict.fromkeys(("simple", "rich"), costs_of(sizes).to_dict()) for row, sizes in halting.items()}
-    write_json(runs / "times.json", {"machine": machine(opened), "tables": tables})
+
+
+def all_of(rounds, name):
+    """Times by batch size, of all rounds."""
+    return {int(size): [each for found in rounds for each in found[name][size]] for size in rounds[0][name]}
+
+
+def name_of(row, model, kind=""):
+    """Under which times of a row are kept, and of all that run the same."""
+    return row if isinstance(model, AViT) else f"{exits_of(model)} {kind}"
 
 
 def policies_of(held_out):
@@ -166,7 +205,7 @@ def exits_of(model):
 @torch.no_grad()
 def time_part(found, segments, pixels, policy):
     """Add the times of one walk."""
-    found.append(time_parts(segments, State({"pixel_values": pixels}), policy))
+    found.append(asdict(time_parts(segments, State({"pixel_values": pixels}), policy)))
 
 
 def settings_of(method, held_out, costs):
@@ -267,6 +306,9 @@ def main():
     parser.add_argument("names", nargs="*", help="rows; of `compare` methods; by default those whose rows are trained")
     parser.add_argument("--model", help="a plain fine-tuned checkpoint")
     parser.add_argument("--data", required=True)
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-5, help="of the backbone alone; some rows' is larger"
+    )
     parser.add_argument("--runs", type=Path, required=True, help="folder for models and tables")
     parser.add_argument("--repeats", type=int, default=10, help="rounds of timing")
     parser.add_argument("--macs", action="store_true", help="compare in MACs, without `time` before")
@@ -274,7 +316,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     trained = [row for row in ROWS if (options.runs / row / "model" / "config.json").exists()]
-    place = {"model": options.model, "data": options.data}
+    place = {"model": options.model, "data": options.data, "learning_rate": options.learning_rate}
     if options.action == "train":
         for row in options.names or ROWS:
             train_row(row, place, options.runs)

@@ -32,14 +32,13 @@ from lgvit_hf.training.recipe import train_recipe
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 POSITIONS, MORE_POSITIONS = [4, 5, 6, 8, 10], [2, 4, 5, 6, 7, 8, 10]
 BATCH, SAMPLES = 64, 42_500
-# small steps on images as they are: on random crops at 2e-5 the checkpoint gains nothing in 40 core-minutes
+# images as they are: on random crops at 2e-5 the checkpoint of CIFAR-10 gains nothing in 40 core-minutes
 COMMON = {
     "augment": "none",
     # without AVX-512 it takes many times as long as float32
     "bf16": "AVX512" in torch.backends.cpu.get_cpu_capability(),
     "use_cpu": True,
     "batch_size": BATCH,
-    "learning_rate": 1e-5,
     "warmup_steps": 20,
     "eval_strategy": "no",
     "logging_strategy": "steps",
@@ -63,10 +62,16 @@ class Training:
     Args:
         minutes (`dict[str, float]`): Core-minutes of each phase; of all strategies `mixed` alone has several.
         settings (`dict`): Of the recipe, where they are not `COMMON`.
+        steps (`float`, *optional*, defaults to 1): Learning rate, in that of the backbone alone.
     """
 
     minutes: dict[str, float]
     settings: dict[str, Any]
+    steps: float = 1
+
+    def recipe(self, place):
+        """All settings but for how long."""
+        return {**COMMON, **self.settings, **place, "learning_rate": self.steps * place["learning_rate"]}
 
     def make(self, place, output):
         plan = output.with_name(f"{output.name}-plan.json")
@@ -74,7 +79,7 @@ class Training:
             write_json(plan, planned_epochs(self, place))
         epochs = json.loads(plan.read_text())["epochs"]
         steps = sum(epochs.values()) * SAMPLES / BATCH
-        settings = {**COMMON, **self.settings, **place, "epochs": sum(epochs.values()), "resume": "auto"}
+        settings = {**self.recipe(place), "epochs": sum(epochs.values()), "resume": "auto"}
         # about every ten minutes
         settings |= {"save_strategy": "steps", "save_steps": max(1, int(steps / sum(self.minutes.values()) * 10))}
         if "heads" in epochs:
@@ -139,7 +144,8 @@ class Classifier:
 
     def make(self, place, output):
         samples = {"max_train_samples": self.images, "max_eval_samples": 1000}
-        train_recipe(**place, output=str(output), stage="head", **samples)
+        where = {name: place[name] for name in ("model", "data")}
+        train_recipe(**where, output=str(output), stage="head", **samples)
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,9 @@ class LinearMap:
         shorten(str(plain), place["data"], output, blocks=(self.first, self.last), say=print)
 
 
-def backbone(minutes, **settings):
+def backbone(minutes, steps=1):
     """The backbone alone."""
-    return Training({"all": minutes}, {"stage": "backbone", **settings})
+    return Training({"all": minutes}, {"stage": "backbone"}, steps)
 
 
 def published(name, minutes=40, **settings):
@@ -168,7 +174,7 @@ def published(name, minutes=40, **settings):
 
 def fewer(kept):
     """What blocks are missing from begins with a fitted classifier (8 core-minutes); larger steps lose what it has."""
-    return Blocks(kept), Classifier(20_000), backbone(32, learning_rate=2e-5)
+    return Blocks(kept), Classifier(20_000), backbone(32, steps=2)
 
 
 # A-ViT's published weights and target; a gate for a first channel around 0, where patches of this checkpoint differ by
@@ -191,7 +197,7 @@ ROWS = {
     "mixed": (Growth(10_000, MORE_POSITIONS), Training({"heads": 1, "joint": 27}, MIXED)),
     "lora": (
         Growth(10_000, MORE_POSITIONS),
-        Training({"heads": 1, "joint": 27}, {**MIXED, "lora": 8, "learning_rate": 5e-4}),
+        Training({"heads": 1, "joint": 27}, {**MIXED, "lora": 8}, steps=50),
     ),
     # without exits
     **{f"first{blocks}": fewer(range(blocks)) for blocks in (4, 6, 8, 10)},
@@ -203,7 +209,7 @@ ROWS = {
     "vit_ee": (published("vit_ee"),),
     "lgvit1": (published("stage1"),),
     "lgvit": (published("stage1", 20), published("stage2", 20, head_learning_rate=1e-3)),
-    "avit": (Training({"all": 40}, {"stage": "avit", "halting": HALTING, "learning_rate": 1e-4}),),
+    "avit": (Training({"all": 40}, {"stage": "avit", "halting": HALTING}, steps=10),),
 }
 
 
@@ -212,7 +218,7 @@ def train_row(name, place, runs):
 
     Args:
         name (`str`): Of the row.
-        place (`dict`): `model`, the checkpoint that all begin with, and `data`.
+        place (`dict`): `model`, the checkpoint that all begin with, `data`, and `learning_rate` of its backbone.
         runs (`Path`): Folder of all rows.
     """
     steps, home, model = ROWS[name], runs / name, place["model"]
@@ -242,7 +248,7 @@ def planned_epochs(training, place):
 
 def seconds_of_step(training, phase, place):
     """CPU seconds of one training step of a phase."""
-    settings, spent = {**COMMON, **training.settings, **place, "save_strategy": "no", "epochs": 100}, []
+    settings, spent = {**training.recipe(place), "save_strategy": "no", "epochs": 100}, []
     if phase in ONLY:
         settings["head_epochs"] = ONLY[phase]
     for steps in (2, 10):
