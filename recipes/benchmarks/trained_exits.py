@@ -106,8 +106,8 @@ def time_rows(rows, place, runs, repeats):
     """Cost tables of all rows, measured in turn; of those with the same exits together.
 
     Each is opened twice: where its weights lie in memory alone makes a tenth of the time. And each walks under a
-    confidence (`simple`) and under a gate on a running ensemble (`rich`), which take time themselves. Every round is
-    kept in `rounds.jsonl`: a stopped run goes on after those of the same rows on the same machine.
+    confidence (`simple`) and under a gate on a running ensemble (`rich`), which take time themselves. Until the last,
+    rounds are kept in `rounds.jsonl`: a stopped run goes on after those of the same exits on the same machine.
     """
     calls, models, found = {}, {}, {}
     for row in [*rows, *rows]:
@@ -125,10 +125,11 @@ def time_rows(rows, place, runs, repeats):
             for size in measured_sizes(BATCH_SIZES, len(pixels)):
                 times = found.setdefault(name_of(row, model, kind), {}).setdefault(size, [])
                 calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
-    about = {"rows": list(rows), "machine": machine(models[rows[0]])}
-    rounds = in_rounds(calls, found, about, runs / "rounds.jsonl", repeats)
+    about, kept = {"timed": sorted(found), "machine": machine(models[rows[0]])}, runs / "rounds.jsonl"
+    rounds = in_rounds(calls, found, about, kept, repeats)
     tables = {row: tables_of(row, model, rounds) for row, model in models.items()}
     write_json(runs / "times.json", {"machine": about["machine"], "tables": tables})
+    kept.unlink()
 
 
 def in_rounds(calls, found, about, file, repeats):
@@ -158,13 +159,12 @@ def tables_of(row, model, rounds):
     """Cost tables of a row by what it is timed under."""
     if isinstance(model, AViT):
         return dict.fromkeys(("simple", "rich"), costs_of(all_of(rounds, name_of(row, model))).to_dict())
-    walks = {kind: all_of(rounds, name_of(row, model, kind)) for kind in ("simple", "rich")}
-    return {
-        kind: cost_table(
-            model, {size: [PartTimes(**walk) for walk in times] for size, times in sizes.items()}
-        ).to_dict()
-        for kind, sizes in walks.items()
-    }
+    tables = {}
+    for kind in ("simple", "rich"):
+        walks = all_of(rounds, name_of(row, model, kind))
+        parts = {size: [PartTimes(**walk) for walk in times] for size, times in walks.items()}
+        tables[kind] = cost_table(model, parts).to_dict()
+    return tables
 
 
 def all_of(rounds, name):
@@ -306,9 +306,7 @@ def main():
     parser.add_argument("names", nargs="*", help="rows; of `compare` methods; by default those whose rows are trained")
     parser.add_argument("--model", help="a plain fine-tuned checkpoint")
     parser.add_argument("--data", required=True)
-    parser.add_argument(
-        "--learning-rate", type=float, default=1e-5, help="of the backbone alone; some rows' is larger"
-    )
+    parser.add_argument("--learning-rate", type=float, default=1e-5, help="of the backbone alone; see each row")
     parser.add_argument("--runs", type=Path, required=True, help="folder for models and tables")
     parser.add_argument("--repeats", type=int, default=10, help="rounds of timing")
     parser.add_argument("--macs", action="store_true", help="compare in MACs, without `time` before")
