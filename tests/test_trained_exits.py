@@ -90,12 +90,12 @@ def test_a_cut_off_is_as_fast_as_its_costs_say_where_it_is_right(exits, tmp_path
         (tmp_path / row / "model").mkdir(parents=True)
         for part in ("held_out", "test"):
             table.save(tmp_path / row / "model" / f"{part}.safetensors")
-    methods = {"cut_off": exits.Method(("mixed",), "fixed"), exits.HEADLINE: exits.Method(("mixed",), "confidence")}
-    lines = json.loads(json.dumps(exits.at_batch_size(methods, {"data": "not read"}, tmp_path, 0)))
+    methods = {"cut_off": exits.Method(("mixed",), "fixed"), "ours": exits.Method(("mixed",), "confidence")}
+    lines = json.loads(json.dumps(exits.at_batch_size(methods, "ours", {"data": "not read"}, tmp_path, 0)))
     at_drop = {(line["method"], line["drop"]): line for line in lines if "drop" in line}
     assert at_drop["cut_off", 0.01]["over_plain"] == pytest.approx([7 / 4] * 3, abs=1e-4)
     # it runs the first head, too, before it is sure at the second exit
-    assert at_drop[exits.HEADLINE, 0.01]["over_plain"] == pytest.approx([7 / 4.5] * 3, abs=1e-4)
+    assert at_drop["ours", 0.01]["over_plain"] == pytest.approx([7 / 4.5] * 3, abs=1e-4)
     assert at_drop["cut_off", 0.01]["headline_over"] == pytest.approx([4 / 4.5] * 3, abs=1e-4)
     assert sum("drops" in line for line in lines) == 2
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+OURS = "joint+ensemble"
+
 
 @pytest.fixture(scope="module")
 def page(benchmark):
@@ -12,12 +14,12 @@ def page(benchmark):
 
 
 def lines_of(page, fewer_blocks=1.25, ahead_by=(2, 1.5, 3)):
-    yield {"machine": {"processor": "EPYC", "threads": 1}, "core_minutes": 90.0}
+    yield {"machine": {"processor": "EPYC", "threads": 1}, "core_minutes": 90.0, "headline": OURS}
     yield {"row": "plain", "core_minutes": 42.0, "samples": 100, "exits": [12], "accuracies": [0.86]}
     yield {"row": "first8", "core_minutes": 41.2, "samples": 100, "exits": [8], "accuracies": [0.8]}
     yield {"row": "frozen", "core_minutes": 40.7, "samples": 100, "exits": [2, 12], "accuracies": [0.7, 0.85]}
     for size in (0, 1, 8):
-        for name, ratio in ((page.HEADLINE, 1.85), ("frozen", 1.75), ("shorter", fewer_blocks)):
+        for name, ratio in ((OURS, 1.85), ("frozen", 1.75), ("shorter", fewer_blocks)):
             around = [ratio, ratio - 0.1, ratio + 0.1]
             for drop in page.DROPS:
                 yield {
@@ -79,7 +81,7 @@ def test_the_page_says_so_where_another_wins(page, written, ahead_by, advice, sa
 
 
 def test_all_methods_have_titles_and_few_are_drawn(page):
-    assert {*page.TITLES} == {*page.METHODS} and {*page.DRAWN} <= {*page.TITLES} and len(page.DRAWN) <= 7
+    assert {*page.TITLES} == {*page.METHODS} and {*page.DRAWN} <= {*page.TITLES} and len(page.DRAWN) <= 6
 
 
 @pytest.mark.parametrize("heights", [[1.0, 1.0, 1.0], [3.0, 1.0, 1.05, 2.0], [1.0]])

@@ -64,9 +64,7 @@ class Method:
 
 # the backbone alone, which all is compared with
 PLAIN = "plain"
-# what is compared with each of the others
-HEADLINE = "joint+ensemble"
-OURS = ("joint", "frozen", "mixed", "lora")
+OURS = ("joint", "frozen", "grown", "mixed", "lora")
 PUBLISHED = ("sdn", "berxit", "vit_ee", "lgvit1", "lgvit")
 METHODS = {
     **{row: Method((row,)) for row in OURS},
@@ -248,12 +246,15 @@ def curve_of(row, method, place, runs, plain_right, batch_size):
     return Curve(np.array(drops, np.float32), np.array(spent, np.float32))
 
 
-def compare(methods, place, runs, batch_sizes):
-    """A line of all, one per row, and those of `at_batch_size` for each of several (0: MACs)."""
+def compare(methods, headline, place, runs, batch_sizes):
+    """A line of all, one per row, and those of `at_batch_size` for each of several (0: MACs).
+
+    `headline` is the method that is compared with each of the others.
+    """
     timed = runs / "times.json"
     machine_of_times = json.loads(timed.read_text())["machine"] if timed.exists() else None
     rows = dict.fromkeys([PLAIN, *(row for method in methods.values() for row in method.rows)])
-    yield {"machine": machine_of_times, "core_minutes": core_minutes(rows, runs)}
+    yield {"machine": machine_of_times, "core_minutes": core_minutes(rows, runs), "headline": headline}
     for row in rows:
         table = table_of("test", row, place, runs)
         about = {"row": row, "core_minutes": core_minutes([row], runs), "samples": len(table)}
@@ -261,11 +262,11 @@ def compare(methods, place, runs, batch_sizes):
     # new processes: one that is forked does not have the threads that its parent's libraries wait for
     spawn = get_context("spawn")
     with ProcessPoolExecutor(mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for lines in pool.map(partial(at_batch_size, methods, place, runs), batch_sizes):
+        for lines in pool.map(partial(at_batch_size, methods, headline, place, runs), batch_sizes):
             yield from lines
 
 
-def at_batch_size(methods, place, runs, batch_size):
+def at_batch_size(methods, headline, place, runs, batch_size):
     """Of each method a line per drop below the plain backbone, and one with many drops."""
     right = table_of("test", PLAIN, place, runs).right[-1].numpy().astype(np.float32)
     weights, of_plain = resample_weights(len(right), 1000), Method((PLAIN,))
@@ -280,8 +281,8 @@ def at_batch_size(methods, place, runs, batch_size):
         about = {"method": name, "batch_size": batch_size}
         for drop in DROPS:
             line = {**about, "drop": drop, "over_plain": speed_up(drawn[name], drawn["plain"], drop)}
-            if HEADLINE in drawn and name != HEADLINE:
-                line["headline_over"] = speed_up(drawn[HEADLINE], drawn[name], drop)
+            if headline in drawn and name != headline:
+                line["headline_over"] = speed_up(drawn[headline], drawn[name], drop)
             lines.append(line)
         over = [speed_up(drawn[name], drawn["plain"], drop) for drop in PLOTTED]
         lines.append({**about, "drops": PLOTTED, "over_plain": over})
@@ -310,6 +311,9 @@ def main():
     parser.add_argument("--runs", type=Path, required=True, help="folder for models and tables")
     parser.add_argument("--repeats", type=int, default=10, help="rounds of timing")
     parser.add_argument("--macs", action="store_true", help="compare in MACs, without `time` before")
+    parser.add_argument(
+        "--headline", default="joint+ensemble", help="which method is compared with each of the others"
+    )
     parser.add_argument("--output", type=Path, help="JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -321,11 +325,11 @@ def main():
     elif options.action == "time":
         time_rows(options.names or trained, place, options.runs, options.repeats)
     else:
-        methods, lines = of_trained(trained), []
+        methods, lines, sizes = of_trained(trained), [], (0,) if options.macs else (0, *BATCH_SIZES)
         if missing := {*options.names} - {*methods}:
             parser.error(f"no row of {', '.join(sorted(missing))} is trained in {options.runs}")
         methods = {name: method for name, method in methods.items() if name in (options.names or methods)}
-        for line in compare(methods, place, options.runs, (0,) if options.macs else (0, *BATCH_SIZES)):
+        for line in compare(methods, options.headline, place, options.runs, sizes):
             print(json.dumps(line), flush=True)
             lines.append(json.dumps(line) + "\n")
         if options.output:

@@ -1,10 +1,10 @@
 """What `trained_exits.py` compares: the steps of each row, from one checkpoint on, 40 core-minutes in all.
 
 Ours: `frozen`, the backbone for half of the time, then `lgvit grow`; `joint`, the same with linear exits beside the
-backbone, which `lgvit grow` replaces; `mixed`, `lgvit grow`, then backbone and exits together; `lora`, as `mixed` with
-adapters in place of the backbone's weights. Without exits: `plain`, the backbone alone; the first 4, 6, 8 and 10 of
-its blocks, and every second one. And published methods; of these TOAST puts a linear map in place of blocks of
-`plain`, which is trained already.
+backbone, which `lgvit grow` replaces; `grown`, `lgvit grow` on `plain`, which is trained already; `mixed`, `lgvit
+grow`, then backbone and exits together; `lora`, as `mixed` with adapters in place of the backbone's weights. Without
+exits: `plain`, the backbone alone; the first 4, 6, 8 and 10 of its blocks, and every second one. And published
+methods; of these TOAST puts a linear map in place of blocks of `plain`.
 """
 
 import copy
@@ -96,14 +96,16 @@ class Growth:
     Args:
         images (`int`): Of these a share is held out.
         positions (`Sequence[int]`): Of which it keeps those that pay.
+        after_plain (`bool`, *optional*, defaults to `False`): On the trained row `plain`.
     """
 
     images: int
     positions: Sequence[int]
+    after_plain: bool = False
 
     def make(self, place, output):
-        positions = list(self.positions)
-        grow(place["model"], place["data"], output, exit_positions=positions, limit=self.images, say=print)
+        model = plain_beside(output) if self.after_plain else place["model"]
+        grow(model, place["data"], output, exit_positions=list(self.positions), limit=self.images, say=print)
 
 
 class WithoutExits:
@@ -154,10 +156,15 @@ class LinearMap:
 
     first: int
     last: int
+    after_plain = True
 
     def make(self, place, output):
-        plain = output.parents[1] / "plain" / "model"
-        shorten(str(plain), place["data"], output, blocks=(self.first, self.last), say=print)
+        shorten(plain_beside(output), place["data"], output, blocks=(self.first, self.last), say=print)
+
+
+def plain_beside(output):
+    """The trained row `plain`, of another row's model."""
+    return str(output.parents[1] / "plain" / "model")
 
 
 def backbone(minutes, steps=1):
@@ -194,6 +201,7 @@ ROWS = {
         WithoutExits(),
         Growth(20_000, POSITIONS),
     ),
+    "grown": (Growth(20_000, POSITIONS, after_plain=True),),
     "mixed": (Growth(10_000, MORE_POSITIONS), Training({"heads": 1, "joint": 27}, MIXED)),
     "lora": (
         Growth(10_000, MORE_POSITIONS),
@@ -233,8 +241,8 @@ def train_row(name, place, runs):
 
 
 def core_minutes(names, runs):
-    """What rows took, but for what a stop cut short; those with a linear map also what `plain` took."""
-    names = {*names, *("plain" for name in names if isinstance(ROWS[name][0], LinearMap))}
+    """What rows took, but for what a stop cut short; those that begin with `plain` also what that took."""
+    names = {*names, *("plain" for name in names if getattr(ROWS[name][0], "after_plain", False))}
     files = [file for name in names for file in (runs / name).glob("*-done.json")]
     return round(sum(json.loads(file.read_text())["core_minutes"] for file in files), 1)
 
