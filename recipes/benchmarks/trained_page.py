@@ -89,7 +89,7 @@ python recipes/benchmarks/trained_exits.py train ROW --model {model} --data {dat
 python recipes/benchmarks/trained_exits.py time --data {data} --runs runs/trained --repeats 5
 python recipes/benchmarks/trained_exits.py compare --data {data} --runs runs/trained \\
     --headline {headline} --output docs/{lines}
-python recipes/benchmarks/trained_page.py docs/{lines} docs/{page}
+python recipes/benchmarks/trained_page.py docs/{lines} docs/{page} --study {study}
 ```
 
 Rows that are not trained yet: {missing}.
@@ -124,8 +124,8 @@ same machine were planned for each, but for TOAST, which is fitted after `plain`
 a stop cut short. Each row was trained once: what another training of it would give is not in any interval. Ours had
 more tries: `frozen` and `joint` were planned after `mixed` and the published methods had been read on the test images,
 the methods' own recipes were not changed. *{headline}*
-was named to stand first before its own were read. Models trained from scratch in minutes are in the
-[appendix](results-from-scratch.md).""",
+was named to stand first before its own were read. On 100 classes: [Tiny-ImageNet](results-tiny-imagenet.md). Models
+trained from scratch in minutes are in the [appendix](results-from-scratch.md).""",
     steps="""in bfloat16 (but for `lgvit grow`), on images as they are, neither cropped nor mirrored, the
   backbone in small steps (1e-5; 2e-5 where blocks are missing). That larger steps on crops gain less was found with
   ours and the plain backbone, on these test images; new exits of published methods learn at 3e-3, the best of three
@@ -138,16 +138,16 @@ TINY_IMAGENET = Study(
     about="""\
 A ViT-S (56 pixels, 12 blocks) fine-tuned on Tiny-ImageNet-100, JPEG images of 32 pixels, the checkpoint that all rows
 begin with; 40 core-minutes of the same machine were planned for each; what they took is below. Each row was trained
-once. All rows but one, and the places of exits, were decided on [CIFAR-10](results.md), before any of these images was
-read. With exits to be grown in the same 40 minutes, `joint` has 20 for its backbone, which is not enough here: it ends
-below `plain`. So *{headline}* was added, after `joint` had been read: exits on `plain` as it is, for which it takes
-core-minutes more than the others (as TOAST does on CIFAR-10).""",
+once. Rows and places of exits were decided on [CIFAR-10](results.md), before any of these images was read, but for
+`grown`: where exits are grown in the same 40 minutes, 20 are left for the backbone, too few here (`joint`). So `grown`
+was added, after `joint` had been read on the test images: exits on `plain` as it is, for which it takes minutes that
+all others do not have. No published method was trained here.""",
     steps="""in float32, on images as they are, neither cropped nor mirrored, the backbone in the small steps of
   [CIFAR-10](results.md) (1e-5; 2e-5 where blocks are missing): of the plain backbone 120 steps of 4e-5 gave less on
   held-out images. Rows of fewer blocks learn from labels, ours from the full model too.""",
     model="backbone/",
     data="tiny_imagenet/",
-    start="""The checkpoint, from a DINOv2-small, and its accuracy before any of the rows:
+    start="""The checkpoint, from a DINOv2-small in an hour of one core, and what it answers before any of the rows:
 
 ```bash
 lgvit convert --from dinov2 dinov2_small/ start/ --image-size 56 56
@@ -219,14 +219,14 @@ def cut_off(headline, rows, at_drop, curves, static):
     drops = [100 * drop for drop in ours["drops"]]
     where = f"at no drop up to {drops[-1]:g} pt" if from_here is None else f"from {drops[from_here]:g} pt on"
     fewer = {name: line["accuracies"][-1] for name, line in rows.items() if isinstance(ROWS[name][0], Blocks)}
-    lost = [
-        f", and fine-tuned for as long `{name}` is {100 * (rows[PLAIN]['accuracies'][-1] - accuracy):.1f} pt below"
+    lost = " and ".join(
+        f"`{name}` is {100 * (rows[PLAIN]['accuracies'][-1] - accuracy):.1f} pt below"
         for name, accuracy in fewer.items()
-    ]
+    )
     at_one = max(at_drop[name, AT_SIZE, AT_DROP]["over_plain"] for name in static)
     return (
         f"**Cut the model off**, at an exit or by taking fewer blocks, {where} (batch {AT_SIZE}): at "
-        f"{100 * AT_DROP:g} pt that is {told(at_one)} as fast{''.join(lost)}."
+        f"{100 * AT_DROP:g} pt that is {told(at_one)} as fast{f'; fine-tuned for as long, {lost}' * bool(lost)}."
     )
 
 
@@ -276,8 +276,9 @@ def draw(headline, curves, file, batch_size):
     style.save(figure, file)
 
 
-def page(study, file, target):
-    """All of it; the figure is written beside it."""
+def page(name, file, target):
+    """All of it, of a study; the figure is written beside it."""
+    study = STUDIES[name]
     about, rows, at_drop, curves = read(file)
     headline, sizes = about["headline"], sorted({size for _, size, _ in at_drop if size})
     figure = target.with_suffix(".png")
@@ -300,7 +301,7 @@ def page(study, file, target):
     yield from table_of_rows(rows)
     missing = ", ".join(f"`{name}`" for name in ROWS if name not in rows)
     yield "\n" + COMMANDS.format(
-        **vars(study), headline=headline, lines=Path(file).name, page=target.name, missing=missing
+        **vars(study), study=name, headline=headline, lines=Path(file).name, page=target.name, missing=missing
     )
 
 
@@ -310,7 +311,7 @@ def main():
     parser.add_argument("page", type=Path, help="Markdown file; its figure stands beside it")
     parser.add_argument("--study", choices=STUDIES, default="cifar10", help="what the page says of its checkpoint")
     options = parser.parse_args()
-    text = "\n".join(page(STUDIES[options.study], options.results, options.page)).rstrip("\n") + "\n"
+    text = "\n".join(page(options.study, options.results, options.page)).rstrip("\n") + "\n"
     options.page.write_text(text, encoding="utf-8")
 
 
