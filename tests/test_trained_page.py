@@ -2,10 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 OURS = "joint+ensemble"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,18 @@ def test_the_page_says_so_where_another_wins(page, written, ahead_by, advice, sa
     first = written(lines_of(page, fewer_blocks=2.0, ahead_by=ahead_by)).split("![")[0]
     assert advice in first and said in first and "faster than each" not in first
     assert "by taking fewer blocks, from 1 pt on (batch 8)" in first
+
+
+@pytest.mark.parametrize(
+    ("study", "lines", "name"),
+    [
+        ("cifar10", "trained_exits.jsonl", "results.md"),
+        ("tiny_imagenet", "trained_exits_tiny_imagenet.jsonl", "results-tiny-imagenet.md"),
+    ],
+)
+def test_pages_of_the_documentation_are_those_of_their_lines(page, study, lines, name, tmp_path):
+    text = "\n".join(page.page(study, DOCS / lines, tmp_path / name))
+    assert text.rstrip("\n") + "\n" == (DOCS / name).read_text(encoding="utf-8")
 
 
 def test_all_methods_have_titles_and_few_are_drawn(page):

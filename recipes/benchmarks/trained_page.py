@@ -73,7 +73,8 @@ HEAD = """# {title}
 - *The plain backbone* is `plain`: fine-tuned as long as all else, in the same small steps.
 - *Settings* (thresholds, which exits, none) of all methods are searched for on held-out training images. A method is
   read at the cheapest of them that is at most so many points below the plain backbone on the {samples} test images: at
-  equal unseen accuracy, but kinder the more settings and rows a method has (by resampling, 0.02 to 0.04 points).
+  equal unseen accuracy, but kinder the more settings and rows a method has (on CIFAR-10, by resampling, 0.02 to 0.04
+  points).
 - *Times as fast*: one thread, against the plain backbone, in turn. Blocks and heads are timed in batches of 1 to 32,
   and composed by where the test images exit; with a gate and an ensemble, where a method has either.
 - What is never so accurate takes the plain backbone itself (1.0x). Intervals of 95 % are of the test images, drawn
@@ -147,14 +148,15 @@ all others do not have. No published method was trained here.""",
   held-out images. Rows of fewer blocks learn from labels, ours from the full model too.""",
     model="backbone/",
     data="tiny_imagenet/",
-    start="""The checkpoint, from a DINOv2-small in an hour of one core, and what it answers before any of the rows:
+    start="""The checkpoint, from a DINOv2-small in an hour of one core, where `cosine.yaml` holds
+`lr_scheduler_type: cosine`, and what it answers before any of the rows:
 
 ```bash
 lgvit convert --from dinov2 dinov2_small/ start/ --image-size 56 56
 lgvit train --stage head --model start/ --data tiny_imagenet/ --output head/ --max-train-samples 16000
-lgvit train --stage backbone --model head/ --data tiny_imagenet/ --output backbone/ --epochs 1.6 --batch-size 64 \\
-    --augment random_resized --crop-scale 0.6 1.0 --learning-rate 1e-4 --lr-scheduler-type cosine --warmup-steps 50
-lgvit evaluate backbone/ tiny_imagenet/
+lgvit train --config cosine.yaml --stage backbone --model head/ --data tiny_imagenet/ --output backbone/ \\
+    --epochs 1.6 --batch-size 64 --augment random_resized --crop-scale 0.6 1.0 --learning-rate 1e-4 --warmup-steps 50
+lgvit evaluate backbone/ --data tiny_imagenet/
 ```
 
 """,
