@@ -326,7 +326,7 @@ def main():
         time_rows(options.names or trained, place, options.runs, options.repeats)
     else:
         methods, lines, sizes = of_trained(trained), [], (0,) if options.macs else (0, *BATCH_SIZES)
-        if missing := {*options.names} - {*methods}:
+        if missing := {*options.names, options.headline} - {*methods}:
             parser.error(f"no row of {', '.join(sorted(missing))} is trained in {options.runs}")
         methods = {name: method for name, method in methods.items() if name in (options.names or methods)}
         for line in compare(methods, options.headline, place, options.runs, sizes):
