@@ -138,18 +138,14 @@ def test_a_gate_and_an_ensemble_are_charged_where_a_method_has_them(exits, tmp_p
 
 
 def test_stopped_timing_goes_on_after_the_rounds_that_are_kept(exits, tmp_path):
-    found, file = {"name": {1: []}}, tmp_path / "rounds.jsonl"
-    calls = {0: lambda: found["name"][1].append(float(len(read(file))))}
-    assert exits.all_of(exits.in_rounds(calls, found, "these", file, 2), "name") == {1: [0.0, 1.0]}
-    assert exits.all_of(exits.in_rounds(calls, found, "these", file, 3), "name") == {1: [0.0, 1.0, 2.0]}
-    kept = file.read_text()
-    assert exits.in_rounds(calls, found, "these", file, 3)[2] == {"name": {"1": [2.0]}} and file.read_text() == kept
+    found, folder = {"name": {1: []}}, tmp_path / "rounds"
+    calls = {0: lambda: found["name"][1].append(float(len([*folder.iterdir()])))}
+    assert exits.all_of(exits.in_rounds(calls, found, "these", folder, 2), "name") == {1: [0.0, 1.0]}
+    assert exits.all_of(exits.in_rounds(calls, found, "these", folder, 3), "name") == {1: [0.0, 1.0, 2.0]}
+    assert exits.in_rounds(calls, found, "these", folder, 3)[2] == {"name": {"1": [2.0]}}
+    assert sorted(file.name for file in folder.iterdir()) == ["0.json", "1.json", "2.json"]
     # other rows, or another machine
-    assert exits.all_of(exits.in_rounds(calls, found, "others", file, 1), "name") == {1: [3.0]}
-
-
-def read(file):
-    return file.read_text().splitlines() if file.exists() else []
+    assert exits.all_of(exits.in_rounds(calls, found, "others", folder, 1), "name") == {1: [3.0]}
 
 
 def scaled(values, factor):

@@ -19,6 +19,7 @@ def lines_of(page, fewer_blocks=1.25, ahead_by=(2, 1.5, 3)):
     yield {"machine": {"processor": "EPYC", "threads": 1}, "core_minutes": 90.0, "headline": OURS}
     yield {"row": "plain", "core_minutes": 42.0, "samples": 100, "exits": [12], "accuracies": [0.86]}
     yield {"row": "first8", "core_minutes": 41.2, "samples": 100, "exits": [8], "accuracies": [0.8]}
+    yield {"row": "joint", "core_minutes": 36.1, "samples": 100, "exits": [12], "accuracies": [0.86]}
     yield {"row": "frozen", "core_minutes": 40.7, "samples": 100, "exits": [2, 12], "accuracies": [0.7, 0.85]}
     for size in (0, 1, 8):
         for name, ratio in ((OURS, 1.85), ("frozen", 1.75), ("shorter", fewer_blocks)):
@@ -59,7 +60,8 @@ def test_the_page_says_what_the_lines_say(page, tmp_path, written):
     assert text.index("| backbone, then `lgvit grow` |") < text.index("| fewer blocks |") and "processor EPYC" in text
     assert (tmp_path / "page.png").stat().st_size > 10_000 and "](page.png)" in text
     first = text.split("![")[0]
-    assert "ensemble* gains 1.85x (1.75-1.95) at batch 1, 1.85x (1.75-1.95) at batch 8; faster than each" in first
+    assert "ensemble* (trained for 36 core-minutes, the plain backbone for 42) gains 1.85x" in first
+    assert "gains 1.85x (1.75-1.95) at batch 1, 1.85x (1.75-1.95) at batch 8; faster than each" in first
     assert (
         "**Exit early**" in first and "fewer blocks, at no drop up to 1 pt (batch 8): at 1 pt that is 1.25x" in first
     )

@@ -14,6 +14,7 @@ and reads them all on the test samples against the backbone alone.
 import argparse
 import json
 import random
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
@@ -105,7 +106,7 @@ def time_rows(rows, place, runs, repeats):
 
     Each is opened twice: where its weights lie in memory alone makes a tenth of the time. And each walks under a
     confidence (`simple`) and under a gate on a running ensemble (`rich`), which take time themselves. Until the last,
-    rounds are kept in `rounds.jsonl`: a stopped run goes on after those of the same exits on the same machine.
+    rounds are kept in `rounds/`: a stopped run goes on after those of the same exits on the same machine.
     """
     calls, models, found = {}, {}, {}
     for row in [*rows, *rows]:
@@ -123,17 +124,19 @@ def time_rows(rows, place, runs, repeats):
             for size in measured_sizes(BATCH_SIZES, len(pixels)):
                 times = found.setdefault(name_of(row, model, kind), {}).setdefault(size, [])
                 calls[len(calls)] = partial(time_part, times, segments, pixels[:size], policy)
-    about, kept = {"timed": sorted(found), "machine": machine(models[rows[0]])}, runs / "rounds.jsonl"
+    about, kept = {"timed": sorted(found), "machine": machine(models[rows[0]])}, runs / "rounds"
     rounds = in_rounds(calls, found, about, kept, repeats)
     tables = {row: tables_of(row, model, rounds) for row, model in models.items()}
     write_json(runs / "times.json", {"machine": about["machine"], "tables": tables})
-    kept.unlink()
+    shutil.rmtree(kept)
 
 
-def in_rounds(calls, found, about, file, repeats):
+def in_rounds(calls, found, about, folder, repeats):
     """Call all in turn, so often in all, and give what each round has found, by name and batch size."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rounds = [line["found"] for line in lines if line["about"] == about]
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{number}.json" for number in range(len([*folder.iterdir()]) + repeats)]
+    kept = [json.loads(file.read_text()) for file in files if file.exists()]
+    rounds = [each["found"] for each in kept if each["about"] == about]
     if len(rounds) < repeats:
         time_interleaved(calls, repeats=1, warm_up=0)  # to warm up
     while len(rounds) < repeats:
@@ -141,10 +144,9 @@ def in_rounds(calls, found, about, file, repeats):
             for times in sizes.values():
                 times.clear()
         time_interleaved(shuffled(calls, seed=len(rounds)), repeats=1, warm_up=0)
-        line = json.dumps({"about": about, "found": found})
-        with file.open("a") as kept:
-            kept.write(line + "\n")
-        rounds.append(json.loads(line)["found"])
+        file = next(file for file in files if not file.exists())
+        write_json(file, {"about": about, "found": found})
+        rounds.append(json.loads(file.read_text())["found"])
     return rounds
 
 

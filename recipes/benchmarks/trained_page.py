@@ -70,7 +70,7 @@ HEAD = """# {title}
 
 {about}
 
-- *The plain backbone* is `plain`: fine-tuned as long as all else, in the same small steps.
+- *The plain backbone* is `plain`: fine-tuned in the same small steps as all else.
 - *Settings* (thresholds, which exits, none) of all methods are searched for on held-out training images. A method is
   read at the cheapest of them that is at most so many points below the plain backbone on the {samples} test images: at
   equal unseen accuracy, but kinder the more settings and rows a method has (on CIFAR-10, by resampling, 0.02 to 0.04
@@ -87,7 +87,7 @@ COMMANDS = """{start}Any of the rows (`toast…` after `plain`), and then all of
 
 ```bash
 python recipes/benchmarks/trained_exits.py train ROW --model {model} --data {data} --runs runs/trained
-python recipes/benchmarks/trained_exits.py time --data {data} --runs runs/trained --repeats 5
+python recipes/benchmarks/trained_exits.py time --data {data} --runs runs/trained --repeats {repeats}
 python recipes/benchmarks/trained_exits.py compare --data {data} --runs runs/trained \\
     --headline {headline} --output docs/{lines}
 python recipes/benchmarks/trained_page.py docs/{lines} docs/{page} --study {study}
@@ -105,6 +105,7 @@ class Study:
         title (`str`): Of the page.
         about (`str`): Which checkpoint all rows begin with, and what was known when they were planned.
         steps (`str`): How the rows learn.
+        repeats (`int`): Rounds of timing.
         model, data (`str`): As the commands call checkpoint and images.
         start (`str`, *optional*): How the checkpoint is made, if it was made for this study.
     """
@@ -112,6 +113,7 @@ class Study:
     title: str
     about: str
     steps: str
+    repeats: int
     model: str
     data: str
     start: str = ""
@@ -131,6 +133,7 @@ trained from scratch in minutes are in the [appendix](results-from-scratch.md)."
   backbone in small steps (1e-5; 2e-5 where blocks are missing). That larger steps on crops gain less was found with
   ours and the plain backbone, on these test images; new exits of published methods learn at 3e-3, the best of three
   pilots on crops, which was not tuned anew. Rows of fewer blocks learn from labels, ours from the full model too.""",
+    repeats=5,
     model="cifar10_vit_s/",
     data="cifar10/",
 )
@@ -147,6 +150,7 @@ all others do not have. No published method was trained here.""",
     steps="""in float32, on images as they are, neither cropped nor mirrored, the backbone in the small steps of
   [CIFAR-10](results.md) (1e-5; 2e-5 where blocks are missing): of the plain backbone 120 steps of 4e-5 gave less on
   held-out images. Rows of fewer blocks learn from labels, ours from the full model too.""",
+    repeats=12,
     model="backbone/",
     data="tiny_imagenet/",
     start="""The checkpoint, from a DINOv2-small in an hour of one core, where `cosine.yaml` holds
@@ -182,7 +186,7 @@ def told(ratio):
 def answer(headline, rows, at_drop, curves, sizes):
     """When to exit early, when to cut the model off, when to quantise."""
     rivals = [name for name in METHODS if name.removesuffix("+ensemble") not in OURS and (name, AT_SIZE) in curves]
-    yield exit_early(headline, at_drop, sizes, rivals)
+    yield exit_early(headline, rows, at_drop, sizes, rivals)
     yield cut_off(headline, rows, at_drop, curves, [name for name in STATIC if name in rivals])
     yield (
         "**Only quantise** where the model must stay as it is: what int8 alone gives, and with exits, is measured "
@@ -190,8 +194,8 @@ def answer(headline, rows, at_drop, curves, sizes):
     )
 
 
-def exit_early(headline, at_drop, sizes, rivals):
-    """What ours gains, and who is ahead of it or level."""
+def exit_early(headline, rows, at_drop, sizes, rivals):
+    """What ours gains and took to train, and who is ahead of it or level."""
     each = ", ".join(f"{told(at_drop[headline, size, AT_DROP]['over_plain'])} at batch {size}" for size in sizes)
     over = {name: [at_drop[name, size, AT_DROP]["headline_over"] for size in sizes] for name in rivals}
     ahead = [name for name in rivals if min(high for *_, high in over[name]) < 1]
@@ -200,9 +204,11 @@ def exit_early(headline, at_drop, sizes, rivals):
     said += [f"not clearly faster than {each_of(level)}"] if level else []
     everyone = f"faster than each of the {len(rivals)} other ways to answer below, by intervals, at every batch size"
     advice = "Not everywhere exit early" if ahead else "Exit early"
+    took, plain_took = (f"{rows[row]['core_minutes']:.0f}" for row in (METHODS[headline].rows[0], PLAIN))
     below = f"at most {100 * AT_DROP:g} pt below the plain backbone"
     return (
-        f"**{advice}**: in one training of each, {below}, *{TITLES[headline]}* gains {each}; "
+        f"**{advice}**: in one training of each, {below}, *{TITLES[headline]}* (trained for {took} "
+        f"core-minutes, the plain backbone for {plain_took}) gains {each}; "
         f"{'; '.join(said) or everyone}."
     )
 
